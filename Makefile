@@ -1,0 +1,51 @@
+# Two commands do everything from nothing but Python 3.11+ and make:
+#   make demo [BACKEND=torch|tensorflow|jax]     the main job on real handwritten digits
+#   make test                                    ruff, tests on three backends, doctests, examples
+PYTHON ?= python3
+BACKEND ?= torch
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+BACKENDS := torch tensorflow jax
+EXTRA_torch := torch
+EXTRA_tensorflow := tensorflow-cpu
+EXTRA_jax := jax
+ifeq ($(filter $(BACKEND),$(BACKENDS)),)
+$(error BACKEND must be one of $(BACKENDS), not "$(BACKEND)")
+endif
+
+.PHONY: demo test lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,3s/^# \{0,1\}//p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-$(BACKEND): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing keras_resnet with $(BACKEND) into $(VENV) (once; some minutes) ..."
+	$(PIP) --editable '.[$(EXTRA_$(BACKEND)),fast]'
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing keras_resnet with all backends and the tests' needs into $(VENV) (once) ..."
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps torchvision==0.28.0
+	@touch $@ $(addprefix $(VENV)/installed-,$(BACKENDS))
+
+demo: $(VENV)/installed-$(BACKEND)
+	KERAS_BACKEND=$(BACKEND) $(BIN)/keras-resnet demo
+
+test: $(VENV)/installed-test
+	BIN=$(BIN) sh tests/run.sh
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis demo

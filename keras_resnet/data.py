@@ -1,0 +1,932 @@
+"""Folders of pictures as batches: the same bytes on every backend, for any number of workers.
+
+`image_dataset_from_directory` finds the pictures and their classes; `ImageDataset`, a
+`keras.utils.PyDataset`, reads them. Whatever is random about a picture comes from a generator
+seeded with (seed, epoch, position of the picture in `file_paths`), and about a batch with (seed,
+epoch, position of the batch), so a batch depends on (seed, epoch, index) alone.
+
+A picture that cannot be read is left out of its batch, which is then smaller by one; no other
+picture moves. It is tried again in the next epoch: nothing depends on what was read before. Use
+`verify` (one decode of every file) to drop such pictures from the dataset before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from PIL import Image
+
+from keras_resnet import augment as augmentation
+from keras_resnet.errors import DataError, InputError, NotFoundError, did_you_mean
+from keras_resnet.preprocess import Preprocess, load
+
+__all__ = [
+    "IMG_EXTENSIONS",
+    "Batch",
+    "ImageDataset",
+    "check_classes",
+    "dataset_statistics",
+    "find_pictures",
+    "image_dataset_from_directory",
+]
+
+logger = logging.getLogger("keras_resnet")
+
+# torchvision/datasets/folder.py IMG_EXTENSIONS, and GIF, of which the first frame is read.
+IMG_EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif",
+)  # fmt: skip
+
+# What a random number is for; part of its seed, so that streams do not overlap.
+_ORDER, _PICTURE, _MIX, _SPLIT = range(4)
+
+_PREFETCH_BYTES = 256 * 2**20  # batches that wait, at most
+
+
+class Batch(NamedTuple):
+    """One batch with the positions of its pictures in `file_paths`."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    indices: np.ndarray
+
+
+def image_dataset_from_directory(
+    directory: str | os.PathLike,
+    labels: str | Sequence[int] | None = "inferred",
+    label_mode: str | None = "int",
+    class_names: Sequence[str] | None = None,
+    color_mode: str = "rgb",
+    batch_size: int = 32,
+    image_size: int | tuple[int, int] | None = None,
+    shuffle: bool = True,
+    seed: int | None = None,
+    validation_split: float | None = None,
+    subset: str | None = None,
+    interpolation: str = "bilinear",
+    follow_links: bool = False,
+    crop_to_aspect_ratio: bool = False,
+    *,
+    preprocess: Preprocess | None = None,
+    augment: Callable | None = None,
+    workers: int | None = None,
+    cache: str | os.PathLike | None = None,
+    output: str = "uint8",
+    on_error: str = "skip",
+    exif: bool = False,
+    exclude: str | os.PathLike | Iterable[str] | None = None,
+    drop_last: bool | str = False,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    label_smoothing: float = 0.0,
+    repeats: int = 1,
+    verify: bool = False,
+) -> ImageDataset | tuple[ImageDataset, ImageDataset]:
+    """Reads a folder with one subfolder a class, with Keras' arguments and torchvision's pixels.
+
+    Args:
+        directory: holds the class folders; pictures may lie in nested folders inside them. Hidden
+            files and folders are ignored.
+        labels: `"inferred"` from the folders, None for pictures alone (any folder), or one int a
+            file, in the order of the sorted paths.
+        label_mode: `"int"`, `"categorical"` (one-hot), `"binary"` or None.
+        class_names: the class folders to take, in the order of their labels; all, sorted as text
+            ('1', '10', '2'), by default.
+        color_mode: `"rgb"`, `"grayscale"` or `"rgba"`.
+        batch_size: pictures a batch.
+        image_size: (height, width), or one int for both, to resize to; exclusive with
+            `preprocess`. Without either, pictures are resized to 256 and cropped to 224.
+        shuffle: a new order each epoch; False keeps that of `file_paths`.
+        seed: of order and augmentation; None draws one (kept in `.seed`).
+        validation_split: the share of each class to hold out, 0 to 1. The split depends on the
+            seed and the files alone (seed None splits as seed 0).
+        subset: `"training"`, `"validation"` or `"both"` (a pair), with `validation_split`. The
+            validation part is neither shuffled, augmented, mixed, smoothed nor cut.
+        interpolation: of `image_size`, one of Preprocess'.
+        follow_links: visit folders behind symbolic links inside class folders.
+        crop_to_aspect_ratio: with `image_size`, cut instead of distorting.
+        preprocess: the `Preprocess` that evaluates the model.
+        augment: called with (picture, generator), gives the uint8 picture; then `preprocess` only
+            normalises. See `augment.Augment`.
+        workers: threads that read batches ahead; None takes the processor's cores, at most 8.
+        cache: `"ram"` or a folder: keep what was decoded (finished pictures where nothing is
+            random).
+        output: `"uint8"` (values 0..255, for a model that preprocesses) or `"float32"`
+            (normalised by `preprocess`).
+        on_error: `"skip"` leaves an unreadable picture out and lists it in `.skipped`; `"raise"`
+            stops.
+        exif: turn pictures as their EXIF orientation says.
+        exclude: files to leave out: a list of paths, or a file as `scan` writes.
+        drop_last: True drops a last batch that is not full; `"auto"` drops it only where it holds
+            one picture, on which batch norm cannot train. Evaluation keeps all (False).
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of cutmix, 0 for none; with both, one of the two for each batch.
+        label_smoothing: 0 to 1; as mixing, it makes labels one-hot floats.
+        repeats: repeated augmentation: each picture that many times in a row, in an epoch of
+            unchanged length.
+        verify: decode every file once now, and drop what cannot be read.
+
+    Returns:
+        An `ImageDataset`, or a pair for `subset="both"`.
+
+    Raises:
+        NotFoundError: the folder does not exist.
+        DataError: no class folder, an empty class folder, no picture.
+        InputError: an argument that cannot work.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> for name in ("ants", "bees"):
+        ...     (folder / name).mkdir()
+        ...     Image.new("RGB", (40, 30)).save(folder / name / "1.png")
+        >>> dataset = image_dataset_from_directory(folder, image_size=(32, 32), seed=0)
+        >>> images, labels = dataset[0]
+        >>> images.shape, dataset.class_names
+        ((2, 32, 32, 3), ['ants', 'bees'])
+    """
+    if preprocess is None:
+        preprocess = _preprocess_of(image_size, interpolation, color_mode, crop_to_aspect_ratio, exif)
+    elif image_size is not None:
+        raise InputError("Give image_size or preprocess, not both: preprocess has the sizes.")
+    if isinstance(labels, str) and labels != "inferred":
+        raise InputError(f"labels must be 'inferred', None or a list of ints, got {labels!r}.")
+    if (validation_split is None) != (subset is None):
+        raise InputError(
+            f"validation_split and subset go together, got {validation_split!r} and {subset!r}."
+        )
+    directory = os.fspath(directory)
+    if isinstance(labels, str):
+        paths, numbers, names = find_pictures(
+            directory, class_names, follow_links=follow_links, exclude=exclude
+        )
+    else:
+        paths = _flat_pictures(directory, follow_links, exclude)
+        numbers, names = (None, None) if labels is None else (labels, class_names)
+    if label_mode is None:
+        numbers = None
+
+    common = {
+        "label_mode": label_mode,
+        "preprocess": preprocess,
+        "batch_size": batch_size,
+        "workers": workers,
+        "cache": cache,
+        "output": output,
+        "on_error": on_error,
+        "seed": seed,
+        "verify": verify,
+    }
+    training = {
+        **common,
+        "shuffle": shuffle,
+        "augment": augment,
+        "drop_last": drop_last,
+        "mixup": mixup,
+        "cutmix": cutmix,
+        "label_smoothing": label_smoothing,
+        "repeats": repeats,
+    }
+    if subset is None:
+        return ImageDataset(paths, numbers, names, **training)
+    if subset not in ("training", "validation", "both"):
+        raise InputError(
+            f"subset must be 'training', 'validation' or 'both', got {subset!r}."
+            f"{did_you_mean(subset, ['training', 'validation', 'both'])}"
+        )
+    kept, held = stratified_split(
+        len(paths) if numbers is None else numbers, validation_split, 0 if seed is None else seed
+    )
+
+    def part(indices: np.ndarray, arguments: dict[str, Any]) -> ImageDataset:
+        chosen = None if numbers is None else [numbers[i] for i in indices]
+        return ImageDataset([paths[i] for i in indices], chosen, names, **arguments)
+
+    if subset == "training":
+        return part(kept, training)
+    if subset == "validation":
+        return part(held, {**common, "shuffle": False})
+    return part(kept, training), part(held, {**common, "shuffle": False})
+
+
+def _preprocess_of(
+    image_size: int | tuple[int, int] | None,
+    interpolation: str,
+    color_mode: str,
+    crop_to_aspect_ratio: bool,
+    exif: bool,
+) -> Preprocess:
+    arguments: dict[str, Any] = {
+        "interpolation": interpolation,
+        "color_mode": color_mode,
+        "exif": exif,
+    }
+    if color_mode != "rgb":  # ImageNet's mean and std are those of three channels
+        arguments |= {"mean": None, "std": None}
+    if image_size is None:
+        return Preprocess(**arguments)
+    both = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return Preprocess(both, None, crop_to_aspect_ratio=crop_to_aspect_ratio, **arguments)
+
+
+# --- finding the files ---------------------------------------------------------------------------
+
+
+def find_pictures(
+    directory: str | os.PathLike,
+    class_names: Sequence[str] | None = None,
+    *,
+    follow_links: bool = False,
+    exclude: str | os.PathLike | Iterable[str] | None = None,
+) -> tuple[list[str], np.ndarray, list[str]]:
+    """Lists the pictures of a folder that has one subfolder a class.
+
+    Classes are the sorted folder names, files are in the order of torchvision's `ImageFolder`.
+
+    Returns:
+        Paths, their labels (int32), the class names.
+
+    Raises:
+        NotFoundError: the folder does not exist.
+        DataError: it is a file, or has no class folder, an empty one, or no picture.
+        InputError: class_names that are not there.
+    """
+    directory = _existing_folder(directory)
+    found = sorted(
+        entry.name
+        for entry in os.scandir(directory)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not found:
+        here = [entry.name for entry in os.scandir(directory) if entry.is_file()]
+        raise DataError(
+            f"{directory!r} has no class folder: it must hold one folder of pictures a class. "
+            f"It holds {_extension_counts(here)}."
+        )
+    if class_names is None:
+        class_names = found
+    else:
+        class_names = list(class_names)
+        missing = [name for name in class_names if name not in found]
+        if missing or len(set(class_names)) != len(class_names) or not class_names:
+            raise InputError(
+                f"class_names must be different folders of {directory!r}. Not there: "
+                f"{missing or 'none'}. Given: {class_names}. Found: {found}."
+            )
+    excluded = _excluded(directory, exclude)
+    paths, labels, empty, other = [], [], [], []
+    for label, name in enumerate(class_names):
+        files, rest = _walk(os.path.join(directory, name), follow_links)
+        other += rest
+        if not files:
+            empty.append(name)
+        files = [path for path in files if os.path.abspath(path) not in excluded]
+        paths += files
+        labels += [label] * len(files)
+    if not paths or len(empty) == len(class_names):
+        raise DataError(
+            f"{directory!r} holds no picture in its class folders {_listed(class_names)}. "
+            f"They hold {_extension_counts(other)}; pictures end in {', '.join(IMG_EXTENSIONS)}."
+        )
+    if empty:
+        raise DataError(
+            f"{directory!r} has class folders without a picture: {_listed(empty)}. Fill or delete "
+            f"them, or name the others with class_names. Pictures end in "
+            f"{', '.join(IMG_EXTENSIONS)}."
+        )
+    return paths, np.asarray(labels, np.int32), list(class_names)
+
+
+def _flat_pictures(directory: str, follow_links: bool, exclude: Any) -> list[str]:
+    directory = _existing_folder(directory)
+    files, other = _walk(directory, follow_links)
+    excluded = _excluded(directory, exclude)
+    files = [path for path in files if os.path.abspath(path) not in excluded]
+    if not files:
+        raise DataError(
+            f"{directory!r} holds no picture. It holds {_extension_counts(other)}; pictures end "
+            f"in {', '.join(IMG_EXTENSIONS)}."
+        )
+    return files
+
+
+def _existing_folder(directory: str | os.PathLike) -> str:
+    directory = os.path.expanduser(os.fspath(directory))
+    if os.path.isdir(directory):
+        return directory
+    if os.path.exists(directory):
+        raise DataError(f"{directory!r} is a file; a folder with one folder a class is needed.")
+    parent, name = os.path.split(os.path.abspath(directory))
+    siblings = os.listdir(parent) if os.path.isdir(parent) else []
+    raise NotFoundError(f"{directory!r} does not exist.{did_you_mean(name, siblings)}")
+
+
+def _walk(folder: str, follow_links: bool) -> tuple[list[str], list[str]]:
+    """Pictures and other files below a folder, in torchvision's order, without hidden ones."""
+    pictures, other = [], []
+    hidden = len(folder.split(os.sep))
+    for root, _, names in sorted(os.walk(folder, followlinks=follow_links)):
+        if any(part.startswith(".") for part in root.split(os.sep)[hidden:]):
+            continue
+        for name in sorted(names):
+            if not name.startswith("."):
+                known = name.lower().endswith(IMG_EXTENSIONS)
+                (pictures if known else other).append(os.path.join(root, name))
+    return pictures, other
+
+
+def _extension_counts(names: Iterable[str]) -> str:
+    counts = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in names)
+    return ", ".join(f"{n} {ext}" for ext, n in counts.most_common(8)) or "no file"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:10])
+    return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _excluded(directory: str, exclude: Any) -> set[str]:
+    """Absolute paths to leave out; relative ones count from the directory.
+
+    A file has one path a line, `#` before a comment, and a JSON string where a name holds a
+    newline or begins with `#` or `"`.
+    """
+    if exclude is None:
+        return set()
+    if isinstance(exclude, str | os.PathLike):
+        try:
+            with open(exclude, encoding="utf-8", errors="surrogateescape") as file:
+                lines = [line.rstrip("\r\n") for line in file]
+        except OSError as error:
+            raise NotFoundError(f"The exclude list {os.fspath(exclude)!r}: {error}.") from None
+        exclude = [
+            json.loads(line) if line.startswith('"') else line
+            for line in lines
+            if line.strip() and not line.startswith("#")
+        ]
+    return {os.path.abspath(os.path.join(directory, os.fspath(path))) for path in exclude}
+
+
+def stratified_split(
+    labels: Sequence[int] | int, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits positions into a kept and a held-out part, class by class.
+
+    Of a class with n pictures `round(n * share)` are held out, at least one and at most n - 1; a
+    class with one picture keeps it.
+
+    Args:
+        labels: one int a picture, or a number of pictures without labels.
+        share: to hold out, between 0 and 1.
+        seed: of the choice.
+
+    Returns:
+        Two sorted int arrays.
+    """
+    if isinstance(share, bool) or not 0 < share < 1:
+        raise InputError(f"validation_split must lie between 0 and 1, got {share!r}.")
+    labels = np.zeros(labels, np.int32) if isinstance(labels, int) else np.asarray(labels)
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(round(len(members) * share), 1), len(members) - 1)
+        order = _generator(seed, _SPLIT, int(label)).permutation(len(members))
+        held[members[order[:count]]] = True
+    if not held.any():
+        raise DataError(
+            f"validation_split={share} leaves nothing to validate on: every class has one picture."
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def check_classes(dataset: ImageDataset, where: str = "The dataset") -> None:
+    """Raises DataError unless there are pictures of two classes at least."""
+    present = [name for name, count in dataset.class_counts.items() if count]
+    if len(present) < 2:
+        raise DataError(
+            f"{where} has pictures of one class only ({_listed(present)}); a classifier needs two "
+            f"or more class folders."
+        )
+
+
+def _generator(*key: int) -> np.random.Generator:
+    # PCG64 and SeedSequence are fixed across NumPy versions and platforms.
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+# --- reading them --------------------------------------------------------------------------------
+
+
+class ImageDataset(keras.utils.PyDataset):
+    """Batches of pictures from files.
+
+    Iterating gives one epoch, read ahead by `workers` threads; `fit`, `evaluate` and `predict`
+    read ahead with as many of Keras' own. `fit` shuffles the order of batches once more unless it
+    is called with `shuffle=False`: give that where runs must be repeatable.
+
+    Attributes:
+        file_paths: all paths, in the order of the labels.
+        labels: int32, aligned with `file_paths`; None where there are none.
+        class_names: the name of each label.
+        class_counts: pictures of each class.
+        seed: of everything random.
+        epoch: counts up in `on_epoch_end`; set it with `set_epoch` to continue a run.
+        skipped: (path, reason) of every picture that could not be read so far.
+        failure: the exception that ended a batch, where a backend hides it behind its own.
+    """
+
+    def __init__(
+        self,
+        file_paths: Sequence[str | os.PathLike],
+        labels: Sequence[int] | None = None,
+        class_names: Sequence[str] | None = None,
+        *,
+        label_mode: str | None = "int",
+        preprocess: Preprocess | None = None,
+        augment: Callable | None = None,
+        batch_size: int = 32,
+        shuffle: bool = True,
+        seed: int | None = None,
+        workers: int | None = None,
+        cache: str | os.PathLike | None = None,
+        output: str = "uint8",
+        on_error: str = "skip",
+        drop_last: bool | str = False,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+        repeats: int = 1,
+        verify: bool = False,
+    ) -> None:
+        """Arguments are those of `image_dataset_from_directory`."""
+        _one_of("label_mode", label_mode, ("int", "categorical", "binary", None))
+        _one_of("output", output, ("uint8", "float32"))
+        _one_of("on_error", on_error, ("skip", "raise"))
+        _one_of("drop_last", drop_last, (False, True, "auto"))
+        _whole("batch_size", batch_size, 1)
+        _whole("repeats", repeats, 1)
+        if seed is not None:
+            _whole("seed", seed, 0)
+        if workers is not None:
+            _whole("workers", workers, 0)
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}.")
+        workers = _default_workers() if workers is None else int(workers)
+
+        self.file_paths = [os.fspath(path) for path in file_paths]
+        if not self.file_paths:
+            raise DataError("A dataset needs at least one picture, got none.")
+        self.labels, self.class_names = _checked_labels(labels, class_names, len(self.file_paths))
+        self.preprocess = Preprocess() if preprocess is None else preprocess
+        self.augment = augment
+        self.batch_size = int(batch_size)
+        self.shuffle = bool(shuffle)
+        self.seed = int(np.random.SeedSequence().entropy % 2**32) if seed is None else int(seed)
+        self.cache = None if cache is None else os.fspath(cache)
+        self.output = output
+        self.on_error = on_error
+        self.drop_last = drop_last
+        self.label_smoothing = float(label_smoothing)
+        self.repeats = int(repeats)
+        self.mix = augmentation.Mix(mixup, cutmix) if mixup or cutmix else None
+        self.epoch = 0
+        self.failure: Exception | None = None
+
+        soft = self.mix is not None or self.label_smoothing > 0
+        if soft and self.labels is None:
+            raise InputError("mixup, cutmix and label_smoothing need labels.")
+        if soft and label_mode == "binary":
+            raise InputError("label_mode='binary' cannot hold mixed or smoothed labels.")
+        if label_mode == "binary" and self.labels is not None and len(self.class_names) != 2:
+            raise InputError(
+                f"label_mode='binary' needs 2 classes, found {len(self.class_names)}: "
+                f"{_listed(self.class_names)}."
+            )
+        self.label_mode = "categorical" if soft else label_mode
+
+        self._skipped: dict[str, str] = {}
+        self._cached: dict[int, np.ndarray] = {}
+        self._order: tuple[int, np.ndarray] | None = None
+        self._lock = threading.Lock()
+        if self.cache not in (None, "ram"):
+            os.makedirs(self.cache, exist_ok=True)
+        if verify:
+            self.verify(workers)
+        super().__init__(workers=workers, max_queue_size=self._batches_ahead(workers))
+
+    @classmethod
+    def from_files(
+        cls,
+        paths: Sequence[str | os.PathLike],
+        labels: Sequence[int] | None = None,
+        class_names: Sequence[str] | None = None,
+        **arguments: Any,
+    ) -> ImageDataset:
+        """Builds a dataset from a list of files, without a look at folders.
+
+        Raises:
+            NotFoundError: one of the files does not exist.
+        """
+        for path in paths:
+            if not os.path.exists(path):
+                raise NotFoundError(f"{os.fspath(path)!r} does not exist.")
+        return cls(paths, labels, class_names, **arguments)
+
+    # What is known about the data.
+
+    @property
+    def num_samples(self) -> int:
+        """Pictures in the dataset."""
+        return len(self.file_paths)
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """Pictures of each class, by name."""
+        if self.labels is None:
+            return {}
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(path, reason) of every picture that could not be read so far, sorted by path."""
+        with self._lock:
+            return sorted(self._skipped.items())
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        full, rest = divmod(self._epoch_samples(), self.batch_size)
+        drop = self.drop_last is True or (self.drop_last == "auto" and rest == 1)
+        return full + bool(rest and not (drop and full))
+
+    def _epoch_samples(self) -> int:
+        if self.repeats == 1:
+            return self.num_samples
+        return augmentation.repeated_length(self.num_samples)
+
+    # The order of an epoch.
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, from 0, that order and augmentation are drawn for."""
+        _whole("epoch", epoch, 0)
+        self.epoch = int(epoch)
+
+    def on_epoch_end(self) -> None:
+        """Moves on to the next epoch; Keras calls it."""
+        self.epoch += 1
+
+    def _epoch_order(self) -> tuple[int, np.ndarray]:
+        """The epoch and the positions of its pictures, in order."""
+        epoch, order = self.epoch, self._order
+        if order is not None and order[0] == epoch:
+            return order
+        positions = np.arange(self.num_samples)
+        if self.shuffle:
+            positions = _generator(self.seed, _ORDER, epoch).permutation(self.num_samples)
+        if self.repeats > 1:
+            positions = augmentation.repeated(positions, self.repeats)
+        self._order = (epoch, positions)
+        return self._order
+
+    def batch_indices(self, index: int) -> np.ndarray:
+        """Positions in `file_paths` of the pictures of a batch, unreadable ones included."""
+        return self._batch_indices(self._epoch_order()[1], index)
+
+    def _batch_indices(self, order: np.ndarray, index: int) -> np.ndarray:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Batch {index} of {len(self)}.")
+        start = (index % len(self)) * self.batch_size
+        return order[start : start + self.batch_size]
+
+    # Batches.
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray] | np.ndarray:
+        """Reads batch `index` of the current epoch.
+
+        Returns:
+            (images, labels), or images alone without labels. Images are (n, height, width,
+            channels), uint8 in 0..255 or normalised float32.
+
+        Raises:
+            DataError: an unreadable picture with `on_error="raise"`; a batch without any readable
+                one; pictures of different sizes.
+        """
+        images, labels, _ = self.read_batch(index)
+        return images if labels is None else (images, labels)
+
+    def read_batch(self, index: int) -> Batch:
+        """Reads a batch as `[index]` does, with the positions of the pictures that it holds."""
+        epoch, order = self._epoch_order()
+        return self._read(epoch, index, self._batch_indices(order, index))
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray] | np.ndarray]:
+        """Gives the batches of the current epoch in order, read ahead by the workers."""
+        for images, labels, _ in self.batches():
+            yield images if labels is None else (images, labels)
+
+    def batches(self) -> Iterator[Batch]:
+        """Iterates like the dataset itself, with the positions of the pictures."""
+        epoch, order = self._epoch_order()
+        count = len(self)
+        if self.workers == 0:
+            for index in range(count):
+                yield self._read(epoch, index, self._batch_indices(order, index))
+            return
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="keras_resnet-data")
+        try:
+            waiting: deque = deque()
+            for index in range(count):
+                waiting.append(
+                    pool.submit(self._read, epoch, index, self._batch_indices(order, index))
+                )
+                if len(waiting) > self.max_queue_size:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, epoch: int, index: int, indices: np.ndarray) -> Batch:
+        try:
+            return self._assemble(epoch, index, indices)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _assemble(self, epoch: int, index: int, indices: np.ndarray) -> Batch:
+        images, kept = None, []
+        erasing = getattr(self.augment, "erasing", None)
+        erased = []
+        for place, sample in enumerate(indices):
+            # The copies of a repeated picture stand in a row, and must differ.
+            copy = int(np.count_nonzero(indices[:place] == sample)) if self.repeats > 1 else 0
+            rng = _generator(self.seed, _PICTURE, epoch, int(sample), copy)
+            try:
+                pixels = self._pixels(int(sample), rng)
+            except (DataError, NotFoundError) as error:
+                if self.on_error == "raise":
+                    raise
+                self._skip(self.file_paths[sample], str(error))
+                continue
+            if images is None:
+                images = np.empty((len(indices), *pixels.shape), np.uint8)
+            elif pixels.shape != images.shape[1:]:
+                raise DataError(
+                    f"Pictures of one batch have different sizes: {pixels.shape} of "
+                    f"{self.file_paths[sample]!r} and {images.shape[1:]} before it. Give "
+                    f"image_size, or a Preprocess with a crop_size."
+                )
+            images[len(kept)] = pixels
+            if erasing is not None:
+                erased.append(erasing.sample(pixels.shape[0], pixels.shape[1], rng))
+            kept.append(sample)
+        if images is None:
+            path = self.file_paths[indices[0]]
+            raise DataError(
+                f"None of the {len(indices)} pictures of batch {index} can be read; the first: "
+                f"{self._skipped[path]} Build the dataset with verify=True to drop such pictures."
+            )
+        images, kept = images[: len(kept)], np.asarray(kept)
+        if self.output == "float32":
+            images = self.preprocess.normalize(images)
+        for picture, window in zip(images, erased, strict=False):
+            erasing.apply(picture, window, self._erase_value())
+        labels = self._encoded(kept)
+        if self.mix is not None:
+            images, labels = self.mix(images, labels, _generator(self.seed, _MIX, epoch, index))
+        if self.label_smoothing:
+            labels = augmentation.smooth_labels(labels, self.label_smoothing)
+        return Batch(images, labels, kept)
+
+    def _pixels(self, sample: int, rng: np.random.Generator) -> np.ndarray:
+        if self.augment is None:
+            return self._kept(sample, lambda path: self.preprocess.pixels(path))
+        if self.cache is None:
+            picture = self._decoded(self.file_paths[sample])
+        else:
+            picture = self._kept(sample, lambda path: np.asarray(self._decoded(path)))
+        return self.augment(picture, rng)
+
+    def _decoded(self, path: str) -> np.ndarray | Image.Image:
+        return load(path, exif=self.preprocess.exif, color_mode=self.preprocess.color_mode)
+
+    def _kept(self, sample: int, make: Callable[[str], np.ndarray]) -> np.ndarray:
+        path = self.file_paths[sample]
+        if self.cache is None:
+            return make(path)
+        if self.cache == "ram":
+            if sample not in self._cached:
+                self._cached[sample] = make(path)
+            return self._cached[sample]
+        file = os.path.join(self.cache, self._cache_key(path) + ".npy")
+        try:
+            return np.load(file)
+        except (OSError, ValueError):  # not there, or cut off while it was written
+            pixels = make(path)
+        partial = f"{file}.{os.getpid()}.{threading.get_ident()}"
+        with open(partial, "wb") as stream:
+            np.save(stream, pixels)
+        os.replace(partial, file)
+        return pixels
+
+    def _cache_key(self, path: str) -> str:
+        try:
+            state = os.stat(path)
+        except OSError:
+            raise NotFoundError(f"{path!r} does not exist.") from None
+        how = self.preprocess.to_json() if self.augment is None else self._decode_config()
+        key = (os.path.abspath(path), state.st_size, state.st_mtime_ns, how)
+        return hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def _decode_config(self) -> str:
+        return f"decoded {self.preprocess.color_mode} exif={self.preprocess.exif}"
+
+    def _skip(self, path: str, reason: str) -> None:
+        with self._lock:
+            new = path not in self._skipped
+            self._skipped[path] = reason
+        if new:
+            logger.warning("Skipped: %s", reason)
+
+    def _encoded(self, indices: np.ndarray) -> np.ndarray | None:
+        if self.labels is None or self.label_mode is None:
+            return None
+        labels = self.labels[indices]
+        if self.label_mode == "categorical":
+            return np.eye(len(self.class_names), dtype=np.float32)[labels]
+        if self.label_mode == "binary":
+            return labels.astype(np.float32)[:, None]
+        return labels
+
+    def _erase_value(self) -> np.ndarray:
+        """torchvision erases to 0 after normalisation: in pixels that is the mean."""
+        if self.output == "float32" or self.preprocess.mean is None:
+            return np.zeros(self.preprocess.channels, np.float32)
+        return np.round(np.asarray(self.preprocess.mean) * 255).astype(np.uint8)
+
+    # Looking at the data.
+
+    def verify(self, workers: int | None = None) -> list[tuple[str, str]]:
+        """Decodes every picture once, and drops those that cannot be read from the dataset.
+
+        With `cache` the decoded pictures are kept, and not decoded again.
+
+        Returns:
+            (path, reason) of each one dropped.
+
+        Raises:
+            DataError: no picture can be read, or with `on_error="raise"` the first that cannot.
+        """
+        still = _generator(0)
+
+        def reason(sample: int) -> Exception | None:
+            try:
+                if self.augment is None or self.cache is None:
+                    self._kept(sample, lambda path: self.preprocess.pixels(path))
+                else:
+                    self._pixels(sample, still)
+            except (DataError, NotFoundError) as error:
+                return error
+            return None
+
+        threads = _default_workers() if not workers else workers
+        with ThreadPoolExecutor(threads, thread_name_prefix="keras_resnet-verify") as pool:
+            errors = list(pool.map(reason, range(self.num_samples)))
+        bad = [(self.file_paths[i], str(e)) for i, e in enumerate(errors) if e is not None]
+        if bad and self.on_error == "raise":
+            raise next(e for e in errors if e is not None)
+        if len(bad) == self.num_samples:
+            raise DataError(
+                f"None of the {self.num_samples} pictures can be read; the first: {bad[0][1]}"
+            )
+        if bad:
+            good = [i for i, e in enumerate(errors) if e is None]
+            self._cached = {n: self._cached[i] for n, i in enumerate(good) if i in self._cached}
+            self.file_paths = [self.file_paths[i] for i in good]
+            self.labels = None if self.labels is None else self.labels[good]
+            self._order = None
+            for path, why in bad:
+                self._skip(path, why)
+        return bad
+
+    def take_samples(self, count: int) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+        """The first pictures of the epoch as they are fed, before normalisation and mixing.
+
+        Returns:
+            uint8 (n, height, width, channels), int32 labels (n,) or None, their paths. n may be
+            smaller than `count`: unreadable pictures are left out.
+        """
+        epoch, order = self._epoch_order()
+        images, indices = [], []
+        for sample in order:
+            if len(images) == count:
+                break
+            try:
+                rng = _generator(self.seed, _PICTURE, epoch, int(sample), 0)
+                images.append(self._pixels(int(sample), rng))
+                indices.append(int(sample))
+            except (DataError, NotFoundError) as error:
+                if self.on_error == "raise":
+                    raise
+                self._skip(self.file_paths[sample], str(error))
+        if not images:
+            raise DataError(f"None of the {self.num_samples} pictures can be read.")
+        labels = None if self.labels is None else self.labels[indices]
+        return np.stack(images), labels, [self.file_paths[i] for i in indices]
+
+    def _batches_ahead(self, workers: int) -> int:
+        height, width, channels = self.preprocess.output_shape
+        pixel = 4 if self.output == "float32" else 1
+        size = self.batch_size * (height or 256) * (width or 256) * channels * pixel
+        return max(workers, min(2 * workers + 2, _PREFETCH_BYTES // size), 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the lock and the cached pictures: worker processes have their own."""
+        return {**self.__dict__, "_lock": None, "_cached": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what `__getstate__` gave."""
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def _default_workers() -> int:
+    cores = getattr(os, "sched_getaffinity", None)
+    return min(8, len(cores(0)) if cores else os.cpu_count() or 1)
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
+        raise InputError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+
+
+def _checked_labels(
+    labels: Sequence[int] | None, class_names: Sequence[str] | None, count: int
+) -> tuple[np.ndarray | None, list[str]]:
+    names = [] if class_names is None else [str(name) for name in class_names]
+    if labels is None:
+        return None, names
+    labels = np.asarray(labels)
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"labels must be one int a picture ({count}), got {labels.dtype} of shape "
+            f"{labels.shape}."
+        )
+    if not names:
+        names = [str(i) for i in range(int(labels.max()) + 1)]
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise InputError(
+            f"labels must lie in 0..{len(names) - 1} (classes {_listed(names)}), got "
+            f"{labels.min()}..{labels.max()}."
+        )
+    return labels.astype(np.int32), names
+
+
+def dataset_statistics(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of every channel over all pixels of a dataset.
+
+    Each pixel of each picture counts once, as the dataset feeds them (resized, augmented), before
+    normalisation; the sums are whole numbers, so the result is exact to float64. Averaging the
+    means of batches would weigh a smaller last batch wrongly, and averaging their standard
+    deviations is wrong in itself.
+
+    Returns:
+        Two float64 arrays, one value a channel, for pixels in 0..1.
+    """
+    # A histogram of the 256 values a channel holds all that is needed, in integers.
+    counts = np.zeros((dataset.preprocess.channels, 256), np.int64)
+    _, order = dataset._epoch_order()
+    rng_epoch = dataset.epoch
+    for start in range(0, len(order), dataset.batch_size):
+        for sample in order[start : start + dataset.batch_size]:
+            rng = _generator(dataset.seed, _PICTURE, rng_epoch, int(sample), 0)
+            try:
+                pixels = dataset._pixels(int(sample), rng)
+            except (DataError, NotFoundError) as error:
+                if dataset.on_error == "raise":
+                    raise
+                dataset._skip(dataset.file_paths[sample], str(error))
+                continue
+            for channel in range(counts.shape[0]):
+                counts[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
+    total = counts.sum(1)
+    if not total.all():
+        raise DataError(f"None of the {dataset.num_samples} pictures can be read.")
+    values = np.arange(256)
+    mean = (counts @ values) / total / 255
+    variance = (counts @ values**2) / total / 255**2 - mean**2
+    return mean, np.sqrt(np.maximum(variance, 0))

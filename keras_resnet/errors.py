@@ -1,0 +1,45 @@
+"""The package's own errors: each is also the built-in error a caller would catch there."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KerasResNetError(Exception):
+    """Base of every error that the package raises on purpose.
+
+    The message is one sentence or two: what was wrong, what was received, what to do. The
+    command line prints it as one line and exits with code 2.
+    """
+
+
+class InputError(KerasResNetError, ValueError):
+    """An argument, a name or a shape that cannot work."""
+
+
+class DataError(KerasResNetError, ValueError):
+    """A folder or a picture that cannot be used."""
+
+
+class CheckpointError(KerasResNetError, ValueError):
+    """A weight file that cannot be read, or that is refused."""
+
+
+class NotFoundError(KerasResNetError, FileNotFoundError):
+    """A path that does not exist."""
+
+
+class MissingDependencyError(KerasResNetError, ImportError):
+    """An optional package that this call needs and that is not installed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns `" Did you mean 'x' or 'y'?"`, or an empty string where nothing is near.
+
+    Example:
+        >>> did_you_mean("resnet5O", ["resnet50", "alexnet"])
+        " Did you mean 'resnet50'?"
+    """
+    near = difflib.get_close_matches(str(name).lower(), [str(k) for k in known], n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -1,0 +1,428 @@
+"""Pictures to model input: decode, resize, crop and normalise with torchvision's results.
+
+The order and the arithmetic are those of torchvision's evaluation presets
+(torchvision/transforms/_presets.py `ImageClassification`, functional.py `resize` and
+`center_crop`, datasets/folder.py `pil_loader`). Only NumPy and Pillow are needed. Where
+simplejpeg is installed it decodes ordinary JPEGs in about half the time, to the same pixels;
+everything else is left to Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from keras_resnet.errors import DataError, InputError, NotFoundError, did_you_mean
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow decodes the same pixels, more slowly
+    simplejpeg = None
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess", "decode", "load"]
+
+# torchvision/transforms/_presets.py, `ImageClassification`.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# torchvision.transforms.InterpolationMode names and what they mean for a Pillow image.
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "nearest-exact": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+PILLOW_MODES = {"rgb": "RGB", "grayscale": "L", "rgba": "RGBA"}
+
+Source = str | os.PathLike | bytes | IO[bytes]
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+# Pictures of 90 to 180 million pixels are read, as torchvision reads them; Pillow's warning about
+# each would tear the progress bar. A filter, because warnings.catch_warnings is not thread-safe.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np.ndarray:
+    """Decodes a picture to the pixels of torchvision's `Image.open(f).convert("RGB")`.
+
+    Args:
+        source: a path, the file's bytes, or a binary file object.
+        exif: turn the picture as its EXIF orientation says; torchvision does not.
+        color_mode: `"rgb"`, `"grayscale"` or `"rgba"`.
+
+    Returns:
+        uint8, (height, width, 3), RGB; 1 channel for grayscale and 4 for rgba. Of an animation
+        the first frame.
+
+    Raises:
+        DataError: the file is no picture, or an unreadable one; the message names it and says why.
+        NotFoundError: the path does not exist.
+
+    Example:
+        >>> import io
+        >>> file = io.BytesIO()
+        >>> Image.new("L", (3, 2), 7).save(file, "PNG")
+        >>> decode(file.getvalue()).shape
+        (2, 3, 3)
+    """
+    picture = load(source, exif=exif, color_mode=color_mode)
+    return picture if isinstance(picture, np.ndarray) else _to_array(picture)
+
+
+def load(
+    source: Source, *, exif: bool = False, color_mode: str = "rgb"
+) -> np.ndarray | Image.Image:
+    """Decodes as `decode` does, but returns whichever form the decoder made, without a copy.
+
+    Returns:
+        A uint8 array (height, width, 3) from simplejpeg, or a loaded Pillow image whose mode is
+        that of `color_mode`.
+    """
+    if color_mode not in PILLOW_MODES:
+        raise InputError(f"color_mode must be one of {sorted(PILLOW_MODES)}, got {color_mode!r}.")
+    name, data = _read(source)
+    if not data:
+        raise DataError(f"{name} cannot be read as a picture: the file is empty (0 bytes).")
+    if color_mode == "rgb":
+        pixels = _decode_jpeg(data, exif)
+        if pixels is not None:
+            return pixels
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return _converted(picture, exif, color_mode)
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{name} cannot be read as a picture: its first bytes {data[:8]!r} belong to no "
+            f"format that Pillow knows."
+        ) from None
+    except MemoryError:
+        raise DataError(f"{name} cannot be read as a picture: not enough memory.") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise DataError(f"{name} cannot be read as a picture: {reason}") from error
+
+
+def _read(source: Source) -> tuple[str, bytes]:
+    """Returns how to call the picture in a message, and its bytes."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"a picture of {len(source)} bytes", bytes(source)
+    if hasattr(source, "read"):
+        return repr(getattr(source, "name", "a file object")), source.read()
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(
+            f"A picture is given as a path, bytes or a binary file, got {type(source).__name__}."
+        )
+    path = os.fspath(source)
+    name = repr(path)  # file names may hold newlines; one message stays one line
+    try:
+        with open(path, "rb") as file:
+            return name, file.read()
+    except FileNotFoundError:
+        raise NotFoundError(f"{name} does not exist.") from None
+    except IsADirectoryError:
+        raise DataError(f"{name} is a folder, not a picture.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name} cannot be opened: {error}") from error
+
+
+def _decode_jpeg(data: bytes, exif: bool) -> np.ndarray | None:
+    """Decodes an ordinary, complete JPEG with simplejpeg; None leaves it to Pillow.
+
+    simplejpeg gives Pillow's pixels for YCbCr and gray files. Anything else (CMYK, a missing end
+    marker, data that libjpeg has to mend, a turned or a huge picture) goes to Pillow, so that a
+    file is read, or refused, alike with and without simplejpeg.
+    """
+    if simplejpeg is None or data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        limit = Image.MAX_IMAGE_PIXELS
+        if colorspace not in ("YCbCr", "Gray") or (limit and height * width > limit):
+            return None
+        if exif:
+            with Image.open(io.BytesIO(data)) as picture:
+                if picture.getexif().get(_ORIENTATION, 1) != 1:
+                    return None
+        return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
+    except Exception:  # Pillow decides, and words the error
+        return None
+
+
+def _converted(picture: Image.Image, exif: bool, color_mode: str = "rgb") -> Image.Image:
+    if exif:
+        picture = ImageOps.exif_transpose(picture)
+    mode = PILLOW_MODES[color_mode]
+    if picture.mode == "P" and isinstance(picture.info.get("transparency"), bytes) and mode == "RGB":
+        # The pixels are the same without it; with it Pillow warns about every such file.
+        picture = picture.copy()
+        del picture.info["transparency"]
+    if mode == "L":  # by way of RGB, as a colour picture that is made gray later
+        return picture.convert("RGB").convert("L")
+    picture.load()
+    return picture.convert(mode)
+
+
+def _to_array(picture: Image.Image) -> np.ndarray:
+    pixels = np.array(picture)  # a copy: what Pillow lends is read-only
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize, centre crop and normalise, equal to torchvision's evaluation presets.
+
+    Calling it gives the model's input; `pixels` gives the uint8 picture before normalisation,
+    equal to torchvision's to the bit (Resize with antialias and CenterCrop on a Pillow image).
+
+    Attributes:
+        resize_size: an int for the short side (the long one becomes `int(size * long / short)`),
+            (height, width) for both, or None for no resize.
+        crop_size: the centre crop, an int or (height, width), padded with black where the picture
+            is smaller; None for no crop.
+        interpolation: `"bilinear"`, `"bicubic"`, `"nearest"`, `"box"`, `"hamming"`, `"lanczos"`;
+            all but nearest with antialias, as Pillow resizes.
+        mean: per channel, for pixels in 0..1; None subtracts nothing.
+        std: per channel; None divides by nothing. With both None values are pixels / 255.
+        exif: turn pictures as their EXIF orientation says; torchvision does not.
+        color_mode: `"rgb"`, `"grayscale"` or `"rgba"`: 3, 1 or 4 channels.
+        crop_to_aspect_ratio: before a (height, width) resize cut the largest centred window of
+            that shape, so that nothing is distorted.
+
+    Raises:
+        InputError: an argument that cannot work.
+
+    Example:
+        >>> preprocess = Preprocess(resize_size=256, crop_size=224)
+        >>> picture = np.zeros((300, 400, 3), np.uint8)
+        >>> preprocess.pixels(picture).shape, preprocess(picture).dtype
+        ((224, 224, 3), dtype('float32'))
+        >>> Preprocess.from_config(preprocess.get_config()) == preprocess
+        True
+    """
+
+    resize_size: int | tuple[int, int] | None = 256
+    crop_size: int | tuple[int, int] | None = 224
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] | None = IMAGENET_MEAN
+    std: tuple[float, ...] | None = IMAGENET_STD
+    exif: bool = False
+    color_mode: str = "rgb"
+    crop_to_aspect_ratio: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field, and stores each in one form, so that equal means equal."""
+        store = object.__setattr__
+        if self.color_mode not in PILLOW_MODES:
+            raise InputError(
+                f"color_mode must be one of {sorted(PILLOW_MODES)}, got {self.color_mode!r}."
+            )
+        store(self, "resize_size", _size("resize_size", self.resize_size))
+        crop = _size("crop_size", self.crop_size)
+        store(self, "crop_size", (crop, crop) if isinstance(crop, int) else crop)
+        if self.interpolation not in INTERPOLATIONS:
+            raise InputError(
+                f"interpolation must be one of {sorted(INTERPOLATIONS)}, got "
+                f"{self.interpolation!r}.{did_you_mean(self.interpolation, INTERPOLATIONS)}"
+            )
+        for name in ("mean", "std"):
+            store(self, name, self._per_channel(name, getattr(self, name)))
+        if self.std is not None and min(self.std) <= 0:
+            raise InputError(f"std must be positive, got {self.std}.")
+        if self.crop_to_aspect_ratio and not isinstance(self.resize_size, tuple):
+            raise InputError(
+                f"crop_to_aspect_ratio needs resize_size=(height, width), got {self.resize_size!r}."
+            )
+        store(self, "exif", bool(self.exif))
+        store(self, "crop_to_aspect_ratio", bool(self.crop_to_aspect_ratio))
+
+    def _per_channel(self, name: str, value: Any) -> tuple[float, ...] | None:
+        if value is None:
+            return None
+        values = np.atleast_1d(np.asarray(value, dtype=np.float64))
+        if values.shape == (1,):
+            values = np.repeat(values, self.channels)
+        if values.shape != (self.channels,) or not np.isfinite(values).all():
+            raise InputError(
+                f"{name} must be one finite number a channel ({self.channels} for color_mode="
+                f"{self.color_mode!r}) or None, got {value!r}."
+            )
+        return tuple(float(v) for v in values)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the output: 3, or 1 for grayscale, or 4 for rgba."""
+        return {"rgb": 3, "grayscale": 1, "rgba": 4}[self.color_mode]
+
+    @property
+    def output_shape(self) -> tuple[int | None, int | None, int]:
+        """(height, width, channels); None for a side that depends on the picture."""
+        size = self.crop_size or self.resize_size
+        return (*(size if isinstance(size, tuple) else (None, None)), self.channels)
+
+    def __call__(self, image: Source | Image.Image | np.ndarray) -> np.ndarray:
+        """Returns the model's input for one picture.
+
+        Args:
+            image: a path, bytes, a Pillow image, or a uint8 array (height, width[, channels]).
+
+        Returns:
+            float32, (height, width, channels), normalised.
+
+        Raises:
+            DataError: the picture cannot be read.
+            InputError: an array of another type or shape.
+        """
+        return self.normalize(self.pixels(image))
+
+    def pixels(self, image: Source | Image.Image | np.ndarray) -> np.ndarray:
+        """Returns the resized and cropped picture before normalisation.
+
+        Returns:
+            uint8, (height, width, channels), equal to torchvision's to the bit.
+        """
+        picture = self._picture(image)
+        if self.crop_to_aspect_ratio:
+            picture = _crop_to_ratio(picture, self.resize_size)
+        if self.resize_size is not None:
+            picture = _resize(picture, self.resize_size, INTERPOLATIONS[self.interpolation])
+        if self.crop_size is not None:
+            picture = _center_crop(picture, self.crop_size)
+        return _to_array(picture)
+
+    def _picture(self, image: Source | Image.Image | np.ndarray) -> Image.Image:
+        if isinstance(image, Image.Image):
+            if image.mode == PILLOW_MODES[self.color_mode] and not self.exif:
+                return image
+            return _converted(image, self.exif, self.color_mode)
+        if not isinstance(image, np.ndarray):
+            image = load(image, exif=self.exif, color_mode=self.color_mode)
+            if isinstance(image, Image.Image):
+                return image
+        return _converted(image_from_array(image), False, self.color_mode)
+
+    def normalize(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns (pixels / 255 - mean) / std, in float32 as torch computes it.
+
+        Args:
+            pixels: uint8, (..., height, width, channels): one picture or a batch. float32 values
+                in 0..255 (a mixed batch) are taken as well.
+
+        Returns:
+            float32, of the same shape.
+        """
+        pixels = np.asarray(pixels)
+        if pixels.ndim < 2 or pixels.shape[-1] != self.channels:
+            raise InputError(
+                f"normalize takes (..., height, width, {self.channels}), got shape {pixels.shape}."
+            )
+        # One row of width * channels values at a time: NumPy is slow where the last axis has 3.
+        rows = pixels.reshape(*pixels.shape[:-2], -1)
+        out = np.divide(rows, np.float32(255), dtype=np.float32)
+        for operation, values in ((np.subtract, self.mean), (np.divide, self.std)):
+            if values is not None:
+                operation(out, np.tile(np.asarray(values, np.float32), pixels.shape[-2]), out=out)
+        return out.reshape(pixels.shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments as plain JSON types; `from_config` takes them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Preprocess:
+        """Builds the object that `get_config` described."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            raise InputError(
+                f"Preprocess has no argument {', '.join(unknown)}; it takes {', '.join(known)}."
+            )
+        return cls(**config)
+
+    def to_json(self) -> str:
+        """Returns `get_config` as JSON text."""
+        return json.dumps(self.get_config())
+
+
+def image_from_array(pixels: np.ndarray) -> Image.Image:
+    """Returns a Pillow image of a uint8 array (height, width), or with 1, 3 or 4 channels."""
+    if pixels.dtype != np.uint8:
+        raise InputError(
+            f"A picture given as an array must be uint8 with values 0 to 255, got {pixels.dtype}."
+        )
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    gray, coloured = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[-1] in (3, 4)
+    if 0 in pixels.shape or not (gray or coloured):
+        raise InputError(
+            f"A picture given as an array is (height, width) or (height, width, 1, 3 or 4), got "
+            f"shape {pixels.shape}."
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _size(name: str, value: Any) -> int | tuple[int, int] | None:
+    if value is None:
+        return None
+    sides = tuple(value) if isinstance(value, Sequence | np.ndarray) else (value,)
+    positive = all(isinstance(s, int | np.integer) and s is not True and s > 0 for s in sides)
+    if not positive or isinstance(value, str) or len(sides) not in (1, 2):
+        raise InputError(
+            f"{name} must be a positive int, a (height, width) pair or None, got {value!r}."
+        )
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _resize(picture: Image.Image, size: int | tuple[int, int], resample: int) -> Image.Image:
+    """torchvision/transforms/functional.py `_compute_resized_output_size`: the long side is cut."""
+    width, height = picture.size
+    if isinstance(size, tuple):
+        new_height, new_width = size
+    elif width <= height:
+        new_width, new_height = size, int(size * height / width)
+    else:
+        new_width, new_height = int(size * width / height), size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and new_width * new_height > 2 * limit:
+        raise DataError(
+            f"A picture of {width} x {height} would become {new_width} x {new_height} pixels at "
+            f"resize_size={size}; give resize_size=(height, width), or leave the picture out."
+        )
+    if (new_width, new_height) == (width, height):
+        return picture
+    return picture.resize((new_width, new_height), resample)
+
+
+def _center_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """torchvision/transforms/functional.py `center_crop`: the offset is rounded, half to even."""
+    crop_height, crop_width = size
+    width, height = picture.size
+    if crop_width > width or crop_height > height:
+        wide, high = max(crop_width - width, 0), max(crop_height - height, 0)
+        border = (wide // 2, high // 2, (wide + 1) // 2, (high + 1) // 2)
+        picture = ImageOps.expand(picture, border=border, fill=0)
+        width, height = picture.size
+        if (width, height) == (crop_width, crop_height):
+            return picture
+    top, left = round((height - crop_height) / 2.0), round((width - crop_width) / 2.0)
+    return picture.crop((left, top, left + crop_width, top + crop_height))
+
+
+def _crop_to_ratio(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred window with the shape of (height, width), as Keras cuts it."""
+    width, height = picture.size
+    crop_height = max(1, min(height, int(width * size[0] / size[1])))
+    crop_width = max(1, min(width, int(height * size[1] / size[0])))
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return picture.crop((left, top, left + crop_width, top + crop_height))

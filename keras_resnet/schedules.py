@@ -1,0 +1,374 @@
+"""Learning rates that change by epoch or by step, with the values of `torch.optim.lr_scheduler`.
+
+Every schedule is a table: the rates are computed once in double precision, one an epoch (or one a
+step), and looked up by integer arithmetic. In float32, `step / steps_per_epoch` slips over epoch
+boundaries in long runs and `1 + cos(x)` loses its digits near the end of a run; a table does
+neither, and gives every backend the same rates to half a unit in the last place.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_resnet.errors import InputError, did_you_mean
+
+
+class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
+    """Base of the schedules: a table of rates with a warm-up in front.
+
+    All lengths (`warmup_epochs`, `epochs`, `step_size`, `milestones`) are in epochs, and those of
+    the main part are counted from the end of the warm-up, as `torch.optim.lr_scheduler.SequentialLR`
+    counts them. After the last entry of the table the rate stays what it is.
+
+    Args:
+        initial: the rate after the warm-up, `lr` in torch.
+        steps_per_epoch: calls of the optimizer in one epoch (batches, also when it accumulates
+            gradients: Keras' schedules see every batch).
+        warmup_epochs: epochs of warm-up before the main part.
+        warmup_decay: the rate starts at `initial * warmup_decay`
+            (torchvision references/classification/train.py, `--lr-warmup-decay`).
+        warmup_method: `"linear"` (torch `LinearLR`) or `"constant"` (torch `ConstantLR`).
+        per: `"epoch"`: the rate changes between epochs alone, as in torchvision's references;
+            `"step"`: it changes every step, like a torch scheduler whose lengths are all
+            multiplied by `steps_per_epoch`.
+
+    Raises:
+        InputError: where an argument cannot work.
+    """
+
+    def __init__(
+        self,
+        initial: float,
+        steps_per_epoch: int = 1,
+        warmup_epochs: int = 0,
+        warmup_decay: float = 0.01,
+        warmup_method: str = "linear",
+        per: str = "epoch",
+    ):
+        super().__init__()
+        _choose("per", per, ("epoch", "step"))
+        _choose("warmup_method", warmup_method, ("linear", "constant"))
+        _check("initial", initial, initial >= 0, "a rate >= 0")
+        _check("warmup_decay", warmup_decay, 0 <= warmup_decay <= 1, "a fraction in [0, 1]")
+        self.initial = float(initial)
+        self.steps_per_epoch = _whole("steps_per_epoch", steps_per_epoch, at_least=1)
+        self.warmup_epochs = _whole("warmup_epochs", warmup_epochs, at_least=0)
+        self.warmup_decay = float(warmup_decay)
+        self.warmup_method = warmup_method
+        self.per = per
+        self._tensors: dict[tuple, Any] = {}
+
+    @abc.abstractmethod
+    def _main(self) -> np.ndarray:
+        """Rates of the main part in float64, one a unit (epoch or step), from its beginning."""
+
+    def _units(self, epochs: int) -> int:
+        return epochs if self.per == "epoch" else epochs * self.steps_per_epoch
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        warmup = np.arange(self._units(self.warmup_epochs), dtype="float64")
+        if self.warmup_method == "linear":
+            risen = warmup / max(len(warmup), 1)
+            factors = self.warmup_decay + (1 - self.warmup_decay) * risen
+        else:
+            factors = np.full_like(warmup, self.warmup_decay)
+        return np.concatenate([self.initial * factors, self._main()])
+
+    @property
+    def _steps_per_entry(self) -> int:
+        return self.steps_per_epoch if self.per == "epoch" else 1
+
+    def value_at(self, step: int) -> float:
+        """Rate of optimizer step `step`, counted from 0, as a Python float in double precision.
+
+        Example:
+            >>> schedule = CosineSchedule(0.1, epochs=2, steps_per_epoch=100)
+            >>> [round(schedule.value_at(step), 3) for step in (0, 99, 100, 200)]
+            [0.1, 0.1, 0.05, 0.0]
+        """
+        return float(self._table[min(int(step) // self._steps_per_entry, len(self._table) - 1)])
+
+    def __call__(self, step: Any) -> Any:
+        """Rate of step `step` (an integer, a Keras variable or a traced tensor) in `floatx()`."""
+        if isinstance(step, (int, np.integer)):
+            return ops.convert_to_tensor(self.value_at(step), dtype=keras.config.floatx())
+        entry = ops.floor_divide(ops.cast(step, "int32"), self._steps_per_entry)
+        entry = ops.minimum(entry, len(self._table) - 1)
+        return ops.take(self._tensor_beside(entry), entry)
+
+    def _tensor_beside(self, entry: Any) -> Any:
+        dtype = keras.config.floatx()
+        if keras.backend.backend() != "torch":  # there it becomes a constant of the traced graph
+            return ops.convert_to_tensor(self._table, dtype=dtype)
+        key = dtype, str(entry.device)
+        if key not in self._tensors:  # eager: do not send the table to the device every step
+            self._tensors[key] = ops.convert_to_tensor(self._table, dtype=dtype)
+        return self._tensors[key]
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments that build the same schedule again."""
+        return {
+            "initial": self.initial,
+            "steps_per_epoch": self.steps_per_epoch,
+            "warmup_epochs": self.warmup_epochs,
+            "warmup_decay": self.warmup_decay,
+            "warmup_method": self.warmup_method,
+            "per": self.per,
+        }
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+@keras.saving.register_keras_serializable(package="keras_resnet")
+class ConstantSchedule(Schedule):
+    """The same rate throughout, after the warm-up.
+
+    Args:
+        initial: the rate.
+        **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
+            `Schedule`.
+
+    Example:
+        >>> schedule = ConstantSchedule(0.1, steps_per_epoch=10, warmup_epochs=1, warmup_decay=0.1)
+        >>> [round(schedule.value_at(step), 3) for step in (0, 9, 10, 1000)]
+        [0.01, 0.01, 0.1, 0.1]
+    """
+
+    def __init__(self, initial: float, **kwargs: Any):
+        super().__init__(initial, **kwargs)
+
+    def _main(self) -> np.ndarray:
+        return np.array([self.initial])
+
+
+@keras.saving.register_keras_serializable(package="keras_resnet")
+class StepSchedule(Schedule):
+    """The rate times `gamma` every `step_size` epochs: torch's `StepLR`, and torchvision's default.
+
+    With `step_size=1` it is torch's `ExponentialLR`.
+
+    Args:
+        initial: the rate after the warm-up.
+        step_size: epochs between two drops.
+        gamma: factor of a drop, above 0 and below 1.
+        **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
+            `Schedule`.
+
+    Example:
+        >>> schedule = StepSchedule(0.1, step_size=30, gamma=0.1, steps_per_epoch=5004)
+        >>> [round(schedule.value_at(5004 * epoch), 5) for epoch in (0, 29, 30, 60, 89)]
+        [0.1, 0.1, 0.01, 0.001, 0.001]
+    """
+
+    def __init__(self, initial: float, step_size: int = 30, gamma: float = 0.1, **kwargs: Any):
+        super().__init__(initial, **kwargs)
+        self.step_size = _whole("step_size", step_size, at_least=1)
+        _check("gamma", gamma, 0 < gamma < 1, "a factor above 0 and below 1")
+        self.gamma = float(gamma)
+
+    def _main(self) -> np.ndarray:
+        # The table ends where the rate is no normal float32 any more.
+        smallest = float(np.finfo("float32").tiny)
+        drops = 0
+        if self.initial > smallest:
+            drops = math.ceil(math.log(smallest / self.initial) / math.log(self.gamma))
+        rates = self.initial * self.gamma ** np.arange(drops + 1, dtype="float64")
+        return np.repeat(rates, self._units(self.step_size))
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments that build the same schedule again."""
+        return {**super().get_config(), "step_size": self.step_size, "gamma": self.gamma}
+
+
+@keras.saving.register_keras_serializable(package="keras_resnet")
+class MultiStepSchedule(Schedule):
+    """The rate times `gamma` at every milestone: torch's `MultiStepLR`.
+
+    Args:
+        initial: the rate after the warm-up.
+        milestones: epochs, counted from the end of the warm-up, at whose beginning the rate drops;
+            one that is named twice drops it twice.
+        gamma: factor of a drop.
+        **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
+            `Schedule`.
+
+    Example:
+        >>> schedule = MultiStepSchedule(0.1, milestones=[100, 150], steps_per_epoch=391)
+        >>> [round(schedule.value_at(391 * epoch), 5) for epoch in (99, 100, 150)]
+        [0.1, 0.01, 0.001]
+    """
+
+    def __init__(
+        self, initial: float, milestones: Iterable[int], gamma: float = 0.1, **kwargs: Any
+    ):
+        super().__init__(initial, **kwargs)
+        self.milestones = sorted(_whole("milestones", m, at_least=0) for m in milestones)
+        _check("gamma", gamma, gamma > 0, "a factor above 0")
+        self.gamma = float(gamma)
+
+    def _main(self) -> np.ndarray:
+        milestones = np.array([self._units(m) for m in self.milestones], dtype="int64")
+        units = np.arange(milestones.max(initial=0) + 1)
+        passed = np.searchsorted(milestones, units, side="right")
+        return self.initial * self.gamma ** passed.astype("float64")
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments that build the same schedule again."""
+        return {**super().get_config(), "milestones": self.milestones, "gamma": self.gamma}
+
+
+@keras.saving.register_keras_serializable(package="keras_resnet")
+class CosineSchedule(Schedule):
+    """Half a cosine from `initial` to `lr_min`: torch's `CosineAnnealingLR`, with a warm-up.
+
+    torchvision references/classification/train.py, `--lr-scheduler cosineannealinglr`:
+    `T_max` is `epochs - warmup_epochs`, `eta_min` is `lr_min`.
+
+    Args:
+        initial: the rate after the warm-up.
+        epochs: length of the whole run, the warm-up included.
+        lr_min: the rate at the end, kept from there on.
+        **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
+            `Schedule`.
+
+    Example:
+        >>> schedule = CosineSchedule(0.5, epochs=600, warmup_epochs=5, steps_per_epoch=1252)
+        >>> [round(schedule.value_at(1252 * epoch), 4) for epoch in (0, 4, 5, 302, 599)]
+        [0.005, 0.401, 0.5, 0.2507, 0.0]
+    """
+
+    def __init__(self, initial: float, epochs: int, lr_min: float = 0.0, **kwargs: Any):
+        super().__init__(initial, **kwargs)
+        self.epochs = _whole("epochs", epochs, at_least=1)
+        _check(
+            "epochs",
+            epochs,
+            self.epochs > self.warmup_epochs,
+            f"more epochs than the {self.warmup_epochs} of warm-up",
+        )
+        _check("lr_min", lr_min, lr_min >= 0, "a rate >= 0")
+        self.lr_min = float(lr_min)
+
+    def _main(self) -> np.ndarray:
+        length = self._units(self.epochs - self.warmup_epochs)
+        remaining = np.arange(length, -1, -1, dtype="float64") / length
+        # (1 + cos(pi t/T)) / 2, written so that the last rates keep all their digits.
+        return self.lr_min + (self.initial - self.lr_min) * np.sin(np.pi / 2 * remaining) ** 2
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments that build the same schedule again."""
+        return {**super().get_config(), "epochs": self.epochs, "lr_min": self.lr_min}
+
+
+@keras.saving.register_keras_serializable(package="keras_resnet")
+class OneCycleSchedule(Schedule):
+    """Up to `max_lr` and far down again: torch's `OneCycleLR` (Smith and Topin 2018).
+
+    It changes the rate alone; torch's also cycles the momentum unless `cycle_momentum=False`.
+
+    Args:
+        max_lr: the highest rate.
+        epochs: length of the cycle.
+        steps_per_epoch: calls of the optimizer in one epoch.
+        pct_start: part of the cycle in which the rate rises.
+        anneal_strategy: `"cos"` or `"linear"`.
+        div_factor: the first rate is `max_lr / div_factor`.
+        final_div_factor: the last rate is the first one over `final_div_factor`.
+        three_phase: fall to the first rate, as long as the rise took, before the last descent.
+        per: `"step"` as torch, or `"epoch"`.
+
+    Example:
+        >>> schedule = OneCycleSchedule(0.1, epochs=10, steps_per_epoch=100)
+        >>> [round(schedule.value_at(step), 6) for step in (0, 299, 999)]
+        [0.004, 0.1, 0.0]
+    """
+
+    def __init__(
+        self,
+        max_lr: float,
+        epochs: int,
+        steps_per_epoch: int = 1,
+        pct_start: float = 0.3,
+        anneal_strategy: str = "cos",
+        div_factor: float = 25.0,
+        final_div_factor: float = 1e4,
+        three_phase: bool = False,
+        per: str = "step",
+    ):
+        super().__init__(max_lr, steps_per_epoch, per=per)
+        _choose("anneal_strategy", anneal_strategy, ("cos", "linear"))
+        _check("pct_start", pct_start, 0 <= pct_start <= 1, "a fraction in [0, 1]")
+        _check("div_factor", div_factor, div_factor > 0, "a number above 0")
+        _check("final_div_factor", final_div_factor, final_div_factor > 0, "a number above 0")
+        self.epochs = _whole("epochs", epochs, at_least=1)
+        self.pct_start = float(pct_start)
+        self.anneal_strategy = anneal_strategy
+        self.div_factor = float(div_factor)
+        self.final_div_factor = float(final_div_factor)
+        self.three_phase = bool(three_phase)
+
+    def _main(self) -> np.ndarray:
+        total = self._units(self.epochs)
+        first = self.initial / self.div_factor
+        last = first / self.final_div_factor
+        top = self.pct_start * total - 1  # a step number, not always a whole one, as in torch
+        ends, rates = [0.0, top], [first, self.initial]
+        if self.three_phase:
+            ends.append(2 * self.pct_start * total - 2)
+            rates.append(first)
+        ends.append(total - 1)
+        rates.append(last)
+
+        steps = np.arange(total, dtype="float64")
+        phase = np.searchsorted(np.array(ends[1:-1]), steps, side="left")
+        start, end = np.array(ends)[phase], np.array(ends)[phase + 1]
+        # A cycle so short that a phase has no length is at the phase's end at once.
+        length = end - start
+        done = np.divide(steps - start, length, out=np.ones_like(steps), where=length != 0)
+        before, after = np.array(rates)[phase], np.array(rates)[phase + 1]
+        left = np.sin(np.pi / 2 * (1 - done)) ** 2 if self.anneal_strategy == "cos" else 1 - done
+        return after + (before - after) * left
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments that build the same schedule again."""
+        return {
+            "max_lr": self.initial,
+            "epochs": self.epochs,
+            "steps_per_epoch": self.steps_per_epoch,
+            "pct_start": self.pct_start,
+            "anneal_strategy": self.anneal_strategy,
+            "div_factor": self.div_factor,
+            "final_div_factor": self.final_div_factor,
+            "three_phase": self.three_phase,
+            "per": self.per,
+        }
+
+
+def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise InputError(f"`{name}` must be {wanted}; received {value!r}.")
+
+
+def _whole(name: str, value: Any, at_least: int) -> int:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    _check(name, value, whole and value >= at_least, f"a whole number >= {at_least}")
+    return int(value)
+
+
+def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(
+            f"`{name}` must be one of {', '.join(map(repr, known))}; received {value!r}."
+            + did_you_mean(value, known)
+        )

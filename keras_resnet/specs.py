@@ -1,0 +1,277 @@
+"""Every variant as one row: what distinguishes a ResNet-18 from a ResNeXt-101 is data, not code."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from typing import Literal
+
+from keras_resnet.errors import InputError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetSpec:
+    """One ResNet variant.
+
+    Attributes:
+        name: The name in `create_model(name)`.
+        blocks: Residual blocks in each stage.
+        bottleneck: Three convolutions a block (1x1, 3x3, 1x1) instead of two 3x3.
+        groups: Groups of the 3x3 convolution (ResNeXt's cardinality).
+        width_per_group: Channels of a group in the first stage, torchvision's parameter.
+        widths: Filters of each stage before the bottleneck's expansion by 4.
+        stem: `"imagenet"` is 7x7 stride 2 and a 3x3 stride 2 max pooling, `"cifar"` one 3x3.
+        stride_on: Which convolution of a bottleneck strides: `"1x1"` (v1) or `"3x3"` (v1.5).
+        shortcut: `"projection"` (1x1 and batch norm), `"zero_padding"` (He et al. option A)
+            or `"bare_projection"` (a biased 1x1 without batch norm).
+        project_first: A projection at the start of every stage, needed or not.
+        use_bias: Biases on the convolutions.
+        relu_before_add: A ReLU at the end of the residual branch, before the addition as well.
+        stage_name: Prefix of the stages' names.
+        layout: Module paths inside stem and blocks: `"torchvision"` or `"sequential"`.
+        head: Name of the classification layer.
+        init: Initialisation of the convolutions, see `blocks.initializers`.
+        input_size: Height and width that the variant was designed for, pixels.
+        num_classes: Classes of the data set that the variant was designed for.
+        min_size: The smallest height and width that it takes, pixels.
+        source: Where the variant is described.
+    """
+
+    name: str
+    blocks: tuple[int, ...]
+    bottleneck: bool = False
+    groups: int = 1
+    width_per_group: int = 64
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stride_on: Literal["1x1", "3x3"] = "3x3"
+    shortcut: Literal["projection", "zero_padding", "bare_projection"] = "projection"
+    project_first: bool = False
+    use_bias: bool = False
+    relu_before_add: bool = False
+    stage_name: str = "layer"
+    layout: Literal["torchvision", "sequential"] = "torchvision"
+    head: str = "fc"
+    init: Literal["fan_out", "fan_in", "torch"] = "fan_out"
+    input_size: int = 224
+    num_classes: int = 1000
+    min_size: int = 1
+    source: str = "torchvision/models/resnet.py"
+
+    def filters(self, stage: int) -> tuple[int, ...]:
+        """Filters of the convolutions in a block of the stage (counted from 0)."""
+        width = self.widths[stage]
+        if not self.bottleneck:
+            return (width, width)
+        # torchvision/models/resnet.py, Bottleneck.__init__.
+        inner = int(width * self.width_per_group / 64) * self.groups
+        return (inner, inner, 4 * width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """One convolution of an AlexNet, its ReLU, and the max pooling behind it, if any.
+
+    Attributes:
+        name: Layer name.
+        filters: Output channels.
+        kernel_size: Height and width of the kernel.
+        strides: Stride in both directions.
+        padding: Zeros added on every side.
+        pool: `(window, stride)` of the max pooling, or `None`.
+    """
+
+    name: str
+    filters: int
+    kernel_size: int
+    strides: int = 1
+    padding: int = 0
+    pool: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AlexNetSpec:
+    """One AlexNet variant.
+
+    Attributes:
+        name: The name in `create_model(name)`.
+        convs: The convolutions.
+        dense: Names of the three fully connected layers.
+        dropout_before: Dropout before each hidden layer (torchvision) instead of behind it.
+        adaptive: Average pooling to 6x6 in front of the head, so that any size can be fed.
+        input_size: Height and width that the variant was designed for, pixels.
+        num_classes: Classes of the data set that the variant was designed for.
+        min_size: The smallest height and width that it takes, pixels.
+        source: Where the variant is described.
+    """
+
+    name: str
+    convs: tuple[Conv, ...]
+    dense: tuple[str, str, str]
+    dropout_before: bool = False
+    adaptive: bool = False
+    input_size: int = 224
+    num_classes: int = 1000
+    min_size: int = 63
+    source: str = "torchvision/models/alexnet.py"
+    head: str = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "head", self.dense[-1])
+
+
+def _cifar(depth: int) -> ResNetSpec:
+    # He et al. 2015, section 4.2: 6n+2 layers, {16, 32, 64} filters, identity shortcuts in all
+    # cases (option A). 20, 32, 44, 56, 110 are n = 3, 5, 7, 9, 18.
+    return ResNetSpec(
+        f"resnet{depth}",
+        blocks=((depth - 2) // 6,) * 3,
+        widths=(16, 32, 64),
+        stem="cifar",
+        shortcut="zero_padding",
+        head="linear",
+        init="fan_in",
+        input_size=32,
+        num_classes=10,
+        source="He et al. 2015, arXiv:1512.03385, section 4.2",
+    )
+
+
+_V1 = "He et al. 2015, arXiv:1512.03385, table 1 (stride on the first 1x1 of a bottleneck)"
+_BOTTLENECK_50, _BOTTLENECK_101, _BOTTLENECK_152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
+
+SPECS: dict[str, ResNetSpec | AlexNetSpec] = {
+    spec.name: spec
+    for spec in (
+        ResNetSpec("resnet18", (2, 2, 2, 2)),
+        ResNetSpec("resnet34", (3, 4, 6, 3)),
+        ResNetSpec("resnet50", _BOTTLENECK_50, bottleneck=True),
+        ResNetSpec("resnet101", _BOTTLENECK_101, bottleneck=True),
+        ResNetSpec("resnet152", _BOTTLENECK_152, bottleneck=True),
+        ResNetSpec(
+            "resnext50_32x4d", _BOTTLENECK_50, bottleneck=True, groups=32, width_per_group=4
+        ),
+        ResNetSpec(
+            "resnext101_32x8d", _BOTTLENECK_101, bottleneck=True, groups=32, width_per_group=8
+        ),
+        ResNetSpec(
+            "resnext101_64x4d", _BOTTLENECK_101, bottleneck=True, groups=64, width_per_group=4
+        ),
+        ResNetSpec("wide_resnet50_2", _BOTTLENECK_50, bottleneck=True, width_per_group=128),
+        ResNetSpec("wide_resnet101_2", _BOTTLENECK_101, bottleneck=True, width_per_group=128),
+        ResNetSpec("resnet50_v1", _BOTTLENECK_50, bottleneck=True, stride_on="1x1", source=_V1),
+        ResNetSpec("resnet101_v1", _BOTTLENECK_101, bottleneck=True, stride_on="1x1", source=_V1),
+        ResNetSpec("resnet152_v1", _BOTTLENECK_152, bottleneck=True, stride_on="1x1", source=_V1),
+        ResNetSpec(
+            "resnet50_v1_relu",
+            _BOTTLENECK_50,
+            bottleneck=True,
+            stride_on="1x1",
+            relu_before_add=True,
+            stage_name="stage",
+            init="torch",
+            source="a common tutorial's ResNet-50: as v1, with a ReLU before the addition as well",
+        ),
+        _cifar(20),
+        _cifar(32),
+        _cifar(44),
+        _cifar(56),
+        _cifar(110),
+        ResNetSpec(
+            "resnet34_cifar10",
+            blocks=(3, 4, 6, 3),
+            shortcut="bare_projection",
+            project_first=True,
+            use_bias=True,
+            relu_before_add=True,
+            layout="sequential",
+            input_size=32,
+            num_classes=10,
+            source="a common tutorial's ResNet-34 for CIFAR-10, ImageNet stem and biases",
+        ),
+        AlexNetSpec(
+            "alexnet",
+            convs=(
+                Conv("features_0", 64, 11, strides=4, padding=2, pool=(3, 2)),
+                Conv("features_3", 192, 5, padding=2, pool=(3, 2)),
+                Conv("features_6", 384, 3, padding=1),
+                Conv("features_8", 256, 3, padding=1),
+                Conv("features_10", 256, 3, padding=1, pool=(3, 2)),
+            ),
+            dense=("classifier_1", "classifier_4", "classifier_6"),
+            dropout_before=True,
+            adaptive=True,
+        ),
+        AlexNetSpec(
+            "alexnet_paper",
+            convs=(
+                Conv("conv1_0", 96, 11, strides=4, padding=2, pool=(3, 2)),
+                Conv("conv2_0", 256, 5, padding=2, pool=(3, 2)),
+                Conv("conv3_0", 384, 3, padding=1),
+                Conv("conv4_0", 384, 3, padding=1),
+                Conv("conv5_0", 256, 3, padding=1, pool=(3, 2)),
+            ),
+            dense=("fc1_1", "fc2_0", "fc3_0"),
+            source="Krizhevsky et al. 2012, section 3.5, without the split over two GPUs",
+        ),
+        AlexNetSpec(
+            "alexnet_cifar10",
+            convs=(
+                Conv("conv1_0", 64, 3, padding=1, pool=(2, 2)),
+                Conv("conv2_0", 256, 3, padding=1, pool=(2, 2)),
+                Conv("conv3_0", 384, 3, padding=1),
+                Conv("conv4_0", 256, 3, padding=1),
+                Conv("conv5_0", 256, 3, padding=1, pool=(2, 2)),
+            ),
+            dense=("fc1_1", "fc2_0", "fc3_0"),
+            input_size=32,
+            num_classes=10,
+            min_size=8,
+            source="a common tutorial's AlexNet for CIFAR-10",
+        ),
+    )
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the variants that match a shell pattern, in the table's order.
+
+    Args:
+        pattern: As in a shell: `*` and `?`; without either, a part of the name.
+
+    Example:
+        >>> list_models("wide*")
+        ['wide_resnet50_2', 'wide_resnet101_2']
+    """
+    if not any(c in pattern for c in "*?["):
+        pattern = f"*{pattern}*"
+    return [name for name in SPECS if fnmatch.fnmatchcase(name, pattern.lower())]
+
+
+def get_spec(name: str) -> ResNetSpec | AlexNetSpec:
+    """The row of a variant.
+
+    Raises:
+        InputError: The name is unknown; the message names near ones.
+    """
+    spec = SPECS.get(str(name).lower())
+    if spec is None:
+        hint = did_you_mean(name, SPECS) or " See kr.list_models() or `keras-resnet models`."
+        raise InputError(f"Unknown model {name!r}.{hint}")
+    return spec
+
+
+def conv_output_size(size: int, kernel_size: int, strides: int = 1, padding: int = 0) -> int:
+    """Side of a convolution's or a pooling's output: `floor((i - k + 2p) / s) + 1`.
+
+    Args:
+        size: Side of the input `i`, pixels.
+        kernel_size: Side of the kernel or window `k`.
+        strides: Stride `s`.
+        padding: Zeros on each side `p`.
+
+    Example:
+        >>> conv_output_size(224, 11, strides=4, padding=2)  # AlexNet's first convolution
+        55
+    """
+    return (size - kernel_size + 2 * padding) // strides + 1
