@@ -156,9 +156,11 @@ def image_dataset_from_directory(
         ((2, 32, 32, 3), ['ants', 'bees'])
     """
     if preprocess is None:
-        preprocess = _preprocess_of(image_size, interpolation, color_mode, crop_to_aspect_ratio, exif)
-    elif image_size is not None:
-        raise InputError("Give image_size or preprocess, not both: preprocess has the sizes.")
+        preprocess = _preprocess_of(
+            image_size, interpolation, color_mode, crop_to_aspect_ratio, exif
+        )
+    else:
+        _check_no_conflict(preprocess, image_size, color_mode, crop_to_aspect_ratio, exif)
     if isinstance(labels, str) and labels != "inferred":
         raise InputError(f"labels must be 'inferred', None or a list of ints, got {labels!r}.")
     if (validation_split is None) != (subset is None):
@@ -237,6 +239,27 @@ def _preprocess_of(
         return Preprocess(**arguments)
     both = (image_size, image_size) if isinstance(image_size, int) else image_size
     return Preprocess(both, None, crop_to_aspect_ratio=crop_to_aspect_ratio, **arguments)
+
+
+def _check_no_conflict(
+    preprocess: Preprocess,
+    image_size: Any,
+    color_mode: str,
+    crop_to_aspect_ratio: bool,
+    exif: bool,
+) -> None:
+    """Raises InputError where an argument says other than the Preprocess given beside it."""
+    wrong = {
+        "image_size": image_size is not None,
+        "color_mode": color_mode not in ("rgb", preprocess.color_mode),
+        "crop_to_aspect_ratio": crop_to_aspect_ratio and not preprocess.crop_to_aspect_ratio,
+        "exif": exif and not preprocess.exif,
+    }
+    named = [name for name, conflicts in wrong.items() if conflicts]
+    if named:
+        raise InputError(
+            f"{' and '.join(named)} cannot be given beside preprocess, which says it: {preprocess}."
+        )
 
 
 # --- finding the files ---------------------------------------------------------------------------
@@ -570,9 +593,7 @@ class ImageDataset(keras.utils.PyDataset):
         return full + bool(rest and not (drop and full))
 
     def _epoch_samples(self) -> int:
-        if self.repeats == 1:
-            return self.num_samples
-        return augmentation.repeated_length(self.num_samples)
+        return len(self._epoch_order()[1])
 
     # The order of an epoch.
 
@@ -594,19 +615,19 @@ class ImageDataset(keras.utils.PyDataset):
         if self.shuffle:
             positions = _generator(self.seed, _ORDER, epoch).permutation(self.num_samples)
         if self.repeats > 1:
-            positions = augmentation.repeated(positions, self.repeats)
+            positions = augmentation.repeated_augmentation(positions, self.repeats)
         self._order = (epoch, positions)
         return self._order
 
     def batch_indices(self, index: int) -> np.ndarray:
         """Positions in `file_paths` of the pictures of a batch, unreadable ones included."""
-        return self._batch_indices(self._epoch_order()[1], index)
+        start = self._checked(index) * self.batch_size
+        return self._epoch_order()[1][start : start + self.batch_size]
 
-    def _batch_indices(self, order: np.ndarray, index: int) -> np.ndarray:
+    def _checked(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"Batch {index} of {len(self)}.")
-        start = (index % len(self)) * self.batch_size
-        return order[start : start + self.batch_size]
+        return index % len(self)
 
     # Batches.
 
@@ -626,8 +647,7 @@ class ImageDataset(keras.utils.PyDataset):
 
     def read_batch(self, index: int) -> Batch:
         """Reads a batch as `[index]` does, with the positions of the pictures that it holds."""
-        epoch, order = self._epoch_order()
-        return self._read(epoch, index, self._batch_indices(order, index))
+        return self._read(*self._epoch_order(), self._checked(index))
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray] | np.ndarray]:
         """Gives the batches of the current epoch in order, read ahead by the workers."""
@@ -640,15 +660,13 @@ class ImageDataset(keras.utils.PyDataset):
         count = len(self)
         if self.workers == 0:
             for index in range(count):
-                yield self._read(epoch, index, self._batch_indices(order, index))
+                yield self._read(epoch, order, index)
             return
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="keras_resnet-data")
         try:
             waiting: deque = deque()
             for index in range(count):
-                waiting.append(
-                    pool.submit(self._read, epoch, index, self._batch_indices(order, index))
-                )
+                waiting.append(pool.submit(self._read, epoch, order, index))
                 if len(waiting) > self.max_queue_size:
                     yield waiting.popleft().result()
             while waiting:
@@ -656,51 +674,52 @@ class ImageDataset(keras.utils.PyDataset):
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, epoch: int, index: int, indices: np.ndarray) -> Batch:
+    def _read(self, epoch: int, order: np.ndarray, index: int) -> Batch:
         try:
-            return self._assemble(epoch, index, indices)
+            return self._assemble(epoch, order, index)
         except Exception as error:
             self.failure = error
             raise
 
-    def _assemble(self, epoch: int, index: int, indices: np.ndarray) -> Batch:
-        images, kept = None, []
+    def _assemble(self, epoch: int, order: np.ndarray, index: int) -> Batch:
+        positions = range(len(order))[index * self.batch_size : (index + 1) * self.batch_size]
         erasing = getattr(self.augment, "erasing", None)
-        erased = []
-        for place, sample in enumerate(indices):
-            # The copies of a repeated picture stand in a row, and must differ.
-            copy = int(np.count_nonzero(indices[:place] == sample)) if self.repeats > 1 else 0
-            rng = _generator(self.seed, _PICTURE, epoch, int(sample), copy)
+        images, kept, erased = None, [], []
+        for position in positions:
+            sample = int(order[position])
+            # The copies of a repeated picture stand in a row; each gets its own randomness.
+            rng = _generator(self.seed, _PICTURE, epoch, sample, position % self.repeats)
             try:
-                pixels = self._pixels(int(sample), rng)
+                pixels = self._pixels(sample, rng)
             except (DataError, NotFoundError) as error:
                 if self.on_error == "raise":
                     raise
                 self._skip(self.file_paths[sample], str(error))
                 continue
             if images is None:
-                images = np.empty((len(indices), *pixels.shape), np.uint8)
+                images = np.empty((len(positions), *pixels.shape), np.uint8)
             elif pixels.shape != images.shape[1:]:
-                raise DataError(
+                raise InputError(
                     f"Pictures of one batch have different sizes: {pixels.shape} of "
                     f"{self.file_paths[sample]!r} and {images.shape[1:]} before it. Give "
                     f"image_size, or a Preprocess with a crop_size."
                 )
             images[len(kept)] = pixels
             if erasing is not None:
-                erased.append(erasing.sample(pixels.shape[0], pixels.shape[1], rng))
+                erased.append(erasing.sample(*pixels.shape[:2], rng))
             kept.append(sample)
         if images is None:
-            path = self.file_paths[indices[0]]
+            path = self.file_paths[order[positions[0]]]
             raise DataError(
-                f"None of the {len(indices)} pictures of batch {index} can be read; the first: "
+                f"None of the {len(positions)} pictures of batch {index} can be read; the first: "
                 f"{self._skipped[path]} Build the dataset with verify=True to drop such pictures."
             )
         images, kept = images[: len(kept)], np.asarray(kept)
         if self.output == "float32":
             images = self.preprocess.normalize(images)
-        for picture, window in zip(images, erased, strict=False):
-            erasing.apply(picture, window, self._erase_value())
+        for place, window in enumerate(erased):
+            if window is not None:
+                images[place] = erasing.apply(images[place], window, self._erase_value(erasing))
         labels = self._encoded(kept)
         if self.mix is not None:
             images, labels = self.mix(images, labels, _generator(self.seed, _MIX, epoch, index))
@@ -709,13 +728,22 @@ class ImageDataset(keras.utils.PyDataset):
         return Batch(images, labels, kept)
 
     def _pixels(self, sample: int, rng: np.random.Generator) -> np.ndarray:
+        """One uint8 picture as it is fed."""
+        picture = self._source(sample)
         if self.augment is None:
-            return self._kept(sample, lambda path: self.preprocess.pixels(path))
+            return picture
+        try:
+            return self.augment(picture, rng)
+        except InputError as error:
+            raise InputError(f"{self.file_paths[sample]!r}: {error}") from error
+
+    def _source(self, sample: int) -> np.ndarray | Image.Image:
+        """What is not random about a picture: the finished one, or the decoded one to augment."""
+        if self.augment is None:
+            return self._kept(sample, self.preprocess.pixels)
         if self.cache is None:
-            picture = self._decoded(self.file_paths[sample])
-        else:
-            picture = self._kept(sample, lambda path: np.asarray(self._decoded(path)))
-        return self.augment(picture, rng)
+            return self._decoded(self.file_paths[sample])
+        return self._kept(sample, lambda path: np.asarray(self._decoded(path)))
 
     def _decoded(self, path: str) -> np.ndarray | Image.Image:
         return load(path, exif=self.preprocess.exif, color_mode=self.preprocess.color_mode)
@@ -763,16 +791,23 @@ class ImageDataset(keras.utils.PyDataset):
             return None
         labels = self.labels[indices]
         if self.label_mode == "categorical":
-            return np.eye(len(self.class_names), dtype=np.float32)[labels]
+            one_hot = np.zeros((len(labels), len(self.class_names)), np.float32)
+            one_hot[np.arange(len(labels)), labels] = 1
+            return one_hot
         if self.label_mode == "binary":
             return labels.astype(np.float32)[:, None]
         return labels
 
-    def _erase_value(self) -> np.ndarray:
-        """torchvision erases to 0 after normalisation: in pixels that is the mean."""
-        if self.output == "float32" or self.preprocess.mean is None:
-            return np.zeros(self.preprocess.channels, np.float32)
-        return np.round(np.asarray(self.preprocess.mean) * 255).astype(np.uint8)
+    def _erase_value(self, erasing: augmentation.RandomErasing) -> np.ndarray:
+        """The value of erased pixels; it is given in normalised units, as in torchvision."""
+        channels = self.preprocess.channels
+        if self.output == "float32":
+            return np.full(channels, erasing.value, np.float32)
+        mean = np.broadcast_to(
+            0.0 if self.preprocess.mean is None else self.preprocess.mean, channels
+        )
+        std = 1.0 if self.preprocess.std is None else np.asarray(self.preprocess.std)
+        return np.clip(np.round((erasing.value * std + mean) * 255), 0, 255).astype(np.uint8)
 
     # Looking at the data.
 
@@ -787,19 +822,15 @@ class ImageDataset(keras.utils.PyDataset):
         Raises:
             DataError: no picture can be read, or with `on_error="raise"` the first that cannot.
         """
-        still = _generator(0)
 
         def reason(sample: int) -> Exception | None:
             try:
-                if self.augment is None or self.cache is None:
-                    self._kept(sample, lambda path: self.preprocess.pixels(path))
-                else:
-                    self._pixels(sample, still)
+                self._source(sample)
             except (DataError, NotFoundError) as error:
                 return error
             return None
 
-        threads = _default_workers() if not workers else workers
+        threads = workers or _default_workers()
         with ThreadPoolExecutor(threads, thread_name_prefix="keras_resnet-verify") as pool:
             errors = list(pool.map(reason, range(self.num_samples)))
         bad = [(self.file_paths[i], str(e)) for i, e in enumerate(errors) if e is not None]
@@ -846,6 +877,7 @@ class ImageDataset(keras.utils.PyDataset):
 
     def _batches_ahead(self, workers: int) -> int:
         height, width, channels = self.preprocess.output_shape
+        height, width = getattr(self.augment, "output_size", None) or (height, width)
         pixel = 4 if self.output == "float32" else 1
         size = self.batch_size * (height or 256) * (width or 256) * channels * pixel
         return max(workers, min(2 * workers + 2, _PREFETCH_BYTES // size), 1)
@@ -907,22 +939,27 @@ def dataset_statistics(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Two float64 arrays, one value a channel, for pixels in 0..1.
     """
-    # A histogram of the 256 values a channel holds all that is needed, in integers.
-    counts = np.zeros((dataset.preprocess.channels, 256), np.int64)
-    _, order = dataset._epoch_order()
-    rng_epoch = dataset.epoch
-    for start in range(0, len(order), dataset.batch_size):
-        for sample in order[start : start + dataset.batch_size]:
-            rng = _generator(dataset.seed, _PICTURE, rng_epoch, int(sample), 0)
-            try:
-                pixels = dataset._pixels(int(sample), rng)
-            except (DataError, NotFoundError) as error:
-                if dataset.on_error == "raise":
-                    raise
-                dataset._skip(dataset.file_paths[sample], str(error))
-                continue
-            for channel in range(counts.shape[0]):
-                counts[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
+    channels = dataset.preprocess.channels
+    epoch, order = dataset._epoch_order()
+
+    def histogram(position: int) -> np.ndarray | None:
+        sample = int(order[position])
+        rng = _generator(dataset.seed, _PICTURE, epoch, sample, position % dataset.repeats)
+        try:
+            pixels = dataset._pixels(sample, rng)
+        except (DataError, NotFoundError) as error:
+            if dataset.on_error == "raise":
+                raise
+            dataset._skip(dataset.file_paths[sample], str(error))
+            return None
+        planes = pixels.reshape(-1, channels).T
+        return np.stack([np.bincount(plane, minlength=256) for plane in planes])
+
+    # Counts of the 256 values of each channel hold all that is needed, in integers.
+    counts = np.zeros((channels, 256), np.int64)
+    with ThreadPoolExecutor(dataset.workers or 1) as pool:
+        for one in pool.map(histogram, range(len(order))):
+            counts += 0 if one is None else one
     total = counts.sum(1)
     if not total.all():
         raise DataError(f"None of the {dataset.num_samples} pictures can be read.")

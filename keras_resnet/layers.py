@@ -2,6 +2,12 @@
 
 Each class keeps the name of the stock Keras layer it extends, because Keras writes class names
 into weight files: a file made with these layers loads into a model of stock ones and back.
+
+Three things make them fast. Padding belongs to the convolution, so that no padded copy is made.
+Batch norm, shortcut and ReLU are one layer, hence one fused kernel and in-place operations on what
+that kernel made. On torch a call goes straight to `call` where Keras' own `__call__` would have
+nothing to do (it costs about as much as fifty small tensor operations), and kernels lie in memory
+as torch's channels-last convolution wants them.
 """
 
 from __future__ import annotations
@@ -17,6 +23,12 @@ _BACKEND = keras.backend.backend()
 if _BACKEND == "torch":
     import torch
     import torch.nn.functional as F
+
+    _TORCH_DTYPES = {
+        name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")
+    }
+elif _BACKEND == "tensorflow":
+    import tensorflow as tf
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -34,13 +46,98 @@ def _paddings(data_format: str, pad: tuple[int, int]) -> list[tuple[int, int]]:
     return paddings
 
 
-def _value(variable):
-    """The backend's own tensor behind a Keras variable (or what already is a tensor)."""
-    return getattr(variable, "value", variable)
+# Keras internals. Both are attributes read and never written; tests/test_layers.py fails where a
+# Keras release stores them elsewhere.
+
+
+def _is_rematerialized(layer: keras.layers.Layer) -> bool:
+    """Whether the layer was made in a `keras.RematScope`, so that Keras must wrap its call."""
+    return layer._remat_mode is not None
+
+
+def _mask_of(x):
+    """The mask that an earlier layer (`Masking`, `Embedding`) has tied to a tensor."""
+    return getattr(x, "_keras_mask", None)
+
+
+def _in_stateless_scope() -> bool:
+    """Whether a `keras.StatelessScope` is active, in which no variable may be written."""
+    with keras.StatelessScope(initialize_variables=False) as scope:
+        return scope.original_scope is not None
+
+
+class _DirectCall:
+    """On torch, skips `Layer.__call__` where it has nothing to do.
+
+    What it does for a built layer called on tensors of its own dtype, of the right shape and
+    without a mask comes to nothing, but takes 0.1 ms a layer. torch's hooks still run.
+    """
+
+    _takes_training = False
+
+    def __call__(self, *args, **kwargs):
+        if _BACKEND == "torch" and self._nothing_to_prepare(args, kwargs):
+            if not self._takes_training:
+                kwargs = {}
+            return torch.nn.Module.__call__(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        """What `torch.nn.Module.__call__` runs between the hooks."""
+        first = args[0] if args else None
+        first = first[0] if type(first) in (list, tuple) else first
+        if not isinstance(first, torch.Tensor) or _is_rematerialized(self):
+            return super().forward(*args, **kwargs)
+        return self.call(*args, **kwargs)
+
+    def _nothing_to_prepare(self, args, kwargs) -> bool:
+        if not self.built or len(args) != 1 or self.activity_regularizer is not None:
+            return False
+        if kwargs:
+            if len(kwargs) > 1 or type(kwargs.get("training")) is not bool:
+                return False
+        elif self._takes_training:  # inherited from the layer around this one, which Keras knows
+            return False
+        dtype = _TORCH_DTYPES.get(self.compute_dtype)
+        for x in args[0] if type(args[0]) in (list, tuple) else args:
+            if not (
+                isinstance(x, torch.Tensor)
+                and x.dtype is dtype
+                and x.ndim == 4
+                and self._fits(x.shape)
+                and _mask_of(x) is None
+            ):
+                return False  # Keras converts it, refuses it with a good message, or warns
+        return True
+
+    def _fits(self, shape) -> bool:
+        return True
+
+
+def _torch_value(variable, dtype):
+    """A variable's (or a tensor's) tensor at `dtype`, with its memory layout kept."""
+    value = getattr(variable, "value", variable)
+    return value if value.dtype is dtype else value.to(dtype)
+
+
+def _ohwi(initializer):
+    """An initializer for `(height, width, in, out)` kernels that lie as OHWI in memory.
+
+    Seen as torch's OIHW such a kernel is channels-last contiguous, and neither the convolution nor
+    its gradient makes a copy. Variables are assigned in place, gradients and optimizer slots take
+    their parameter's strides: the layout survives loading and training.
+    """
+
+    def initialize(shape, dtype=None):
+        oihw = ops.convert_to_tensor(initializer(shape, dtype=dtype), dtype).permute(3, 2, 0, 1)
+        kernel = torch.empty_like(oihw, memory_format=torch.channels_last)
+        return kernel.copy_(oihw).permute(2, 3, 1, 0)
+
+    return initialize
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
-class Conv2D(keras.layers.Conv2D):
+class Conv2D(_DirectCall, keras.layers.Conv2D):
     """`keras.layers.Conv2D` that owns its symmetric zero padding.
 
     torch pads both sides alike; Keras' `padding="same"` pads the far side more at stride 2, so
@@ -64,6 +161,19 @@ class Conv2D(keras.layers.Conv2D):
         if any(self.pad) and self.padding != "valid":
             raise ValueError(f"pad={pad} needs padding='valid'. Received: {self.padding!r}.")
 
+    def build(self, input_shape):
+        self._channel_axis = 3 if self.data_format == "channels_last" else 1
+        self._channels = input_shape[self._channel_axis]
+        super().build(input_shape)
+
+    def add_weight(self, shape=None, initializer=None, *args, name=None, **kwargs):
+        if _BACKEND == "torch":
+            # `call` casts to the input's dtype itself, whatever policy the model around it has.
+            kwargs["autocast"] = False
+            if name == "kernel":
+                initializer = _ohwi(keras.initializers.get(initializer))
+        return super().add_weight(shape, initializer, *args, name=name, **kwargs)
+
     def compute_output_shape(self, input_shape):
         shape = list(input_shape)
         for axis, size in zip(_spatial_axes(self.data_format), self.pad, strict=True):
@@ -71,14 +181,42 @@ class Conv2D(keras.layers.Conv2D):
                 shape[axis] += 2 * size
         return super().compute_output_shape(tuple(shape))
 
+    def _fits(self, shape) -> bool:
+        return shape[self._channel_axis] == self._channels
+
+    def call(self, inputs):
+        return self._torch_call(inputs) if _BACKEND == "torch" else super().call(inputs)
+
+    def _torch_call(self, x):
+        last = self.data_format == "channels_last"
+        dtype = x.dtype if x.is_floating_point() else _TORCH_DTYPES[self.compute_dtype]
+        # Views, not copies: NHWC memory under an NCHW name is torch's channels_last.
+        x = x.to(dtype).permute(0, 3, 1, 2) if last else x.to(dtype)
+        kernel = _torch_value(self.kernel, dtype).permute(3, 2, 0, 1)
+        bias = None if self.bias is None else _torch_value(self.bias, dtype)
+        pad = self.pad
+        if self.padding == "same":
+            x, pad = self._same(x)
+        y = F.conv2d(x, kernel, bias, self.strides, pad, self.dilation_rate, self.groups)
+        # In place: the convolution's gradient needs its inputs, not its output.
+        y = _activate(self.activation, y)
+        return y.permute(0, 2, 3, 1) if last else y
+
+    def _same(self, x):
+        """The input padded for Keras' `"same"`, and the padding left to the convolution."""
+        total = []
+        for size, kernel, stride, dilation in zip(
+            x.shape[2:], self.kernel_size, self.strides, self.dilation_rate, strict=True
+        ):
+            reach = (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1
+            total.append(max(reach - size, 0))
+        height, width = total
+        if height % 2 == width % 2 == 0:
+            return x, (height // 2, width // 2)
+        sides = (width // 2, width - width // 2, height // 2, height - height // 2)
+        return F.pad(x, sides), (0, 0)
+
     def convolution_op(self, inputs, kernel):
-        if _BACKEND == "torch" and self.padding == "valid":
-            x, kernel = inputs, _value(kernel).permute(3, 2, 0, 1)
-            last = self.data_format == "channels_last"
-            # Views, not copies: NHWC memory under an NCHW name is torch's channels_last.
-            x = x.permute(0, 3, 1, 2) if last else x
-            y = F.conv2d(x, kernel, None, self.strides, self.pad, self.dilation_rate, self.groups)
-            return y.permute(0, 2, 3, 1) if last else y
         if not any(self.pad):
             return super().convolution_op(inputs, kernel)
         same = tuple((k - 1) * d / 2 for k, d in zip(self.kernel_size, self.dilation_rate,
@@ -101,12 +239,22 @@ class Conv2D(keras.layers.Conv2D):
         return {**super().get_config(), "pad": self.pad}
 
 
+def _activate(activation, x):
+    """The activation of a tensor that the calling layer made, so that ReLU may overwrite it."""
+    if activation is None or activation is keras.activations.linear:
+        return x
+    if _BACKEND == "torch" and activation is keras.activations.relu:
+        return torch.relu_(x)
+    return activation(x)
+
+
 @keras.saving.register_keras_serializable("keras_resnet")
-class BatchNormalization(keras.layers.BatchNormalization):
+class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
     """Batch norm with torch's defaults and variance rule, an optional shortcut and activation.
 
     Called on `x`, or on `[x, shortcut]`, it gives `activation(normalised(x) + shortcut)`: the end
-    of a residual block in one layer. All shapes are equal, rank 4.
+    of a residual block in one layer. Both have the same shape. Half-precision inputs give
+    half-precision outputs, with float32 arithmetic and statistics in between.
 
     Args:
         axis: The channels' axis.
@@ -123,6 +271,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         >>> layer.compute_output_shape([(None, 8, 8, 4), (None, 8, 8, 4)])
         (None, 8, 8, 4)
     """
+
+    _takes_training = True
 
     def __init__(
         self,
@@ -142,31 +292,120 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def build(self, input_shape):
         with_shortcut = isinstance(input_shape[0], (list, tuple))
-        super().build(input_shape[0] if with_shortcut else input_shape)
-        if with_shortcut:
-            self.input_spec = None
+        shape = input_shape[0] if with_shortcut else input_shape
+        self._channels = shape[self.axis]
+        super().build(shape)
+        # One tensor or two: Keras' specification can say only one of them, `_check` says both.
+        self.input_spec = None
 
     def compute_output_shape(self, input_shape):
         with_shortcut = isinstance(input_shape[0], (list, tuple))
-        return tuple(input_shape[0] if with_shortcut else input_shape)
+        shape = tuple(input_shape[0] if with_shortcut else input_shape)
+        self._check(shape)
+        return shape
+
+    def _fits(self, shape) -> bool:
+        return shape[self.axis] == self._channels
+
+    def _check(self, shape):
+        if self.built and not self._fits(shape):
+            raise ValueError(
+                f"{self.name} was built for {self._channels} channels on axis {self.axis}. "
+                f"Received an input of shape {tuple(shape)}."
+            )
 
     def call(self, inputs, training=None, mask=None):
         with_shortcut = isinstance(inputs, (list, tuple))
         x, shortcut = inputs if with_shortcut else (inputs, None)
-        y = self._normalized(x, bool(training) and self.trainable)
+        self._check(x.shape)
+        # For two inputs Keras passes a list, [None, None] where there is no mask.
+        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        training = bool(training) and self.trainable
+        if self._is_fusible(x, training, mask):
+            if _BACKEND == "torch":
+                return self._torch_call(x, shortcut, training)
+            y = self._tensorflow_call(x, training)
+        else:
+            y = self._portable_call(x, training, mask)
         if shortcut is not None:
             y = ops.add(y, shortcut)
-        return y if self.activation is None else self.activation(y)
+        return _activate(self.activation, y)
 
-    def _normalized(self, x, training: bool):
-        # Statistics in float32 at least: half precision overflows in the variance.
-        dtype = keras.backend.result_type(keras.backend.standardize_dtype(x.dtype), "float32")
-        x = ops.cast(x, dtype)
-        if training:
-            mean, variance = ops.moments(
-                x, axes=self._reduction_axes, synchronized=self.synchronized
+    def _is_fusible(self, x, training: bool, mask) -> bool:
+        """Whether the backend has one kernel for this input."""
+        if mask is not None or len(x.shape) != 4 or self.synchronized:
+            return False
+        if _BACKEND == "torch":
+            # Of a single value torch knows no unbiased variance.
+            return x.is_floating_point() and not (training and x.numel() == self._channels)
+        # TensorFlow's kernel computes in float32, and on a CPU with the channels last.
+        return (
+            _BACKEND == "tensorflow"
+            and self.axis in (-1, 3)
+            and keras.backend.standardize_dtype(x.dtype) in ("float32", "bfloat16", "float16")
+        )
+
+    def _torch_call(self, x, shortcut, training: bool):
+        last = self.axis in (-1, 3)
+        if last:
+            x = x.permute(0, 3, 1, 2)
+            shortcut = None if shortcut is None else shortcut.permute(0, 3, 1, 2)
+        gamma = None if self.gamma is None else self.gamma.value
+        beta = None if self.beta is None else self.beta.value
+        mean, variance = self.moving_mean.value, self.moving_variance.value
+        if not training:
+            y = F.batch_norm(x, mean, variance, gamma, beta, False, 0.0, self.epsilon)
+        elif self.unbiased_variance and not _in_stateless_scope():
+            y = F.batch_norm(
+                x, mean, variance, gamma, beta, True, 1.0 - self.momentum, self.epsilon
             )
-            self._update_statistics(x, mean, variance)
+        else:
+            # Statistics that forget at once are the batch's own.
+            mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
+            y = F.batch_norm(x, mean, variance, gamma, beta, True, 1.0, self.epsilon)
+            count = variance.new_tensor(x.numel() // self._channels)
+            self._update_statistics(mean, variance * ((count - 1) / count), count)
+        # In place: the norm's gradient needs its input, not its output, and nobody else has it.
+        if shortcut is not None:
+            y = y.add_(shortcut)
+        y = _activate(self.activation, y)
+        return y.permute(0, 2, 3, 1) if last else y
+
+    def _tensorflow_call(self, x, training: bool):
+        ones, zeros = tf.ones((self._channels,)), tf.zeros((self._channels,))
+        y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=x,
+            scale=ones if self.gamma is None else tf.cast(self.gamma, "float32"),
+            offset=zeros if self.beta is None else tf.cast(self.beta, "float32"),
+            mean=zeros if training else tf.cast(self.moving_mean, "float32"),
+            variance=ones if training else tf.cast(self.moving_variance, "float32"),
+            epsilon=self.epsilon,
+            is_training=training,
+        )
+        if training:
+            count = tf.cast(tf.size(x) // self._channels, "float32")
+            # The kernel returns the unbiased variance, and 0 for a single value.
+            self._update_statistics(mean, variance * ((count - 1) / count), count)
+        return y
+
+    def _portable_call(self, x, training: bool, mask):
+        # In float32 at least: half precision overflows in the variance.
+        is_float64 = keras.backend.standardize_dtype(x.dtype) == "float64"
+        dtype = "float64" if is_float64 else "float32"
+        x = ops.cast(x, dtype)
+        axes = self._reduction_axes
+        if training and mask is not None:
+            weights = ops.cast(ops.expand_dims(mask, -1), dtype)  # Keras masks have no channels
+            weights = ops.broadcast_to(weights, (*ops.shape(x)[:-1], 1))
+            count = ops.sum(weights)
+            mean = ops.sum(x * weights, axes) / count
+            variance = ops.sum(ops.square(x - mean) * weights, axes) / count
+        elif training:
+            shape = ops.shape(x)
+            count = ops.cast(math.prod(shape[axis] for axis in axes), dtype)
+            mean, variance = ops.moments(x, axes=axes, synchronized=self.synchronized)
+        if training:
+            self._update_statistics(mean, variance, count)
         else:
             mean = ops.cast(self.moving_mean, dtype)
             variance = ops.cast(self.moving_variance, dtype)
@@ -181,10 +420,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         return ops.cast(y, self.compute_dtype)
 
-    def _update_statistics(self, x, mean, variance):
+    def _update_statistics(self, mean, variance, count):
+        """Moves the running statistics towards a batch's mean and biased variance."""
         if self.unbiased_variance:
-            shape = ops.shape(x)
-            count = ops.cast(math.prod(shape[a] for a in self._reduction_axes), variance.dtype)
+            # Of one value there is no unbiased variance; the biased one is 0.
             variance = variance * (count / ops.maximum(count - 1, 1))
         keep = self.momentum
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
@@ -200,13 +439,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
-class MaxPooling2D(keras.layers.MaxPooling2D):
+class MaxPooling2D(_DirectCall, keras.layers.MaxPooling2D):
     """`keras.layers.MaxPooling2D` that owns its symmetric padding, by minus infinity as torch's.
 
     Args:
         pool_size: Height and width of the window.
         strides: Defaults to the window's size.
-        pad: Rows and columns added on each side: one number or `(vertical, horizontal)`.
+        pad: Rows and columns added on each side, at most half the window: one number or
+            `(vertical, horizontal)`.
         **kwargs: As `keras.layers.MaxPooling2D`'s; `pad` wants `padding="valid"`, the default.
 
     Example:
@@ -219,6 +459,11 @@ class MaxPooling2D(keras.layers.MaxPooling2D):
         self.pad = _pair(pad)
         if any(self.pad) and self.padding != "valid":
             raise ValueError(f"pad={pad} needs padding='valid'. Received: {self.padding!r}.")
+        if any(2 * p > size for p, size in zip(self.pad, self.pool_size, strict=True)):
+            # A window all of padding would give minus infinity.
+            raise ValueError(
+                f"pad must be at most half of pool_size={self.pool_size}. Received: {pad}."
+            )
 
     def compute_output_shape(self, input_shape):
         if self.padding != "valid":
@@ -241,9 +486,7 @@ class MaxPooling2D(keras.layers.MaxPooling2D):
             return y.permute(0, 2, 3, 1) if last else y
         if any(self.pad):
             lowest = -math.inf
-            inputs = ops.pad(
-                inputs, _paddings(self.data_format, self.pad), constant_values=lowest
-            )
+            inputs = ops.pad(inputs, _paddings(self.data_format, self.pad), constant_values=lowest)
         return super().call(inputs)
 
     def get_config(self):

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_resnet.errors import InputError, did_you_mean
@@ -182,10 +183,10 @@ class SGD(keras.optimizers.Optimizer):
             buffer = self.momentums[index]
             added = gradient
             if self.dampening:
-                begun = self._begun[index]
+                begun = ops.convert_to_tensor(self._begun[index])
                 damped = ops.multiply(gradient, 1.0 - self.dampening)
                 added = ops.where(begun, damped, gradient)
-                self.assign(begun, ops.ones_like(begun))
+                self.assign(self._begun[index], ops.ones_like(begun))
             value = ops.add(ops.multiply(buffer, self.momentum), added)
             self.assign(buffer, value)
             if self.nesterov:
@@ -194,8 +195,8 @@ class SGD(keras.optimizers.Optimizer):
                 gradient = value
         self.assign_sub(variable, ops.multiply(gradient, rate))
 
-    # The only method of Keras' internals that is overridden: on the torch backend its optimizers
-    # update all variables in one go here. Were it renamed, `update_step` would do the same, slower.
+    # The one method of Keras' internals that is overridden: here its own optimizers for torch
+    # update all variables in one go. Were it renamed, `update_step` would do the same, slower.
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if keras.backend.backend() != "torch" or self._stateless:
             super()._backend_update_step(grads, trainable_variables, learning_rate)
@@ -203,15 +204,12 @@ class SGD(keras.optimizers.Optimizer):
             self._torch_update(grads, trainable_variables, learning_rate)
 
     def _torch_update(self, gradients, variables, learning_rate) -> None:
-        """Updates all variables with torch's own multi-tensor SGD."""
+        """Updates all variables with torch's multi-tensor SGD, one call for each rate and decay."""
         import torch
         from torch.optim.sgd import sgd
 
-        if torch.compiler.is_compiling():
-            rate = ops.convert_to_tensor(learning_rate)
-        else:
-            rate = self._host_rate()
-
+        compiling = torch.compiler.is_compiling()
+        rate = ops.convert_to_tensor(learning_rate) if compiling else self._host_rate()
         groups: dict[tuple[float, float], list[tuple]] = {}
         for gradient, variable in zip(gradients, variables, strict=True):
             index = self._get_variable_index(variable)
@@ -220,16 +218,14 @@ class SGD(keras.optimizers.Optimizer):
                 gradient = gradient.to(weight.dtype)
             buffer = self.momentums[index].value if self.momentum else None
             if self._begun and not self._host.read(self._begun[index]):
-                self._begun[index].assign(True)
-                # dampening skips the first gradient: enter it so that the update below is right
-                buffer.copy_(gradient).add_(weight, alpha=self._decays[index])
-                buffer.mul_(self.dampening / self.momentum)
-            key = self._decays[index], self._factors[index]
-            groups.setdefault(key, []).append((weight, gradient, buffer))
+                buffer = None  # torch then begins it with the gradient
+            members = groups.setdefault((self._decays[index], self._factors[index]), [])
+            members.append((weight, gradient, buffer, index))
 
         with torch.no_grad():
             for (decay, factor), members in groups.items():
-                weights, grads, buffers = map(list, zip(*members, strict=True))
+                weights, grads, buffers, _ = map(list, zip(*members, strict=True))
+                fused = not compiling and _can_fuse(weights, grads, buffers)
                 sgd(
                     weights,
                     grads,
@@ -240,5 +236,115 @@ class SGD(keras.optimizers.Optimizer):
                     dampening=self.dampening,
                     nesterov=self.nesterov,
                     maximize=False,
-                    foreach=True,
+                    fused=fused,
+                    foreach=not fused,
                 )
+                for (*_, before, index), after in zip(members, buffers, strict=True):
+                    if before is not after:
+                        self.momentums[index].assign(after)
+                        self._begun[index].assign(True)
+
+    def _host_rate(self) -> float:
+        """The learning rate on torch as a Python float, without waiting for the device."""
+        source = self._learning_rate
+        if isinstance(source, keras.Variable):
+            rate = self._host.read(source)
+            # float32 holds 0.1 as 0.10000000149...; a float64 weight is to see the 0.1 meant.
+            return float(str(np.float32(rate))) if source.dtype == "float32" else rate
+        if isinstance(source, Schedule):
+            return source.value_at(self._host.read(self._iterations))
+        if isinstance(source, keras.optimizers.schedules.LearningRateSchedule):
+            with keras.device("cpu"):
+                return float(source(self._host.read(self._iterations)))
+        return float(source())
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Updates the variables: see `keras.optimizers.Optimizer.apply`."""
+        by_step = isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule)
+        if not (by_step and len(grads) and self._on_eager_torch()):
+            super().apply(grads, trainable_variables)
+            return
+        step = self._host.read(self._iterations)
+        super().apply(grads, trainable_variables)
+        self._host.note(self._iterations, step + 1)
+
+    def stateless_apply(
+        self, optimizer_variables: Sequence, grads: Sequence, trainable_variables: Sequence
+    ) -> tuple[list, list]:
+        """Returns updated values: see `keras.optimizers.Optimizer.stateless_apply`."""
+        self._stateless = True
+        try:
+            return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        finally:
+            self._stateless = False
+
+    @keras.optimizers.Optimizer.learning_rate.getter
+    def learning_rate(self) -> Any:
+        """The current rate: a Keras variable where a number was given, otherwise a tensor."""
+        if isinstance(self._learning_rate, Schedule) and self._on_eager_torch():
+            import torch
+
+            return torch.tensor(self._host_rate())
+        return super().learning_rate
+
+    def _on_eager_torch(self) -> bool:
+        if keras.backend.backend() != "torch" or self._stateless:
+            return False
+        import torch
+
+        return not torch.compiler.is_compiling()
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments that build the same optimizer again."""
+        return {
+            **super().get_config(),
+            "momentum": self.momentum,
+            "dampening": self.dampening,
+            "weight_decay": self.coupled_weight_decay,
+            "nesterov": self.nesterov,
+            "decay_norms": self.decay_norms,
+            "decay_biases": self.decay_biases,
+            "rate_multipliers": dict(self.rate_multipliers),
+        }
+
+
+class _HostValues:
+    """Python values of scalar torch variables, read from the device only when they changed.
+
+    torch counts the in-place changes of a tensor in `_version`, so that an assignment by anyone
+    (a callback, a checkpoint) is noticed without asking the device.
+    """
+
+    def __init__(self):
+        self._known: dict[int, tuple[Any, int, Any]] = {}
+
+    def read(self, variable: Any) -> Any:
+        tensor = variable.value
+        known = self._known.get(id(variable))
+        if known is not None and known[0] is tensor and known[1] == tensor._version:
+            return known[2]
+        return self.note(variable, tensor.item())
+
+    def note(self, variable: Any, value: Any) -> Any:
+        tensor = variable.value
+        self._known[id(variable)] = tensor, tensor._version, value
+        return value
+
+
+def _can_fuse(weights: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any]) -> bool:
+    """Whether torch's fused kernel, one pass over memory instead of four, is right for these.
+
+    It walks through the bare memory and never looks at strides. In torch 2.13 its CPU kernel
+    also goes wrong on half precision.
+    """
+    return all(
+        buffer is not None
+        and weight.stride() == grad.stride() == buffer.stride()
+        and weight.device.type in ("cpu", "cuda")
+        and weight.itemsize >= 4
+        for weight, grad, buffer in zip(weights, grads, buffers, strict=True)
+    )
+
+
+def _path(variable: Any) -> str:
+    return getattr(variable, "path", None) or variable.name

@@ -164,7 +164,11 @@ def _converted(picture: Image.Image, exif: bool, color_mode: str = "rgb") -> Ima
     if exif:
         picture = ImageOps.exif_transpose(picture)
     mode = PILLOW_MODES[color_mode]
-    if picture.mode == "P" and isinstance(picture.info.get("transparency"), bytes) and mode == "RGB":
+    if (
+        picture.mode == "P"
+        and isinstance(picture.info.get("transparency"), bytes)
+        and mode == "RGB"
+    ):
         # The pixels are the same without it; with it Pillow warns about every such file.
         picture = picture.copy()
         del picture.info["transparency"]
@@ -296,7 +300,7 @@ class Preprocess:
         if self.crop_to_aspect_ratio:
             picture = _crop_to_ratio(picture, self.resize_size)
         if self.resize_size is not None:
-            picture = _resize(picture, self.resize_size, INTERPOLATIONS[self.interpolation])
+            picture = resize_image(picture, self.resize_size, INTERPOLATIONS[self.interpolation])
         if self.crop_size is not None:
             picture = _center_crop(picture, self.crop_size)
         return _to_array(picture)
@@ -384,8 +388,14 @@ def _size(name: str, value: Any) -> int | tuple[int, int] | None:
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def _resize(picture: Image.Image, size: int | tuple[int, int], resample: int) -> Image.Image:
-    """torchvision/transforms/functional.py `_compute_resized_output_size`: the long side is cut."""
+def resize_image(picture: Image.Image, size: int | tuple[int, int], resample: int) -> Image.Image:
+    """Resizes to (height, width), or the short side to an int and the long one truncated.
+
+    The arithmetic of torchvision/transforms/functional.py `_compute_resized_output_size`.
+
+    Raises:
+        DataError: a picture so narrow that the result would be a decompression bomb.
+    """
     width, height = picture.size
     if isinstance(size, tuple):
         new_height, new_width = size

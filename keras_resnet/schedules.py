@@ -24,9 +24,9 @@ from keras_resnet.errors import InputError, did_you_mean
 class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
     """Base of the schedules: a table of rates with a warm-up in front.
 
-    All lengths (`warmup_epochs`, `epochs`, `step_size`, `milestones`) are in epochs, and those of
-    the main part are counted from the end of the warm-up, as `torch.optim.lr_scheduler.SequentialLR`
-    counts them. After the last entry of the table the rate stays what it is.
+    All lengths (`warmup_epochs`, `epochs`, `step_size`, `milestones`) are in epochs, and the steps
+    and milestones of the main part are counted from the end of the warm-up, as torch's
+    `SequentialLR` counts them. After the last entry of the table the rate stays what it is.
 
     Args:
         initial: the rate after the warm-up, `lr` in torch.

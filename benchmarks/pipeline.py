@@ -1,0 +1,200 @@
+"""Pictures per second of the training pipeline, against torchvision's and Keras' own loaders.
+
+RandomResizedCrop(224) + horizontal flip + normalise, batches of 32, on a folder of photographs of
+about 500 x 400 (`--data DIR`, or `hymenoptera/train` under `KERAS_RESNET_SHARED`). Contenders run
+in turns, each turn in a fresh process: one epoch to warm up, then `--epochs` timed ones. Keras'
+loaders have no random crop; they resize, flip and normalise, which is less work.
+
+    python benchmarks/pipeline.py --data DIR --rounds 5 --json pipeline.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+BATCH, SIZE = 32, 224
+KEPT = []  # a torch.library.Library forgets its operators when it is collected
+
+
+def ours(folder, workers, output):
+    import keras_resnet.data as data
+    from keras_resnet.augment import training_augment
+
+    return data.image_dataset_from_directory(
+        folder,
+        batch_size=BATCH,
+        seed=0,
+        augment=training_augment(SIZE),
+        workers=workers,
+        output=output,
+    )
+
+
+def torchvision_loader(folder, workers):
+    import importlib.util
+
+    import conftest
+    import torch
+
+    if not torch.cuda.is_available():  # the CUDA wheel beside a CPU-only torch: see conftest
+        library = torch.library.Library("torchvision", "DEF")
+        package = pathlib.Path(importlib.util.find_spec("torchvision").origin).parent
+        source = (package / "_meta_registrations.py").read_text(encoding="utf-8")
+        for name in conftest._operators_with_fakes(source):
+            library.define(f"{name}(Tensor x) -> Tensor")
+        KEPT.append(library)
+    from torchvision import datasets, transforms
+
+    chain = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    return torch.utils.data.DataLoader(
+        datasets.ImageFolder(folder, chain),
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=True,
+    )
+
+
+def keras_loader(folder, workers, format):
+    import keras
+
+    arguments = {"image_size": (SIZE, SIZE), "batch_size": BATCH, "seed": 0, "verbose": False}
+    dataset = keras.utils.image_dataset_from_directory(folder, format=format, **arguments)
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    if format == "grain":
+        import numpy as np
+
+        def change(batch):
+            images = np.asarray(batch[0])
+            return (images[:, :, ::-1] - np.float32(mean)) / np.float32(std), batch[1]
+
+        return dataset.map(change)
+    import tensorflow as tf
+
+    def change(images, labels):
+        return (tf.image.random_flip_left_right(images) - mean) / std, labels
+
+    return dataset.map(change, num_parallel_calls=workers).prefetch(2)
+
+
+CONTENDERS = {
+    "torchvision": lambda folder, workers: torchvision_loader(folder, workers),
+    "ours uint8": lambda folder, workers: ours(folder, workers, "uint8"),
+    "ours float32": lambda folder, workers: ours(folder, workers, "float32"),
+    "keras tf.data (no crop)": lambda folder, workers: keras_loader(folder, workers, "tf"),
+    "keras grain (no crop)": lambda folder, workers: keras_loader(folder, workers, "grain"),
+}
+
+
+def epoch(dataset) -> tuple[int, float]:
+    """Reads everything once; returns pictures and seconds."""
+    start, count = time.perf_counter(), 0
+    for images, _ in dataset:
+        count += len(images)
+    if hasattr(dataset, "on_epoch_end"):
+        dataset.on_epoch_end()
+    return count, time.perf_counter() - start
+
+
+def child(name: str, folder: str, workers: int, epochs: int) -> None:
+    dataset = CONTENDERS[name](folder, workers)
+    epoch(dataset)
+    print(json.dumps([count / seconds for count, seconds in (epoch(dataset) for _ in range(epochs))]))
+
+
+def turn(name: str, arguments: argparse.Namespace) -> list[float] | None:
+    command = [sys.executable, __file__, "--child", name, "--data", arguments.data]
+    command += ["--workers", str(arguments.workers), "--epochs", str(arguments.epochs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{name}: left out: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def installed(*names: str) -> dict[str, str | None]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def main() -> None:
+    shared = os.environ.get("KERAS_RESNET_SHARED", str(ROOT.parent / "shared"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=f"{shared}/data/hymenoptera/train")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=2, help="timed epochs a turn")
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child, arguments.data, arguments.workers, arguments.epochs)
+        return
+
+    figures: dict[str, list[float]] = {name: [] for name in arguments.only}
+    for _ in range(arguments.rounds):
+        for name in list(figures):
+            rates = turn(name, arguments)
+            if rates is None:
+                del figures[name]
+            else:
+                figures[name] += rates
+    base = statistics.median(figures["torchvision"]) if figures.get("torchvision") else None
+    rows = []
+    for name, rates in figures.items():
+        median = statistics.median(rates)
+        low, _, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
+        ratio = median / base if base else None
+        rows.append(
+            {"name": name, "n": len(rates), "median": median, "quartiles": [low, high]}
+            | {"times_torchvision": ratio, "all": rates}
+        )
+    print(f"{'':26}{'n':>4}{'pictures/s':>12}{'quartiles':>16}{'x torchvision':>15}")
+    for row in rows:
+        low, high = row["quartiles"]
+        ratio = f"{row['times_torchvision']:.2f}" if base else "-"
+        print(f"{row['name']:26}{row['n']:>4}{row['median']:>12.0f}{low:>9.0f} -{high:>5.0f}{ratio:>15}")
+    if arguments.json:
+        packages = ("torch", "torchvision", "keras", "pillow", "simplejpeg", "tensorflow-cpu", "grain")
+        about = {
+            "data": pathlib.Path(arguments.data).name,
+            "batch": BATCH,
+            "size": SIZE,
+            "workers": arguments.workers,
+            "cores": os.cpu_count(),
+            "machine": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            "load_average": os.getloadavg(),
+            "packages": installed(*packages),
+        }
+        pathlib.Path(arguments.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

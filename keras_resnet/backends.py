@@ -1,0 +1,68 @@
+"""What is known about the running backend: its version, its devices, its determinism."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+
+import keras
+
+
+def devices() -> list[str]:
+    """The devices that the backend computes on, for people.
+
+    Example:
+        >>> len(devices()) >= 1
+        True
+    """
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        # What Keras picks by itself where there is no CUDA.
+        return ["mps" if torch.backends.mps.is_available() else "cpu"]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        found = tf.config.list_logical_devices("GPU")
+        return [device.name for device in found] or ["cpu"]
+    import jax
+
+    return [str(device.device_kind) for device in jax.devices()]
+
+
+def backend_version() -> str:
+    """Version of the backend's package; `"?"` where it is not known."""
+    backend = keras.backend.backend()
+    for name in (backend, f"{backend}-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "?"
+
+
+def package_version() -> str:
+    """This package's version as installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("keras3-resnet")
+    return "unknown"
+
+
+def backend_line() -> str:
+    """The backend, its version and device in one line, which every command prints."""
+    name = f"{keras.backend.backend()} {backend_version()}"
+    return f"{name} on {', '.join(devices())}, Keras {keras.__version__}"
+
+
+def make_deterministic() -> None:
+    """Asks the backend for deterministic kernels, where it has a choice."""
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()

@@ -1,0 +1,348 @@
+"""The command line: parse, one public call, print. Bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; gives the exit code: 0, 1 (disagreement), 2 (bad input), 130 (Ctrl-C)."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    parser = _parser()
+    if argv is None:
+        argv = sys.argv[1:]
+    if not argv:
+        parser.print_help()
+        return 0
+    # Before Keras is imported: importing a backend takes seconds, `--help` should not.
+    arguments = parser.parse_args(argv)
+    from keras_resnet.errors import KerasResNetError
+    from keras_resnet.files import printable
+
+    try:
+        return arguments.run(arguments) or 0
+    except KerasResNetError as error:
+        print(f"keras-resnet: {printable(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `keras-resnet models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keras-resnet",
+        description="ResNets and AlexNets for Keras 3. The backend is chosen by KERAS_BACKEND "
+        "(torch, tensorflow or jax).",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    models = _command(commands, "models", _models, "list the models")
+    models.add_argument("pattern", nargs="?", default="*", help="such as 'resnext*'")
+
+    summary = _command(commands, "summary", _summary, "a model's layers, parameters, memory")
+    summary.add_argument("model", metavar="NAME", help="a model's name, or a .keras file")
+    summary.add_argument("--input-size", type=int, metavar="PIXELS", help="side of the input")
+    summary.add_argument("--num-classes", type=int, metavar="N")
+
+    _train_command(commands)
+
+    evaluate = _command(commands, "evaluate", _evaluate, "measure a model on a labelled folder")
+    evaluate.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
+    evaluate.add_argument("directory", metavar="DIR", help="class folders, or test/ val/ train/")
+    evaluate.add_argument("--split", choices=("test", "val", "train"), help="which of them")
+    evaluate.add_argument("--output", metavar="DIR", help="write JSON, CSV and a figure there")
+    evaluate.add_argument("--batch-size", type=int, default=32, metavar="N")
+    evaluate.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
+    evaluate.add_argument("--strict", action="store_true", help="stop at an unreadable picture")
+
+    predict = _command(commands, "predict", _predict, "classify pictures")
+    predict.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
+    predict.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to show")
+    predict.add_argument("--output", metavar="FILE", action="append", default=[],
+                         help="also write FILE: .csv, .json or .png (repeatable)")  # fmt: skip
+    predict.add_argument("--batch-size", type=int, default=32, metavar="N")
+    predict.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
+
+    demo = _command(commands, "demo", _demo, "train, evaluate and predict on handwritten digits")
+    demo.add_argument("--output", default="demo", metavar="DIR")
+    demo.add_argument("--epochs", type=int, default=None, metavar="N")
+
+    _weight_commands(commands)
+    return parser
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def _models(arguments) -> int:
+    from keras_resnet import hub
+    from keras_resnet.errors import InputError
+    from keras_resnet.specs import SPECS, list_models
+    from keras_resnet.costs import count_flops
+    from keras_resnet.zoo import create_model
+
+    names = list_models(arguments.pattern)
+    if not names:
+        raise InputError(f"No model matches {arguments.pattern!r}.")
+    width = max(map(len, names))
+    print(f"{'Model':{width}}  {'Parameters':>11}  {'GFLOPs':>6}  {'Input':>7}  Published top-1")
+    for name in names:
+        known = hub.published(name)
+        if known:
+            params, gflops = known[0].num_params, known[0].gflops
+        else:
+            model = create_model(name)
+            params, gflops = _trainable(model), count_flops(model) / 1e9
+        accuracy = ", ".join(f"{row.acc1:.3f} ({row.tag})" for row in known) or "-"
+        size = SPECS[name].input_size
+        print(f"{name:{width}}  {params:>11,}  {gflops:6.3f}  {size:>3}x{size:<3}  {accuracy}")
+    return 0
+
+
+def _trainable(model) -> int:
+    import math
+
+    return sum(math.prod(v.shape) for v in model.trainable_variables)
+
+
+def _summary(arguments) -> int:
+    from keras_resnet.evaluation import load_model
+    from keras_resnet.specs import get_spec
+    from keras_resnet.costs import summary
+    from keras_resnet.zoo import create_model
+
+    if arguments.model.endswith(".keras") or Path(arguments.model).exists():
+        model = load_model(arguments.model)
+    else:
+        side = arguments.input_size or get_spec(arguments.model).input_size
+        import keras
+
+        last = keras.config.image_data_format() == "channels_last"
+        model = create_model(
+            arguments.model,
+            input_shape=(side, side, 3) if last else (3, side, side),
+            num_classes=arguments.num_classes,
+        )
+    print(summary(model, arguments.input_size))
+    return 0
+
+
+# --- train, evaluate, predict --------------------------------------------------------------------
+
+
+def _train_command(commands) -> None:
+    from keras_resnet.recipes import RECIPES, Recipe
+
+    train = _command(commands, "train", _train, "fit a model on an image folder")
+    train.add_argument("directory", metavar="DIR", help="class folders, or train/ and val/")
+    train.add_argument("--output", default="runs", metavar="DIR", help="where the run folder is made")
+    train.add_argument("--name", metavar="NAME", help="the run folder's name")
+    train.add_argument("--recipe", default="finetune", metavar="NAME", help=", ".join(RECIPES))
+    train.add_argument("--show", action="store_true", help="print the recipe in full, and stop")
+    train.add_argument("--seed", type=int, default=0, metavar="N")
+    train.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
+    train.add_argument("--cache", metavar="ram|DIR", help="keep decoded pictures")
+    train.add_argument("--exclude-list", metavar="FILE", help="pictures to leave out (see scan)")
+    train.add_argument("--strict", action="store_true", help="stop at an unreadable picture")
+    train.add_argument("--exif", action="store_true", help="turn pictures by their EXIF tag")
+    train.add_argument("--restart", action="store_true", help="never go on from an unfinished run")
+    train.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
+    train.add_argument("--compile", action="store_true", help="compile the training step")
+    train.add_argument("--checkpoint-steps", type=int, metavar="N", help="save the state so often")
+    train.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+    group = train.add_argument_group("what a recipe holds; each option overrides it")
+    hints = typing.get_type_hints(Recipe)
+    texts = _attribute_texts(Recipe)
+    for field in dataclasses.fields(Recipe)[3:]:
+        _add_field(group, field.name, hints[field.name], texts[field.name])
+
+
+def _attribute_texts(cls) -> dict[str, str]:
+    """First sentences of the `Attributes:` section of a class's docstring, by name."""
+    texts: dict[str, str] = {}
+    name = None
+    for line in cls.__doc__.split("Attributes:")[1].splitlines():
+        stripped = line.strip()
+        if line.startswith(" " * 8) and not line.startswith(" " * 9) and ": " in stripped:
+            name, _, stripped = stripped.partition(": ")
+            texts[name] = ""
+        if name and stripped:
+            texts[name] = f"{texts[name]} {stripped}".strip()
+    return {k: v.replace("`", "").replace("%", "%%").rstrip(".") for k, v in texts.items()}
+
+
+def _add_field(group, name: str, hint, text: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    if hint is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        return
+    if typing.get_origin(hint) is tuple:
+        group.add_argument(flag, type=float, nargs="+", metavar="X", help=text)
+        return
+    optional = isinstance(hint, types.UnionType)
+    kind = next(t for t in typing.get_args(hint) if t is not type(None)) if optional else hint
+
+    def parse(value: str):
+        return _NONE if optional and value.lower() == "none" else kind(value)
+
+    parse.__name__ = kind.__name__
+    group.add_argument(flag, type=parse, metavar={str: "NAME", int: "N"}.get(kind, "X"), help=text)
+
+
+_NONE = object()  # `--dropout none` is a value; an option not given is none at all
+
+
+def _train(arguments) -> int:
+    from keras_resnet.recipes import Recipe, get_recipe
+
+    options = {}
+    for field in dataclasses.fields(Recipe)[3:]:
+        value = getattr(arguments, field.name)
+        if value is not None:
+            value = None if value is _NONE else value
+            options[field.name] = tuple(value) if isinstance(value, list) else value
+    if arguments.show:
+        print(get_recipe(arguments.recipe).with_options(**options))
+        return 0
+    from keras_resnet.training import train
+
+    result = train(
+        arguments.directory,
+        recipe=arguments.recipe,
+        output=arguments.output,
+        name=arguments.name,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        cache=arguments.cache,
+        exclude=arguments.exclude_list,
+        strict=arguments.strict,
+        exif=arguments.exif,
+        restart=arguments.restart,
+        deterministic=arguments.deterministic,
+        compile=arguments.compile,
+        checkpoint_steps=arguments.checkpoint_steps,
+        dry_run=arguments.dry_run,
+        **options,
+    )
+    return 130 if result.interrupted else 0
+
+
+def _evaluate(arguments) -> int:
+    from keras_resnet.evaluation import evaluate, load_model
+    from keras_resnet.backends import backend_line
+
+    print(f"Backend: {backend_line()}")
+    result = evaluate(
+        load_model(arguments.model),
+        arguments.directory,
+        split=arguments.split,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        strict=arguments.strict,
+        output=arguments.output,
+    )
+    print(result)
+    return 0
+
+
+def _predict(arguments) -> int:
+    from keras_resnet.errors import InputError
+    from keras_resnet.evaluation import iter_predictions, load_model, save_predictions
+    from keras_resnet.backends import backend_line
+
+    for path in arguments.output:
+        if Path(path).suffix.lower() not in (".csv", ".json", ".png", ".jpg", ".svg", ".pdf"):
+            raise InputError(f"--output wants a .csv, .json or .png file, not {path!r}.")
+    print(f"Backend: {backend_line()}")
+    found = []
+    for prediction in iter_predictions(
+        load_model(arguments.model),
+        arguments.paths,
+        top=arguments.top,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+    ):
+        print(prediction)
+        found.append(prediction)
+    for path in arguments.output:
+        save_predictions(found, path)
+        print(f"Written: {path}")
+    unreadable = sum(p.error is not None for p in found)
+    if unreadable:
+        print(f"{unreadable} of {len(found)} pictures could not be read.", file=sys.stderr)
+    return 2 if unreadable == len(found) else 0
+
+
+def _demo(arguments) -> int:
+    from keras_resnet.demo import run_demo
+
+    run_demo(arguments.output, epochs=arguments.epochs)
+    return 0
+
+
+# --- weight files --------------------------------------------------------------------------------
+
+
+def _weight_commands(commands) -> None:
+    inspect = _command(commands, "inspect", _inspect, "say what a weight file is, running nothing")
+    inspect.add_argument("file", metavar="FILE", help=".pth, .pt, .th, .tar, .safetensors, .keras")
+    inspect.add_argument("--key", metavar="NAME", help="which dict inside, such as model_ema")
+    inspect.add_argument("--json", metavar="OUT", help="write the answer as JSON, - for stdout")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+
+    convert = _command(commands, "convert", _convert, "turn a torch checkpoint into .keras, or back")
+    convert.add_argument("source", metavar="SRC", help="a checkpoint, or a .keras file")
+    convert.add_argument("target", metavar="DST", help=".keras, .weights.h5, .pth or .safetensors")
+    convert.add_argument("--model", metavar="NAME", help="the variant; found out where it can be")
+    convert.add_argument("--key", metavar="NAME", help="which dict inside, such as model_ema")
+    convert.add_argument("--class-names", metavar="FILE", help="a name a line, or JSON")
+    convert.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the input")
+    convert.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side before the crop")
+    convert.add_argument("--mean", type=float, nargs=3, metavar="X", help="ImageNet's by default")
+    convert.add_argument("--std", type=float, nargs=3, metavar="X", help="ImageNet's by default")
+    convert.add_argument("--no-verify", action="store_true", help="skip the numerical proof")
+    convert.add_argument("--allow-other-strides", action="store_true",
+                         help="weights of unknown origin for a v1 model")  # fmt: skip
+
+    verify = _command(commands, "verify", _verify, "compare a model with the file it came from")
+    verify.add_argument("model", metavar="MODEL", help="a .keras file")
+    verify.add_argument("source", metavar="SRC", help="the checkpoint")
+    verify.add_argument("--key", metavar="NAME", help="which dict inside, such as model_ema")
+    verify.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="relative")
+    verify.add_argument("--json", metavar="OUT", help="write the report as JSON")
+
+
+def _inspect(arguments) -> int:
+    raise NotImplementedError
+
+
+def _convert(arguments) -> int:
+    raise NotImplementedError
+
+
+def _verify(arguments) -> int:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(main())

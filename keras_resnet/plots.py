@@ -1,0 +1,133 @@
+"""Every figure; the only module that imports matplotlib.
+
+Figures are built on `Figure` objects, not through pyplot: no window, no global state, and safe in
+a thread. Each function writes a file and returns its path.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from keras_resnet.files import printable, replace_file
+
+# Class names may be in any script; a missing glyph is drawn as a box and needs no warning a name.
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+
+_TRAIN, _VAL = "#1f6feb", "#d9480f"
+
+
+def _text(name: object, width: int = 24) -> str:
+    """A name as matplotlib shall draw it: one short line, and no `$...$` read as a formula."""
+    return textwrap.shorten(printable(name), width, placeholder="...").replace("$", r"\$")
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    kind = path.suffix.lstrip(".") or "png"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        replace_file(
+            path, lambda name: figure.savefig(name, format=kind, dpi=120, bbox_inches="tight")
+        )
+    return path
+
+
+def curves(history: Mapping[str, Sequence[float]], path: str | os.PathLike) -> Path:
+    """Draws accuracy and loss over the epochs, training and validation, side by side.
+
+    Args:
+        history: Columns of `history.csv`: `accuracy`, `loss`, `val_accuracy`, `val_loss`; those
+            missing are left out. One value an epoch.
+        path: The picture to write; its extension decides the format.
+    """
+    figure = Figure(figsize=(12, 4))
+    panels = figure.subplots(1, 2)
+    for axes, key, title, corner in (
+        (panels[0], "accuracy", "Training and validation accuracy", "lower right"),
+        (panels[1], "loss", "Training and validation loss", "upper right"),
+    ):
+        for prefix, label, color in (("", "Training", _TRAIN), ("val_", "Validation", _VAL)):
+            values = np.asarray(history.get(prefix + key, ()), dtype=float)
+            if values.size:
+                epochs = np.arange(1, values.size + 1)
+                marker = "o" if values.size < 30 else None
+                axes.plot(epochs, values, color=color, marker=marker, ms=3, label=label)
+        best = np.asarray(history.get("val_" + key, ()), dtype=float)
+        if np.isfinite(best).any():
+            at = int(np.nanargmax(best) if key == "accuracy" else np.nanargmin(best))
+            axes.annotate(
+                f"{best[at]:.4g}", (at + 1, best[at]), textcoords="offset points", xytext=(0, 6),
+                ha="center", fontsize=8, color=_VAL,
+            )  # fmt: skip
+        axes.set(title=title, xlabel="Epoch", ylabel=key.capitalize())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(loc=corner)
+    return _save(figure, path)
+
+
+def picture_grid(
+    images: np.ndarray, titles: Sequence[str], path: str | os.PathLike, columns: int = 4
+) -> Path:
+    """Draws pictures in a grid, each under its title.
+
+    Args:
+        images: uint8 `(n, height, width, channels)`, 1, 3 or 4 channels.
+        titles: One text a picture.
+        path: The picture to write.
+        columns: Pictures in a row.
+    """
+    columns = max(1, min(columns, len(images)))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(2.5 * columns, 2.75 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.axis("off")
+    for axes, image, title in zip(panels, images, titles, strict=False):
+        gray = image.shape[-1] == 1
+        axes.imshow(image[..., 0] if gray else image, cmap="gray" if gray else None,
+                    vmin=0, vmax=255, interpolation="nearest" if len(image) < 64 else None)  # fmt: skip
+        axes.set_title("\n".join(_text(line, 30) for line in title.split("\n")), fontsize=9)
+    return _save(figure, path)
+
+
+def confusion_matrix(
+    matrix: np.ndarray, class_names: Sequence[str], path: str | os.PathLike
+) -> Path:
+    """Draws a confusion matrix: rows are true classes, colours shares of the row.
+
+    Args:
+        matrix: Counts, `(classes, classes)`.
+        class_names: Names in the order of the rows.
+        path: The picture to write.
+    """
+    count = len(class_names)
+    side = min(24.0, max(4.0, 1.6 + 0.5 * count))
+    figure = Figure(figsize=(side + 1, side))
+    axes = figure.subplots()
+    totals = matrix.sum(axis=1, keepdims=True)
+    shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
+    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(drawn, ax=axes, fraction=0.046, label="Share of the true class")
+    names = [_text(name) for name in class_names]
+    if count <= 60:
+        axes.set_xticks(range(count), names, rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(range(count), names, fontsize=8)
+    if count <= 30:
+        for i, j in np.argwhere(matrix > 0):
+            axes.text(
+                j, i, f"{matrix[i, j]:,}", ha="center", va="center", fontsize=8,
+                color="white" if shares[i, j] > 0.5 else "black",
+            )  # fmt: skip
+    axes.set(xlabel="Predicted class", ylabel="True class", title="Confusion matrix")
+    return _save(figure, path)

@@ -1,0 +1,664 @@
+"""Folders to batches: torchvision's files, labels and pixels; equal batches; bad folders."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_resnet import data
+from keras_resnet.augment import (
+    Augment,
+    RandomCrop,
+    RandomErasing,
+    RandomResizedCrop,
+    training_augment,
+)
+from keras_resnet.data import ImageDataset, check_classes, dataset_statistics, find_pictures
+from keras_resnet.data import image_dataset_from_directory as from_directory
+from keras_resnet.errors import DataError, InputError, NotFoundError
+from keras_resnet.preprocess import Preprocess
+
+once = pytest.mark.once
+
+
+def picture(seed, size=(24, 32), kind="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of 5, 6 and 7 pictures, one of them in a nested folder."""
+    seed = 0
+    for name, count in (("ants", 5), ("bees", 6), ("cats", 7)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "data" / name / f"{i}.png").write_bytes(picture(seed, (24 + seed, 32)))
+            seed += 1
+    nested = tmp_path / "data" / "cats" / "more"
+    nested.mkdir()
+    (nested / "deep.JPG").write_bytes(picture(99, kind="JPEG"))
+    return tmp_path / "data"
+
+
+def epoch(dataset):
+    return [(x.copy(), y.copy()) for x, y in dataset]
+
+
+def equal(one, other):
+    assert len(one) == len(other)
+    for (x, y), (u, v) in zip(one, other, strict=True):
+        assert x.dtype == u.dtype and y.dtype == v.dtype
+        np.testing.assert_array_equal(x, u)
+        np.testing.assert_array_equal(y, v)
+
+
+def everything(folder, **more):
+    arguments = {"batch_size": 4, "seed": 5, "augment": training_augment(16, policy="ta_wide")}
+    return from_directory(folder, **{**arguments, **more})
+
+
+# --- which files, which labels --------------------------------------------------------------------
+
+
+@once
+def test_files_and_labels_are_those_of_torchvisions_image_folder(torchvision, folder, shared):
+    from torchvision.datasets import ImageFolder
+
+    for root in (folder, shared / "data" / "hymenoptera" / "train"):
+        oracle = ImageFolder(root)
+        dataset = from_directory(root, shuffle=False)
+        expected = [path for path, _ in oracle.samples]
+        got = [p for p in dataset.file_paths if not p.endswith(".gif")]  # we read GIF as well
+        assert got == expected
+        assert dataset.class_names == oracle.classes
+        by_path = dict(oracle.samples)
+        for path, label in zip(dataset.file_paths, dataset.labels, strict=True):
+            assert by_path.get(path, label) == label
+
+
+@once
+def test_unshuffled_batches_hold_torchvisions_pixels_in_file_order(torchvision, shared):
+    from torchvision import transforms
+
+    root = shared / "data" / "hymenoptera" / "val"
+    steps = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])
+    dataset = from_directory(root, shuffle=False, preprocess=Preprocess(64, 56), batch_size=50)
+    images = np.concatenate([x for x, _ in dataset])
+    assert len(images) == dataset.num_samples == 153
+    for pixels, path in zip(images, dataset.file_paths, strict=True):
+        with Image.open(path) as opened:
+            np.testing.assert_array_equal(pixels, np.asarray(steps(opened.convert("RGB"))))
+    np.testing.assert_array_equal(np.concatenate([y for _, y in dataset]), dataset.labels)
+
+
+@once
+def test_classes_are_sorted_as_text_and_hidden_things_are_no_classes(tmp_path):
+    for name in ("1", "10", "2", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(picture(0))
+    (tmp_path / "1" / "._x.png").write_bytes(b"resource fork")
+    (tmp_path / "1" / ".cache").mkdir()
+    (tmp_path / "1" / ".cache" / "y.png").write_bytes(picture(0))
+    dataset = from_directory(tmp_path, image_size=8)
+    assert dataset.class_names == ["1", "10", "2"]
+    assert dataset.class_counts == {"1": 1, "10": 1, "2": 1}
+
+
+@once
+def test_class_names_choose_and_order(folder):
+    dataset = from_directory(folder, class_names=["cats", "ants"], shuffle=False)
+    assert dataset.class_counts == {"cats": 8, "ants": 5}
+    assert dataset.labels.tolist() == [0] * 8 + [1] * 5
+    with pytest.raises(
+        InputError, match=r"Not there: \['dogs'\].*Found: \['ants', 'bees', 'cats'\]"
+    ):
+        from_directory(folder, class_names=["ants", "dogs"])
+
+
+@once
+@pytest.mark.parametrize("name", ["a b.png", 'it\'s "x".png', "two\nlines.png", "größe 图.png"])
+def test_unusual_file_names_are_read(folder, name):
+    (folder / "ants" / name).write_bytes(picture(7))
+    dataset = from_directory(folder, image_size=8)
+    assert dataset.class_counts["ants"] == 6
+    assert sum(len(x) for x, _ in dataset) == 20 and not dataset.skipped
+
+
+@once
+def test_links_are_followed_when_asked(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "z.png").write_bytes(picture(3))
+    os.symlink(elsewhere, folder / "ants" / "link")
+    assert from_directory(folder).class_counts["ants"] == 5
+    assert from_directory(folder, follow_links=True).class_counts["ants"] == 6
+
+
+@once
+def test_labels_given_or_none(folder):
+    given = from_directory(folder, labels=[i % 2 for i in range(19)], image_size=8, batch_size=19)
+    assert given.class_names == ["0", "1"] and given.class_counts == {"0": 10, "1": 9}
+    bare = from_directory(folder, labels=None, image_size=8, batch_size=19)
+    assert isinstance(bare[0], np.ndarray) and bare.labels is None
+    with pytest.raises(InputError, match="one int a picture"):
+        from_directory(folder, labels=[0, 1])
+
+
+@once
+def test_label_modes(folder):
+    arguments = {"image_size": 8, "shuffle": False, "batch_size": 19}
+    integers = from_directory(folder, **arguments)[0][1]
+    assert integers.dtype == np.int32
+    one_hot = from_directory(folder, label_mode="categorical", **arguments)[0][1]
+    np.testing.assert_array_equal(one_hot, np.eye(3, dtype=np.float32)[integers])
+    two = {"class_names": ["ants", "bees"], **arguments}
+    binary = from_directory(folder, label_mode="binary", **two)[0][1]
+    assert binary.shape == (11, 1) and binary.dtype == np.float32
+    assert isinstance(from_directory(folder, label_mode=None, **arguments)[0], np.ndarray)
+    with pytest.raises(InputError, match="2 classes"):
+        from_directory(folder, label_mode="binary", **arguments)
+
+
+@once
+@pytest.mark.parametrize("mode, channels", [("grayscale", 1), ("rgb", 3), ("rgba", 4)])
+@pytest.mark.parametrize("augment", [None, Augment([RandomResizedCrop(8)])])
+@pytest.mark.parametrize("cache", [None, "ram"])
+def test_color_modes(folder, mode, channels, augment, cache):
+    arguments = {"image_size": 8, "color_mode": mode, "augment": augment, "cache": cache}
+    x, _ = from_directory(folder, batch_size=19, **arguments)[0]
+    assert x.shape == (19, 8, 8, channels)
+
+
+# --- split ----------------------------------------------------------------------------------------
+
+
+@once
+def test_the_split_is_stratified_disjoint_complete_and_seeded(folder):
+    train, val = from_directory(folder, validation_split=0.3, subset="both", seed=1)
+    assert val.class_counts == {"ants": 2, "bees": 2, "cats": 2}
+    assert train.class_counts == {"ants": 3, "bees": 4, "cats": 6}
+    assert not set(train.file_paths) & set(val.file_paths)
+    assert set(train.file_paths) | set(val.file_paths) == set(find_pictures(folder)[0])
+    again = from_directory(folder, validation_split=0.3, subset="validation", seed=1)
+    assert again.file_paths == val.file_paths
+    first = from_directory(folder, validation_split=0.3, subset="training", seed=1)
+    assert first.file_paths == train.file_paths
+    others = [
+        from_directory(folder, validation_split=0.3, subset="validation", seed=s).file_paths
+        for s in range(2, 8)
+    ]
+    assert any(paths != val.file_paths for paths in others)
+
+
+@once
+def test_the_validation_part_is_neither_shuffled_nor_changed(folder):
+    _, val = from_directory(
+        folder,
+        image_size=16,
+        validation_split=0.4,
+        subset="both",
+        seed=0,
+        augment=training_augment(16),
+        mixup=0.2,
+        cutmix=1.0,
+        label_smoothing=0.1,
+        drop_last=True,
+        repeats=3,
+        batch_size=4,
+    )
+    images = np.concatenate([x for x, _ in val])
+    plain = Preprocess((16, 16), None)
+    np.testing.assert_array_equal(images, [plain.pixels(path) for path in val.file_paths])
+    labels = np.concatenate([y for _, y in val])
+    np.testing.assert_array_equal(labels, val.labels)
+    assert sorted(val.file_paths) == val.file_paths
+
+
+# --- the same batches, whatever reads them --------------------------------------------------------
+
+
+@once
+@pytest.mark.parametrize("workers", [1, 2, 4, 9])
+def test_batches_do_not_depend_on_the_number_of_workers(folder, workers):
+    arguments = {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "output": "float32"}
+    equal(
+        epoch(everything(folder, workers=0, **arguments)),
+        epoch(everything(folder, workers=workers, **arguments)),
+    )
+
+
+@once
+def test_batches_depend_on_seed_epoch_and_index_alone(folder):
+    dataset = everything(folder)
+    epochs = []
+    for _ in range(3):
+        epochs.append(epoch(dataset))
+        dataset.on_epoch_end()
+    fresh = everything(folder)
+    fresh.set_epoch(2)
+    # Any order, any number of times, through [index] or iteration.
+    for index in (3, 0, 3, -1, 1):
+        equal([fresh[index]], [epochs[2][index]])
+    equal(epoch(fresh), epochs[2])
+    fresh.set_epoch(0)
+    equal(epoch(fresh), epochs[0])
+    assert any(not np.array_equal(a[0], b[0]) for a, b in zip(epochs[0], epochs[1], strict=True))
+    other = epoch(everything(folder, seed=6))
+    assert any(not np.array_equal(a[0], b[0]) for a, b in zip(epochs[0], other, strict=True))
+
+
+@once
+def test_every_epoch_holds_every_picture_once_in_another_order(folder):
+    dataset = from_directory(folder, image_size=8, batch_size=4, seed=0)
+    orders = []
+    for _ in range(3):
+        orders.append(np.concatenate([batch.indices for batch in dataset.batches()]))
+        assert sorted(orders[-1]) == list(range(19))
+        dataset.on_epoch_end()
+    assert not np.array_equal(orders[0], orders[1])
+    equal_labels = np.concatenate([y for _, y in dataset])
+    indices = np.concatenate([dataset.batch_indices(i) for i in range(len(dataset))])
+    np.testing.assert_array_equal(equal_labels, dataset.labels[indices])
+
+
+@once
+def test_a_pictures_augmentation_does_not_depend_on_the_batch_size(folder):
+    small = everything(folder, batch_size=3)
+    large = everything(folder, batch_size=19)
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in small]), large[0][0])
+
+
+@once
+@pytest.mark.parametrize("augment", [None, training_augment(16)])
+def test_caches_change_nothing_and_are_used(folder, tmp_path, augment, monkeypatch):
+    arguments = {"image_size": 16, "batch_size": 4, "seed": 1, "augment": augment}
+    plain = from_directory(folder, **arguments)
+    expected = [epoch(plain)]
+    plain.on_epoch_end()
+    expected.append(epoch(plain))
+    for cache in ("ram", str(tmp_path / "cache")):
+        dataset = from_directory(folder, cache=cache, **arguments)
+        equal(epoch(dataset), expected[0])
+        dataset.on_epoch_end()
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "load", None)  # the second epoch decodes nothing
+            patch.setattr("keras_resnet.preprocess.load", None)
+            equal(epoch(dataset), expected[1])
+
+
+@once
+def test_a_changed_file_leaves_the_folder_cache(folder, tmp_path):
+    arguments = {"image_size": 8, "shuffle": False, "cache": str(tmp_path / "c"), "batch_size": 19}
+    before = from_directory(folder, **arguments)[0][0]
+    path = folder / "ants" / "0.png"
+    path.write_bytes(picture(1234))
+    os.utime(path, ns=(1, 1))
+    after = from_directory(folder, **arguments)[0][0]
+    np.testing.assert_array_equal(after[0], Preprocess((8, 8), None).pixels(path))
+    np.testing.assert_array_equal(after[1:], before[1:])
+
+
+@once
+def test_a_dataset_can_be_pickled_for_worker_processes(folder):
+    dataset = everything(folder, cache="ram")
+    dataset[0]
+    equal(epoch(pickle.loads(pickle.dumps(dataset))), epoch(dataset))
+
+
+# --- what comes out -------------------------------------------------------------------------------
+
+
+@once
+def test_float32_is_the_uint8_batch_normalised(folder):
+    ints, floats = everything(folder), everything(folder, output="float32")
+    for (x, y), (u, v) in zip(ints, floats, strict=True):
+        assert x.dtype == np.uint8 and u.dtype == np.float32
+        np.testing.assert_array_equal(ints.preprocess.normalize(x), u)
+        np.testing.assert_array_equal(y, v)
+
+
+@once
+def test_erasing_writes_zero_after_normalisation_and_the_mean_before(folder):
+    chain = Augment([RandomResizedCrop(16), RandomErasing(p=1.0)])
+    plain = from_directory(folder, seed=5, batch_size=19, augment=Augment([RandomResizedCrop(16)]))
+    floats = from_directory(folder, seed=5, batch_size=19, augment=chain, output="float32")
+    ints = from_directory(folder, seed=5, batch_size=19, augment=chain)
+    erased = (floats[0][0] == 0).all(-1)
+    assert erased.any((1, 2)).mean() > 0.9
+    np.testing.assert_array_equal(
+        floats[0][0][~erased], plain.preprocess.normalize(plain[0][0])[~erased]
+    )
+    assert (ints[0][0][erased] == (124, 116, 104)).all()
+    np.testing.assert_array_equal(ints[0][0][~erased], plain[0][0][~erased])
+
+
+@once
+def test_mixing_makes_soft_labels_that_sum_to_one(folder):
+    soft = everything(folder, mixup=0.4, label_smoothing=0.1)
+    for x, y in soft:
+        assert x.dtype == np.uint8 and y.shape == (len(x), 3) and y.dtype == np.float32
+        np.testing.assert_allclose(y.sum(1), 1, atol=1e-6)
+        assert y.min() > 0.03
+
+
+@once
+def test_repeats_give_different_crops_of_the_same_pictures(folder):
+    dataset = from_directory(
+        folder, seed=0, batch_size=4, augment=Augment([RandomResizedCrop(8)]), repeats=3
+    )
+    batches = list(dataset.batches())
+    indices = np.concatenate([batch.indices for batch in batches])
+    assert len(indices) == 19
+    assert np.unique(indices, return_counts=True)[1].tolist().count(3) == 6
+    images = np.concatenate([batch.images for batch in batches])
+    assert len({image.tobytes() for image in images}) == 19
+
+
+@once
+@pytest.mark.parametrize(
+    "drop, sizes", [(False, [6, 6, 6, 1]), (True, [6, 6, 6]), ("auto", [6, 6, 6])]
+)
+def test_drop_last(folder, drop, sizes):
+    dataset = from_directory(folder, image_size=8, batch_size=6, drop_last=drop)
+    assert [len(x) for x, _ in dataset] == sizes and len(dataset) == len(sizes)
+
+
+@once
+def test_auto_drops_only_a_last_batch_of_one_and_never_the_only_batch(folder):
+    assert len(from_directory(folder, batch_size=7, drop_last="auto")) == 3  # 7, 7, 5
+    for drop in (True, "auto"):
+        assert len(from_directory(folder, batch_size=64, drop_last=drop)) == 1
+    single = ImageDataset([folder / "ants" / "0.png"], [0], drop_last="auto")
+    assert len(single) == 1
+
+
+@once
+def test_take_samples_shows_what_is_fed(folder):
+    dataset = everything(folder)
+    images, labels, paths = dataset.take_samples(6)
+    fed = np.concatenate([dataset[0][0], dataset[1][0]])[:6]
+    np.testing.assert_array_equal(images, fed)
+    assert [dataset.class_names[i] for i in labels] == [p.split(os.sep)[-2] for p in paths]
+
+
+@once
+def test_statistics_are_those_of_all_pixels_at_once(folder):
+    dataset = from_directory(folder, preprocess=Preprocess(None, None), batch_size=4)
+    pixels = [np.asarray(Image.open(p).convert("RGB")).reshape(-1, 3) for p in dataset.file_paths]
+    pixels = np.concatenate(pixels) / 255.0
+    mean, std = dataset_statistics(dataset)
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-10)
+
+
+@once
+def test_crop_to_aspect_ratio_does_not_distort(folder):
+    wide = np.zeros((20, 100, 3), np.uint8)
+    wide[:, 40:60] = 255
+    (folder / "ants" / "0.png").write_bytes(b"")
+    Image.fromarray(wide).save(folder / "ants" / "0.png")
+    arguments = {"image_size": (10, 10), "shuffle": False}
+    assert (from_directory(folder, crop_to_aspect_ratio=True, **arguments)[0][0][0] == 255).all()
+    assert (from_directory(folder, **arguments)[0][0][0] == 0).any()
+
+
+# --- bad folders ----------------------------------------------------------------------------------
+
+
+@once
+def test_folders_that_cannot_be_used_say_why(folder, tmp_path):
+    with pytest.raises(NotFoundError, match="Did you mean 'data'"):
+        from_directory(tmp_path / "dat")
+    with pytest.raises(DataError, match="is a file"):
+        from_directory(folder / "ants" / "0.png")
+    with pytest.raises(DataError, match=r"no class folder.*6 .png"):
+        from_directory(folder / "bees")
+    (folder / "dogs").mkdir()
+    (folder / "wolves").mkdir()
+    with pytest.raises(DataError, match="without a picture: 'dogs', 'wolves'"):
+        from_directory(folder)
+    bare = tmp_path / "bare"
+    for name in ("a", "b"):
+        (bare / name).mkdir(parents=True)
+        (bare / name / "x.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"2 \.heic.*\.jpg.*\.gif"):
+        from_directory(bare)
+
+
+@once
+def test_one_class_is_refused_where_a_classifier_is_trained(folder):
+    check_classes(from_directory(folder))
+    with pytest.raises(DataError, match=r"one class only.*'ants'"):
+        check_classes(from_directory(folder, class_names=["ants"]))
+
+
+@once
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": -1}, "seed"),
+        ({"workers": 1.5}, "workers"),
+        ({"label_mode": "ints"}, "label_mode"),
+        ({"output": "float16"}, "output"),
+        ({"on_error": "ignore"}, "on_error"),
+        ({"drop_last": "yes"}, "drop_last"),
+        ({"validation_split": 0.2}, "go together"),
+        ({"subset": "both"}, "go together"),
+        ({"validation_split": 1.2, "subset": "both"}, "between 0 and 1"),
+        ({"validation_split": 0.2, "subset": "train"}, "Did you mean 'training'"),
+        ({"image_size": 8, "preprocess": Preprocess()}, "image_size"),
+        ({"exif": True, "preprocess": Preprocess()}, "exif"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"labels": "all"}, "labels"),
+        ({"labels": None, "mixup": 0.2}, "labels"),
+        ({"mixup": -0.2}, "mixup"),
+        ({"interpolation": "area"}, "interpolation"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(folder, arguments, message):
+    with pytest.raises(InputError, match=message):
+        from_directory(folder, **arguments)
+
+
+# --- bad pictures ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(folder):
+    """The folder with one broken picture of every kind among the good ones."""
+    whole = picture(0, (64, 64), "JPEG")
+    broken = {
+        "empty.jpg": b"",
+        "cut.jpg": whole[: len(whole) // 2],
+        "cut.png": picture(0)[:200],
+        "page.jpg": b"<html>404</html>",
+        "bomb.png": None,
+    }
+    for name, content in broken.items():
+        path = folder / "bees" / name
+        if content is None:
+            Image.new("1", (20_000, 20_000)).save(path)
+        else:
+            path.write_bytes(content)
+    renamed = io.BytesIO()
+    Image.new("P", (30, 20)).save(renamed, "GIF")
+    (folder / "bees" / "gif named.jpg").write_bytes(renamed.getvalue())  # reads well
+    os.symlink("nowhere.png", folder / "bees" / "dangling.png")
+    return folder, {*broken, "dangling.png"}
+
+
+@once
+def test_unreadable_pictures_leave_smaller_batches_and_are_listed_once(damaged, caplog):
+    folder, broken = damaged
+    dataset = from_directory(folder, image_size=8, batch_size=8, seed=0)
+    assert dataset.num_samples == 26
+    for _ in range(2):
+        assert sum(len(x) for x, _ in dataset) == 20
+        dataset.on_epoch_end()
+    assert {os.path.basename(path) for path, _ in dataset.skipped} == broken
+    assert all(os.path.basename(path) in reason for path, reason in dataset.skipped)
+    assert len(caplog.records) == len(broken)
+    assert not any("\n" in record.getMessage() for record in caplog.records)
+
+
+@once
+def test_a_broken_picture_changes_nothing_about_the_others(folder):
+    before = everything(folder, batch_size=19)
+    images, _, indices = before.read_batch(0)
+    sample = int(indices[7])
+    with open(before.file_paths[sample], "wb"):
+        pass
+    after_images, labels, after_indices = everything(folder, batch_size=19).read_batch(0)
+    kept = indices != sample
+    np.testing.assert_array_equal(after_indices, indices[kept])
+    np.testing.assert_array_equal(after_images, images[kept])
+    np.testing.assert_array_equal(labels, before.labels[indices[kept]])
+
+
+@once
+def test_verify_drops_them_before_the_first_batch(damaged):
+    folder, broken = damaged
+    dataset = from_directory(folder, image_size=8, batch_size=8, verify=True, cache="ram")
+    assert dataset.num_samples == 20 == len(dataset.labels)
+    assert {os.path.basename(path) for path, _ in dataset.skipped} == broken
+    assert [len(x) for x, _ in dataset] == [8, 8, 4]
+    for i, path in enumerate(dataset.file_paths):
+        np.testing.assert_array_equal(dataset._cached[i], dataset.preprocess.pixels(path))
+        assert dataset.class_names[dataset.labels[i]] in path
+
+
+@once
+def test_strict_stops_at_the_first(damaged):
+    folder, _ = damaged
+    with pytest.raises((DataError, NotFoundError), match="bees"):
+        list(from_directory(folder, image_size=8, on_error="raise"))
+    with pytest.raises((DataError, NotFoundError), match="bees"):
+        from_directory(folder, image_size=8, on_error="raise", verify=True)
+
+
+@once
+def test_a_batch_without_any_readable_picture_is_an_error_that_says_what_to_do(folder):
+    for path in (folder / "ants").iterdir():
+        path.write_bytes(b"")
+    dataset = from_directory(folder, image_size=8, batch_size=5, shuffle=False)
+    with pytest.raises(DataError, match=r"None of the 5 pictures of batch 0.*verify=True"):
+        dataset[0]
+    assert isinstance(dataset.failure, DataError)
+    assert len(from_directory(folder, image_size=8, verify=True).file_paths) == 14
+    with pytest.raises(DataError, match="None of the 5"):
+        ImageDataset(dataset.file_paths[:5], verify=True)
+
+
+@once
+def test_files_that_vanish_or_change_during_an_epoch(folder):
+    dataset = from_directory(folder, image_size=8, batch_size=4, shuffle=False, workers=0)
+    batches = iter(dataset)
+    next(batches)
+    os.remove(dataset.file_paths[5])
+    with open(dataset.file_paths[10], "wb") as file:
+        file.write(b"half wr")
+    assert sum(len(x) for x, _ in batches) == 13
+    assert [path for path, _ in dataset.skipped] == [dataset.file_paths[5], dataset.file_paths[10]]
+    assert "does not exist" in dataset.skipped[0][1]
+
+
+@once
+def test_pictures_of_different_sizes_need_a_size(folder):
+    with pytest.raises(InputError, match=r"different sizes.*image_size"):
+        from_directory(folder, preprocess=Preprocess(None, None), shuffle=False)[0]
+
+
+@once
+def test_a_crop_that_does_not_fit_names_the_file(folder):
+    dataset = from_directory(folder, augment=Augment([RandomCrop(30)]), shuffle=False)
+    with pytest.raises(InputError, match=r"0\.png.*pad_if_needed"):
+        dataset[0]
+
+
+@once
+def test_exclude_lists_files(folder, tmp_path):
+    (folder / "ants" / "two\nlines.png").write_bytes(picture(1))
+    listing = tmp_path / "exclude.txt"
+    absolute = folder / "bees" / "1.png"
+    odd = json.dumps("ants/two\nlines.png")
+    listing.write_text(f"# found by hand\nants/0.png\n{absolute}\n{odd}\n\nants/gone.png\n")
+    dataset = from_directory(folder, exclude=listing)
+    assert dataset.class_counts == {"ants": 4, "bees": 5, "cats": 8}
+    assert from_directory(folder, exclude=["ants/0.png"]).class_counts["ants"] == 4
+    with pytest.raises(NotFoundError, match="exclude"):
+        from_directory(folder, exclude=tmp_path / "nothing.txt")
+
+
+@once
+def test_from_files_names_a_missing_one(folder):
+    dataset = ImageDataset.from_files([folder / "ants" / "0.png"], [1], ["a", "b"])
+    assert dataset.class_counts == {"a": 0, "b": 1}
+    with pytest.raises(NotFoundError, match="gone"):
+        ImageDataset.from_files([folder / "gone.png"], [0])
+
+
+# --- under Keras, on every backend ----------------------------------------------------------------
+
+
+def small_model():
+    inputs = keras.Input((16, 16, 3))
+    x = keras.layers.Rescaling(1 / 255)(inputs)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=["accuracy"])
+    return model
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fit_evaluate_and_predict_read_it(folder, workers):
+    arguments = {"image_size": 16, "batch_size": 4, "workers": workers}
+    train = from_directory(folder, seed=0, **arguments)
+    ordered = from_directory(folder, shuffle=False, **arguments)
+    model = small_model()
+    model.fit(train, epochs=2, verbose=0, shuffle=False)
+    assert train.epoch == 2
+    logits = model.predict(ordered, verbose=0)
+    assert logits.shape == (19, 3)
+    accuracy = model.evaluate(ordered, verbose=0, return_dict=True)["accuracy"]
+    assert abs(accuracy - (logits.argmax(1) == ordered.labels).mean()) < 1e-6
+
+
+def test_fit_sees_the_same_batches_as_iteration(folder):
+    seen = []
+
+    class Watched(ImageDataset):
+        def __getitem__(self, index):
+            batch = super().__getitem__(index)
+            seen.append((self.epoch, index, batch[0].tobytes()))
+            return batch
+
+    paths, labels, names = find_pictures(folder)
+    arguments = {"batch_size": 4, "seed": 3, "augment": training_augment(16), "workers": 2}
+    small_model().fit(
+        Watched(paths, labels, names, **arguments), epochs=2, verbose=0, shuffle=False
+    )
+    again = ImageDataset(paths, labels, names, **arguments)
+    for number, index, pixels in seen:
+        again.set_epoch(number)
+        assert again[index][0].tobytes() == pixels
+    assert {number for number, _, _ in seen} >= {0, 1}
+
+
+def test_an_error_in_a_worker_ends_fit_and_is_kept(folder):
+    (folder / "ants" / "0.png").write_bytes(b"")
+    dataset = from_directory(folder, image_size=16, on_error="raise", workers=2)
+    with pytest.raises(Exception, match="empty"):
+        small_model().fit(dataset, verbose=0)
+    assert isinstance(dataset.failure, DataError)

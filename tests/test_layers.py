@@ -1,0 +1,576 @@
+"""Each layer against torch's modules and against stock Keras layers, on the backend that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_resnet.layers import (
+    BatchNormalization,
+    Conv2D,
+    MaxPooling2D,
+    Normalize,
+    ZeroPaddedShortcut,
+)
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+
+BACKEND = os.environ["KERAS_BACKEND"]
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
+FORMATS = ("channels_last", "channels_first")
+torch_only = pytest.mark.skipif(BACKEND != "torch", reason="a property of the torch path")
+
+
+def assert_close(actual, expected, dtype="float32", what=""):
+    """Largest difference within the tolerance, relative to the largest value."""
+    actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
+    assert actual.shape == expected.shape, what
+    scale = max(1.0, float(np.abs(expected).max(initial=0)))
+    worst = float(np.abs(actual - expected).max(initial=0))
+    assert worst <= TOLERANCE[dtype] * scale, f"{what}: off by {worst:.3g}, scale {scale:.3g}"
+
+
+@pytest.fixture(autouse=True)
+def float64_on_jax():
+    """jax computes in float32 unless told otherwise."""
+    if BACKEND != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def numpy(x) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float64")))
+
+
+def vjp(layer, inputs, cotangent, training=False):
+    """Output and the gradients of `sum(output * cotangent)` by inputs and trainable weights."""
+    nested = isinstance(inputs, list)
+    flat = inputs if nested else [inputs]
+    if BACKEND == "torch":
+        tensors = [ops.convert_to_tensor(x).requires_grad_() for x in flat]
+        y = call(layer, tensors if nested else tensors[0], training)
+        weights = [v.value for v in layer.trainable_variables]
+        grads = torch.autograd.grad(
+            (y * ops.convert_to_tensor(cotangent)).sum(), [*tensors, *weights]
+        )
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tensors = [tf.Variable(x) for x in flat]
+        values = [tf.convert_to_tensor(t) for t in tensors]
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            y = call(layer, values if nested else values[0], training)
+            loss = tf.reduce_sum(y * cotangent)
+        weights = [v.value for v in layer.trainable_variables]
+        grads = tape.gradient(loss, [*values, *weights])
+    else:
+        import jax
+
+        def loss(tensors, weights):
+            given = list(tensors) if nested else tensors[0]
+            options = {"training": training} if isinstance(layer, BatchNorms) else {}
+            y, state = layer.stateless_call(
+                weights, [v.value for v in layer.non_trainable_variables], given, **options
+            )
+            return (y * cotangent).sum(), (y, state)
+
+        tensors = [jax.numpy.asarray(x) for x in flat]
+        weights = [v.value for v in layer.trainable_variables]
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, (y, state)), grads = gradient(tensors, weights)
+        grads = [*grads[0], *grads[1]]
+        for variable, value in zip(layer.non_trainable_variables, state, strict=True):
+            variable.assign(value)
+    grads = [numpy(g) for g in grads]
+    return numpy(y), grads[: len(flat)], grads[len(flat) :]
+
+
+BatchNorms = (BatchNormalization, keras.layers.BatchNormalization)
+
+
+def call(layer, x, training):
+    return layer(x, training=training) if isinstance(layer, BatchNorms) else layer(x)
+
+
+@contextlib.contextmanager
+def where_implemented(data_format):
+    """Skips where the backend cannot compute channels first on this machine."""
+    if BACKEND != "tensorflow" or data_format == "channels_last":
+        yield
+        return
+    import tensorflow as tf
+
+    try:
+        yield
+    except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
+        pytest.skip(f"tensorflow on CPU: {str(error).splitlines()[0][:120]}")
+
+
+def to_format(x, data_format):
+    """From torch's NCHW."""
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if data_format == "channels_last" else x
+
+
+def from_format(x, data_format):
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if data_format == "channels_last" else x
+
+
+def leaf(x):
+    return torch.tensor(x, requires_grad=True)
+
+
+CONVS = {
+    "stem": dict(kernel_size=7, strides=2, pad=3),
+    "3x3": dict(kernel_size=3, pad=1),
+    "3x3/2": dict(kernel_size=3, strides=2, pad=1),
+    "1x1/2": dict(kernel_size=1, strides=2, use_bias=False),
+    "biased 1x1": dict(kernel_size=1),
+    "grouped/2": dict(kernel_size=3, strides=2, pad=1, groups=2),
+    "dilated": dict(kernel_size=3, pad=2, dilation_rate=2),
+    "one-sided pad": dict(kernel_size=(3, 1), pad=(1, 0)),
+    "wide pad": dict(kernel_size=3, pad=2),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("case", CONVS)
+def test_convolution_and_its_gradients_are_torchs(case, data_format, dtype, rng):
+    options = CONVS[case]
+    batch, height, width = (1, 11, 14) if case == "3x3/2" else (3, 13, 10)
+    x = rng.normal(size=(batch, 4, height, width)).astype(dtype)
+    module = torch.nn.Conv2d(
+        4,
+        6,
+        options["kernel_size"],
+        stride=options.get("strides", 1),
+        padding=options.get("pad", 0),
+        dilation=options.get("dilation_rate", 1),
+        groups=options.get("groups", 1),
+        bias=options.get("use_bias", True),
+        dtype=getattr(torch, dtype),
+    )
+    t = leaf(x)
+    expected = module(t)
+    cotangent = rng.normal(size=expected.shape).astype(dtype)
+    expected_grads = torch.autograd.grad(
+        (expected * torch.tensor(cotangent)).sum(), [t, *module.parameters()]
+    )
+
+    layer = Conv2D(6, data_format=data_format, dtype=dtype, **options)
+    layer.build(to_format(x, data_format).shape)
+    layer.set_weights(
+        [module.weight.detach().numpy().transpose(2, 3, 1, 0)]
+        + ([module.bias.detach().numpy()] if module.bias is not None else [])
+    )
+    with where_implemented(data_format):
+        y, (dx,), grads = vjp(
+            layer, to_format(x, data_format), to_format(cotangent, data_format)
+        )
+    assert_close(from_format(y, data_format), expected.detach().numpy(), dtype, "output")
+    assert tuple(layer.compute_output_shape(to_format(x, data_format).shape)) == y.shape
+    assert_close(from_format(dx, data_format), expected_grads[0].numpy(), dtype, "input gradient")
+    assert_close(
+        grads[0], expected_grads[1].numpy().transpose(2, 3, 1, 0), dtype, "kernel gradient"
+    )
+    if module.bias is not None:
+        assert_close(grads[1], expected_grads[2].numpy(), dtype, "bias gradient")
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_convolution_without_pad_is_stock_keras(strides, padding, data_format, rng):
+    x = to_format(rng.normal(size=(2, 4, 9, 12)).astype("float32"), data_format)
+    options = dict(
+        kernel_size=3, strides=strides, padding=padding, activation="relu", data_format=data_format
+    )
+    stock, layer = keras.layers.Conv2D(6, **options), Conv2D(6, **options)
+    with where_implemented(data_format):
+        expected = numpy(stock(x))
+        layer.build(x.shape)
+        layer.set_weights(stock.get_weights())
+        assert_close(numpy(layer(x)), expected)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_pad_is_zero_padding_before_a_stock_convolution(data_format, rng):
+    x = to_format(rng.normal(size=(2, 4, 9, 12)).astype("float32"), data_format)
+    options = dict(kernel_size=3, strides=2, data_format=data_format)
+    stock = keras.Sequential(
+        [keras.layers.ZeroPadding2D(1, data_format=data_format), keras.layers.Conv2D(6, **options)]
+    )
+    with where_implemented(data_format):
+        expected = numpy(stock(x))
+        layer = Conv2D(6, pad=1, **options)
+        layer.build(x.shape)
+        layer.set_weights(stock.get_weights())
+        assert_close(numpy(layer(x)), expected)
+
+
+def torch_norm(channels, dtype, rng, **options):
+    norm = torch.nn.BatchNorm2d(channels, dtype=getattr(torch, dtype), **options)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            tensor.copy_(torch.tensor(rng.normal(size=channels)))
+        norm.running_var.copy_(torch.tensor(rng.uniform(0.5, 2, size=channels)))
+    return norm
+
+
+def norm_like(module, data_format, dtype, **options):
+    axis = -1 if data_format == "channels_last" else 1
+    layer = BatchNormalization(axis=axis, dtype=dtype, **options)
+    layer.build(
+        (None, None, None, module.num_features)
+        if axis == -1
+        else (None, module.num_features, None, None)
+    )
+    state = [module.weight, module.bias, module.running_mean, module.running_var]
+    layer.set_weights([t.detach().numpy() for t in state])
+    return layer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_shortcut", [True, False])
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_batch_norm_shortcut_and_relu_are_torchs(
+    activation, with_shortcut, training, data_format, dtype, rng
+):
+    module = torch_norm(5, dtype, rng).train(training)
+    layer = norm_like(module, data_format, dtype, activation=activation)
+    for step, batch in enumerate((3, 1)):  # the second step starts from moved statistics
+        arrays = [rng.normal(2, 3, size=(batch, 5, 7, 6)).astype(dtype) for _ in range(2)]
+        arrays = arrays if with_shortcut else arrays[:1]
+        leaves = [leaf(a) for a in arrays]
+        expected = module(leaves[0])
+        expected = expected + leaves[1] if with_shortcut else expected
+        expected = torch.relu(expected) if activation else expected
+        cotangent = rng.normal(size=expected.shape).astype(dtype)
+        expected_grads = torch.autograd.grad(
+            (expected * torch.tensor(cotangent)).sum(), [*leaves, module.weight, module.bias]
+        )
+        given = [to_format(a, data_format) for a in arrays]
+        y, dxs, grads = vjp(
+            layer,
+            given if with_shortcut else given[0],
+            to_format(cotangent, data_format),
+            training,
+        )
+        assert_close(from_format(y, data_format), expected.detach(), dtype, f"output {step}")
+        actual_grads = [from_format(d, data_format) for d in dxs] + grads
+        for i, (actual, wanted) in enumerate(zip(actual_grads, expected_grads, strict=True)):
+            assert_close(actual, wanted, dtype, f"gradient {i} of step {step}")
+        assert_close(numpy(layer.moving_mean), module.running_mean, dtype, "running mean")
+        assert_close(numpy(layer.moving_variance), module.running_var, dtype, "running variance")
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("center, scale", [(True, True), (True, False), (False, True)])
+def test_batch_norm_with_biased_variance_is_stock_keras(
+    center, scale, training, data_format, rng
+):
+    axis = -1 if data_format == "channels_last" else 1
+    options = dict(axis=axis, momentum=0.7, epsilon=1e-3, center=center, scale=scale)
+    stock = keras.layers.BatchNormalization(**options)
+    layer = BatchNormalization(unbiased_variance=False, **options)
+    shape = (4, 5, 3, 5) if axis == -1 else (4, 5, 5, 3)
+    for norm in (stock, layer):
+        norm.build(shape)
+    layer.set_weights(stock.get_weights())
+    for _ in range(2):
+        x = rng.normal(1, 2, size=shape).astype("float32")
+        cotangent = rng.normal(size=shape).astype("float32")
+        expected = vjp(stock, x, cotangent, training)
+        actual = vjp(layer, x, cotangent, training)
+        assert_close(actual[0], expected[0], what="output")
+        for a, e in zip(actual[1] + actual[2], expected[1] + expected[2], strict=True):
+            assert_close(a, e, what="gradient")
+        for a, e in zip(layer.get_weights(), stock.get_weights(), strict=True):
+            assert_close(a, e, what="weights and statistics")
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 7, 5), (2, 3, 4, 3, 5)])
+def test_batch_norm_takes_other_ranks(shape, rng):
+    x = rng.normal(size=shape).astype("float32")
+    stock = keras.layers.BatchNormalization(epsilon=1e-5)
+    layer = BatchNormalization()
+    assert_close(numpy(layer(x, training=True)), numpy(stock(x, training=True)))
+    assert_close(numpy(layer(x, training=False)), numpy(layer(x)))
+
+
+def test_one_value_a_channel_leaves_finite_statistics():
+    layer = BatchNormalization()
+    layer(np.ones((1, 1, 1, 3), "float32"), training=True)
+    assert_close(numpy(layer.moving_mean), np.full(3, 0.1))
+    assert_close(numpy(layer.moving_variance), np.full(3, 0.9))
+
+
+def test_a_frozen_norm_uses_and_keeps_its_statistics(rng):
+    x = rng.normal(3, 2, size=(4, 5, 5, 3)).astype("float32")
+    layer = BatchNormalization(activation="relu")
+    layer(x, training=True)
+    before = layer.get_weights()
+    expected = numpy(layer(x, training=False))
+    layer.trainable = False
+    assert_close(numpy(layer(x, training=True)), expected)
+    for a, b in zip(layer.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    layer.trainable = True
+    layer(x, training=True)
+    assert not np.array_equal(numpy(layer.moving_mean), before[2])
+
+
+def test_a_masked_norm_leaves_the_masked_out(rng):
+    x = rng.normal(size=(2, 6, 3)).astype("float32")
+    mask = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]], bool)
+    stock = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)
+    layer = BatchNormalization(unbiased_variance=False)
+    expected = stock(x, training=True, mask=mask)
+    assert_close(numpy(layer(x, training=True, mask=mask)), numpy(expected))
+    assert_close(numpy(layer.moving_mean), numpy(stock.moving_mean))
+    assert_close(numpy(layer.moving_variance), numpy(stock.moving_variance))
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("size", [(7, 10), (1, 1), (112, 5)])
+def test_max_pooling_of_negative_values_is_torchs(size, data_format, rng):
+    x = -rng.uniform(1, 5, size=(2, 3, *size)).astype("float32")
+    t = leaf(x)
+    expected = F.max_pool2d(t, 3, 2, 1)
+    cotangent = rng.normal(size=expected.shape).astype("float32")
+    (expected_grad,) = torch.autograd.grad((expected * torch.tensor(cotangent)).sum(), [t])
+    layer = MaxPooling2D(3, strides=2, pad=1, data_format=data_format)
+    with where_implemented(data_format):
+        y, (dx,), _ = vjp(layer, to_format(x, data_format), to_format(cotangent, data_format))
+    assert_close(from_format(y, data_format), expected.detach())
+    assert_close(from_format(dx, data_format), expected_grad)
+    assert tuple(layer.compute_output_shape(to_format(x, data_format).shape)) == y.shape
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_max_pooling_without_pad_is_stock_keras(padding, rng):
+    x = rng.normal(size=(2, 9, 8, 3)).astype("float32")
+    expected = keras.layers.MaxPooling2D(3, strides=2, padding=padding)(x)
+    assert_close(numpy(MaxPooling2D(3, strides=2, padding=padding)(x)), numpy(expected))
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+def test_the_parameter_free_shortcut_is_option_a(size, data_format, rng):
+    x = rng.normal(size=(2, 4, *size)).astype("float32")
+    expected = F.pad(torch.tensor(x)[:, :, ::2, ::2], (0, 0, 0, 0, 2, 3))
+    layer = ZeroPaddedShortcut(9, strides=2, data_format=data_format)
+    given = to_format(x, data_format)
+    assert tuple(layer.compute_output_shape(given.shape)) == tuple(layer(given).shape)
+    assert_close(from_format(numpy(layer(given)), data_format), expected)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_normalize_is_torchvisions_to_tensor_and_normalize(dtype, data_format, torchvision, rng):
+    x = rng.integers(0, 256, size=(2, 3, 4, 5)).astype(dtype)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    scaled = torch.tensor(x).float() / 255
+    expected = torchvision.transforms.functional.normalize(scaled, mean, std)
+    layer = Normalize(mean, std, data_format=data_format)
+    assert_close(from_format(numpy(layer(to_format(x, data_format))), data_format), expected)
+
+
+def small_graph(dtype=None, sides=(None, None)):
+    """A stem and one residual block out of all the layers."""
+    inputs = keras.Input((*sides, 3))
+    x = Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.2), data_format="channels_last", dtype=dtype)(inputs)
+    options = dict(data_format="channels_last", use_bias=False, dtype=dtype)
+    x = Conv2D(8, 7, strides=2, pad=3, **options)(x)
+    x = BatchNormalization(activation="relu", dtype=dtype)(x)
+    x = MaxPooling2D(3, strides=2, pad=1, data_format="channels_last", dtype=dtype)(x)
+    y = Conv2D(12, 3, strides=2, pad=1, **options)(x)
+    y = BatchNormalization(activation="relu", dtype=dtype)(y)
+    y = Conv2D(12, 3, pad=1, **options)(y)
+    shortcut = ZeroPaddedShortcut(12, 2, data_format="channels_last", dtype=dtype)(x)
+    y = BatchNormalization(activation="relu", dtype=dtype)([y, shortcut])
+    y = keras.layers.GlobalAveragePooling2D(data_format="channels_last", dtype=dtype)(y)
+    return keras.Model(inputs, keras.layers.Dense(5, dtype=dtype)(y))
+
+
+def pictures(rng, batch=2, height=33, width=40):
+    return rng.integers(0, 256, size=(batch, height, width, 3)).astype("float32")
+
+
+def test_open_sides_take_every_size(rng):
+    model = small_graph()
+    assert model.output_shape == (None, 5)
+    for size in ((33, 40), (64, 20)):
+        assert model(pictures(rng, 1, *size)).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Conv2D(6, 3, strides=2, pad=1, groups=2, use_bias=False, kernel_initializer="he_normal"),
+        Conv2D(6, (3, 5), pad=(1, 2), activation="relu"),
+        Conv2D(6, 3, padding="same", dilation_rate=2),
+        BatchNormalization(axis=1, momentum=0.8, activation="relu", unbiased_variance=False),
+        BatchNormalization(),
+        MaxPooling2D(3, strides=2, pad=1),
+        ZeroPaddedShortcut(8, strides=2),
+        Normalize((0.1,), (0.5,)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_config_makes_the_same_layer(layer):
+    config = layer.get_config()
+    again = type(layer).from_config(config)
+    assert again.get_config() == config
+    assert keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(layer)
+    ).get_config() == config
+
+
+def test_a_saved_model_loads_and_answers_alike(tmp_path, rng):
+    model, x = small_graph(), pictures(rng)
+    model(x, training=True)
+    expected = numpy(model(x, training=False))
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(numpy(loaded(x, training=False)), expected)
+    clone = keras.models.clone_model(model)
+    clone.load_weights(tmp_path / "model.weights.h5")
+    assert_close(numpy(clone(x, training=False)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_mixed_precision_computes_in_half_and_keeps_float32(training, dtype, rng):
+    policy = f"mixed_{dtype}"
+    x = pictures(rng)
+    model = small_graph()
+    mixed = small_graph(dtype=policy)
+    mixed.set_weights(model.get_weights())
+    expected = numpy(model(x, training=training))
+    y = mixed(x, training=training)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    assert_close(numpy(y), expected, dtype)
+    for variable, reference in zip(mixed.variables, model.variables, strict=True):
+        assert variable.dtype == "float32"
+        assert_close(numpy(variable), numpy(reference), dtype, variable.path)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_statistics_of_large_half_precision_values_do_not_overflow(dtype, rng):
+    x = (rng.normal(size=(8, 9, 9, 3)) * 1000).astype("float32")
+    layer = BatchNormalization(dtype=dtype)
+    y = numpy(layer(x, training=True))
+    assert_close(y.std(axis=(0, 1, 2)), np.ones(3), "bfloat16")
+    assert_close(
+        numpy(layer.moving_variance) / (0.1 * x.var(axis=(0, 1, 2), ddof=1) + 0.9),
+        np.ones(3),
+        "bfloat16",
+    )
+
+
+def test_stateless_calls_change_no_variable(rng):
+    model, x = small_graph(), pictures(rng)
+    before = model.get_weights()
+    y, state = model.stateless_call(
+        [v.value for v in model.trainable_variables],
+        [v.value for v in model.non_trainable_variables],
+        x,
+        training=True,
+    )
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert_close(numpy(model(x, training=True)), numpy(y))
+    for variable, value in zip(model.non_trainable_variables, state, strict=True):
+        assert_close(numpy(variable), numpy(value), what=variable.path)
+
+
+def test_a_scope_without_a_mapping_collects_the_statistics(rng):
+    layer = BatchNormalization()
+    x = rng.normal(size=(4, 3, 3, 2)).astype("float32")
+    layer.build(x.shape)
+    with keras.StatelessScope() as scope:
+        layer(x, training=True)
+    assert_close(numpy(layer.moving_mean), np.zeros(2))
+    assert_close(numpy(scope.get_current_value(layer.moving_mean)), 0.1 * x.mean(axis=(0, 1, 2)))
+
+
+def test_a_shared_layer_trains(rng):
+    inputs = keras.Input((6, 6, 3))
+    conv, norm = Conv2D(3, 3, pad=1), BatchNormalization(activation="relu")
+    outputs = norm([norm(conv(norm(conv(inputs)))), inputs])
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(outputs))
+    model.compile("sgd", "mse")
+    x = rng.normal(size=(4, 6, 6, 3)).astype("float32")
+    model.fit(x, np.zeros((4, 3), "float32"), verbose=0)
+    assert np.isfinite(model.evaluate(x, np.zeros((4, 3), "float32"), verbose=0))
+
+
+def test_quantize_leaves_the_layers_and_the_answer(rng):
+    model, x = small_graph(), pictures(rng)
+    expected = numpy(model(x, training=False))
+    model.quantize("int8")
+    assert model.layers[-1].quantization_mode == "int8"
+    assert np.abs(numpy(model(x, training=False)) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(rng):
+    x = rng.normal(size=(2, 9, 9, 3)).astype("float32")
+    cotangent = rng.normal(size=(2, 5, 5, 4)).astype("float32")
+
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = Conv2D(4, 3, strides=2, pad=1), BatchNormalization()
+
+        def build(self, shape):
+            self.conv.build(shape)
+            self.norm.build(self.conv.compute_output_shape(shape))
+
+        def call(self, x):
+            return self.norm(self.conv(x), training=True)
+
+    plain = Block()
+    plain.build(x.shape)
+    with keras.RematScope(mode="full"):
+        checkpointed = Block()
+    checkpointed.build(x.shape)
+    checkpointed.set_weights(plain.get_weights())
+    expected, actual = vjp(plain, x, cotangent), vjp(checkpointed, x, cotangent)
+    assert_close(actual[0], expected[0])
+    for a, e in zip(actual[1] + actual[2], expected[1] + expected[2], strict=True):
+        assert_close(a, e)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="padding='valid'"):
+        Conv2D(4, 3, pad=1, padding="same")
+    with pytest.raises(ValueError, match="padding='valid'"):
+        MaxPooling2D(3, pad=1, padding="same")
+    with pytest.raises(ValueError, match="renorm"):
+        BatchNormalization(renorm=True)
+    with pytest.raises(ValueError, match="cannot drop channels"):
+        ZeroPaddedShortcut(2)(np.zeros((1, 2, 2, 3), "float32"))
+    with pytest.raises(ValueError, match="one value a channel"):
+        Normalize((0.5,), (0.5,))(np.zeros((1, 2, 2, 3), "float32"))
+    layer = Conv2D(4, 3)
+    layer.build((None, 8, 8, 3))
+    with pytest.raises(ValueError, match="expected axis -1"):
+        layer(np.zeros((1, 8, 8, 5), "float32"))
