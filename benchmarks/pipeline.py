@@ -11,6 +11,7 @@ loaders have no random crop; they resize, flip and normalise, which is less work
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import pathlib
@@ -116,12 +117,19 @@ def epoch(dataset) -> tuple[int, float]:
 
 
 def child(name: str, folder: str, workers: int, epochs: int) -> None:
+    """Prints the pictures per second of each timed epoch, and the CPU time of a picture."""
     dataset = CONTENDERS[name](folder, workers)
-    epoch(dataset)
-    print(json.dumps([count / seconds for count, seconds in (epoch(dataset) for _ in range(epochs))]))
+    before = sum(os.times()[:4])
+    pictures, _ = epoch(dataset)
+    timed = [epoch(dataset) for _ in range(epochs)]
+    pictures += sum(count for count, _ in timed)
+    del dataset  # ends worker processes: only then is their time known
+    gc.collect()
+    cpu = (sum(os.times()[:4]) - before) / pictures
+    print(json.dumps({"rates": [count / s for count, s in timed], "cpu_ms": 1000 * cpu}))
 
 
-def turn(name: str, arguments: argparse.Namespace) -> list[float] | None:
+def turn(name: str, arguments: argparse.Namespace) -> dict | None:
     command = [sys.executable, __file__, "--child", name, "--data", arguments.data]
     command += ["--workers", str(arguments.workers), "--epochs", str(arguments.epochs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -158,13 +166,15 @@ def main() -> None:
         return
 
     figures: dict[str, list[float]] = {name: [] for name in arguments.only}
+    cpu: dict[str, list[float]] = {name: [] for name in arguments.only}
     for _ in range(arguments.rounds):
         for name in list(figures):
-            rates = turn(name, arguments)
-            if rates is None:
+            result = turn(name, arguments)
+            if result is None:
                 del figures[name]
             else:
-                figures[name] += rates
+                figures[name] += result["rates"]
+                cpu[name].append(result["cpu_ms"])
     base = statistics.median(figures["torchvision"]) if figures.get("torchvision") else None
     rows = []
     for name, rates in figures.items():
@@ -173,15 +183,26 @@ def main() -> None:
         ratio = median / base if base else None
         rows.append(
             {"name": name, "n": len(rates), "median": median, "quartiles": [low, high]}
-            | {"times_torchvision": ratio, "all": rates}
+            | {"times_torchvision": ratio, "cpu_ms": statistics.median(cpu[name]), "all": rates}
         )
-    print(f"{'':26}{'n':>4}{'pictures/s':>12}{'quartiles':>16}{'x torchvision':>15}")
+    print(f"{'':26}{'n':>4}{'pictures/s':>12}{'quartiles':>14}{'x torchvision':>15}{'CPU ms':>9}")
     for row in rows:
-        low, high = row["quartiles"]
+        spread = "{:.0f} - {:.0f}".format(*row["quartiles"])
         ratio = f"{row['times_torchvision']:.2f}" if base else "-"
-        print(f"{row['name']:26}{row['n']:>4}{row['median']:>12.0f}{low:>9.0f} -{high:>5.0f}{ratio:>15}")
+        print(
+            f"{row['name']:26}{row['n']:>4}{row['median']:>12.0f}{spread:>14}{ratio:>15}"
+            f"{row['cpu_ms']:>9.2f}"
+        )
     if arguments.json:
-        packages = ("torch", "torchvision", "keras", "pillow", "simplejpeg", "tensorflow-cpu", "grain")
+        packages = (
+            "torch",
+            "torchvision",
+            "keras",
+            "pillow",
+            "simplejpeg",
+            "tensorflow-cpu",
+            "grain",
+        )
         about = {
             "data": pathlib.Path(arguments.data).name,
             "batch": BATCH,
@@ -193,7 +214,9 @@ def main() -> None:
             "load_average": os.getloadavg(),
             "packages": installed(*packages),
         }
-        pathlib.Path(arguments.json).write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+        pathlib.Path(arguments.json).write_text(
+            json.dumps({"about": about, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

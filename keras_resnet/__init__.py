@@ -18,6 +18,7 @@ _PUBLIC = {
         "CheckpointError", "DataError", "InputError", "KerasResNetError",
         "MissingDependencyError", "NotFoundError",
     ),
+    "interchange": ("Conversion", "convert_file"),
     "evaluation": (
         "Evaluation", "Prediction", "evaluate", "iter_predictions", "load_model", "predict",
     ),

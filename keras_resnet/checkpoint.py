@@ -600,7 +600,7 @@ class _Machine:
         return _Truncated(f"its pickle is cut off at byte {self.file_end:,}")
 
     def charge(self, items: int) -> None:
-        """Copies cost what they copy; checked before the copy is made."""
+        """What takes longer than a step costs more: copies what they copy, calls three."""
         self.steps += items
         if self.steps > self.budget.steps:
             self.budget.spend(self.steps)
@@ -646,6 +646,7 @@ class _Machine:
         if kind is bytes:
             self.charge_bytes(len(value))
             return value.decode("latin-1")
+        self.charge(3)
         self.unnamed += 1
         return f"<{_text(_brief(value), 40)} #{self.unnamed}>"
 
@@ -681,6 +682,7 @@ class _Machine:
 
     def find(self, module: Any, name: Any) -> _Name:
         """The stand-in for a name; a name that is not harmless is noted, and made no less inert."""
+        self.charge(3)
         if type(module) is not str or type(name) is not str:
             raise CheckpointError("a name that is no text")
         if len(module) > MAX_IDENTIFIER or len(name) > MAX_IDENTIFIER:
@@ -703,6 +705,7 @@ class _Machine:
 
     def call(self, function: Any, args: Any) -> Any:
         """What a call would make: a container, a tensor's description, or a record of the call."""
+        self.charge(3)
         if type(args) is not tuple:
             raise CheckpointError("a call without a tuple of values")
         if type(function) is not _Name:
@@ -863,7 +866,7 @@ def _decimal_float(m: _Machine) -> None:
 
 
 # What Python 2's repr of a string can hold after a backslash.
-_ESCAPES = re.compile(rb"([^\\]|\\([\\'\"abfnrtv]|x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2}))*", re.DOTALL)
+_ESCAPE = re.compile(rb"\\(?:[\\'\"abfnrtv]|x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2})")
 
 
 @_opcode(b"S")
@@ -873,7 +876,8 @@ def _quoted(m: _Machine) -> None:
         raise CheckpointError("a string without its quotes")
     inside = line[1:-1]
     if b"\\" in inside:
-        if not _ESCAPES.fullmatch(inside):
+        m.charge(inside.count(b"\\"))
+        if b"\\" in _ESCAPE.sub(b"", inside):
             raise CheckpointError("a string with an escape that Python does not write")
         inside = inside.decode("unicode_escape").encode("latin-1")
     m.stack.append(_decode_old(m, inside))
@@ -1075,6 +1079,7 @@ def _binpersid(m: _Machine) -> None:
 def _persistent(m: _Machine, pid: Any) -> None:
     if m.persistent is None:
         raise CheckpointError("a persistent id where none can be")
+    m.charge(3)
     m.stack.append(m.persistent(pid))
 
 

@@ -320,6 +320,8 @@ def _weight_commands(commands) -> None:
     convert.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side before the crop")
     convert.add_argument("--mean", type=float, nargs=3, metavar="X", help="ImageNet's by default")
     convert.add_argument("--std", type=float, nargs=3, metavar="X", help="ImageNet's by default")
+    convert.add_argument("--include-preprocessing", action="store_true",
+                         help="the Keras model takes pixel values 0..255")  # fmt: skip
     convert.add_argument("--no-verify", action="store_true", help="skip the numerical proof")
     convert.add_argument("--allow-other-strides", action="store_true",
                          help="weights of unknown origin for a v1 model")  # fmt: skip
@@ -333,15 +335,134 @@ def _weight_commands(commands) -> None:
 
 
 def _inspect(arguments) -> int:
-    raise NotImplementedError
+    import json
+
+    from keras_resnet.checkpoint import inspect_checkpoint
+    from keras_resnet.files import write_text
+
+    if arguments.file.endswith(".keras"):
+        return _inspect_keras(arguments)
+    info = inspect_checkpoint(arguments.file, key=arguments.key)
+    digest = info.hash(_progress(f"sha256 of {info.path.name}", info.size))
+    text = str(info)
+    if not arguments.tensors:
+        text = "\n".join(line for line in text.split("\n") if not line.startswith("    "))
+    print(text)
+    print(f"  sha256   {digest}")
+    verdict = _what_it_is(info, digest)
+    if verdict:
+        print(f"  is       {verdict}")
+    if arguments.json:
+        facts = {**json.loads(info.to_json()), "sha256": digest, "is": verdict}
+        write = print if arguments.json == "-" else lambda t: write_text(arguments.json, t + "\n")
+        write(json.dumps(facts, indent=2))
+    return 0 if info.safe and info.problem is None else 1
+
+
+def _what_it_is(info, digest: str) -> str:
+    """Which model a checkpoint fits, and which published file it is."""
+    from keras_resnet.convert import matching_variants
+    from keras_resnet.hub import published_by_torchvision
+
+    published = published_by_torchvision(digest)
+    if published is not None:
+        return f"torchvision's {published.model} {published.tag}, published as {published.url}"
+    fits = matching_variants({name: shape for name, (shape, _) in info.tensors.items()})
+    names = " or ".join(name for name, _ in fits)
+    return f"weights for {names}, {fits[0][1] or 'no'} classes" if fits else ""
+
+
+def _inspect_keras(arguments) -> int:
+    import json
+
+    from keras_resnet.evaluation import load_model
+
+    model = load_model(arguments.file)
+    print(f"{model.name}: {model.count_params():,} parameters, output {model.output_shape}")
+    print(json.dumps(getattr(model, "info", {}), indent=2, default=str))
+    return 0
+
+
+def _progress(label: str, size: int):
+    """A progress function for a terminal, for files that take a second or more."""
+    if size < 50 * 2**20 or not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{label}: {done / total:4.0%}", end=end, file=sys.stderr, flush=True)
+
+    return show
 
 
 def _convert(arguments) -> int:
-    raise NotImplementedError
+    from keras_resnet.files import write_text
+    from keras_resnet.interchange import convert_file
+    from keras_resnet.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+
+    preprocess = None
+    if any((arguments.image_size, arguments.resize_size, arguments.mean, arguments.std)):
+        size = arguments.image_size or 224
+        whole = size <= 64 and arguments.resize_size is None
+        preprocess = Preprocess(
+            (size, size) if whole else arguments.resize_size or round(size * 256 / 224),
+            None if whole else size,
+            mean=arguments.mean or IMAGENET_MEAN,
+            std=arguments.std or IMAGENET_STD,
+        )
+    result = convert_file(
+        arguments.source,
+        arguments.target,
+        variant=arguments.model,
+        key=arguments.key,
+        class_names=_read_names(arguments.class_names),
+        preprocess=preprocess,
+        include_preprocessing=arguments.include_preprocessing,
+        check=not arguments.no_verify,
+        allow_other_strides=arguments.allow_other_strides,
+    )
+    print(result)
+    write_text(f"{arguments.target}.report.json", result.to_json() + "\n")
+    return 0 if result.passed else 1
+
+
+def _read_names(path: str | None) -> list[str] | None:
+    """Class names out of a text file (one a line) or JSON (a list, or index to name)."""
+    import json
+
+    from keras_resnet.errors import InputError, NotFoundError
+
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise NotFoundError(f"Cannot read class names from {path!r}: {error.strerror}.") from None
+    if not path.endswith(".json"):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        names = json.loads(text)
+        return [names[str(i)] for i in range(len(names))] if isinstance(names, dict) else list(names)
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path!r} must hold a JSON list of names, or numbers from 0 to names."
+        ) from None
 
 
 def _verify(arguments) -> int:
-    raise NotImplementedError
+    from keras_resnet.convert import verify
+    from keras_resnet.evaluation import load_model
+
+    report = verify(
+        load_model(arguments.model),
+        arguments.source,
+        key=arguments.key,
+        tolerance=arguments.tolerance,
+    )
+    print(report)
+    if arguments.json:
+        report.to_json(arguments.json)
+    return 0 if report.passed else 1
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class _Entry:
         return array.transpose(np.argsort(self.axes))
 
     def to_torch(self) -> np.ndarray:
-        array = keras.ops.convert_to_numpy(self.variable)
+        array = keras.ops.convert_to_numpy(self.variable.value)
         return np.ascontiguousarray(array.transpose(self.axes))
 
 
@@ -530,7 +530,7 @@ def _is_tensor(value) -> bool:
 
 
 def _as_array(key: str, value) -> np.ndarray:
-    """A NumPy array of a NumPy, torch (any device), jax or TensorFlow array, without needless copy."""
+    """A NumPy array of another library's, from any device; not a copy where that can be."""
     try:
         if hasattr(value, "detach"):
             value = value.detach().cpu()
@@ -891,7 +891,7 @@ def _reseeded(initializer):
 def _assign(assignments: list[tuple[Any, np.ndarray]], old: list[tuple[Any, np.ndarray]]) -> None:
     """Assigns each value, having put the variable's own onto `old` first."""
     for variable, value in assignments:
-        old.append((variable, keras.ops.convert_to_numpy(variable)))
+        old.append((variable, keras.ops.convert_to_numpy(variable.value)))
         variable.assign(value)
 
 
@@ -1128,7 +1128,9 @@ def _stage_tensors(model: keras.Model) -> dict[str, Any]:
         pools = [x for x in model.layers if isinstance(x, keras.layers.MaxPooling2D)]
         if pools:
             tensors["features"] = pools[-1].output
-    tensors.update({"pool": x.output for x in model.layers if x.name == "avgpool"})
+    for layer in model.layers:
+        if layer.name == "avgpool":
+            tensors["pool"] = layer.output
     if _own_head(model) is not None:
         tensors["logits"] = model.outputs[0]
     return tensors

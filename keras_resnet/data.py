@@ -17,9 +17,9 @@ import json
 import logging
 import os
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import keras
@@ -284,7 +284,7 @@ def find_pictures(
         DataError: it is a file, or has no class folder, an empty one, or no picture.
         InputError: class_names that are not there.
     """
-    directory = _existing_folder(directory)
+    directory = existing_folder(directory)
     found = sorted(
         entry.name
         for entry in os.scandir(directory)
@@ -309,7 +309,7 @@ def find_pictures(
     excluded = _excluded(directory, exclude)
     paths, labels, empty, other = [], [], [], []
     for label, name in enumerate(class_names):
-        files, rest = _walk(os.path.join(directory, name), follow_links)
+        files, rest = walk_pictures(os.path.join(directory, name), follow_links)
         other += rest
         if not files:
             empty.append(name)
@@ -331,8 +331,8 @@ def find_pictures(
 
 
 def _flat_pictures(directory: str, follow_links: bool, exclude: Any) -> list[str]:
-    directory = _existing_folder(directory)
-    files, other = _walk(directory, follow_links)
+    directory = existing_folder(directory)
+    files, other = walk_pictures(directory, follow_links)
     excluded = _excluded(directory, exclude)
     files = [path for path in files if os.path.abspath(path) not in excluded]
     if not files:
@@ -343,7 +343,8 @@ def _flat_pictures(directory: str, follow_links: bool, exclude: Any) -> list[str
     return files
 
 
-def _existing_folder(directory: str | os.PathLike) -> str:
+def existing_folder(directory: str | os.PathLike) -> str:
+    """Returns the folder's path, or raises NotFoundError or DataError that say what is there."""
     directory = os.path.expanduser(os.fspath(directory))
     if os.path.isdir(directory):
         return directory
@@ -354,7 +355,7 @@ def _existing_folder(directory: str | os.PathLike) -> str:
     raise NotFoundError(f"{directory!r} does not exist.{did_you_mean(name, siblings)}")
 
 
-def _walk(folder: str, follow_links: bool) -> tuple[list[str], list[str]]:
+def walk_pictures(folder: str, follow_links: bool) -> tuple[list[str], list[str]]:
     """Pictures and other files below a folder, in torchvision's order, without hidden ones."""
     pictures, other = [], []
     hidden = len(folder.split(os.sep))
@@ -453,9 +454,10 @@ def _generator(*key: int) -> np.random.Generator:
 class ImageDataset(keras.utils.PyDataset):
     """Batches of pictures from files.
 
-    Iterating gives one epoch, read ahead by `workers` threads; `fit`, `evaluate` and `predict`
-    read ahead with as many of Keras' own. `fit` shuffles the order of batches once more unless it
-    is called with `shuffle=False`: give that where runs must be repeatable.
+    Threads read ahead, whether batches are asked for by iterating, by `[index]` in order, or by
+    Keras. Keras' own `workers` stay at 1: its queue keeps batches of a past epoch (TensorFlow
+    backend). `fit` asks for batches in an order of its own unless it is called with
+    `shuffle=False`; give that: the pictures are shuffled here, and runs can be repeated.
 
     Attributes:
         file_paths: all paths, in the order of the labels.
@@ -463,7 +465,8 @@ class ImageDataset(keras.utils.PyDataset):
         class_names: the name of each label.
         class_counts: pictures of each class.
         seed: of everything random.
-        epoch: counts up in `on_epoch_end`; set it with `set_epoch` to continue a run.
+        threads: that read ahead; 0 reads in the caller's thread.
+        epoch: counts completed passes; set it with `set_epoch` to continue a run.
         skipped: (path, reason) of every picture that could not be read so far.
         failure: the exception that ended a batch, where a backend hides it behind its own.
     """
@@ -504,7 +507,6 @@ class ImageDataset(keras.utils.PyDataset):
             _whole("workers", workers, 0)
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}.")
-        workers = _default_workers() if workers is None else int(workers)
 
         self.file_paths = [os.fspath(path) for path in file_paths]
         if not self.file_paths:
@@ -522,6 +524,7 @@ class ImageDataset(keras.utils.PyDataset):
         self.label_smoothing = float(label_smoothing)
         self.repeats = int(repeats)
         self.mix = augmentation.Mix(mixup, cutmix) if mixup or cutmix else None
+        self.threads = default_threads() if workers is None else int(workers)
         self.epoch = 0
         self.failure: Exception | None = None
 
@@ -540,12 +543,16 @@ class ImageDataset(keras.utils.PyDataset):
         self._skipped: dict[str, str] = {}
         self._cached: dict[int, np.ndarray] = {}
         self._order: tuple[int, np.ndarray] | None = None
+        self._begun = self._finished = self._iterated = False
         self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: dict[tuple[int, int], Future] = {}
+        self._last: tuple[int, int] | None = None
         if self.cache not in (None, "ram"):
             os.makedirs(self.cache, exist_ok=True)
+        super().__init__()
         if verify:
-            self.verify(workers)
-        super().__init__(workers=workers, max_queue_size=self._batches_ahead(workers))
+            self.verify()
 
     @classmethod
     def from_files(
@@ -601,10 +608,21 @@ class ImageDataset(keras.utils.PyDataset):
         """Sets the epoch, from 0, that order and augmentation are drawn for."""
         _whole("epoch", epoch, 0)
         self.epoch = int(epoch)
+        self._begun = self._finished = self._iterated = False
+
+    def on_epoch_begin(self) -> None:
+        """Notes that Keras begins a pass."""
+        self._begun, self._finished = True, False
 
     def on_epoch_end(self) -> None:
-        """Moves on to the next epoch; Keras calls it."""
-        self.epoch += 1
+        """Moves on to the next epoch after a complete pass; Keras calls it.
+
+        Keras also calls it where no pass was made (at the start of `fit`, and after it has built a
+        model from one batch), how often depends on the backend: those calls count for nothing.
+        """
+        if (self._begun and self._finished) or self._iterated:
+            self.epoch += 1
+        self._begun = self._finished = self._iterated = False
 
     def _epoch_order(self) -> tuple[int, np.ndarray]:
         """The epoch and the positions of its pictures, in order."""
@@ -647,55 +665,67 @@ class ImageDataset(keras.utils.PyDataset):
 
     def read_batch(self, index: int) -> Batch:
         """Reads a batch as `[index]` does, with the positions of the pictures that it holds."""
-        return self._read(*self._epoch_order(), self._checked(index))
+        index = self._checked(index)
+        if index == len(self) - 1:
+            self._finished = True
+        return self._fetch(*self._epoch_order(), index)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray] | np.ndarray]:
-        """Gives the batches of the current epoch in order, read ahead by the workers."""
+        """Gives the batches of the current epoch in order."""
         for images, labels, _ in self.batches():
             yield images if labels is None else (images, labels)
 
     def batches(self) -> Iterator[Batch]:
         """Iterates like the dataset itself, with the positions of the pictures."""
         epoch, order = self._epoch_order()
-        count = len(self)
-        if self.workers == 0:
-            for index in range(count):
-                yield self._read(epoch, order, index)
-            return
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="keras_resnet-data")
-        try:
-            waiting: deque = deque()
-            for index in range(count):
-                waiting.append(pool.submit(self._read, epoch, order, index))
-                if len(waiting) > self.max_queue_size:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for index in range(len(self)):
+            yield self._fetch(epoch, order, index)
+        self._iterated = True
 
-    def _read(self, epoch: int, order: np.ndarray, index: int) -> Batch:
+    def _fetch(self, epoch: int, order: np.ndarray, index: int) -> Batch:
+        """Reads a batch, or takes it from those read ahead, and lets the threads read on."""
+        if self.threads == 0:
+            return self._read(epoch, order, index, map)
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.threads, "keras_resnet-data")
+            for key in [key for key in self._ahead if key[0] != epoch]:
+                self._ahead.pop(key).cancel()
+            waiting = self._ahead.pop((epoch, index), None)
+            in_order = index == 0 or self._last == (epoch, index - 1)
+            self._last = (epoch, index)
+        # A batch that nobody has begun is shared out picture by picture.
+        batch = self._read(epoch, order, index, self._pool.map) if waiting is None else None
+        if in_order:
+            self._read_on(epoch, order, index)
+        return waiting.result() if batch is None else batch
+
+    def _read_on(self, epoch: int, order: np.ndarray, index: int) -> None:
+        with self._lock:
+            depth = self._batches_ahead()
+            for following in range(index + 1, min(index + 1 + depth, len(self))):
+                key = (epoch, following)
+                if key not in self._ahead and len(self._ahead) < depth:
+                    self._ahead[key] = self._pool.submit(self._read, epoch, order, following, map)
+
+    def _read(self, epoch: int, order: np.ndarray, index: int, over: Callable) -> Batch:
         try:
-            return self._assemble(epoch, order, index)
+            return self._assemble(epoch, order, index, over)
         except Exception as error:
             self.failure = error
             raise
 
-    def _assemble(self, epoch: int, order: np.ndarray, index: int) -> Batch:
+    def _assemble(self, epoch: int, order: np.ndarray, index: int, over: Callable) -> Batch:
+        """Reads the pictures of a batch with `over`, a kind of `map`, and puts them together."""
         positions = range(len(order))[index * self.batch_size : (index + 1) * self.batch_size]
         erasing = getattr(self.augment, "erasing", None)
         images, kept, erased = None, [], []
-        for position in positions:
-            sample = int(order[position])
-            # The copies of a repeated picture stand in a row; each gets its own randomness.
-            rng = _generator(self.seed, _PICTURE, epoch, sample, position % self.repeats)
-            try:
-                pixels = self._pixels(sample, rng)
-            except (DataError, NotFoundError) as error:
-                if self.on_error == "raise":
-                    raise
-                self._skip(self.file_paths[sample], str(error))
+        for position, read in zip(
+            positions, over(lambda p: self._one(epoch, order, p), positions), strict=True
+        ):
+            if read is None:
                 continue
+            sample, (pixels, window) = int(order[position]), read
             if images is None:
                 images = np.empty((len(positions), *pixels.shape), np.uint8)
             elif pixels.shape != images.shape[1:]:
@@ -705,8 +735,7 @@ class ImageDataset(keras.utils.PyDataset):
                     f"image_size, or a Preprocess with a crop_size."
                 )
             images[len(kept)] = pixels
-            if erasing is not None:
-                erased.append(erasing.sample(*pixels.shape[:2], rng))
+            erased.append(window)
             kept.append(sample)
         if images is None:
             path = self.file_paths[order[positions[0]]]
@@ -726,6 +755,21 @@ class ImageDataset(keras.utils.PyDataset):
         if self.label_smoothing:
             labels = augmentation.smooth_labels(labels, self.label_smoothing)
         return Batch(images, labels, kept)
+
+    def _one(self, epoch: int, order: np.ndarray, position: int) -> tuple | None:
+        """The picture at a position of the epoch and where to erase it; None if unreadable."""
+        sample = int(order[position])
+        # The copies of a repeated picture stand in a row; each gets its own randomness.
+        rng = _generator(self.seed, _PICTURE, epoch, sample, position % self.repeats)
+        try:
+            pixels = self._pixels(sample, rng)
+        except (DataError, NotFoundError) as error:
+            if self.on_error == "raise":
+                raise
+            self._skip(self.file_paths[sample], str(error))
+            return None
+        erasing = getattr(self.augment, "erasing", None)
+        return pixels, None if erasing is None else erasing.sample(*pixels.shape[:2], rng)
 
     def _pixels(self, sample: int, rng: np.random.Generator) -> np.ndarray:
         """One uint8 picture as it is fed."""
@@ -811,7 +855,7 @@ class ImageDataset(keras.utils.PyDataset):
 
     # Looking at the data.
 
-    def verify(self, workers: int | None = None) -> list[tuple[str, str]]:
+    def verify(self) -> list[tuple[str, str]]:
         """Decodes every picture once, and drops those that cannot be read from the dataset.
 
         With `cache` the decoded pictures are kept, and not decoded again.
@@ -830,8 +874,7 @@ class ImageDataset(keras.utils.PyDataset):
                 return error
             return None
 
-        threads = workers or _default_workers()
-        with ThreadPoolExecutor(threads, thread_name_prefix="keras_resnet-verify") as pool:
+        with ThreadPoolExecutor(self.threads or 1, "keras_resnet-verify") as pool:
             errors = list(pool.map(reason, range(self.num_samples)))
         bad = [(self.file_paths[i], str(e)) for i, e in enumerate(errors) if e is not None]
         if bad and self.on_error == "raise":
@@ -846,6 +889,7 @@ class ImageDataset(keras.utils.PyDataset):
             self.file_paths = [self.file_paths[i] for i in good]
             self.labels = None if self.labels is None else self.labels[good]
             self._order = None
+            self._ahead = {}
             for path, why in bad:
                 self._skip(path, why)
         return bad
@@ -859,39 +903,36 @@ class ImageDataset(keras.utils.PyDataset):
         """
         epoch, order = self._epoch_order()
         images, indices = [], []
-        for sample in order:
+        for position in range(len(order)):
             if len(images) == count:
                 break
-            try:
-                rng = _generator(self.seed, _PICTURE, epoch, int(sample), 0)
-                images.append(self._pixels(int(sample), rng))
-                indices.append(int(sample))
-            except (DataError, NotFoundError) as error:
-                if self.on_error == "raise":
-                    raise
-                self._skip(self.file_paths[sample], str(error))
+            read = self._one(epoch, order, position)
+            if read is not None:
+                images.append(read[0])
+                indices.append(int(order[position]))
         if not images:
             raise DataError(f"None of the {self.num_samples} pictures can be read.")
         labels = None if self.labels is None else self.labels[indices]
         return np.stack(images), labels, [self.file_paths[i] for i in indices]
 
-    def _batches_ahead(self, workers: int) -> int:
+    def _batches_ahead(self) -> int:
         height, width, channels = self.preprocess.output_shape
         height, width = getattr(self.augment, "output_size", None) or (height, width)
         pixel = 4 if self.output == "float32" else 1
         size = self.batch_size * (height or 256) * (width or 256) * channels * pixel
-        return max(workers, min(2 * workers + 2, _PREFETCH_BYTES // size), 1)
+        return max(self.threads, min(2 * self.threads + 2, _PREFETCH_BYTES // size))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out the lock and the cached pictures: worker processes have their own."""
-        return {**self.__dict__, "_lock": None, "_cached": {}}
+        """Leaves out threads, lock and cached pictures: another process makes its own."""
+        return {**self.__dict__, "_lock": None, "_pool": None, "_ahead": {}, "_cached": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what `__getstate__` gave."""
         self.__dict__.update(state, _lock=threading.Lock())
 
 
-def _default_workers() -> int:
+def default_threads() -> int:
+    """The processor's cores that this process may use, at most 8."""
     cores = getattr(os, "sched_getaffinity", None)
     return min(8, len(cores(0)) if cores else os.cpu_count() or 1)
 
@@ -943,21 +984,15 @@ def dataset_statistics(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     epoch, order = dataset._epoch_order()
 
     def histogram(position: int) -> np.ndarray | None:
-        sample = int(order[position])
-        rng = _generator(dataset.seed, _PICTURE, epoch, sample, position % dataset.repeats)
-        try:
-            pixels = dataset._pixels(sample, rng)
-        except (DataError, NotFoundError) as error:
-            if dataset.on_error == "raise":
-                raise
-            dataset._skip(dataset.file_paths[sample], str(error))
+        read = dataset._one(epoch, order, position)
+        if read is None:
             return None
-        planes = pixels.reshape(-1, channels).T
+        planes = read[0].reshape(-1, channels).T
         return np.stack([np.bincount(plane, minlength=256) for plane in planes])
 
     # Counts of the 256 values of each channel hold all that is needed, in integers.
     counts = np.zeros((channels, 256), np.int64)
-    with ThreadPoolExecutor(dataset.workers or 1) as pool:
+    with ThreadPoolExecutor(dataset.threads or 1) as pool:
         for one in pool.map(histogram, range(len(order))):
             counts += 0 if one is None else one
     total = counts.sum(1)

@@ -21,7 +21,7 @@ from keras_resnet.errors import InputError
 
 _EPSILON = 1e-5  # torch.nn.BatchNorm2d's default, which every network here keeps
 _COLUMN_BYTES = 4 * 2**20  # of im2col at a time (or one row): what a core's cache holds
-_BLOCK_KEY = re.compile(r"(layer|stage)([1-9]\d*)\.(\d+)\.")
+_BLOCK_KEY = re.compile(r"(layer|stage)([1-9]\d{0,5})\.(\d{1,6})\.")
 _NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -442,9 +442,9 @@ def _more(keys: list[str]) -> str:
 
 def _check_images(images: np.ndarray, found: Architecture) -> np.ndarray:
     images = np.asarray(images)
-    if images.ndim != 4 or images.shape[1] != found.in_channels:
+    if images.ndim != 4 or images.shape[1] != found.in_channels or len(images) == 0:
         raise InputError(
-            f"images must have shape (n, {found.in_channels}, height, width), "
+            f"images must have shape (n, {found.in_channels}, height, width), n at least 1; "
             f"received {images.shape}."
         )
     if images.dtype.kind != "f":

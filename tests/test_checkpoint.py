@@ -31,7 +31,14 @@ from keras_resnet import checkpoint
 from keras_resnet.checkpoint import inspect_checkpoint, read_checkpoint, write_checkpoint
 from keras_resnet.errors import CheckpointError, NotFoundError
 
-pytestmark = pytest.mark.once
+pytestmark = [
+    pytest.mark.once,
+    # torch says of each of these that it is new, or old; files hold them all the same.
+    pytest.mark.filterwarnings("ignore:ComplexHalf support"),
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
+]
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 samples = functools.cache(_samples)
 
@@ -691,6 +698,13 @@ def nested_calls(marker: str) -> dict[str, tuple[bytes, str]]:
     }
 
 
+def again(call: bytes) -> bytes:
+    """A pickle that repeats a call, function and values from the memo, until something stops it."""
+    function = call.index(b"\n", call.index(b"\n") + 1) + 1
+    once = call[:function] + b"q\x00" + call[function:-1] + b"q\x010"
+    return b"\x80\x02" + once + b"h\x00h\x01R0" * 150_000 + b"N."
+
+
 def many_entries(count: int) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as new:
@@ -707,9 +721,11 @@ def safetensors_entries(count: int) -> bytes:
 
 def tar_with(name: bytes, data: bytes) -> bytes:
     """A tar checkpoint, one of its members replaced."""
-    old = tarfile.open(fileobj=io.BytesIO(tar_bytes({"w": torch.ones(4)})))
-    out = io.BytesIO()
-    with old, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as new:
+    source, out = io.BytesIO(tar_bytes({"w": torch.ones(4)})), io.BytesIO()
+    with (
+        tarfile.open(fileobj=source) as old,
+        tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
         for info in old:
             body = data if info.name == name.decode() else old.extractfile(info).read()
             info.size = len(body)
@@ -856,6 +872,18 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
             tar_with(b"storages", b"\x80\x02cos\nsystem\n" + text(f"touch {marker}") + b"\x85R."),
             r"wants to call os\.system",
         ),
+        "one tensor built without end": (archive(again(tensor((2,), (1,)))), "steps"),
+        "500,000 names": (archive(b"cos\nsystem\n0" * 500_000), r"wants to call os\.system"),
+        "500,000 other names": (
+            archive(b"".join(b"ca\n%d\n0" % i for i in range(400_000))),
+            r"wants to call a\.0, a\.1, a\.2, a\.3, a\.4 and 995 more",
+        ),
+        "tuples as keys": (archive(b"}(" + b")N" * 240_000 + b"u."), "steps"),
+        "a string of 8 million escapes": (
+            archive(b"S'" + b"\\n" * 7_500_000 + b"'\n."),
+            "steps",
+        ),
+        "an escape that warns": (archive(b"S'\\d'\n."), "escape that Python does not write"),
         "a zip bomb": (bomb, "do not compress like that"),
         "sizes beyond the file": (bytes(lying), "claims 2,147,483,648"),
         "an encrypted entry": (bytes(encrypted), "encrypted"),

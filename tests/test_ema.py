@@ -267,6 +267,18 @@ def test_accumulated_batches_count_as_one_step(data):
     assert counts == [20, 4]
 
 
+@pytest.mark.once
+def test_a_second_fit_goes_on_averaging_and_counts_its_epochs_anew(data):
+    x, y = data
+    model, ema, weights = small_model(), ModelEMA(decay=0.8, steps=2), Weights()
+    start = model.get_weights()
+    for _ in range(2):
+        model.fit(x, y, batch_size=8, epochs=1, verbose=0, callbacks=[ema, weights])
+    expected, count = torchvision_ema(start, weights.epochs, 0.8, 2, 0)
+    assert ema.n_averaged == count == 6
+    assert_close(averages_of(ema), expected)
+
+
 def test_steps_per_execution_average_once_an_execution(backend, data):
     if backend == "torch":
         pytest.skip("Keras runs one step per execution on torch")

@@ -549,8 +549,9 @@ def test_a_state_dict_that_cannot_work_is_named(resnet18, change, message):
     [
         (
             np.zeros((3, 32, 32), np.float32),
-            r"shape \(n, 3, height, width\), received \(3, 32, 32\)",
+            r"\(n, 3, height, width\), n at .* received \(3, 32, 32\)",
         ),
+        (np.zeros((0, 3, 32, 32), np.float32), r"received \(0, 3, 32, 32\)"),
         (np.zeros((1, 32, 32, 3), np.float32), r"received \(1, 32, 32, 3\)"),
         (np.zeros((1, 3, 32, 32), np.uint8), r"normalised, received uint8"),
         (np.zeros((1, 3, 0, 32), np.float32), r"too small"),

@@ -1,0 +1,62 @@
+"""A model saved on one backend answers the same on the others."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_resnet as kr
+
+OTHERS = {
+    "torch": ("tensorflow", "jax"),
+    "tensorflow": ("torch", "jax"),
+    "jax": ("torch", "tensorflow"),
+}
+ANSWER = """
+import sys, numpy as np, keras, keras_resnet
+model = keras.saving.load_model(sys.argv[1])
+x = np.load(sys.argv[2])
+np.save(sys.argv[3], model.predict(x, verbose=0))
+"""
+
+
+def randomise_statistics(model, rng):
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            shape = layer.moving_mean.shape
+            layer.moving_mean.assign(rng.normal(size=shape, scale=0.3))
+            layer.moving_variance.assign(rng.uniform(0.5, 2, size=shape))
+            layer.gamma.assign(rng.uniform(0.5, 1.5, size=shape))
+            layer.beta.assign(rng.normal(size=shape, scale=0.3))
+
+
+@pytest.mark.slow
+def test_saved_models_answer_alike_everywhere(backend, tmp_path, rng):
+    models = {
+        "resnet18": (64, {"include_preprocessing": True, "num_classes": 5}),
+        "resnet20": (32, {}),
+        "resnext50_32x4d": (64, {"num_classes": 5}),
+        "alexnet_cifar10": (32, {}),
+    }
+    for name, (side, options) in models.items():
+        model = kr.create_model(name, input_shape=(side, side, 3), **options)
+        randomise_statistics(model, rng)
+        x = rng.normal(size=(2, side, side, 3)).astype("float32")
+        path, data = tmp_path / f"{name}.keras", tmp_path / f"{name}.npy"
+        model.save(path)
+        np.save(data, x)
+        expected = model.predict(x, verbose=0)
+        for other in OTHERS[backend]:
+            pytest.importorskip(other)
+            out = tmp_path / f"{name}-{other}.npy"
+            subprocess.run(
+                [sys.executable, "-c", ANSWER, str(path), str(data), str(out)],
+                env={**os.environ, "KERAS_BACKEND": other},
+                check=True,
+                capture_output=True,
+            )
+            error = np.abs(np.load(out) - expected).max() / np.abs(expected).max()
+            assert error < 1e-4, (name, other)

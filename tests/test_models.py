@@ -1,0 +1,262 @@
+"""Every row of the table: parameters, shapes, options, names."""
+
+import json
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+import keras_resnet as kr
+from keras_resnet.errors import InputError
+from keras_resnet.specs import SPECS, conv_output_size
+
+REGISTRY = json.loads(
+    (pathlib.Path(kr.__file__).parent / "torchvision.json").read_text(encoding="utf-8")
+)["weights"]
+PUBLISHED = {row["model"]: row for row in REGISTRY}
+# Small pictures keep the large networks cheap; alexnet_paper needs 63, torchvision's AlexNet too.
+SIDES = {name: max(spec.min_size, 32) for name, spec in SPECS.items()}
+
+
+def trainable(model):
+    return sum(int(np.prod(w.shape)) for w in model.trainable_weights)
+
+
+@pytest.fixture(scope="module", params=list(SPECS))
+def built(request):
+    """A row, built at its own size; one at a time, since the largest have 500 MB of weights."""
+    model = kr.create_model(request.param)
+    yield request.param, model
+    del model
+    keras.backend.clear_session()
+
+
+def test_parameters_and_flops_are_the_published_ones(built):
+    name, model = built
+    spec = SPECS[name]
+    assert model.output_shape == (None, spec.num_classes)
+    if name in PUBLISHED:
+        assert trainable(model) == PUBLISHED[name]["num_params"]
+        assert kr.count_flops(model) / 1e9 == pytest.approx(PUBLISHED[name]["gflops"], abs=6e-4)
+
+
+def test_logits_have_one_value_a_class(built, rng):
+    name, model = built
+    side = SIDES[name]
+    if name == "alexnet_paper" or name == "alexnet_cifar10":
+        side = SPECS[name].input_size  # flattened: the size is fixed
+    small = kr.create_model(name, input_shape=(side, side, 3), num_classes=7)
+    y = keras.ops.convert_to_numpy(small(rng.normal(size=(2, side, side, 3)).astype("float32")))
+    assert y.shape == (2, 7)
+    assert np.isfinite(y).all()
+    assert y.dtype == np.float32
+
+
+@pytest.mark.once
+def test_all_eleven_of_torchvisions_are_there():
+    assert set(PUBLISHED) <= set(SPECS)
+    assert len(PUBLISHED) == 11
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]
+)
+def test_cifar_resnets_have_the_parameters_of_the_papers_table_6(depth, millions):
+    model = kr.create_model(f"resnet{depth}")
+    assert trainable(model) / 1e6 == pytest.approx(millions, rel=0.025)
+    convs = [x for x in model.layers if isinstance(x, keras.layers.Conv2D)]
+    assert len(convs) + 1 == depth
+
+
+def test_names_follow_the_reference_implementations_module_paths():
+    names = {layer.name for layer in kr.ResNet50(input_shape=(64, 64, 3)).layers}
+    assert {"conv1", "bn1", "layer1_0_downsample_0", "layer3_5_conv3", "layer4_2_bn3", "fc"} <= names
+    names = {layer.name for layer in kr.AlexNetCIFAR10().layers}
+    assert {"conv1_0", "conv5_0", "fc1_1", "fc2_0", "fc3_0"} <= names
+    names = {layer.name for layer in kr.ResNet34CIFAR10().layers}
+    assert {"conv1_0", "conv1_1", "layer1_0_0_longway_0", "layer2_0_0_shortway_0",
+            "layer4_2_longway_4", "fc"} <= names  # fmt: skip
+
+
+@pytest.mark.once
+def test_every_row_has_a_named_builder():
+    builders = [getattr(kr, n) for n in dir(kr) if n.startswith(("ResNet", "Wide", "AlexNet"))]
+    built = {b.__doc__.split("`")[1] for b in builders}
+    assert built == set(SPECS)
+
+
+def test_output_is_logits_unless_softmax_is_asked_for(rng):
+    x = rng.normal(size=(2, 32, 32, 3)).astype("float32")
+    keras.utils.set_random_seed(0)
+    logits = kr.ResNet20()(x)
+    keras.utils.set_random_seed(0)
+    probabilities = kr.ResNet20(classifier_activation="softmax")(x)
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(keras.ops.softmax(logits)),
+        keras.ops.convert_to_numpy(probabilities),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_preprocessing_inside_takes_bytes_and_floats_alike(rng):
+    pixels = rng.integers(0, 256, size=(2, 32, 32, 3), dtype=np.uint8)
+    keras.utils.set_random_seed(0)
+    inside = kr.ResNet20(include_preprocessing=True, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    keras.utils.set_random_seed(0)
+    plain = kr.ResNet20()
+    x = (pixels.astype("float32") / 255 - np.float32([0.5, 0.4, 0.3])) / np.float32([0.2, 0.3, 0.4])
+    expected = keras.ops.convert_to_numpy(plain(x))
+    for fed in (pixels, pixels.astype("float32")):
+        got = inside.predict(fed, verbose=0)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("pooling", "rank"), [(None, 4), ("avg", 2), ("max", 2)])
+def test_without_head_gives_features(pooling, rank):
+    model = kr.ResNet18(include_top=False, pooling=pooling, input_shape=(64, 64, 3))
+    assert len(model.output_shape) == rank
+    assert model.output_shape[-1] == 512
+
+
+def test_any_size_is_taken_where_sides_are_open(rng):
+    for name in ("resnet18", "alexnet"):
+        model = kr.create_model(name, input_shape=(None, None, 3), num_classes=3)
+        for size in ((64, 96), (97, 65)):
+            x = rng.normal(size=(1, *size, 3)).astype("float32")
+            assert tuple(model(x).shape) == (1, 3)
+
+
+def test_other_channel_counts(rng):
+    model = kr.ResNet20(input_shape=(32, 32, 1), include_preprocessing=True)
+    assert tuple(model(np.zeros((1, 32, 32, 1), "uint8")).shape) == (1, 10)
+    assert kr.ResNet18(input_shape=(32, 32, 5), num_classes=2).count_params() > 0
+
+
+def test_input_tensor_builds_on_another_graph(rng):
+    inputs = keras.Input((40, 40, 3))
+    x = keras.layers.CenterCrop(32, 32)(inputs)
+    model = kr.ResNet20(input_tensor=x)
+    assert model.input_shape == (None, 40, 40, 3)
+    assert tuple(model(np.zeros((1, 40, 40, 3), "float32")).shape) == (1, 10)
+
+
+def test_dropout_and_name():
+    model = kr.ResNet18(dropout=0.3, name="mine", input_shape=(32, 32, 3), num_classes=2)
+    assert model.name == "mine"
+    assert model.get_layer("dropout").rate == 0.3
+    assert kr.AlexNet(num_classes=2).get_layer("dropout1").rate == 0.5
+
+
+def test_create_model_takes_its_name_by_keyword_too():
+    assert kr.create_model(name="resnet20").info["variant"] == "resnet20"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kr.create_model("resnet5O"), "Did you mean 'resnet50'"),
+        (lambda: kr.ResNet50(num_classes=0), "num_classes must be a positive"),
+        (lambda: kr.ResNet50(input_shape=(224, 224)), "three positive sizes"),
+        (lambda: kr.AlexNet(input_shape=(62, 224, 3)), "at least 63x63"),
+        (lambda: kr.AlexNetCIFAR10(input_shape=(None, None, 3)), "fixed size"),
+        (lambda: kr.ResNet18(include_top=False, pooling="mean"), "'avg' or 'max'"),
+        (lambda: kr.ResNet18(dropout=1.0), r"dropout must be in \[0, 1\)"),
+        (lambda: kr.ResNet18(include_preprocessing=True, mean=(0.5,)), "1 values for 3 channels"),
+        (lambda: kr.ResNet18(include_top=False, classifier_activation="softmax"), "include_top"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_feature_extractor_gives_a_map_at_each_stride(rng):
+    model = kr.ResNet50(input_shape=(64, 64, 3), include_top=False)
+    features = kr.feature_extractor(model)
+    x = rng.normal(size=(1, 64, 64, 3)).astype("float32")
+    shapes = [tuple(y.shape) for y in features(x)]
+    assert shapes == [(1, 16, 16, 256), (1, 8, 8, 512), (1, 4, 4, 1024), (1, 2, 2, 2048)]
+    last = keras.ops.convert_to_numpy(features(x)[-1])
+    np.testing.assert_allclose(last, keras.ops.convert_to_numpy(model(x)), rtol=1e-5, atol=1e-6)
+    assert [y.shape[-1] for y in kr.feature_extractor(kr.ResNet20(), (1, 2, 4)).outputs] == [
+        16, 32, 64,
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="There are: 1, 2, 4"):
+        kr.feature_extractor(kr.ResNet20(), (8,))
+
+
+def test_info_travels_in_the_model_file(tmp_path, rng):
+    model = kr.ResNet20(num_classes=2)
+    model.info["class_names"] = ["Äpfel", "a 'quoted'\nname"]
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert loaded.info == model.info
+    x = rng.normal(size=(2, 32, 32, 3)).astype("float32")
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(loaded(x)), keras.ops.convert_to_numpy(model(x)), rtol=1e-6
+    )
+
+
+def test_initial_weights_are_torchvisions_distributions():
+    model = kr.ResNet50(input_shape=(64, 64, 3))
+    kernel = keras.ops.convert_to_numpy(model.get_layer("layer3_1_conv2").kernel)
+    # kaiming_normal_, fan_out, relu: std = sqrt(2 / (out * k * k)).
+    assert kernel.std() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
+    dense = model.get_layer("fc")
+    bound = 2048**-0.5
+    for values in (dense.kernel, dense.bias):
+        values = keras.ops.convert_to_numpy(values)
+        assert np.abs(values).max() <= bound
+        assert values.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+    norm = model.get_layer("bn1")
+    assert (norm.momentum, norm.epsilon) == (0.9, 1e-5)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "alexnet"])
+def test_initial_weights_spread_as_torchvisions(name, torchvision):
+    state = torchvision.models.get_model(name).state_dict()
+    ours = kr.to_torchvision(kr.create_model(name))
+    for key, tensor in state.items():
+        if tensor.numel() >= 20_000:
+            assert ours[key].std() == pytest.approx(float(tensor.std()), rel=0.05), key
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [(224, 11, 4, 2), (55, 3, 2, 0), (27, 5, 1, 2), (13, 3, 1, 1), (224, 7, 2, 3), (33, 3, 2, 1)],
+)
+def test_output_size_formula_is_torchs(size, kernel, stride, padding):
+    torch = pytest.importorskip("torch")
+    x = torch.zeros(1, 1, size, size)
+    y = torch.nn.functional.conv2d(x, torch.zeros(1, 1, kernel, kernel), None, stride, padding)
+    assert conv_output_size(size, kernel, stride, padding) == y.shape[-1]
+
+
+@pytest.mark.once
+def test_list_models_takes_patterns():
+    assert kr.list_models("resnext*") == ["resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
+    assert "alexnet_paper" in kr.list_models("alexnet")
+    assert len(kr.list_models()) == len(SPECS)
+
+
+@pytest.mark.once
+def test_summary_is_what_torchsummary_prints():
+    table = kr.summary(kr.create_model("resnet50"))
+    assert table.trainable_params == 25_557_032
+    rows = {row.name: row for row in table.rows}
+    assert rows["conv1"].output_shape == (112, 112, 64)
+    assert rows["conv1"].params == 9_408
+    assert rows["layer4_2_conv3"].params == 1_048_576
+    assert rows["fc"].params == 2_049_000
+    assert table.input_mib == pytest.approx(0.57, abs=0.005)
+    assert "Total params" in str(table)
+    open_sides = kr.create_model("resnet18", input_shape=(None, None, 3))
+    assert kr.count_flops(open_sides, 224) == kr.count_flops(kr.create_model("resnet18"))
+    with pytest.raises(InputError, match="any size"):
+        kr.summary(open_sides)

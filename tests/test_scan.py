@@ -1,0 +1,170 @@
+"""scan: each kind of trouble put into a folder is found, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_resnet.data import image_dataset_from_directory
+from keras_resnet.errors import DataError, NotFoundError
+from keras_resnet.scan import near_pairs, scan
+
+pytestmark = pytest.mark.once
+
+
+def smooth(seed, size=(90, 70)):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and val/ with two classes of different pictures each."""
+    seed = 0
+    for split, count in (("train", 8), ("val", 3)):
+        for name in ("ants", "bees"):
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for i in range(count):
+                smooth(seed).save(tmp_path / "d" / split / name / f"{i}.png")
+                seed += 1
+    return tmp_path / "d"
+
+
+def short(report, items):
+    return [tuple(os.path.relpath(p, report.directory) for p in item[:2]) for item in items]
+
+
+def test_a_clean_folder_has_no_trouble(folder):
+    report = scan(folder)
+    assert report.class_counts == {"train": {"ants": 8, "bees": 8}, "val": {"ants": 3, "bees": 3}}
+    assert report.pictures == 22 and report.imbalance == {"train": 1, "val": 1}
+    assert not any(items for _, items in report._troubles())
+    assert report.exclude_list() == []
+    assert report.formats == {"PNG": 22} and report.modes == {"RGB": 22}
+    assert report.sizes["width"] == [90, 90, 90] and report.sizes["height"] == [70, 70, 70]
+
+
+def test_mean_and_std_are_those_of_all_pixels(folder):
+    report = scan(folder)
+    pixels = [np.asarray(Image.open(p)).reshape(-1, 3) for p in sorted(folder.glob("*/*/*.png"))]
+    pixels = np.concatenate(pixels) / 255.0
+    np.testing.assert_allclose(report.mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(report.std, pixels.std(0), rtol=1e-10)
+
+
+def test_unreadable_misnamed_turned_and_other_files_are_told_apart(folder):
+    (folder / "train" / "ants" / "empty.jpg").write_bytes(b"")
+    (folder / "train" / "ants" / "text.png").write_text("hello")
+    smooth(100).save(folder / "train" / "bees" / "really a gif.jpg", "GIF")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth(101).save(folder / "train" / "bees" / "turned.jpg", exif=exif)
+    (folder / "train" / "bees" / "notes.txt").write_text("x")
+    report = scan(folder)
+    assert [os.path.basename(p) for p, _ in report.unreadable] == ["empty.jpg", "text.png"]
+    assert "empty" in report.unreadable[0][1]
+    assert [(os.path.basename(p), kind) for p, kind in report.wrong_extensions] == [
+        ("really a gif.jpg", "GIF")
+    ]
+    assert report.rotated == 1 and report.other_files == {".txt": 1}
+    assert report.class_counts["train"] == {"ants": 8, "bees": 10}
+
+
+def test_duplicates_near_duplicates_splits_and_conflicts(folder):
+    train, val = folder / "train", folder / "val"
+    original = (train / "ants" / "0.png").read_bytes()
+    (train / "ants" / "copy.png").write_bytes(original)
+    (val / "ants" / "leak.png").write_bytes(original)
+    (train / "bees" / "mislabelled.png").write_bytes((train / "ants" / "1.png").read_bytes())
+    with Image.open(val / "bees" / "0.png") as picture:  # scaled and compressed
+        picture.resize((200, 150)).save(train / "bees" / "alike.jpg", quality=70)
+    report = scan(folder)
+    assert sorted(map(len, report.exact_duplicates)) == [2, 3]
+    assert short(report, report.near_duplicates) == [("train/bees/alike.jpg", "val/bees/0.png")]
+    across = short(report, report.across_splits)
+    assert ("train/bees/alike.jpg", "val/bees/0.png") in across
+    assert ("train/ants/0.png", "val/ants/leak.png") in across and len(across) == 3
+    assert short(report, report.label_conflicts) == [
+        ("train/ants/1.png", "train/bees/mislabelled.png")
+    ]
+    excluded = [os.path.relpath(p, folder) for p in report.exclude_list()]
+    assert excluded == [
+        "train/ants/0.png",  # kept in val
+        "train/ants/1.png",  # ant or bee?
+        "train/ants/copy.png",
+        "train/bees/mislabelled.png",
+    ]
+
+
+def test_the_exclude_list_is_taken_by_the_dataset(folder, tmp_path):
+    odd = folder / "train" / "ants" / "two\nlines.png"
+    odd.write_bytes(b"")
+    (folder / "train" / "bees" / "copy.png").write_bytes(
+        (folder / "train" / "bees" / "0.png").read_bytes()
+    )
+    before = sorted(folder.rglob("*"))
+    report = scan(folder)
+    assert report.write_exclude_list(tmp_path / "exclude.txt") == 2
+    dataset = image_dataset_from_directory(folder / "train", exclude=tmp_path / "exclude.txt")
+    assert dataset.class_counts == {"ants": 8, "bees": 8}
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_imbalance_and_folders_without_splits(folder):
+    for i in range(6):
+        os.remove(folder / "train" / "bees" / f"{i}.png")
+    report = scan(folder / "train")
+    assert report.class_counts == {"": {"ants": 8, "bees": 2}} and report.imbalance == {"": 4}
+    assert scan(folder / "train" / "ants").class_counts == {"": {"": 8}}
+
+
+def test_report_prints_and_writes_json_and_a_sheet(folder, tmp_path):
+    (folder / "train" / "ants" / "größe\n.png").write_bytes(b"")
+    (folder / "train" / "ants" / "copy.png").write_bytes(
+        (folder / "train" / "ants" / "0.png").read_bytes()
+    )
+    report = scan(folder)
+    text = str(report)
+    assert "cannot be read" in text and "ants" in text and "größe\\n.png" in text
+    assert json.loads(report.to_json())["exact_duplicates"] == report.exact_duplicates
+    assert report.save_sheet(tmp_path / "sheet.png") == 1 + 2 + 6
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert sheet.size == (960, 380)
+    assert (pixels[20:150, 20:140] == 221).all()  # the unreadable one, a gray box
+    assert len(np.unique(pixels[20:60, 180:280].reshape(-1, 3), axis=0)) > 100  # a photograph
+    with pytest.raises(DataError, match="sheet"):
+        report.save_sheet(tmp_path / "missing" / "sheet.png")
+
+
+def test_near_pairs_are_those_of_the_full_comparison(rng):
+    for threshold in (0, 3, 6):
+        bits = rng.integers(0, 2, (60, 128)).astype(bool)
+        for row in range(30, 60):  # near and not so near copies
+            bits[row] = bits[row - 30] ^ (rng.random(128) < 0.04)
+        distance = (bits[:, None] != bits[None]).sum(2)
+        expected = [
+            (a, b, int(distance[a, b]))
+            for a in range(60)
+            for b in range(a + 1, 60)
+            if distance[a, b] <= threshold
+        ]
+        assert near_pairs(bits, threshold) == expected
+    assert expected
+
+
+def test_photographs_have_few_look_alikes(shared):
+    report = scan(shared / "data" / "hymenoptera" / "val")
+    assert report.pictures == 153 and not report.unreadable and not report.exact_duplicates
+    assert len(report.near_duplicates) <= 3
+
+
+def test_folders_that_cannot_be_scanned(tmp_path):
+    with pytest.raises(NotFoundError):
+        scan(tmp_path / "gone")
+    with pytest.raises(DataError, match="no picture"):
+        scan(tmp_path)
