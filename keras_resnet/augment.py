@@ -19,10 +19,16 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from keras_resnet.errors import InputError, did_you_mean
-from keras_resnet.preprocess import INTERPOLATIONS, image_from_array, resize_image
+from keras_resnet.preprocess import (
+    INTERPOLATIONS,
+    _center_crop,
+    image_from_array,
+    resize_image,
+)
 
 __all__ = [
     "Augment",
+    "CenterCrop",
     "ColorJitter",
     "Mix",
     "RandAugment",
@@ -109,6 +115,32 @@ class Resize(Transform):
     def apply(self, picture: Picture, parameters: None = None) -> Image.Image:
         """Returns the picture resized as `Preprocess` does."""
         return resize_image(_image(picture), self.size, _resample(self.interpolation))
+
+
+@dataclass(frozen=True)
+class CenterCrop(Transform):
+    """Cuts the centre out as `Preprocess` does, padded with black where it is smaller.
+
+    Attributes:
+        size: of the result, an int or (height, width).
+
+    Example:
+        >>> CenterCrop(24)(Image.new("RGB", (40, 30)), np.random.default_rng(0)).size
+        (24, 24)
+    """
+
+    size: int | tuple[int, int]
+
+    def __post_init__(self) -> None:
+        """Checks the argument."""
+        self._store(size=_pair("size", self.size))
+
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> None:
+        """Draws nothing."""
+
+    def apply(self, picture: Picture, parameters: None = None) -> Image.Image:
+        """Returns the centre of the picture."""
+        return _center_crop(_image(picture), self.size)
 
 
 @dataclass(frozen=True)

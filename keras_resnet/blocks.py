@@ -26,7 +26,7 @@ def kernel_initializer(name: str) -> keras.initializers.Initializer:
 
 
 def bias_initializer(fan_in: int) -> keras.initializers.Initializer:
-    """torch's default for biases: uniform within 1/sqrt(fan_in)."""
+    """Torch's default for biases: uniform within 1/sqrt(fan_in)."""
     bound = fan_in**-0.5
     return keras.initializers.RandomUniform(-bound, bound)
 
@@ -195,9 +195,7 @@ def conv_block(
     strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
     _, _, (first, second) = _layer_names(prefix, layout)
     if shortcut == "projection":
-        side = conv(
-            x, filters[-1], 1, strides=strides, use_bias=use_bias, init=init, name=first
-        )
+        side = conv(x, filters[-1], 1, strides=strides, use_bias=use_bias, init=init, name=first)
         side = norm(side, name=second)
     elif shortcut == "zero_padding":
         side = ZeroPaddedShortcut(filters[-1], strides, name=f"{prefix}_shortcut")(x)

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from keras_resnet.files import printable
 
     try:
+        if arguments.run is not _inspect:
+            _choose_backend()
         return arguments.run(arguments) or 0
     except KerasResNetError as error:
         print(f"keras-resnet: {printable(error)}", file=sys.stderr)
@@ -39,6 +41,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `keras-resnet models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _choose_backend() -> None:
+    """Says in one line what Keras would say in a traceback: the chosen backend is not there.
+
+    Where neither KERAS_BACKEND nor keras.json chooses and one backend alone is installed, it is
+    that one; every command prints which one runs.
+    """
+    import importlib.util
+    import json
+
+    from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean
+
+    known = ("torch", "tensorflow", "jax")
+    chosen = os.environ.get("KERAS_BACKEND")
+    if not chosen:
+        home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+        try:
+            chosen = json.loads((home / "keras.json").read_text(encoding="utf-8")).get("backend")
+        except (OSError, ValueError):
+            chosen = None
+    installed = [name for name in known if importlib.util.find_spec(name)]
+    if not chosen:
+        if len(installed) == 1:
+            os.environ["KERAS_BACKEND"] = installed[0]
+            return
+        chosen = "tensorflow"  # Keras' own default
+    if chosen not in known:
+        raise InputError(
+            f"KERAS_BACKEND is {chosen!r}; it must be torch, tensorflow or jax."
+            f"{did_you_mean(chosen, known)}"
+        )
+    if chosen not in installed:
+        other = f"set KERAS_BACKEND={installed[0]}, or " if installed else ""
+        raise MissingDependencyError(
+            f"Keras is set to the {chosen} backend, which is not installed: {other}"
+            f"pip install 'keras3-resnet[{chosen}]'"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,9 +136,9 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
 
 def _models(arguments) -> int:
     from keras_resnet import hub
+    from keras_resnet.costs import count_flops
     from keras_resnet.errors import InputError
     from keras_resnet.specs import SPECS, list_models
-    from keras_resnet.costs import count_flops
     from keras_resnet.zoo import create_model
 
     names = list_models(arguments.pattern)
@@ -107,7 +147,7 @@ def _models(arguments) -> int:
     width = max(map(len, names))
     print(f"{'Model':{width}}  {'Parameters':>11}  {'GFLOPs':>6}  {'Input':>7}  Published top-1")
     for name in names:
-        known = hub.published(name)
+        known = [row for row in hub.registry() if row.model == name]
         if known:
             params, gflops = known[0].num_params, known[0].gflops
         else:
@@ -126,9 +166,9 @@ def _trainable(model) -> int:
 
 
 def _summary(arguments) -> int:
+    from keras_resnet.costs import summary
     from keras_resnet.evaluation import load_model
     from keras_resnet.specs import get_spec
-    from keras_resnet.costs import summary
     from keras_resnet.zoo import create_model
 
     if arguments.model.endswith(".keras") or Path(arguments.model).exists():
@@ -155,7 +195,9 @@ def _train_command(commands) -> None:
 
     train = _command(commands, "train", _train, "fit a model on an image folder")
     train.add_argument("directory", metavar="DIR", help="class folders, or train/ and val/")
-    train.add_argument("--output", default="runs", metavar="DIR", help="where the run folder is made")
+    train.add_argument(
+        "--output", default="runs", metavar="DIR", help="where the run folder is made"
+    )
     train.add_argument("--name", metavar="NAME", help="the run folder's name")
     train.add_argument("--recipe", default="finetune", metavar="NAME", help=", ".join(RECIPES))
     train.add_argument("--show", action="store_true", help="print the recipe in full, and stop")
@@ -248,8 +290,8 @@ def _train(arguments) -> int:
 
 
 def _evaluate(arguments) -> int:
-    from keras_resnet.evaluation import evaluate, load_model
     from keras_resnet.backends import backend_line
+    from keras_resnet.evaluation import evaluate, load_model
 
     print(f"Backend: {backend_line()}")
     result = evaluate(
@@ -266,9 +308,9 @@ def _evaluate(arguments) -> int:
 
 
 def _predict(arguments) -> int:
+    from keras_resnet.backends import backend_line
     from keras_resnet.errors import InputError
     from keras_resnet.evaluation import iter_predictions, load_model, save_predictions
-    from keras_resnet.backends import backend_line
 
     for path in arguments.output:
         if Path(path).suffix.lower() not in (".csv", ".json", ".png", ".jpg", ".svg", ".pdf"):
@@ -310,14 +352,18 @@ def _weight_commands(commands) -> None:
     inspect.add_argument("--json", metavar="OUT", help="write the answer as JSON, - for stdout")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
 
-    convert = _command(commands, "convert", _convert, "turn a torch checkpoint into .keras, or back")
+    convert = _command(
+        commands, "convert", _convert, "turn a torch checkpoint into .keras, or back"
+    )
     convert.add_argument("source", metavar="SRC", help="a checkpoint, or a .keras file")
     convert.add_argument("target", metavar="DST", help=".keras, .weights.h5, .pth or .safetensors")
     convert.add_argument("--model", metavar="NAME", help="the variant; found out where it can be")
     convert.add_argument("--key", metavar="NAME", help="which dict inside, such as model_ema")
     convert.add_argument("--class-names", metavar="FILE", help="a name a line, or JSON")
     convert.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the input")
-    convert.add_argument("--resize-size", type=int, metavar="PIXELS", help="short side before the crop")
+    convert.add_argument(
+        "--resize-size", type=int, metavar="PIXELS", help="short side before the crop"
+    )
     convert.add_argument("--mean", type=float, nargs=3, metavar="X", help="ImageNet's by default")
     convert.add_argument("--std", type=float, nargs=3, metavar="X", help="ImageNet's by default")
     convert.add_argument("--include-preprocessing", action="store_true",
@@ -361,9 +407,13 @@ def _inspect(arguments) -> int:
 
 def _what_it_is(info, digest: str) -> str:
     """Which model a checkpoint fits, and which published file it is."""
-    from keras_resnet.convert import matching_variants
     from keras_resnet.hub import published_by_torchvision
 
+    try:
+        _choose_backend()
+        from keras_resnet.convert import matching_variants
+    except ImportError:  # reading files needs no backend
+        return ""
     published = published_by_torchvision(digest)
     if published is not None:
         return f"torchvision's {published.model} {published.tag}, published as {published.url}"
@@ -442,7 +492,9 @@ def _read_names(path: str | None) -> list[str] | None:
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         names = json.loads(text)
-        return [names[str(i)] for i in range(len(names))] if isinstance(names, dict) else list(names)
+        return (
+            [names[str(i)] for i in range(len(names))] if isinstance(names, dict) else list(names)
+        )
     except (ValueError, KeyError, TypeError):
         raise InputError(
             f"{path!r} must hold a JSON list of names, or numbers from 0 to names."

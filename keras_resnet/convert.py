@@ -613,7 +613,9 @@ class LoadReport:
 
     def to_json(self, path: str | os.PathLike | None = None) -> str:
         """The report as JSON text, written to `path` as well where one is given."""
-        return _to_json({**dataclasses.asdict(self), "ok": self.ok}, path)
+        proof = self.verification and json.loads(self.verification.to_json())
+        facts = {**dataclasses.asdict(self), "ok": self.ok, "verification": proof}
+        return _to_json(facts, path)
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
@@ -753,7 +755,7 @@ def load_torchvision(
     try:
         _assign(assignments, old)
         if verify:
-            proof = _verify(model, found, with_head=head == "strict" and own_head is not None)
+            proof = _verify(model, found, head=head == "strict")
             report = dataclasses.replace(report, verification=proof)
             if not proof.passed:
                 error = InputError(
@@ -1049,28 +1051,29 @@ def verify(
     found = _read_source(source, key, expected_keys(model), _info(model).get("variant"))
     if stride_on is not None:
         found.strides, found.strides_from = stride_on, "as asked"
-    head = _own_head(model)
-    replaced = _info(model).get("weights", {}).get("head", "strict") != "strict"
-    same_shape = head is not None and found.shapes.get(f"{head}.weight") == expected_keys(
-        model
-    ).get(f"{head}.weight")
+    own_head = _info(model).get("weights", {}).get("head", "strict") != "strict"
     return _verify(
-        model, found, with_head=same_shape and not replaced, image_size=image_size, images=images,
-        tolerance=tolerance,
-    )  # fmt: skip
+        model, found, head=not own_head, image_size=image_size, images=images, tolerance=tolerance
+    )
 
 
 def _verify(
-    model, found: _Source, *, with_head: bool, image_size=None, images=None, tolerance=1e-4
+    model, found: _Source, *, head: bool, image_size=None, images=None, tolerance=1e-4
 ) -> VerifyReport:
+    name, model = model.name, _network(model)
     tensors = _stage_tensors(model)
-    network_input = tensors.pop("input", None)
-    raw = network_input is not None and network_input is not model.inputs[0]
+    network_input = tensors.pop("input")
+    raw = network_input is not model.inputs[0]
     images = _test_images(model, image_size, raw) if images is None else np.asarray(images)
-    if not with_head:
+    own_head = _own_head(model)
+    if not head or found.shapes.get(f"{own_head}.weight") != expected_keys(model).get(
+        f"{own_head}.weight"
+    ):
         tensors.pop("logits", None)
-    taps = keras.Model(model.input, [*tensors.values()] + [network_input] * raw)
-    outputs = [_as_torch_has_it(model, y) for y in keras.tree.flatten(taps(images, training=False))]
+    inputs = model.inputs[0] if len(model.inputs) == 1 else model.inputs
+    taps = keras.Model(inputs, [*tensors.values(), *([network_input] if raw else [])])
+    outputs = keras.tree.flatten(taps(images, training=False))
+    outputs = [_as_torch_has_it(model, output) for output in outputs]
     fed = outputs.pop() if raw else _as_torch_has_it(model, images)
 
     own = _strides_of(_convs_of(model))
@@ -1081,25 +1084,24 @@ def _verify(
         strides, why = own, "the model's; the source does not say"
     started = time.perf_counter()
     state = _witness_state(found, model, tensors)
-    witness = reference.forward(
-        state, fed, stride_on=strides if strides in ("1x1", "3x3") else None
-    )
+    known = strides if strides in ("1x1", "3x3") else None
+    witness = reference.forward(state, fed, stride_on=known)
     seconds = time.perf_counter() - started
     if "logits" in tensors:
-        activation = getattr(_modules(model)[_own_head(model)][0], "activation", None)
+        activation = getattr(_modules(model)[own_head][0], "activation", None)
         if activation not in (None, keras.activations.linear):
             logits = keras.ops.convert_to_tensor(witness["logits"])
             witness["logits"] = keras.ops.convert_to_numpy(activation(logits))
 
     stages = tuple(
-        (name, tuple(witness[name].shape), _relative_error(output, witness[name]))
-        for name, output in zip(tensors, outputs, strict=True)
-        if name in witness and (name != "pool" or output.ndim == witness[name].ndim)
+        (stage, tuple(witness[stage].shape), _relative_error(output, witness[stage]))
+        for stage, output in zip(tensors, outputs, strict=True)
+        if stage in witness and (stage != "pool" or output.ndim == witness[stage].ndim)
     )
     if not stages:
-        raise InputError(f"{model.name} has no stage that the witness computes too.")
+        raise InputError(f"{name} has no stage that the witness computes too.")
     return VerifyReport(
-        model=model.name,
+        model=name,
         source=found.label,
         backend=keras.backend.backend(),
         images=tuple(images.shape),
@@ -1107,17 +1109,25 @@ def _verify(
         tolerance=float(tolerance),
         # Not `error > tolerance`: a NaN must not pass.
         first_difference=next((n for n, _, e in stages if not e <= tolerance), None),
-        head_compared=any(name == "logits" for name, _, _ in stages),
+        head_compared=any(stage == "logits" for stage, _, _ in stages),
         strides=f"on the {strides} ({why})" if strides else "",
         seconds=round(seconds, 3),
     )
 
 
+def _network(model: keras.Model) -> keras.Model:
+    """The model itself, or the one inside it (a backbone under a new head) that convolves."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            return _network(layer)
+        if layer.weights:
+            break
+    return model
+
+
 def _stage_tensors(model: keras.Model) -> dict[str, Any]:
     """What the witness computes too, by its names, and the network's `input`."""
-    own = {id(layer) for layer in model.layers}
-    first = next(iter(_weighted_layers(model)))
-    tensors = {"input": first.input} if id(first) in own else {}
+    tensors = {"input": next(iter(_weighted_layers(model))).input}
     for layer in model.layers:
         stage = re.match(r"((?:layer|stage)\d+)_", layer.name)
         if stage and "stem" not in tensors:

@@ -110,12 +110,12 @@ def convert_file(
     if source.suffix == ".keras":
         model = load_model(source)
         if goal in _KERAS_WRITTEN:
-            raise InputError(f"{source.name!r} is a Keras model already; name a .pth or .safetensors.")
+            raise InputError(
+                f"{source.name!r} is a Keras model already; name a .pth or .safetensors."
+            )
         save_torchvision(model, target)
         lines = [f"{source.name}: {model.name}, {model.count_params():,} parameters."]
-        return Conversion(
-            str(source), str(target), lines, verify(model, target) if check else None
-        )
+        return Conversion(str(source), str(target), lines, verify(model, target) if check else None)
     if goal in _TORCH_WRITTEN:
         tensors = read_checkpoint(source, key=key)
         write_checkpoint(target, tensors)

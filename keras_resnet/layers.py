@@ -12,6 +12,7 @@ as torch's channels-last convolution wants them.
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import keras
@@ -29,6 +30,7 @@ if _BACKEND == "torch":
     }
 elif _BACKEND == "tensorflow":
     import tensorflow as tf
+_LINEAR, _RELU = keras.activations.linear, keras.activations.relu
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -114,6 +116,74 @@ class _DirectCall:
         return True
 
 
+def _steps(model: keras.Model) -> list[tuple] | None:
+    """A Functional model as `(layer, takes_training, input indices, output index, to free)`.
+
+    Index 0 is the model's input, the last step's output the model's. `None` where the graph is not
+    a single-input, single-output one of plain layers, each called on a tensor or a list of them.
+    """
+    nodes = [
+        node
+        for depth in sorted(model._nodes_by_depth, reverse=True)
+        for node in model._nodes_by_depth[depth]
+        if not node.is_input
+    ]
+    if len(model.inputs) != 1 or len(model.outputs) != 1 or not nodes:
+        return None
+    index, steps, last_use = {id(model.inputs[0]): 0}, [], {}
+    for i, node in enumerate(nodes):
+        layer, (args, kwargs) = node.operation, (node.arguments.args, node.arguments.kwargs)
+        given = args[0] if len(args) == 1 else None
+        listed = isinstance(given, (list, tuple))
+        tensors = list(given) if listed else [given]
+        known = all(id(tensor) in index for tensor in tensors)
+        if kwargs or not known or len(node.outputs) != 1 or not isinstance(layer, keras.Layer):
+            return None
+        inputs = tuple(index[id(tensor)] for tensor in tensors)
+        index[id(node.outputs[0])] = i + 1
+        last_use.update(dict.fromkeys(inputs, i))
+        takes_training = "training" in inspect.signature(layer.call).parameters
+        steps.append((layer, takes_training, inputs if listed else inputs[0], i + 1))
+    if index[id(model.outputs[0])] != len(steps):
+        return None
+    free = [[j for j, last in last_use.items() if last == i] for i in range(len(steps))]
+    return [(*step, freed) for step, freed in zip(steps, free, strict=True)]
+
+
+class DirectGraph:
+    """For a Functional `keras.Model`: on torch, runs its layers from a list made once.
+
+    Keras walks through the graph with tree operations, which take longer than torch needs to start
+    the kernels. Feature maps that no later layer needs are let go at once. Put it in front of
+    `keras.Model` among a class's bases.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        if (
+            _BACKEND != "torch"
+            or mask is not None
+            or type(training) is not bool
+            or not isinstance(inputs, torch.Tensor)
+            or inputs.ndim != len(self.inputs[0].shape)
+            or (steps := self._direct_steps()) is None
+        ):
+            return super().call(inputs, training=training, mask=mask)
+        # As Keras does it: not to the policy's dtype but to the input's own.
+        values = [None] * (len(steps) + 1)
+        values[0] = ops.convert_to_tensor(inputs, dtype=self.inputs[0].dtype)
+        for layer, takes_training, source, target, freed in steps:
+            x = values[source] if type(source) is int else [values[i] for i in source]
+            values[target] = layer(x, training=training) if takes_training else layer(x)
+            for i in freed:
+                values[i] = None
+        return values[-1]
+
+    def _direct_steps(self) -> list[tuple] | None:
+        if "_steps" not in self.__dict__:
+            object.__setattr__(self, "_steps", _steps(self))  # no state, hence not Keras' to track
+        return self._steps
+
+
 def _torch_value(variable, dtype):
     """A variable's (or a tensor's) tensor at `dtype`, with its memory layout kept."""
     value = getattr(variable, "value", variable)
@@ -189,9 +259,11 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
 
     def _torch_call(self, x):
         last = self.data_format == "channels_last"
-        dtype = x.dtype if x.is_floating_point() else _TORCH_DTYPES[self.compute_dtype]
+        if not x.is_floating_point():
+            x = x.to(_TORCH_DTYPES[self.compute_dtype])
+        dtype = x.dtype
         # Views, not copies: NHWC memory under an NCHW name is torch's channels_last.
-        x = x.to(dtype).permute(0, 3, 1, 2) if last else x.to(dtype)
+        x = x.permute(0, 3, 1, 2) if last else x
         kernel = _torch_value(self.kernel, dtype).permute(3, 2, 0, 1)
         bias = None if self.bias is None else _torch_value(self.bias, dtype)
         pad = self.pad
@@ -241,9 +313,9 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
 
 def _activate(activation, x):
     """The activation of a tensor that the calling layer made, so that ReLU may overwrite it."""
-    if activation is None or activation is keras.activations.linear:
+    if activation is None or activation is _LINEAR:
         return x
-    if _BACKEND == "torch" and activation is keras.activations.relu:
+    if _BACKEND == "torch" and activation is _RELU:
         return torch.relu_(x)
     return activation(x)
 
@@ -264,7 +336,8 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
         activation: Applied last, such as `"relu"`.
         unbiased_variance: Feed the running variance with n/(n-1) times the batch's variance,
             n = batch * height * width, as torch does; `False` is Keras' rule.
-        **kwargs: As `keras.layers.BatchNormalization`'s.
+        **kwargs: As `keras.layers.BatchNormalization`'s, `renorm` apart. Masks are not supported:
+            Keras warns where an input has one.
 
     Example:
         >>> layer = BatchNormalization(activation="relu")
@@ -289,6 +362,8 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
         self.unbiased_variance = unbiased_variance
         if self.renorm:
             raise ValueError("renorm=True is not supported; use keras.layers.BatchNormalization.")
+        # Pictures have no masks; without this Keras would look for one at every call.
+        self.supports_masking = False
 
     def build(self, input_shape):
         with_shortcut = isinstance(input_shape[0], (list, tuple))
@@ -314,26 +389,24 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
                 f"Received an input of shape {tuple(shape)}."
             )
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs, training=None):
         with_shortcut = isinstance(inputs, (list, tuple))
         x, shortcut = inputs if with_shortcut else (inputs, None)
         self._check(x.shape)
-        # For two inputs Keras passes a list, [None, None] where there is no mask.
-        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
         training = bool(training) and self.trainable
-        if self._is_fusible(x, training, mask):
+        if self._is_fusible(x, training):
             if _BACKEND == "torch":
                 return self._torch_call(x, shortcut, training)
             y = self._tensorflow_call(x, training)
         else:
-            y = self._portable_call(x, training, mask)
+            y = self._portable_call(x, training)
         if shortcut is not None:
             y = ops.add(y, shortcut)
         return _activate(self.activation, y)
 
-    def _is_fusible(self, x, training: bool, mask) -> bool:
+    def _is_fusible(self, x, training: bool) -> bool:
         """Whether the backend has one kernel for this input."""
-        if mask is not None or len(x.shape) != 4 or self.synchronized:
+        if len(x.shape) != 4 or self.synchronized:
             return False
         if _BACKEND == "torch":
             # Of a single value torch knows no unbiased variance.
@@ -388,23 +461,16 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
             self._update_statistics(mean, variance * ((count - 1) / count), count)
         return y
 
-    def _portable_call(self, x, training: bool, mask):
+    def _portable_call(self, x, training: bool):
         # In float32 at least: half precision overflows in the variance.
         is_float64 = keras.backend.standardize_dtype(x.dtype) == "float64"
         dtype = "float64" if is_float64 else "float32"
         x = ops.cast(x, dtype)
         axes = self._reduction_axes
-        if training and mask is not None:
-            weights = ops.cast(ops.expand_dims(mask, -1), dtype)  # Keras masks have no channels
-            weights = ops.broadcast_to(weights, (*ops.shape(x)[:-1], 1))
-            count = ops.sum(weights)
-            mean = ops.sum(x * weights, axes) / count
-            variance = ops.sum(ops.square(x - mean) * weights, axes) / count
-        elif training:
+        if training:
             shape = ops.shape(x)
             count = ops.cast(math.prod(shape[axis] for axis in axes), dtype)
             mean, variance = ops.moments(x, axes=axes, synchronized=self.synchronized)
-        if training:
             self._update_statistics(mean, variance, count)
         else:
             mean = ops.cast(self.moving_mean, dtype)

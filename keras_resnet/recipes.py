@@ -16,6 +16,7 @@ _CHOICES = {
     "crop": ("auto", "random_resized", "padded", "none"),
     "policy": (None, "ta_wide", "ra"),
     "precision": ("fp32", "bf16", "fp16"),
+    "normalization": ("imagenet", "half", "dataset"),
 }
 
 
@@ -154,6 +155,20 @@ class Recipe:
         for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "gradual"):
             self._check(name, getattr(self, name) >= 0, "zero or more")
         self._check("backbone_rate", self.backbone_rate > 0, "positive")
+        if self.weight_decay and self.optimizer not in ("sgd", "adamw"):
+            raise InputError(
+                f"weight_decay={self.weight_decay:g} needs optimizer 'sgd' or 'adamw', not "
+                f"{self.optimizer!r}: pass --weight-decay 0, or --optimizer adamw."
+            )
+        if self.backbone_rate != 1 and self.optimizer != "sgd":
+            raise InputError(
+                f"backbone_rate={self.backbone_rate:g} needs optimizer 'sgd', not "
+                f"{self.optimizer!r}."
+            )
+        if self.gradual and self.unfreeze is None:
+            raise InputError(
+                f"gradual={self.gradual} needs a part to begin with: pass --unfreeze head."
+            )
         if self.warmup_epochs >= self.epochs:
             # A short trial of a long recipe: keep the warm-up's share.
             object.__setattr__(self, "warmup_epochs", 0 if self.epochs == 1 else 1)
@@ -178,7 +193,10 @@ class Recipe:
         lines = [f"Recipe {self.name}"]
         for label in ("source", "aim"):
             lines += textwrap.wrap(
-                f"{label}: {getattr(self, label)}", 96, initial_indent="  ", subsequent_indent="    "
+                f"{label}: {getattr(self, label)}",
+                96,
+                initial_indent="  ",
+                subsequent_indent="    ",
             )
         for field in dataclasses.fields(self)[3:]:
             value = getattr(self, field.name)

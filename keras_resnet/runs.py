@@ -9,6 +9,8 @@ import json
 import os
 import re
 import time
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from keras_resnet.errors import InputError, KerasResNetError
 from keras_resnet.files import replace_file, write_json, write_text
 
 _STATE = "state.npz"
+# What a killed process leaves behind: files.replace_file's, and Keras' own while it saves.
+_TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}\.\w+|tmp[a-z0-9_]{8}")
 
 
 class SaveError(KerasResNetError, OSError):
@@ -51,24 +55,36 @@ class Run:
     # Finding the folder.
 
     @classmethod
-    def find(cls, output: str | os.PathLike, name: str, config: dict[str, Any], restart: bool):
-        """The unfinished run of the same configuration, or a new folder beside those there are."""
+    def find(
+        cls, output: str | os.PathLike, name: str, identity: dict[str, Any], restart: bool
+    ) -> Run:
+        """The unfinished run of the same configuration, or a new folder beside those there are.
+
+        Args:
+            output: Where run folders are made.
+            name: The folder's name; `-2`, `-3` ... are added where it is taken.
+            identity: What makes two runs the same run.
+            restart: Always a new folder.
+
+        Raises:
+            InputError: The output is a file.
+        """
         output = Path(output).expanduser()
         if output.exists() and not output.is_dir():
             raise InputError(f"The output {str(output)!r} is a file; a folder is needed.")
         name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-        identity = fingerprint(config)
+        mark = fingerprint(identity)
         taken = 0
-        for folder in sorted(output.glob(f"{name}*")) if output.is_dir() else []:
+        for folder in sorted(output.iterdir()) if output.is_dir() else []:
             match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name)
-            if not match:
+            if not match or _is_blank(folder):
                 continue
             taken = max(taken, int(match[1] or 1))
-            found = _read_json(folder / "config.json")
-            if not restart and found.get("fingerprint") == identity and _unfinished(folder):
-                return cls(folder, found)
+            config = _read_json(folder / "config.json")
+            if not restart and config.get("fingerprint") == mark and _unfinished(folder, config):
+                return cls(folder, config)
         folder = output / (name if taken == 0 else f"{name}-{taken + 1}")
-        return cls(folder, {**config, "fingerprint": identity})
+        return cls(folder, {**identity, "fingerprint": mark})
 
     def open(self) -> None:
         """Makes the folder and takes its lock.
@@ -93,6 +109,9 @@ class Run:
                 f"Another process is training in {str(self.folder)!r}. Wait for it, or pass "
                 "--restart to start a new run beside it."
             ) from None
+        for path in self.folder.iterdir():
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Gives the lock back."""
@@ -109,8 +128,7 @@ class Run:
 
     def log(self, line: str) -> None:
         """Adds a line with the time to `train.log`."""
-        with open(self.path("train.log"), "a", encoding="utf-8", errors="backslashreplace") as f:
-            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self.guard(_append, self.path("train.log"), f"{time.strftime('%F %T')} {line.strip()}\n")
 
     def write_config(self, **changes: Any) -> None:
         """Writes `config.json` with some entries changed."""
@@ -129,20 +147,32 @@ class Run:
             writer.writerow([i + 1, *(f"{c:.8g}" if isinstance(c, float) else c for c in cells)])
         self.guard(write_text, self.path("history.csv"), text.getvalue())
 
+    def write_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Writes `skipped.csv` where any picture could not be read."""
+        if skipped:
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerows([("path", "reason"), *skipped])
+            self.guard(write_text, self.path("skipped.csv"), text.getvalue())
+
     def save_model(self, model: keras.Model, name: str) -> None:
         """Saves the model as `name` in the folder, whole or not at all."""
         sync(model)
-        self.guard(replace_file, self.path(name), model.save)
+        self.guard(replace_file, self.path(name), lambda path: _save_keras(model, path))
 
-    def guard(self, write, *arguments) -> None:
-        """Calls a writer, and turns a full disk into one clear sentence."""
+    def guard(self, write: Callable[..., Any], path: Path, *arguments: Any) -> None:
+        """Calls `write(path, ...)`, and turns a full disk into one clear sentence.
+
+        Raises:
+            SaveError: The file could not be written.
+        """
         try:
-            write(*arguments)
+            write(path, *arguments)
         except OSError as error:
             reason = error.strerror or str(error).split("\n")[0]
             raise SaveError(
-                f"Cannot save {Path(arguments[0]).name} in {str(self.folder)!r}: {reason}. "
-                "What was saved before is whole; make room and run the same command to go on."
+                f"Cannot save {path.name} in {str(self.folder)!r}: {reason}. What was saved "
+                "before is whole; make room and run the same command to go on."
             ) from error
 
     # The state that a killed run goes on from.
@@ -172,11 +202,10 @@ class Run:
         Raises:
             InputError: The file does not fit the model.
         """
-        with np.load(self.path(_STATE)) as file:
+        with self._open_state() as file:
             progress = json.loads(bytes(file["progress"]).decode())
             self.history = progress.pop("history")
-            groups = _variables(model)
-            for group, variables in groups.items():
+            for group, variables in _variables(model).items():
                 for i, variable in enumerate(variables):
                     key = f"{group}/{i}"
                     if key not in file or file[key].shape != tuple(variable.shape):
@@ -188,9 +217,18 @@ class Run:
             extra = {k[6:]: file[k] for k in file.files if k.startswith("extra/")}
         return progress, extra
 
+    def _open_state(self):
+        try:
+            return np.load(self.path(_STATE))
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{str(self.path(_STATE))!r} cannot be read ({error}); pass --restart to start "
+                "again."
+            ) from error
+
     def read_progress(self) -> dict[str, Any]:
         """How far the run in this folder came."""
-        with np.load(self.path(_STATE)) as file:
+        with self._open_state() as file:
             return json.loads(bytes(file["progress"]).decode())
 
     def drop_state(self) -> None:
@@ -204,8 +242,17 @@ def fingerprint(config: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _unfinished(folder: Path) -> bool:
-    return (folder / _STATE).is_file()
+def _unfinished(folder: Path, config: dict[str, Any]) -> bool:
+    # Killed before the first state was saved, a run starts anew where it was.
+    begun = (folder / _STATE).is_file() or not (folder / "last.keras").exists()
+    return config.get("status") != "finished" and begun
+
+
+def _is_blank(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a killed process left before it wrote anything."""
+    return folder.is_dir() and all(
+        path.name == ".lock" or _TEMPORARY.fullmatch(path.name) for path in folder.iterdir()
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -221,6 +268,22 @@ def _variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
     seen = {id(v) for v in weights}
     metrics = [v for v in model.metrics_variables if id(v) not in seen]
     return {"model": weights, "metric": metrics, "optimizer": list(model.optimizer.variables)}
+
+
+def _append(path: Path, line: str) -> None:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(line)
+
+
+def _save_keras(model: keras.Model, path: str) -> None:
+    try:
+        model.save(path)
+    except (RuntimeError, ValueError) as error:
+        # HDF5 words a failed write in errors of its own; the system's is behind them.
+        cause = error.__context__ or error.__cause__
+        if isinstance(cause, OSError):
+            raise cause from error
+        raise
 
 
 def _savez(name: str, arrays: dict[str, np.ndarray]) -> None:

@@ -11,7 +11,6 @@ import keras
 from keras_resnet.convert import load_torchvision
 from keras_resnet.errors import InputError, did_you_mean
 from keras_resnet.evaluation import load_model
-from keras_resnet.hub import resolve_weights, weights_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,17 +130,14 @@ def _first_trained(layers: list[keras.layers.Layer], until: str) -> int:
 
 def _params(layers: list[keras.layers.Layer]) -> int:
     statistics = ("moving_mean", "moving_variance")
-    return sum(
-        math.prod(w.shape) for x in layers for w in x.weights if w.name not in statistics
-    )
+    return sum(math.prod(w.shape) for x in layers for w in x.weights if w.name not in statistics)
 
 
 def load_pretrained(model: keras.Model, source: str | os.PathLike) -> str:
-    """Loads weights under a new head: everything but the last layer, where its width differs.
+    """Loads weights under a new head: those of every layer but the last.
 
     Args:
-        model: The model; its head stays as initialised unless the source's fits by number and
-            names of classes.
+        model: The model; its head stays as it is.
         source: A tag such as `"DEFAULT"`, a torch checkpoint, or a `.keras` file of this package.
 
     Returns:
@@ -151,18 +147,11 @@ def load_pretrained(model: keras.Model, source: str | os.PathLike) -> str:
         InputError: Weights of another network.
         NotFoundError: There is no such file.
     """
-    text = os.fspath(source)
+    text = os.path.expanduser(os.fspath(source))
     if text.endswith(".keras"):
         return _load_from_keras(model, text)
-    report = load_torchvision(model, pretrained_path(model, text), head="skip")
-    return str(report).split("\n")[0]
-
-
-def pretrained_path(model: keras.Model, source: str) -> str:
-    """A path: the source itself, or where a tag's file was downloaded to."""
-    if os.path.exists(os.path.expanduser(source)) or os.sep in source or "." in source:
-        return os.path.expanduser(source)
-    return os.fspath(weights_path(resolve_weights(model.info["variant"], source)))
+    report = load_torchvision(model, text, head="skip")
+    return f"{str(report).splitlines()[0]}; {model.layers[-1].name!r} is new."
 
 
 def _load_from_keras(model: keras.Model, path: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import keras
 
 from keras_resnet import alexnet, resnet
-from keras_resnet.blocks import channel_axis
 from keras_resnet.errors import InputError, did_you_mean
 from keras_resnet.model import ImageModel, finish, image_input, pooled
 from keras_resnet.specs import AlexNetSpec, get_spec

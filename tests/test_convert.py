@@ -724,7 +724,6 @@ def test_swapped_strides_are_found_in_layer2(torchvision):
 
 
 def test_a_failed_proof_puts_the_old_weights_back(resnet20):
-    # The witness knows option A for resnet20; here the shortcut of one block drops a column.
     state = torch_resnet20()
     resnet20.get_layer("bn1").epsilon = 10.0
     before = weights_of(resnet20)

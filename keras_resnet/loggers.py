@@ -1,0 +1,194 @@
+"""Where the numbers of every epoch go besides `history.csv`: TensorBoard, W&B, MLflow.
+
+Each of them is an optional package, imported when it is asked for. None of them can end a run: one
+that fails later, such as for want of a network, is named once and left out from there on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean
+
+logger = logging.getLogger("keras_resnet")
+
+# The names in history.csv and those that group well in a browser.
+_TAGS = {
+    "accuracy": "accuracy/train",
+    "val_accuracy": "accuracy/val",
+    "loss": "loss/train",
+    "val_loss": "loss/val",
+    "learning_rate": "learning_rate",
+    "seconds": "seconds",
+}
+
+
+def _import(name: str, extra: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'Logging to {extra} needs the package {name!r}: pip install "keras3-resnet[{extra}]".'
+        ) from error
+
+
+class TensorBoardLogger:
+    """Scalars for TensorBoard, in the run folder's `tensorboard`; TensorFlow is not needed.
+
+    tensorboardX writes them, or torch's own writer where that is installed instead.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._module = _import("tensorboardX", "tensorboard")
+        except MissingDependencyError:
+            try:
+                self._module = importlib.import_module("torch.utils.tensorboard")
+            except ImportError:
+                self._module = None
+            if self._module is None:
+                raise
+
+    def start(self, folder: Path, name: str, config: Mapping[str, Any], resumed: Any) -> None:
+        """Opens an event file."""
+        self._writer = self._module.SummaryWriter(os.fspath(folder / "tensorboard"))
+
+    def log(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Writes the numbers of an epoch, counted from 1."""
+        for key, value in values.items():
+            self._writer.add_scalar(_TAGS.get(key, key), value, epoch)
+        self._writer.flush()
+
+    def finish(self, status: str) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
+class WandbLogger:
+    """A run in the Weights & Biases project `keras-resnet` (or `WANDB_PROJECT`)."""
+
+    def __init__(self) -> None:
+        self._module = _import("wandb", "wandb")
+
+    def start(self, folder: Path, name: str, config: Mapping[str, Any], resumed: Any) -> str:
+        """Starts a run, or goes on with one; gives its id."""
+        self._run = self._module.init(
+            project=os.environ.get("WANDB_PROJECT", "keras-resnet"),
+            name=name,
+            dir=os.fspath(folder),
+            config=dict(config),
+            id=resumed,
+            resume="allow" if resumed else None,
+        )
+        return self._run.id
+
+    def log(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Sends the numbers of an epoch, counted from 1."""
+        self._run.log(dict(values), step=epoch)
+
+    def finish(self, status: str) -> None:
+        """Ends the run."""
+        self._run.finish(exit_code=0 if status == "finished" else 1)
+
+
+class MlflowLogger:
+    """A run of MLflow, in the experiment that `MLFLOW_EXPERIMENT_NAME` says or `keras-resnet`."""
+
+    def __init__(self) -> None:
+        self._module = _import("mlflow", "mlflow")
+
+    def start(self, folder: Path, name: str, config: Mapping[str, Any], resumed: Any) -> str:
+        """Starts a run, or goes on with one; gives its id."""
+        if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
+            self._module.set_experiment("keras-resnet")
+        run = self._module.start_run(run_id=resumed, run_name=None if resumed else name)
+        if not resumed:
+            # MLflow refuses values of more than 500 letters, and changed ones on going on.
+            self._module.log_params({key: str(value)[:500] for key, value in config.items()})
+        return run.info.run_id
+
+    def log(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Sends the numbers of an epoch, counted from 1."""
+        self._module.log_metrics(dict(values), step=epoch)
+
+    def finish(self, status: str) -> None:
+        """Ends the run."""
+        ends = {"finished": "FINISHED", "interrupted": "KILLED"}
+        self._module.end_run(ends.get(status, "FAILED"))
+
+
+LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger, "mlflow": MlflowLogger}
+
+
+class Loggers:
+    """Several loggers as one that does no harm.
+
+    Args:
+        names: Out of `LOGGERS`.
+
+    Raises:
+        InputError: An unknown name.
+        MissingDependencyError: The package is not installed; the message has the pip line.
+
+    Example:
+        >>> Loggers(["tensorbord"])
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: Unknown logger 'tensorbord'. Did you mean 'tensorboard'?
+    """
+
+    def __init__(self, names: Sequence[str]):
+        for name in names:
+            if name not in LOGGERS:
+                hint = did_you_mean(name, LOGGERS) or f" There are: {', '.join(LOGGERS)}."
+                raise InputError(f"Unknown logger {name!r}.{hint}")
+        self._loggers: dict[str, Any] = {name: LOGGERS[name]() for name in dict.fromkeys(names)}
+
+    def start(
+        self, folder: Path, name: str, config: Mapping[str, Any], ids: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Starts them all.
+
+        Args:
+            folder: The run folder.
+            name: What people call the run.
+            config: What to note beside the numbers.
+            ids: Of an earlier part of the same run, by logger.
+
+        Returns:
+            The ids to go on with.
+        """
+        found = dict(ids)
+        for key in list(self._loggers):
+            answer = self._call(
+                key, lambda one, key=key: one.start(folder, name, config, ids.get(key))
+            )
+            if answer:
+                found[key] = answer
+        return found
+
+    def log(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Hands the numbers of an epoch, counted from 1, to all."""
+        for key in list(self._loggers):
+            self._call(key, lambda one: one.log(epoch, values))
+
+    def finish(self, status: str) -> None:
+        """Ends them all: `"finished"`, `"interrupted"` or `"failed"`."""
+        for key in list(self._loggers):
+            self._call(key, lambda one: one.finish(status))
+        self._loggers.clear()
+
+    def _call(self, key: str, do: Callable[[Any], Any]) -> Any:
+        try:
+            return do(self._loggers[key])
+        except Exception as error:  # whatever a service raises: the training goes on
+            reason = str(error).split("\n")[0] or type(error).__name__
+            logger.warning("Logging to %s stopped: %s", key, reason)
+            del self._loggers[key]
+            return None
