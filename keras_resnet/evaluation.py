@@ -251,9 +251,18 @@ def evaluate(
             on_error="raise" if strict else "skip",
         )
     logs, kept = [], []
-    for batch in dataset.batches():
+    for index in range(len(dataset)):
+        try:
+            batch = dataset.read_batch(index)
+        except DataError:  # nothing of this batch can be read
+            if dataset.on_error == "raise":
+                raise
+            continue
         logs.append(_run(model, batch.images))
         kept.append(batch.indices)
+    if not kept:
+        reason = dataset.skipped[0][1]
+        raise DataError(f"None of the {dataset.num_samples} pictures can be read: {reason}")
     logs, kept = np.concatenate(logs), np.concatenate(kept)
     true = np.asarray(dataset.labels)[kept]
     result = _measure(logs, true, [dataset.file_paths[i] for i in kept], names, dataset.skipped)

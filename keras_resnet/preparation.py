@@ -96,6 +96,7 @@ def prepare_data(
         DataError: No class folders, one class only, an empty class, no readable picture.
         InputError: Pictures too small for the network, or classes that do not fit.
     """
+    directory = os.path.expanduser(os.fspath(directory))
     spec = get_spec(recipe.model)
     size = recipe.image_size or spec.input_size
     for name, side in (("image_size", size), ("eval_size", recipe.eval_size or size)):
@@ -111,7 +112,7 @@ def prepare_data(
     }[recipe.normalization]
 
     folders = split_folders(directory)
-    source = folders.get("train", os.fspath(directory))
+    source = folders.get("train", directory)
     paths, labels, names = find_pictures(source, exclude=exclude)
     if "train" in folders and "val" in folders:
         train_paths, train_labels = paths, labels
@@ -145,7 +146,7 @@ def prepare_data(
         repeats=recipe.repeats,
         **common,
     )
-    check_classes(training, repr(os.fspath(source)))
+    check_classes(training, repr(source))
     preprocess = evaluation_preprocess(recipe, recipe.eval_size or size, mean, std, exif)
     if recipe.normalization == "dataset" and look:
         plain = ImageDataset(
@@ -166,7 +167,7 @@ def prepare_data(
 
 
 def _fingerprint(*lists: list[str]) -> str:
-    text = "\n".join("\0".join(paths) for paths in lists)
+    text = "\n".join("\0".join(map(os.path.abspath, paths)) for paths in lists)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -375,8 +376,14 @@ def make_optimizer(
         )
     # torch's epsilon: Keras' is 1e-7.
     if recipe.optimizer == "adamw":
-        decay = recipe.weight_decay
-        return keras.optimizers.AdamW(learning_rate, weight_decay=decay, epsilon=1e-8, **shared)
+        optimizer = keras.optimizers.AdamW(
+            learning_rate, weight_decay=recipe.weight_decay, epsilon=1e-8, **shared
+        )
+        spared = [] if recipe.norm_decay else ["gamma", "beta"]
+        spared += [] if recipe.bias_decay else ["bias", "beta"]
+        if spared:
+            optimizer.exclude_from_weight_decay(var_names=[rf"/{name}$" for name in spared])
+        return optimizer
     if recipe.optimizer == "adam":
         return keras.optimizers.Adam(learning_rate, epsilon=1e-8, **shared)
     return keras.optimizers.RMSprop(learning_rate, momentum=recipe.momentum, **shared)

@@ -52,7 +52,7 @@ class Recipe:
         normalization: `"imagenet"`, `"half"` (mean and deviation 0.5) or `"dataset"` (measured).
         optimizer: `"sgd"` (torch's arithmetic), `"adam"`, `"adamw"` or `"rmsprop"`.
         learning_rate: Highest rate.
-        momentum: Of SGD.
+        momentum: Of SGD and RMSprop.
         nesterov: Nesterov's momentum.
         weight_decay: L2 factor, added to the gradient (`adamw`: decoupled).
         norm_decay: Batch norms' weights decay too.

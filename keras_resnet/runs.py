@@ -94,7 +94,7 @@ class Run:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a+")
+            self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 (until close)
         except OSError as error:
             raise InputError(f"Cannot write to {str(self.folder)!r}: {error.strerror}.") from None
         try:

@@ -121,7 +121,7 @@ def _first_trained(layers: list[keras.layers.Layer], until: str) -> int:
     for i, layer in enumerate(layers):
         if layer.name == until or layer.name.startswith(f"{until}_"):
             return i
-    known = list(dict.fromkeys(x.name.split("_")[0] for x in layers)) + ["head"]
+    known = [*dict.fromkeys(x.name.split("_")[0] for x in layers), "head"]
     raise InputError(
         f"The model has no part {until!r}.{did_you_mean(until, known)} "
         f"Its parts: {', '.join(known)}."
