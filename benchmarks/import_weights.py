@@ -1,10 +1,14 @@
-"""Time and memory of reading a ResNet-50 state dict (98 MB), against torch.load.
+"""Time and memory of reading and importing a ResNet-50 state dict (98 MB), against torch.
 
 The file is made in a temporary folder, in PyTorch's zip and pre-zip formats, with random numbers.
 Contenders run in turns, each turn in a fresh process: imports, one warm-up on a small file, then
 one timed reading. "touched" also copies every tensor into a buffer that is there already, which
 is what assigning weights does; without it, a memory-mapping reader has read no number yet. Memory
 is the rise of the process's high-water mark (Linux) over the whole measured part.
+
+"Importing" puts the numbers into a model that is built already: `load_torchvision` on Keras' torch
+backend, with its checks and the file's sha256, and `load_state_dict` into torchvision's model. The
+warm-up is one import of the same file.
 
     python benchmarks/import_weights.py --rounds 9 --json import_weights.json
 """
@@ -50,6 +54,38 @@ read = lambda path: [
 ]
 """,
 }
+# A contender's process: `load(path)` reads the file into a model.
+IMPORTERS = {
+    "load_torchvision": """
+import os
+os.environ["KERAS_BACKEND"] = "torch"
+import keras_resnet as kr
+from keras_resnet import hub
+model = kr.ResNet50()
+def load(path):
+    hub._file_sha256.cache_clear()  # it is remembered for a file that has not changed
+    kr.load_torchvision(model, path)
+""",
+    "torch.load(mmap=True) + load_state_dict": """
+import torch
+from peers import import_torchvision
+model = import_torchvision().models.resnet50()
+load = lambda path: model.load_state_dict(torch.load(path, weights_only=True, mmap=True))
+""",
+    "torch.load + load_state_dict": """
+import torch
+from peers import import_torchvision
+model = import_torchvision().models.resnet50()
+load = lambda path: model.load_state_dict(torch.load(path, weights_only=True))
+""",
+}
+MEASURE_IMPORT = """
+import time
+load(LARGE)
+start = time.perf_counter()
+load(LARGE)
+print(time.perf_counter() - start)
+"""
 MEASURE = """
 import json, time
 import numpy as np
@@ -166,6 +202,34 @@ def reading(rounds: int, folder: pathlib.Path) -> list[dict]:
     return rows
 
 
+def importing(rounds: int, folder: pathlib.Path) -> list[dict]:
+    """One row a contender: how long a model that is there takes to get its weights."""
+    file = make_files(folder)["zip"]
+    times: dict[str, list[float]] = {name: [] for name in IMPORTERS}
+    for index in range(rounds):
+        for name in list(IMPORTERS)[:: 1 if index % 2 == 0 else -1]:
+            done = subprocess.run(
+                [sys.executable, "-c", f"LARGE = {str(file)!r}\n{IMPORTERS[name]}{MEASURE_IMPORT}"],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=pathlib.Path(__file__).parent,
+            )
+            times[name].append(1000 * float(done.stdout.split()[-1]))
+    rows = []
+    for name, values in times.items():
+        quarters = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+        rows.append(
+            {
+                "importer": name,
+                "n": len(values),
+                "median_ms": statistics.median(values),
+                "quartiles_ms": [quarters[0], quarters[2]],
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
@@ -173,6 +237,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = reading(options.rounds, pathlib.Path(folder))
+        imports = importing(options.rounds, pathlib.Path(folder))
     about = {
         "when": time.strftime("%Y-%m-%d"),
         "machine": platform.platform(),
@@ -191,8 +256,14 @@ def main() -> None:
             f"{row['format']:<8}{'yes' if row['touched'] else 'no':<9}{row['reader']:<24}"
             f"{row['median_ms']:>10.1f}{f'{low:.1f} - {high:.1f}':>18}{row['peak_mb']:>9.0f}"
         )
+    print(f"\n{'importing':<42}{'median ms':>10}{'quartiles':>18}")
+    for row in imports:
+        low, high = row["quartiles_ms"]
+        spread = f"{low:.1f} - {high:.1f}"
+        print(f"{row['importer']:<42}{row['median_ms']:>10.1f}{spread:>18}")
     if options.json:
-        options.json.write_text(json.dumps({"about": about, "reading": rows}, indent=2))
+        result = {"about": about, "reading": rows, "importing": imports}
+        options.json.write_text(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

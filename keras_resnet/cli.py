@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `keras-resnet models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # an output that cannot be written, a full disk
+        where = f"{error.filename!r}: " if error.filename else ""
+        print(f"keras-resnet: {printable(where)}{error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _choose_backend() -> None:
@@ -112,8 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
     predict.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to show")
-    predict.add_argument("--output", metavar="FILE", action="append", default=[],
-                         help="also write FILE: .csv, .json or .png (repeatable)")  # fmt: skip
+    predict.add_argument("--csv", metavar="FILE", help="write a line a picture")
+    predict.add_argument("--json", metavar="FILE", help="write the same as JSON")
+    predict.add_argument("--plot", metavar="FILE", help="draw the pictures with their titles")
     predict.add_argument("--batch-size", type=int, default=32, metavar="N")
     predict.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
 
@@ -210,6 +215,9 @@ def _train_command(commands) -> None:
     train.add_argument("--restart", action="store_true", help="never go on from an unfinished run")
     train.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
     train.add_argument("--compile", action="store_true", help="compile the training step")
+    train.add_argument("--keep", type=int, default=0, metavar="N", help="keep N best epochs' models")
+    train.add_argument("--log", action="append", default=[], metavar="NAME",
+                       help="tensorboard, wandb or mlflow (repeatable)")  # fmt: skip
     train.add_argument("--checkpoint-steps", type=int, metavar="N", help="save the state so often")
     train.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
     group = train.add_argument_group("what a recipe holds; each option overrides it")
@@ -283,6 +291,8 @@ def _train(arguments) -> int:
         deterministic=arguments.deterministic,
         compile=arguments.compile,
         checkpoint_steps=arguments.checkpoint_steps,
+        keep=arguments.keep,
+        log=arguments.log,
         dry_run=arguments.dry_run,
         **options,
     )
@@ -310,29 +320,44 @@ def _evaluate(arguments) -> int:
 def _predict(arguments) -> int:
     from keras_resnet.backends import backend_line
     from keras_resnet.errors import InputError
-    from keras_resnet.evaluation import iter_predictions, load_model, save_predictions
+    from keras_resnet.evaluation import (
+        PredictionTable,
+        iter_predictions,
+        load_model,
+        model_class_names,
+        picture_paths,
+        save_predictions,
+    )
 
-    for path in arguments.output:
-        if Path(path).suffix.lower() not in (".csv", ".json", ".png", ".jpg", ".svg", ".pdf"):
-            raise InputError(f"--output wants a .csv, .json or .png file, not {path!r}.")
+    wanted = {"csv": arguments.csv, "json": arguments.json, "plot": arguments.plot}
+    for name, path in wanted.items():
+        ends = (".png", ".jpg", ".jpeg", ".svg", ".pdf") if name == "plot" else (f".{name}",)
+        if path is not None and Path(path).suffix.lower() not in ends:
+            raise InputError(f"--{name} wants a name that ends in {ends[0]}, not {path!r}.")
     print(f"Backend: {backend_line()}")
+    model = load_model(arguments.model)
+    paths = picture_paths(arguments.paths)
+    table = PredictionTable(paths, model_class_names(model), arguments.top)
+    print(table.header)
     found = []
     for prediction in iter_predictions(
-        load_model(arguments.model),
-        arguments.paths,
+        model,
+        paths,
         top=arguments.top,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
     ):
-        print(prediction)
+        print(table.line(prediction))
         found.append(prediction)
-    for path in arguments.output:
-        save_predictions(found, path)
-        print(f"Written: {path}")
     unreadable = sum(p.error is not None for p in found)
     if unreadable:
         print(f"{unreadable} of {len(found)} pictures could not be read.", file=sys.stderr)
-    return 2 if unreadable == len(found) else 0
+    if unreadable == len(found):
+        return 2
+    for path in filter(None, wanted.values()):
+        save_predictions(found, path)
+        print(f"Written: {path}")
+    return 0
 
 
 def _demo(arguments) -> int:

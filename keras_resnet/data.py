@@ -12,6 +12,7 @@ picture moves. It is tried again in the next epoch: nothing depends on what was 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -542,6 +543,7 @@ class ImageDataset(keras.utils.PyDataset):
 
         self._skipped: dict[str, str] = {}
         self._cached: dict[int, np.ndarray] = {}
+        self._cache_failed = False
         self._order: tuple[int, np.ndarray] | None = None
         self._begun = self._finished = self._iterated = False
         self._lock = threading.Lock()
@@ -549,7 +551,10 @@ class ImageDataset(keras.utils.PyDataset):
         self._ahead: dict[tuple[int, int], Future] = {}
         self._last: tuple[int, int] | None = None
         if self.cache not in (None, "ram"):
-            os.makedirs(self.cache, exist_ok=True)
+            try:
+                os.makedirs(self.cache, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"The cache folder cannot be made: {error}") from error
         super().__init__()
         if verify:
             self.verify()
@@ -595,12 +600,9 @@ class ImageDataset(keras.utils.PyDataset):
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        full, rest = divmod(self._epoch_samples(), self.batch_size)
+        full, rest = divmod(len(self._epoch_order()[1]), self.batch_size)
         drop = self.drop_last is True or (self.drop_last == "auto" and rest == 1)
         return full + bool(rest and not (drop and full))
-
-    def _epoch_samples(self) -> int:
-        return len(self._epoch_order()[1])
 
     # The order of an epoch.
 
@@ -806,9 +808,16 @@ class ImageDataset(keras.utils.PyDataset):
         except (OSError, ValueError):  # not there, or cut off while it was written
             pixels = make(path)
         partial = f"{file}.{os.getpid()}.{threading.get_ident()}"
-        with open(partial, "wb") as stream:
-            np.save(stream, pixels)
-        os.replace(partial, file)
+        try:
+            with open(partial, "wb") as stream:
+                np.save(stream, pixels)
+            os.replace(partial, file)
+        except OSError as error:  # a full disk costs the cache, not the run
+            if not self._cache_failed:
+                logger.warning("The cache %r takes no more pictures: %s", self.cache, error)
+            self._cache_failed = True
+            with contextlib.suppress(OSError):
+                os.remove(partial)
         return pixels
 
     def _cache_key(self, path: str) -> str:

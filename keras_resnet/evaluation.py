@@ -397,6 +397,47 @@ class Prediction:
         return f"{printable(self.path)}: {answers}"
 
 
+class PredictionTable:
+    """Predictions as lines of a table whose columns stay in place, for a terminal.
+
+    Args:
+        paths: Of all the pictures.
+        class_names: Of all the classes.
+        top: Classes a picture.
+
+    Example:
+        >>> table = PredictionTable(["a.png", "bees/1.png"], ["ant", "bee"], top=2)
+        >>> print(table.header)
+        Picture     Class       Class
+        >>> print(table.line(Prediction("a.png", [("bee", 0.75), ("ant", 0.25)])))
+        a.png       bee  75.0%  ant  25.0%
+    """
+
+    def __init__(self, paths: Sequence[str], class_names: Sequence[str], top: int):
+        self._path = min(60, max(7, *(len(printable(p)) for p in [*paths, ""])))
+        self._name = min(30, max(len(printable(n)) for n in class_names))
+        self._top = min(top, len(class_names))
+
+    @property
+    def header(self) -> str:
+        """The names of the columns."""
+        cell = f"{'Class':{self._name + 7}}"
+        return f"{'Picture':{self._path}}  {'  '.join([cell] * self._top)}".rstrip()
+
+    def line(self, prediction: Prediction) -> str:
+        """One picture; a path too long for its column loses its beginning."""
+        path = printable(prediction.path)
+        if len(path) > self._path:
+            path = f"...{path[3 - self._path :]}"
+        if prediction.error is not None:
+            return f"{path:{self._path}}  {printable(prediction.error)}"
+        cells = [
+            f"{printable(name)[: self._name]:{self._name}} {share:6.1%}"
+            for name, share in prediction.classes
+        ]
+        return f"{path:{self._path}}  {'  '.join(cells)}"
+
+
 def picture_paths(sources: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]:
     """Files out of files, folders (searched through, sorted) and shell patterns.
 

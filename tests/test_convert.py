@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import gc
 import json
 
@@ -99,9 +100,21 @@ def assert_untouched(model, before) -> None:
         assert a.tobytes() == b.tobytes()
 
 
+@pytest.fixture(scope="module")
+def built_resnet20():
+    model = create_model("resnet20")
+    return model, model.get_weights(), copy.deepcopy(model.info)
+
+
 @pytest.fixture
-def resnet20():
-    return create_model("resnet20")
+def resnet20(built_resnet20):
+    """A ResNet-20 as `create_model` gives it: built once, put back after each test."""
+    model, weights, info = built_resnet20
+    yield model
+    model.set_weights(weights)
+    model.get_layer("bn1").epsilon = 1e-5
+    model.info.clear()
+    model.info.update(copy.deepcopy(info))
 
 
 @pytest.fixture
@@ -123,7 +136,6 @@ def pair(request, torchvision):
     state = module.state_dict()
     yield Pair(request.param, module, state, model, load_torchvision(model, state))
     del module, model, state
-    keras.backend.clear_session()
     gc.collect()
 
 
@@ -327,6 +339,7 @@ def test_other_precisions_are_cast_and_reported(tmp_path, resnet20, dtype, as_fi
         assert exported[key].tobytes() == state[key].float().numpy().tobytes(), key
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "wrap, prefix, key",
     [
@@ -346,6 +359,7 @@ def test_wrapped_and_prefixed_sources_are_unwrapped(tmp_path, resnet20, wrap, pr
     assert to_torchvision(resnet20)["bn1.bias"].tobytes() == state["bn1.bias"].numpy().tobytes()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("as_file", [True, False])
 def test_a_key_chooses_among_several_state_dicts(tmp_path, resnet20, as_file):
     nested = {"model": torch_resnet20(seed=1), "model_ema": torch_resnet20(seed=2)}
@@ -403,6 +417,7 @@ def test_sources_that_are_none_are_refused(tmp_path, resnet20):
 # --- Heads --------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_another_number_of_classes_is_one_line_with_the_remedy():
     model = create_model("resnet20", num_classes=4)
     before = weights_of(model)
@@ -429,6 +444,7 @@ def test_skipping_the_head_loads_the_backbone_and_leaves_the_head():
     assert proof.passed and not proof.head_compared and "logits" in str(proof)
 
 
+@pytest.mark.once
 def test_skipping_the_head_takes_a_model_whose_head_has_another_name():
     backbone = create_model("resnet20", include_top=False, pooling="avg")
     outputs = keras.layers.Dense(3, name="my_head")(backbone.output)
@@ -447,6 +463,7 @@ def test_a_model_without_a_head_skips_it():
     assert verify(model, state).passed
 
 
+@pytest.mark.once
 def test_a_source_without_a_head_loads_and_proves():
     state = {k: v for k, v in torch_resnet20().items() if not k.startswith("linear")}
     for options in ({"include_top": False}, {"num_classes": 4}):
@@ -474,6 +491,7 @@ def test_replacing_the_head_draws_it_anew_even_where_it_fits():
 # --- What does not fit --------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_a_file_of_another_variant_is_named_and_the_model_stays(torchvision, resnet20):
     with torch.device("meta"):
         shapes = torchvision.models.resnet34().state_dict()
@@ -484,6 +502,7 @@ def test_a_file_of_another_variant_is_named_and_the_model_stays(torchvision, res
     assert_untouched(resnet20, before)
 
 
+@pytest.mark.once
 def test_missing_unexpected_and_mismatched_are_reported_and_nothing_is_loaded(resnet20):
     state = torch_resnet20()
     state["extra.weight"] = torch.zeros(3)
@@ -501,6 +520,7 @@ def test_missing_unexpected_and_mismatched_are_reported_and_nothing_is_loaded(re
         assert_untouched(resnet20, before)
 
 
+@pytest.mark.once
 def test_not_strict_loads_what_there_is_and_reports_the_rest(resnet20):
     state = torch_resnet20()
     state["extra.weight"] = torch.zeros(3)
@@ -515,6 +535,7 @@ def test_not_strict_loads_what_there_is_and_reports_the_rest(resnet20):
         load_torchvision(resnet20, {"a": torch.zeros(3)}, strict=False)
 
 
+@pytest.mark.once
 def test_another_kind_of_entry_is_told_by_kind(resnet20):
     state = torch_resnet20()
     state["linear.weight"] = state["linear.weight"][..., None, None]  # a 1x1 convolution's
@@ -628,6 +649,7 @@ class TorchBottlenecks(torch.nn.Module):
         return block
 
 
+@pytest.mark.once
 def test_weights_that_look_like_torchvisions_are_refused_by_a_v1_model():
     state = TorchBottlenecks("3x3").state_dict()
     model = bottleneck_net("1x1")
@@ -639,6 +661,7 @@ def test_weights_that_look_like_torchvisions_are_refused_by_a_v1_model():
     assert load_torchvision(bottleneck_net("3x3"), state).ok
 
 
+@pytest.mark.once
 def test_a_module_shows_where_it_strides():
     load_torchvision(bottleneck_net("1x1"), TorchBottlenecks("1x1"))
     load_torchvision(bottleneck_net("3x3"), TorchBottlenecks("3x3"))
@@ -647,6 +670,7 @@ def test_a_module_shows_where_it_strides():
             load_torchvision(bottleneck_net(own), TorchBottlenecks(theirs))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_written_here_says_where_it_strides(tmp_path, suffix):
     path = tmp_path / f"v1{suffix}"
@@ -711,6 +735,7 @@ def test_nan_never_passes(tmp_path, resnet20):
     assert json.loads(report.to_json())["passed"] is False
 
 
+@pytest.mark.once
 def test_swapped_strides_are_found_in_layer2(torchvision):
     module = randomise_statistics(torchvision.models.resnet50(num_classes=10))
     model = create_model("resnet50_v1", num_classes=10, input_shape=(SIZE, SIZE, 3))
@@ -754,6 +779,7 @@ def test_open_sides_take_the_asked_size():
         verify(create_model("resnet20"), state, image_size=40)
 
 
+@pytest.mark.once
 def test_planning_needs_no_torch(monkeypatch, resnet20):
     """Arrays are told by what they have, so a machine without torch imports all the same."""
     assert "torch" not in vars(convert)

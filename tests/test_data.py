@@ -297,6 +297,20 @@ def test_caches_change_nothing_and_are_used(folder, tmp_path, augment, monkeypat
 
 
 @once
+def test_a_cache_that_cannot_be_written_costs_no_batch(folder, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    dataset = everything(folder, cache=str(tmp_path / "cache"))
+    monkeypatch.setattr(np, "save", full)
+    equal(epoch(dataset), epoch(everything(folder)))
+    assert [r.getMessage().split(": ")[1] for r in caplog.records] == [
+        "[Errno 28] No space left on device"
+    ]
+    assert not os.listdir(tmp_path / "cache")
+
+
+@once
 def test_a_changed_file_leaves_the_folder_cache(folder, tmp_path):
     arguments = {"image_size": 8, "shuffle": False, "cache": str(tmp_path / "c"), "batch_size": 19}
     before = from_directory(folder, **arguments)[0][0]

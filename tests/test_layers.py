@@ -13,6 +13,7 @@ from keras import ops
 from keras_resnet.layers import (
     BatchNormalization,
     Conv2D,
+    DirectGraph,
     MaxPooling2D,
     Normalize,
     ZeroPaddedShortcut,
@@ -586,3 +587,264 @@ def test_wrong_arguments_are_refused():
     layer.build((None, 8, 8, 3))
     with pytest.raises(ValueError, match="expected axis -1"):
         layer(np.zeros((1, 8, 8, 5), "float32"))
+
+
+# --- the fast paths -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts the calls of torch's functions and of Keras' own `__call__`, by name."""
+    counts = {}
+
+    def count(owner, name, key):
+        original = getattr(owner, name)
+
+        def counting(*args, **kwargs):
+            counts[key] = counts.get(key, 0) + 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    for name in ("conv2d", "batch_norm", "max_pool2d"):
+        count(F, name, name)
+    count(keras.layers.Layer, "__call__", "Layer.__call__")
+    return counts
+
+
+@torch_only
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_kernel_a_layer_and_no_dispatch_by_keras(training, policy, counted, rng):
+    model = DirectModel.of(small_graph(dtype=policy))
+    x = pictures(rng)
+    counted.clear()
+    model(x, training=training)
+    assert counted.pop("conv2d") == 3
+    assert counted.pop("batch_norm") == 3
+    assert counted.pop("max_pool2d") == 1
+    # The model, Normalize, the option-A shortcut, the average and the classifier.
+    assert counted.pop("Layer.__call__") == 5
+    assert not counted
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a property of the tensorflow path")
+def test_tensorflow_runs_its_fused_kernel(monkeypatch, rng):
+    import tensorflow as tf
+
+    calls = []
+    original = tf.raw_ops.FusedBatchNormV3
+
+    def counting(**kwargs):
+        calls.append(kwargs["is_training"])
+        return original(**kwargs)
+
+    monkeypatch.setattr(tf.raw_ops, "FusedBatchNormV3", counting)
+    x = rng.normal(size=(2, 4, 4, 3)).astype("float32")
+    layer = BatchNormalization()
+    layer([x, x], training=True)
+    layer(x, training=False)
+    assert calls == [True, False]
+
+
+class DirectModel(DirectGraph, keras.Model):
+    @classmethod
+    def of(cls, model):
+        return cls(model.input, model.output)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_direct_graph_answers_as_keras_does(training, rng):
+    model, x = small_graph(), pictures(rng)
+    direct = DirectModel.of(keras.models.clone_model(model))
+    direct.set_weights(model.get_weights())
+    assert_close(numpy(direct(x, training=training)), numpy(model(x, training=training)))
+    for a, b in zip(direct.get_weights(), model.get_weights(), strict=True):
+        assert_close(a, b)
+    assert_close(direct.predict(x, verbose=0), model.predict(x, verbose=0))
+    assert direct(keras.Input((64, 64, 3))).shape == (None, 5)  # a symbolic call
+
+
+@torch_only
+def test_a_direct_graph_lets_maps_go_and_leaves_odd_graphs_to_keras(rng):
+    x = rng.normal(size=(2, 4, 4, 3)).astype("float32")
+    inputs = keras.Input((4, 4, 3))
+    y = BatchNormalization()(inputs)
+    plain = DirectModel(inputs, BatchNormalization()([y, inputs]))
+    assert [step[-1] for step in plain._direct_steps()] == [[], [1, 0]] or [
+        sorted(step[-1]) for step in plain._direct_steps()
+    ] == [[], [0, 1]]
+    for odd in (
+        DirectModel(inputs, [y, inputs]),
+        DirectModel(inputs, ops.relu(y)),
+        DirectModel({"a": inputs}, keras.layers.Dropout(0.5)(y, training=True)),
+    ):
+        assert odd._direct_steps() is None
+        odd({"a": x} if isinstance(odd.input, dict) else x, training=False)
+
+
+def is_ohwi(tensor):
+    return tensor.permute(3, 2, 0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+@torch_only
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"kernel_size": 1}], ids=str)
+def test_kernels_gradients_and_slots_lie_as_the_convolution_wants_them(options, tmp_path, rng):
+    from keras_resnet.optimizers import SGD
+
+    inputs = keras.Input((8, 8, 4))
+    options = {"kernel_size": 3, **options}
+    conv = Conv2D(6, data_format="channels_last", **options)
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(conv(inputs)))
+    assert is_ohwi(conv.kernel.value)
+    strides = conv.kernel.value.stride()
+    optimizer = SGD(0.1, momentum=0.9)
+    model.compile(optimizer, "mse")
+    x, y = rng.normal(size=(4, 8, 8, 4)), rng.normal(size=(4, 6))
+    model.fit(x, y, verbose=0)
+    assert conv.kernel.value.grad.stride() == strides
+    assert optimizer.momentums[0].value.stride() == strides
+    conv.kernel.assign(np.ones(conv.kernel.shape, "float32"))
+    assert conv.kernel.value.stride() == strides
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.layers[1].kernel.value.stride() == strides
+    loaded.load_state_dict(model.state_dict(), strict=False)
+    assert loaded.layers[1].kernel.value.stride() == strides
+    # The same random numbers as a stock layer's: only their place in memory differs.
+    build = dict(kernel_initializer=keras.initializers.HeNormal(seed=3), **options)
+    ours, stock = Conv2D(6, **build), keras.layers.Conv2D(6, **build)
+    for layer in (ours, stock):
+        layer.build((None, 8, 8, 4))
+    np.testing.assert_array_equal(numpy(ours.kernel), numpy(stock.kernel))
+
+
+@torch_only
+@pytest.mark.parametrize("training", [True, False])
+def test_in_place_operations_pass_torchs_gradient_check(training, rng):
+    layer = BatchNormalization(activation="relu", dtype="float64")
+    conv = Conv2D(3, 3, pad=1, activation="relu", dtype="float64")
+    x, shortcut = (torch.tensor(rng.normal(size=(2, 4, 3, 3)), requires_grad=True) for _ in "ab")
+
+    def block(x, shortcut):
+        return layer([conv(x), shortcut], training=training)
+
+    block(x, shortcut)
+    before = shortcut.detach().clone()
+    assert torch.autograd.gradcheck(block, (x, shortcut), atol=1e-6)
+    assert torch.equal(shortcut.detach(), before), "the shortcut is another layer's tensor"
+
+
+@torch_only
+def test_a_feature_map_that_is_also_an_output_is_not_overwritten(rng):
+    inputs = keras.Input((6, 6, 3))
+    a = Conv2D(3, 3, pad=1, data_format="channels_last")(inputs)
+    b = BatchNormalization(activation="relu")(a)
+    c = BatchNormalization(activation="relu")([a, b])
+    x = rng.normal(size=(2, 6, 6, 3)).astype("float32")
+    model = keras.Model(inputs, [a, b, c])
+    together = [numpy(y) for y in model(x, training=False)]
+    for y, output in zip(together, (a, b, c), strict=True):
+        assert_close(numpy(keras.Model(inputs, output)(x, training=False)), y)
+
+
+# What is used of Keras' internals: a release that moves them must fail here.
+
+
+@torch_only
+def test_keras_still_says_which_layers_to_checkpoint(counted, rng):
+    x = torch.tensor(rng.normal(size=(1, 4, 4, 2)).astype("float32"), requires_grad=True)
+    for mode, calls in ((None, 1), ("full", 2)):
+        with keras.RematScope(mode=mode):
+            layer = Conv2D(2, 3, data_format="channels_last")
+        layer.build(x.shape)
+        counted.clear()
+        layer(x).sum().backward()
+        assert counted["conv2d"] == calls, "forward once, and once more in the backward pass"
+
+
+@torch_only
+def test_keras_still_ties_masks_to_tensors():
+    x = keras.layers.Masking()(torch.ones(1, 2, 2, 3))
+    conv = Conv2D(2, 1)
+    conv.build(x.shape)
+    with pytest.warns(UserWarning, match="does not support masking"):
+        conv(x)
+
+
+def test_a_scope_knows_the_scope_around_it():
+    from keras_resnet.layers import _in_stateless_scope
+
+    assert not _in_stateless_scope()
+    with keras.StatelessScope():
+        assert _in_stateless_scope()
+    assert not _in_stateless_scope()
+
+
+@torch_only
+def test_torch_hooks_run(rng):
+    layer, seen = Conv2D(2, 1), []
+    x = torch.ones(1, 2, 2, 3)
+    layer(x)
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    layer(x)
+    assert seen == [(1, 2, 2, 2)]
+
+
+@torch_only
+@pytest.mark.parametrize(
+    "outer, inner", [("mixed_bfloat16", "float32"), ("float32", "mixed_float16")]
+)
+def test_a_layer_keeps_its_own_policy_inside_a_model_of_another(outer, inner, rng):
+    x = rng.normal(size=(2, 6, 6, 4)).astype("float32")
+    policy = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy(outer)
+        inputs = keras.Input((6, 6, 4))
+        first, second = (Conv2D(4, 3, dtype=inner, data_format="channels_last") for _ in "ab")
+        model = keras.Model(inputs, second(first(inputs)))
+    finally:
+        keras.config.set_dtype_policy(policy)
+    y = model(x)
+    assert keras.backend.standardize_dtype(y.dtype) == inner.removeprefix("mixed_")
+    expected = first(x)
+    expected = second(expected)
+    assert_close(numpy(y), numpy(expected))
+
+
+# Exports and compilers.
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras exports jax models through tensorflow")
+def test_an_exported_model_answers_alike(tmp_path, rng):
+    model, x = small_graph(sides=(33, 40)), pictures(rng)
+    model(x, training=True)
+    expected = numpy(model(x, training=False))
+    if BACKEND == "torch":
+        model.export(tmp_path / "model.pt2", format="torch", verbose=False)
+        exported = torch.export.load(tmp_path / "model.pt2").module()
+        y = exported(torch.tensor(x))
+    else:
+        import tensorflow as tf
+
+        model.export(tmp_path / "model", verbose=False)
+        y = tf.saved_model.load(tmp_path / "model").serve(x)
+    y = y[0] if isinstance(y, (list, tuple)) else y
+    assert_close(numpy(y), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND == "jax", reason="jax compiles in every other test")
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_compiled_training_step_is_the_eager_one(policy, rng):
+    x = pictures(rng, 4, 17, 17)
+    y = rng.integers(0, 5, size=4)
+    weights, losses = small_graph().get_weights(), []
+    for jit_compile in (False, True):
+        model = small_graph(dtype=policy)
+        model.set_weights(weights)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.01), loss, jit_compile=jit_compile)
+        losses.append([model.train_on_batch(x, y) for _ in range(2)])
+        losses[-1] += [float(np.mean(w)) for w in model.get_weights()]
+    assert_close(losses[1], losses[0], "float32" if policy == "float32" else "bfloat16")

@@ -1,0 +1,482 @@
+"""The main job through the command line: what is written, and what bad input gets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_resnet import cli
+from keras_resnet.errors import InputError
+from keras_resnet.evaluation import evaluate, load_model, predict
+from keras_resnet.training import train
+
+TINY = {
+    "model": "resnet20",
+    "image_size": 16,
+    "batch_size": 8,
+    "epochs": 2,
+    "workers": 1,
+    "verbose": False,
+}
+FLAGS = ["--model", "resnet20", "--image-size", "16", "--batch-size", "8", "--workers", "1"]
+
+
+def write_pictures(folder, classes=("ant", "bee", "cat"), count=10, size=20, seed=0):
+    """Noise with one strong channel a class: easy to tell apart, quick to read."""
+    rng = np.random.default_rng(seed)
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = rng.integers(0, 100, (size, size, 3), dtype=np.uint8)
+            pixels[..., k % 3] += 120
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, tmp_path_factory):
+    """A run folder that the tests of this file only look at, and what `train` gave."""
+    output = tmp_path_factory.mktemp("output")
+    return train(pictures, output=output, learning_rate=0.05, **{**TINY, "epochs": 4})
+
+
+def run_cli(*arguments, capsys):
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def one_line(err):
+    """The single line that bad input gets."""
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("keras-resnet: "), err
+    return lines[0]
+
+
+# --- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_what_the_readme_promises(finished):
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names == {
+        "best.keras", "last.keras", "history.csv", "curves.png", "batch.png", "config.json",
+        "class_indices.json", "train.log", "evaluation.json", "predictions.csv",
+        "confusion_matrix.png",
+    }  # fmt: skip
+    assert json.loads((finished.folder / "class_indices.json").read_text()) == {
+        "0": "ant",
+        "1": "bee",
+        "2": "cat",
+    }
+
+
+def test_config_names_arguments_versions_backend_and_data(finished, backend):
+    config = json.loads((finished.folder / "config.json").read_text())
+    assert config["status"] == "finished" and config["backend"] == backend
+    assert config["class_counts"] == {
+        "train": {"ant": 8, "bee": 8, "cat": 8},
+        "val": {"ant": 2, "bee": 2, "cat": 2},
+    }
+    assert config["recipe"]["learning_rate"] == 0.05 and config["arguments"]["seed"] == 0
+    assert config["versions"]["keras"] == keras.__version__ and backend in config["versions"]
+    assert config["model"]["parameters"] == 269267  # He et al. 4.2's resnet20 with three classes
+    assert config["preprocess"]["mean"] == [0.485, 0.456, 0.406]
+    assert config["devices"]
+
+
+def test_history_is_one_row_an_epoch(finished):
+    with open(finished.folder / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    for key in ("accuracy", "loss", "val_accuracy", "val_loss", "learning_rate"):
+        np.testing.assert_allclose([float(r[key]) for r in rows], finished.history[key], rtol=1e-6)
+
+
+def test_fit_and_evaluate_agree_on_the_best_model(finished, pictures):
+    best = int(np.argmax(finished.history["val_accuracy"]))
+    again = evaluate(finished.folder / "best.keras", _validation_folder(finished, pictures))
+    for result in (finished.evaluation, again):
+        assert result.top1 == pytest.approx(finished.history["val_accuracy"][best], abs=1e-6)
+        assert result.loss == pytest.approx(finished.history["val_loss"][best], rel=1e-3)
+
+
+def _validation_folder(finished, pictures):
+    """A folder with the pictures that were held out, to evaluate without the run's own dataset."""
+    folder = finished.folder.parent / "held_out"
+    for row in finished.evaluation.rows:
+        target = folder / row["true"] / pathlib.Path(row["path"]).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(pathlib.Path(row["path"]).read_bytes())
+    return folder
+
+
+def test_the_network_learns_what_is_easy(finished):
+    assert finished.history["loss"][-1] < 0.5 * finished.history["loss"][0]
+
+
+def test_a_model_file_is_enough_to_predict(finished, pictures, tmp_path):
+    moved = tmp_path / "elsewhere.keras"
+    moved.write_bytes((finished.folder / "best.keras").read_bytes())
+    model = load_model(moved)
+    assert model.info["class_names"] == ["ant", "bee", "cat"]
+    assert model.info["training"]["recipe"] == "finetune"
+    paths = sorted(str(p) for p in pictures.glob("*/*.png"))
+    answers = predict(moved, pictures, batch_size=7)  # 30 pictures: the last batch is not full
+    assert [a.path for a in answers] == paths
+    truth = {row["path"]: row for row in finished.evaluation.rows}
+    for answer in answers:
+        if answer.path in truth:
+            assert answer.classes[0][0] == truth[answer.path]["predicted"]
+            assert answer.classes[0][1] == pytest.approx(
+                truth[answer.path]["probability"], abs=1e-4
+            )
+
+
+def test_a_finished_run_is_kept_and_a_new_one_made_beside_it(pictures, tmp_path):
+    options = {**TINY, "epochs": 1, "output": tmp_path, "name": "my run"}
+    first = train(pictures, **options)
+    before = (first.folder / "best.keras").read_bytes()
+    second = train(pictures, **options)
+    assert (first.folder.name, second.folder.name) == ("my-run", "my-run-2")
+    assert (first.folder / "best.keras").read_bytes() == before
+
+
+@pytest.mark.once
+def test_dry_run_says_what_would_happen_and_writes_nothing(pictures, tmp_path, capsys):
+    code, out, err = run_cli(
+        "train", pictures, *FLAGS, "--dry-run", "--output", tmp_path / "runs", "--cache",
+        tmp_path / "cache", capsys=capsys,
+    )  # fmt: skip
+    assert code == 0 and not err
+    assert "24 for training, 6 for validation, 3 classes (ant 8, bee 8, cat 8)" in out
+    assert "Writes to" in out and "15 epochs of 3 steps" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.once
+def test_show_prints_the_recipe_in_full(pictures, tmp_path, capsys):
+    code, out, _ = run_cli(
+        "train", pictures, "--recipe", "cifar", "--show", "--epochs", 3, capsys=capsys
+    )
+    assert code == 0 and "epochs           3" in out and "1512.03385" in out
+
+
+def test_train_and_val_folders_are_taken_as_they_are(tmp_path):
+    write_pictures(tmp_path / "d" / "train", count=4)
+    write_pictures(tmp_path / "d" / "val", classes=("bee", "cat"), count=2, seed=1)
+    write_pictures(tmp_path / "d" / "test", count=1, seed=2)
+    result = train(tmp_path / "d", output=tmp_path / "runs", **{**TINY, "epochs": 1})
+    # A class that the validation folder lacks moves no label.
+    assert [row["true"] for row in result.evaluation.rows] == ["bee", "bee", "cat", "cat"]
+    assert result.test.count == 3 and (result.folder / "test_predictions.csv").is_file()
+
+
+def test_channels_first_trains_on_torch(pictures, tmp_path, backend):
+    if backend != "torch":
+        pytest.skip("convolutions on a CPU need channels last here")
+    keras.config.set_image_data_format("channels_first")
+    try:
+        result = train(pictures, output=tmp_path, **{**TINY, "epochs": 1})
+        answer = predict(result.folder, pictures / "bee" / "0.png")[0]
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    # The same file answers the same in the other format's process: weights do not depend on it.
+    assert result.model.input_shape == (None, 3, 16, 16)
+    assert len(answer.classes) == 3 and 0 < answer.classes[0][1] <= 1
+
+
+def test_every_option_that_changes_the_step_runs(pictures, tmp_path):
+    result = train(
+        pictures, output=tmp_path, mixup=0.2, cutmix=1.0, label_smoothing=0.1, ema=True,
+        ema_steps=1, accumulate=2, clip_norm=1.0, dropout=0.3, policy="ta_wide",
+        random_erasing=0.5, color_jitter=0.1, repeats=2, crop="none", normalization="dataset",
+        backbone_rate=0.1, schedule="onecycle", precision="bf16", **{**TINY, "epochs": 1},
+    )  # fmt: skip
+    assert np.isfinite(result.history["loss"]).all()
+    mean = result.model.info["preprocess"]["mean"]
+    pixels = np.stack(
+        [np.asarray(Image.open(p)) for p in sorted(pictures.glob("*/*.png"))], dtype=float
+    )
+    assert mean == pytest.approx(pixels.mean((0, 1, 2)) / 255, abs=0.02)
+
+
+# --- a picture that cannot be read ---------------------------------------------------------------
+
+
+@pytest.fixture
+def with_corrupt(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", count=5)
+    for name in ("ant/1.png", "bee/1.png"):
+        (folder / name).write_bytes(b"not a picture")
+    return folder
+
+
+def test_corrupt_pictures_are_skipped_counted_and_listed(with_corrupt, tmp_path, capsys):
+    code, out, _ = run_cli(
+        "train", with_corrupt, *FLAGS, "--epochs", 1, "--output", tmp_path / "runs", capsys=capsys
+    )
+    assert code == 0 and "2 unreadable pictures were skipped" in out
+    with open(tmp_path / "runs" / "resnet20-pictures" / "skipped.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [
+        str(with_corrupt / "ant" / "1.png"),
+        str(with_corrupt / "bee" / "1.png"),
+    ]
+    assert all(row["reason"] for row in rows)
+
+
+def test_strict_stops_at_a_corrupt_picture(with_corrupt, tmp_path, capsys):
+    code, _, err = run_cli(
+        "train", with_corrupt, *FLAGS, "--epochs", 1, "--strict", "--output", tmp_path / "runs",
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == 2 and "1.png" in one_line(err)
+
+
+def test_a_batch_without_a_readable_picture_is_left_out(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", count=7)  # 18 of the 21 to train on
+    for path in sorted((folder / "ant").glob("*.png"))[:5]:
+        path.write_bytes(b"")
+    result = train(folder, output=tmp_path / "runs", **{**TINY, "epochs": 1, "batch_size": 2})
+    assert len(result.skipped) == 5
+    assert np.isfinite(result.history["val_loss"]).all()
+
+
+def test_a_folder_that_changes_under_a_running_epoch(tmp_path, backend):
+    folder = write_pictures(tmp_path / "pictures", count=10)
+
+    class Vandal(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                for path in sorted((folder / "bee").glob("*.png"))[:4]:
+                    path.unlink()
+                for path in sorted((folder / "cat").glob("*.png"))[:2]:
+                    path.write_bytes(b"cut off")
+
+    result = train(folder, output=tmp_path / "runs", callbacks=[Vandal()], **TINY)
+    assert len(result.history["loss"]) == 2
+    assert 4 <= len(result.skipped) <= 6
+    assert all("bee" in path or "cat" in path for path, _ in result.skipped)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_bad_folders_get_one_line(tmp_path, capsys):
+    (tmp_path / "file.png").write_bytes(b"x")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "texts" / "ant").mkdir(parents=True)
+    (tmp_path / "texts" / "ant" / "notes.txt").write_text("x")
+    write_pictures(tmp_path / "one", classes=("ant",), count=3)
+    write_pictures(tmp_path / "gap", count=2)
+    (tmp_path / "gap" / "dog").mkdir()
+    write_pictures(tmp_path / "broken", count=3)
+    for path in (tmp_path / "broken").glob("*/*.png"):
+        path.write_bytes(b"broken")
+    for name, expected in {
+        "nothin": "does not exist. Did you mean 'nothing'?",
+        "file.png": "is a file",
+        "nothing": "no class folder",
+        "texts": ".jpg",
+        "one": "one class only ('ant')",
+        "gap": "'dog'",
+        "broken": "can be read",
+    }.items():
+        code, _, err = run_cli(
+            "train", tmp_path / name, *FLAGS, "--output", tmp_path / "runs", capsys=capsys
+        )
+        lines = [x for x in err.splitlines() if x and not x.startswith("Skipped: ")]
+        assert code == 2 and expected in one_line("\n".join(lines)), (name, err)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model", "resnet21"], "Did you mean 'resnet20'"),
+        (["--recipe", "fintune"], "Did you mean 'finetune'?"),
+        (["--crop", "paded"], "Did you mean 'padded'?"),
+        (["--model", "alexnet", "--image-size", "32"], "at least 63x63"),
+        (["--val-split", "1.5"], "above 0 and below 1"),
+        (["--epochs", "0"], "at least 1"),
+        (["--optimizer", "adam"], "--weight-decay 0"),
+        (["--unfreeze", "layer9"], "layer9"),
+        (["--gradual", "1"], "--unfreeze head"),
+        (["--weights", "no-such.pth"], "no-such.pth"),
+        (["--log", "tensorbord"], "Did you mean 'tensorboard'?"),
+        (["--checkpoint-steps", "0"], "checkpoint_steps must be at least 1"),
+        (["--normalization", "imagnet"], "Did you mean 'imagenet'?"),
+    ],
+)
+def test_bad_options_get_one_line_and_leave_nothing(pictures, tmp_path, capsys, flags, expected):
+    code, _, err = run_cli(
+        "train", pictures, *FLAGS, *flags, "--output", tmp_path / "runs", capsys=capsys
+    )
+    assert code == 2 and expected in one_line(err)
+    left = [p for p in tmp_path.rglob("*") if p.suffix == ".keras"]
+    assert not left
+
+
+@pytest.mark.once
+def test_an_unknown_option_in_python_is_suggested(pictures):
+    with pytest.raises(InputError, match="Did you mean 'epochs'"):
+        train(pictures, epoch=3)
+
+
+@pytest.mark.once
+def test_an_output_that_cannot_be_written_gets_one_line(pictures, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
+        code, _, err = run_cli(
+            "train", pictures, *FLAGS, "--epochs", 1, "--output", output, capsys=capsys
+        )
+        assert code == 2 and str(output) in one_line(err)
+
+
+def test_weights_with_another_number_of_classes_go_under_a_new_head(finished, tmp_path):
+    folder = write_pictures(tmp_path / "two", classes=("dog", "eel"), count=4)
+    result = train(
+        folder, output=tmp_path / "runs", weights=str(finished.folder / "best.keras"),
+        unfreeze="head", **{**TINY, "epochs": 1},
+    )  # fmt: skip
+    old, new = load_model(finished.folder / "best.keras"), result.model
+    assert new.output_shape == (None, 2)
+    for layer in old.layers[:-1]:
+        for a, b in zip(layer.get_weights(), new.get_layer(layer.name).get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)  # frozen, batch-norm statistics too
+
+
+@pytest.mark.once
+def test_two_processes_do_not_train_in_one_folder(pictures, tmp_path):
+    from keras_resnet.runs import Run
+
+    first = Run.find(tmp_path, "x", {}, False)
+    first.open()
+    with pytest.raises(InputError, match="Another process"):
+        Run(first.folder, {}).open()
+    first.close()
+    second = Run(first.folder, {})
+    second.open()
+    second.close()
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, capsys):
+    class Poison(keras.callbacks.Callback):
+        """After one good epoch a weight becomes no number."""
+
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                kernel = self.model.get_layer("linear").kernel
+                kernel.assign(np.full(kernel.shape, np.nan))
+
+    from keras_resnet.training import TrainingError
+
+    with pytest.raises(TrainingError, match=r"nan at epoch 2, step 1\..*last.keras of epoch 1"):
+        train(pictures, output=tmp_path, callbacks=[Poison()], **{**TINY, "epochs": 3})
+    folder = tmp_path / f"resnet20-{pictures.name}"
+    for name in ("best.keras", "last.keras"):
+        for value in load_model(folder / name).get_weights():
+            assert np.isfinite(value).all()
+    assert (folder / "history.csv").read_text().count("\n") == 2
+
+
+def test_patience_ends_a_run_that_gets_no_better(pictures, tmp_path):
+    result = train(
+        pictures, output=tmp_path, patience=1, schedule="constant", learning_rate=1e-12,
+        warmup_epochs=0, **{**TINY, "epochs": 9},
+    )  # fmt: skip
+    accuracy = result.history["val_accuracy"]
+    assert len(accuracy) < 9 and accuracy[-1] <= max(accuracy[:-1])
+
+
+def test_a_callback_sees_one_run_and_can_stop_it(pictures, tmp_path):
+    class Witness(keras.callbacks.Callback):
+        seen = ()
+
+        def on_train_begin(self, logs=None):
+            self.seen += ("begin",)
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.seen += (round(logs["loss"] * 0, 1),)
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.seen += (f"epoch {epoch}", "val_loss" in logs)
+            self.model.stop_training = epoch == 1
+
+        def on_train_end(self, logs=None):
+            self.seen += ("end",)
+
+    witness = Witness()
+    result = train(pictures, output=tmp_path, callbacks=[witness], **{**TINY, "epochs": 9})
+    step = (0.0,) * 3
+    assert witness.seen == (
+        "begin", *step, "epoch 0", True, *step, "epoch 1", True, "end",
+    )  # fmt: skip
+    assert len(result.history["loss"]) == 2 and result.evaluation is not None
+
+
+@pytest.mark.once
+def test_keep_saves_the_models_of_the_best_epochs(pictures, tmp_path):
+    result = train(pictures, output=tmp_path, keep=2, **{**TINY, "epochs": 4})
+    accuracy = result.history["val_accuracy"]
+    best = sorted(range(4), key=lambda i: (-accuracy[i], i))[:2]
+    kept = sorted(path.name for path in result.folder.glob("epoch-*.keras"))
+    assert kept == sorted(f"epoch-{i + 1:03d}.keras" for i in best)
+    first = load_model(result.folder / f"epoch-{best[0] + 1:03d}.keras")
+    for a, b in zip(first.get_weights(), result.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_everything_and_the_same_command_goes_on(pictures, tmp_path, number):
+    command = [
+        sys.executable, "-m", "keras_resnet", "train", str(pictures), *FLAGS, "--epochs", "500",
+        "--output", str(tmp_path),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    history = tmp_path / f"resnet20-{pictures.name}" / "history.csv"
+    deadline = time.monotonic() + 240
+    while not history.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "The same command goes on from here." in out
+    names = {path.name for path in history.parent.iterdir()}
+    assert {"best.keras", "last.keras", "history.csv", "curves.png", "batch.png"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    config = json.loads((history.parent / "config.json").read_text())
+    assert config["status"] == "interrupted"
+    # In this process, to save a start: the same call finds the same run. (Two epochs more.)
+    from keras_resnet.runs import Run
+
+    identity = {k: config[k] for k in ("directory", "recipe", "seed", "exif", "backend",
+                                       "data_format")}  # fmt: skip
+    again = Run.find(tmp_path, history.parent.name, identity, restart=False)
+    assert again.folder == history.parent and again.resumed
+    assert Run.find(tmp_path, history.parent.name, identity, restart=True).folder != again.folder
