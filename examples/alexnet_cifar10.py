@@ -1,6 +1,8 @@
 """AlexNet: the sizes of its layers, the paper's network, and one for CIFAR-10, trained and tested.
 
-    python examples/alexnet_cifar10.py --data CIFAR10      (holds train/ and test/, a folder a class)
+On a folder that holds train/ and test/, each with a folder a class:
+
+    python examples/alexnet_cifar10.py --data CIFAR10
 """
 
 from __future__ import annotations

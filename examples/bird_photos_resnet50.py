@@ -1,6 +1,8 @@
 """ResNet-50 written out by hand from its two blocks, then trained on photographs of birds.
 
-    python examples/bird_photos_resnet50.py --data bird_photos      (a folder of pictures a class)
+On a folder that holds a folder of pictures a class:
+
+    python examples/bird_photos_resnet50.py --data bird_photos
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from keras_resnet.demo import write_digits
 
 def resnet50(input_shape, num_classes, stride_on="1x1", longest=6):
     """The paper's ResNet-50; a stage has `longest` blocks at most (6 is all of them)."""
-    blocks = {"stride_on": stride_on}
     img = keras.Input(input_shape)
 
     # ZeroPadding2d, Conv2d(3, 64, 7, stride=2), BatchNorm2d, ReLU, MaxPool2d(3, 2, padding=1)
@@ -25,23 +26,18 @@ def resnet50(input_shape, num_classes, stride_on="1x1", longest=6):
     x = kr.layers.BatchNormalization(activation="relu", name="bn1")(x)
     x = kr.layers.MaxPooling2D(3, strides=2, pad=1, name="maxpool")(x)
 
-    # Stage 2
-    x = kr.conv_block(x, 3, [64, 64, 256], stage=2, block="a", strides=(1, 1), **blocks)
+    # Stages 2, 3, 4 and 5: one conv_block, then identity_blocks.
+    on = {"stride_on": stride_on}
+    x = kr.conv_block(x, 3, [64, 64, 256], stage=2, block="a", strides=(1, 1), **on)
     for block in "abc"[1:longest]:
         x = kr.identity_block(x, 3, [64, 64, 256], stage=2, block=block)
-
-    # Stage 3
-    x = kr.conv_block(x, 3, [128, 128, 512], stage=3, block="a", **blocks)
+    x = kr.conv_block(x, 3, [128, 128, 512], stage=3, block="a", **on)
     for block in "abcd"[1:longest]:
         x = kr.identity_block(x, 3, [128, 128, 512], stage=3, block=block)
-
-    # Stage 4
-    x = kr.conv_block(x, 3, [256, 256, 1024], stage=4, block="a", **blocks)
+    x = kr.conv_block(x, 3, [256, 256, 1024], stage=4, block="a", **on)
     for block in "abcdef"[1:longest]:
         x = kr.identity_block(x, 3, [256, 256, 1024], stage=4, block=block)
-
-    # Stage 5
-    x = kr.conv_block(x, 3, [512, 512, 2048], stage=5, block="a", **blocks)
+    x = kr.conv_block(x, 3, [512, 512, 2048], stage=5, block="a", **on)
     for block in "abc"[1:longest]:
         x = kr.identity_block(x, 3, [512, 512, 2048], stage=5, block=block)
 
@@ -67,8 +63,8 @@ def main():
 
     # ImageFolder and the transforms: Resize([224, 224]), ToTensor, Normalize.
     data = Path(args.data or write_digits("runs/digits")).resolve()
-    preprocess = kr.Preprocess(resize_size=(size, size), crop_size=None)  # ImageNet's mean and std
     few = [p for i, p in enumerate(sorted(data.rglob("*.*"))) if args.smoke and i % 15]
+    preprocess = kr.Preprocess(resize_size=(size, size), crop_size=None)  # ImageNet's mean and std
     # random_split 80/20 and the two DataLoaders; shuffled for training, in order for testing.
     train_set, test_set = kr.image_dataset_from_directory(
         data, validation_split=0.2, subset="both", seed=0, preprocess=preprocess,
@@ -78,8 +74,7 @@ def main():
     print("Classes:", names)
     print("Pictures:", train_set.num_samples, "for training,", test_set.num_samples, "for testing")
     X, y = test_set[0]
-    print("Shape of X [N, H, W, C]:", X.shape)
-    print("Shape of y:", y.shape, y.dtype)
+    print("Shape of X [N, H, W, C]:", X.shape, "Shape of y:", y.shape, y.dtype)
 
     # A grid of a batch, as it is fed, before the normalisation.
     images, labels, _ = train_set.take_samples(8)
@@ -90,7 +85,7 @@ def main():
     model.info.update(class_names=names, preprocess=preprocess.get_config())
     print(kr.summary(model))
     # load_state_dict(torch.load(...)): the layers are named as torchvision's modules.
-    if args.weights:
+    if args.weights is not None:
         print(kr.load_torchvision(model, args.weights, head="skip"))
 
     # loss_fn and opt.

@@ -1,6 +1,8 @@
 """Transfer learning: torchvision's ResNet-34 gets a new head for five kinds of flowers.
 
-    python examples/flowers_transfer.py --data flower_data      (holds train/ and val/)
+On a folder that holds train/ and val/, each with a folder a class:
+
+    python examples/flowers_transfer.py --data flower_data
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def main():
     names = train_set.class_names
     class_indices = json.dumps(dict(enumerate(names)), indent=4)
     (output / "class_indices.json").write_text(class_indices, encoding="utf-8")
-    print(f"using {train_set.num_samples} images for training, {val_set.num_samples} for validation")
+    print(f"using {train_set.num_samples} images for training, {val_set.num_samples} images for "
+          "validation.")  # fmt: skip
 
     weights = args.weights
     if args.smoke:  # no download: a file of the same kind

@@ -1,6 +1,8 @@
 """A ResNet-34 for CIFAR-10 with numbered runs: parameters, log and figures of each are kept.
 
-    python examples/resnet34_cifar10.py --data CIFAR10 --epochs 1000      (holds train/, perhaps test/)
+On a folder that holds train/ (and perhaps test/), each with a folder a class:
+
+    python examples/resnet34_cifar10.py --data CIFAR10 --epochs 1000
 """
 
 from __future__ import annotations

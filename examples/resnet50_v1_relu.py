@@ -1,5 +1,7 @@
 """A ResNet-50 with a ReLU before the addition too: its forward pass, and what sets it apart.
 
+It needs no data:
+
     python examples/resnet50_v1_relu.py
 """
 
@@ -62,8 +64,8 @@ def main():
             f"{name}: {difference}",
             f"    {model.count_params():,} parameters, "
             f"{kr.count_flops(model, 224) / 1e9:.3f} G multiply-adds at 224x224",
-            f"    other answers from the same weights by "
-            f"{np.abs(answer - y).max() / np.abs(y).max():.1%}",
+            f"    with the same weights, logits that differ by up to "
+            f"{np.abs(answer - y).max() / np.abs(y).max():.1%} of the largest",
         ]
     text = "\n".join(lines)
     print(text)

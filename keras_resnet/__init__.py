@@ -26,6 +26,7 @@ _PUBLIC = {
     "model": ("ImageModel",),
     "preprocess": ("Preprocess",),
     "recipes": ("RECIPES", "Recipe"),
+    "scanning": ("ScanReport", "scan"),
     "specs": ("conv_output_size", "list_models"),
     "costs": ("ModelSummary", "count_flops", "summary"),
     "training": ("TrainResult", "train"),

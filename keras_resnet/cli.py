@@ -126,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="demo", metavar="DIR")
     demo.add_argument("--epochs", type=int, default=None, metavar="N")
 
+    scan = _command(commands, "scan", _scan, "look for trouble in a folder of pictures")
+    scan.add_argument("directory", metavar="DIR", help="class folders, or train/ val/ test/")
+    scan.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    scan.add_argument("--sheet", metavar="FILE", help="write a picture of the worst, .png or .jpg")
+    scan.add_argument("--exclude-list", metavar="FILE", help="write what `train` should leave out")
+    scan.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
+
     _weight_commands(commands)
     return parser
 
@@ -215,7 +222,9 @@ def _train_command(commands) -> None:
     train.add_argument("--restart", action="store_true", help="never go on from an unfinished run")
     train.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
     train.add_argument("--compile", action="store_true", help="compile the training step")
-    train.add_argument("--keep", type=int, default=0, metavar="N", help="keep N best epochs' models")
+    train.add_argument(
+        "--keep", type=int, default=0, metavar="N", help="keep N best epochs' models"
+    )
     train.add_argument("--log", action="append", default=[], metavar="NAME",
                        help="tensorboard, wandb or mlflow (repeatable)")  # fmt: skip
     train.add_argument("--checkpoint-steps", type=int, metavar="N", help="save the state so often")
@@ -364,6 +373,23 @@ def _demo(arguments) -> int:
     from keras_resnet.demo import run_demo
 
     run_demo(arguments.output, epochs=arguments.epochs)
+    return 0
+
+
+def _scan(arguments) -> int:
+    from keras_resnet.files import write_text
+    from keras_resnet.scanning import scan
+
+    report = scan(arguments.directory, workers=arguments.workers)
+    print(report)
+    if arguments.json:
+        write_text(arguments.json, report.to_json() + "\n")
+        print(f"Written: {arguments.json}")
+    if arguments.sheet:
+        print(f"{report.save_sheet(arguments.sheet)} pictures in {arguments.sheet}")
+    if arguments.exclude_list:
+        count = report.write_exclude_list(arguments.exclude_list)
+        print(f"{count} files to leave out in {arguments.exclude_list}")
     return 0
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from keras_resnet.data import image_dataset_from_directory
 from keras_resnet.errors import DataError, NotFoundError
-from keras_resnet.scan import near_pairs, scan
+from keras_resnet.scanning import near_pairs, scan
 
 pytestmark = pytest.mark.once
 

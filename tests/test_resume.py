@@ -1,0 +1,373 @@
+"""A run that is killed at any instant goes on as if it had not been.
+
+`python tests/test_resume.py FOLDER KILLS` is the long form: it trains once in peace and once killed
+KILLS times, half of the times at a random moment and half in the middle of writing a file, and
+compares. pytest runs it with `KERAS_RESNET_KILLS` kills (3 by default).
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import pathlib
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_resnet import files
+from keras_resnet.errors import InputError
+from keras_resnet.evaluation import load_model
+from keras_resnet.runs import SaveError
+from keras_resnet.training import train
+
+OPTIONS = {
+    "model": "resnet20",
+    "image_size": 16,
+    "batch_size": 4,
+    "workers": 1,
+    "deterministic": True,
+    "checkpoint_steps": 2,
+    "dropout": 0.3,
+    "mixup": 0.2,
+    "ema": True,
+    "ema_steps": 1,
+    "learning_rate": 0.05,
+    "verbose": False,
+}
+
+
+def write_pictures(folder, count=10, size=16):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("ant", "bee")):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = rng.integers(0, 150, (size, size, 3), dtype=np.uint8)
+            pixels[..., k] += 60
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("resume") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def peaceful(pictures, tmp_path_factory):
+    """The run that nobody interrupts: 3 epochs of 4 steps."""
+    return train(pictures, output=tmp_path_factory.mktemp("peaceful"), epochs=3, **OPTIONS)
+
+
+def numbers(folder):
+    """history.csv without the seconds."""
+    with open(folder / "history.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_outcome(first, second):
+    """Equal history, and equal models to the bit."""
+    assert numbers(first) == numbers(second)
+    for name in ("best.keras", "last.keras"):
+        a, b = load_model(first / name), load_model(second / name)
+        for x, y in zip(a.get_weights(), b.get_weights(), strict=True):
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+class At(keras.callbacks.Callback):
+    """Does something after so many steps of this process."""
+
+    def __init__(self, step, action):
+        super().__init__()
+        self.left, self.action = step, action
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7], ids=["in epoch 1", "at its end", "in epoch 2"])
+def test_an_interrupted_run_ends_with_the_same_weights(pictures, peaceful, tmp_path, steps):
+    options = {**OPTIONS, "output": tmp_path, "epochs": 3}
+    stop = At(steps, lambda: os.kill(os.getpid(), signal.SIGINT))
+    first = train(pictures, callbacks=[stop], **options)
+    assert first.interrupted and (first.folder / "last.keras").is_file()
+    second = train(pictures, **options)
+    assert second.folder == first.folder and not second.interrupted
+    assert_same_outcome(peaceful.folder, second.folder)
+    assert second.evaluation.loss == peaceful.evaluation.loss
+    assert not (second.folder / "state.npz").exists()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where the test's own process must live on."""
+
+
+def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(pictures, peaceful, tmp_path):
+    def die():
+        raise Killed
+
+    options = {**OPTIONS, "output": tmp_path, "epochs": 3}
+    with pytest.raises(Killed):
+        train(pictures, callbacks=[At(7, die)], **options)  # the last checkpoint: after 6
+    folder = next(tmp_path.iterdir())
+    with np.load(folder / "state.npz") as state:
+        progress = json.loads(bytes(state["progress"]).decode())
+    assert (progress["epoch"], progress["step"]) == (1, 2)
+    assert_same_outcome(peaceful.folder, train(pictures, **options).folder)
+
+
+@pytest.mark.parametrize("moment", [1, 9, 14], ids=lambda n: f"file {n}")
+def test_a_run_killed_while_it_writes_a_file_goes_on(
+    pictures, peaceful, tmp_path, monkeypatch, moment
+):
+    options = {**OPTIONS, "output": tmp_path, "epochs": 3}
+    written, sync = [], os.fsync
+
+    def fsync(handle):
+        written.append(handle)
+        if len(written) == moment:
+            raise Killed
+        sync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "unlink", lambda name: None)  # the dead do not clean up
+    with pytest.raises(Killed):
+        train(pictures, **options)
+    monkeypatch.undo()
+    folder = next(tmp_path.iterdir())
+    assert_whole(folder)
+    left = [p for p in folder.iterdir() if p.name.startswith(".") and p.name != ".lock"]
+    assert len(left) == 1
+    result = train(pictures, **options)
+    assert result.folder == folder
+    assert [p for p in folder.iterdir() if p.name.startswith(".")] == []
+    assert_same_outcome(peaceful.folder, folder)
+
+
+def test_gradual_unfreezing_goes_on_where_it_was(pictures, tmp_path):
+    options = {**OPTIONS, "epochs": 4, "unfreeze": "head", "gradual": 1, "backbone_rate": 0.5,
+               "ema": False}  # fmt: skip
+    whole = train(pictures, output=tmp_path / "a", **options)
+    stop = At(10, lambda: os.kill(os.getpid(), signal.SIGINT))
+    train(pictures, output=tmp_path / "b", callbacks=[stop], **options)
+    assert_same_outcome(whole.folder, train(pictures, output=tmp_path / "b", **options).folder)
+
+
+def test_other_options_start_a_run_of_their_own(pictures, tmp_path):
+    stop = At(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    first = train(pictures, output=tmp_path, epochs=3, callbacks=[stop], **OPTIONS)
+    plan = {"output": tmp_path, "dry_run": True, **OPTIONS}
+    assert train(pictures, epochs=3, **plan).folder == first.folder
+    for other in ({"epochs": 4}, {"epochs": 3, "seed": 1}, {"epochs": 3, "restart": True}):
+        assert train(pictures, **other, **plan).folder.name == f"{first.folder.name}-2"
+
+
+def test_pictures_that_changed_meanwhile_are_said(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", count=5)
+    options = {**OPTIONS, "output": tmp_path / "runs", "epochs": 2}
+    stop = At(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    train(folder, callbacks=[stop], **options)
+    (folder / "ant" / "0.png").rename(folder / "ant" / "new.png")
+    with pytest.raises(InputError, match="have changed since .* Pass --restart"):
+        train(folder, **options)
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limited", ["state.npz", "last.keras", "history.csv"])
+def test_a_full_disk_is_said_and_loses_nothing(
+    pictures, peaceful, tmp_path, monkeypatch, limited
+):
+    options = {**OPTIONS, "output": tmp_path, "epochs": 3}
+    sync, full = os.fsync, []
+
+    def fsync(handle):
+        # Full from the moment this file is written after the first epoch.
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        stem, suffix = limited.split(".")
+        begun = list(tmp_path.glob("*/best.keras"))
+        if begun and f"/.{stem}-" in name and name.endswith(suffix):
+            full.append(name)
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(SaveError, match=r"No space left on device\. What was saved before is whole"):
+        train(pictures, **options)
+    monkeypatch.undo()
+    folder = next(tmp_path.iterdir())
+    assert_whole(folder)
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    assert_same_outcome(peaceful.folder, train(pictures, **options).folder)
+
+
+def test_a_file_that_the_system_refuses_to_grow_is_a_full_disk_too(pictures, tmp_path):
+    # A real limit of the kernel: files of at most 200 kB, which no model fits in.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(SaveError, match="What was saved before is whole"):
+            train(pictures, output=tmp_path, epochs=1, **OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_whole(next(tmp_path.iterdir()))
+
+
+def test_a_model_that_does_not_fit_on_the_disk_keeps_the_old_one(peaceful, tmp_path):
+    from keras_resnet.runs import Run
+
+    run = Run(tmp_path, {})
+    run.save_model(peaceful.model, "best.keras")
+    before = (tmp_path / "best.keras").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
+    try:
+        with pytest.raises(SaveError, match=r"Cannot save best\.keras"):
+            run.save_model(peaceful.model, "best.keras")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.keras"]
+    assert (tmp_path / "best.keras").read_bytes() == before
+
+
+# --- SIGKILL -------------------------------------------------------------------------------------
+
+
+def assert_whole(folder):
+    """Every file under a final name can be read to its end."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") or re.fullmatch(r"tmp[a-z0-9_]{8}", path.name):
+            continue
+        if path.suffix in (".keras", ".npz"):
+            with zipfile.ZipFile(path) as file:
+                assert file.testzip() is None, path
+        elif path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.load()
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".csv":
+            assert path.read_text().endswith("\n"), path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_killed_at_random_moments_the_run_ends_with_the_same_weights(tmp_path):
+    kills = os.environ.get("KERAS_RESNET_KILLS", "3")
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path), kills],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"{kills} kills" in done.stdout
+
+
+def _child(action):
+    """Runs `action` in a fork, which starts at once: the imports are done."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        action()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _die_while_writing(moment):
+    """SIGKILL at a file's fsync (it is written, not renamed) or right after its rename."""
+    sync, replace, left = os.fsync, os.replace, [moment]
+
+    def counted(call):
+        def do(*arguments):
+            left[0] -= 1
+            if left[0] == 0 and call is sync:
+                os.kill(os.getpid(), signal.SIGKILL)
+            call(*arguments)
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return do
+
+    files.os.fsync, files.os.replace = counted(sync), counted(replace)
+
+
+def main(folder, kills):
+    chance = random.Random(0)
+    pictures = write_pictures(folder / "pictures")
+    epochs = 3 + kills // 3
+    options = {**OPTIONS, "epochs": epochs}
+
+    def run(output, moment=None):
+        if moment is not None:
+            _die_while_writing(moment)
+        train(pictures, output=output, **options)
+
+    pid = _child(lambda: run(folder / "peaceful"))
+    assert os.waitpid(pid, 0)[1] == 0, "the run in peace failed"
+    name = next((folder / "peaceful").iterdir()).name
+
+    delivered = writing = runs = 0
+    while delivered < kills or runs == 0:
+        output = folder / f"killed-{runs}"
+        while True:
+            moment = chance.randrange(1, 30) if chance.random() < 0.5 else None
+            last = delivered >= kills
+            pid = _child(lambda output=output, moment=moment, last=last: run(
+                output, None if last else moment))  # fmt: skip
+            if moment is None and not last:
+                end = time.monotonic() + chance.uniform(0.5, 6.0)
+                while time.monotonic() < end and os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    time.sleep(0.005)
+                else:
+                    pass
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    break  # it was through before
+            status = _status(pid)
+            if status is None or status == 0:
+                break
+            assert os.WIFSIGNALED(status), f"the run failed: {status}"
+            delivered += 1
+            writing += moment is not None
+            if (output / name).is_dir():
+                assert_whole(output / name)
+        assert [p.name for p in output.iterdir()] == [name], list(output.iterdir())
+        assert_same_outcome(folder / "peaceful" / name, output / name)
+        assert not [p for p in (output / name).iterdir() if p.name.startswith(".")]
+        runs += 1
+    print(
+        f"{delivered} kills, {writing} of them while a file was written, in {runs} runs of "
+        f"{epochs} epochs on {keras.backend.backend()}: equal weights"
+    )
+
+
+def _status(pid):
+    try:
+        return os.waitpid(pid, 0)[1]
+    except ChildProcessError:
+        return None
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
