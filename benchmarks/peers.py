@@ -57,13 +57,22 @@ def import_torchvision():
     return torchvision
 
 
-def peak_memory() -> int:
-    """Bytes of the process's high-water mark (Linux; 0 elsewhere)."""
+def _memory(mark: str) -> int:
     try:
         with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(row.split()[1]) * 1024 for row in file if row.startswith("VmHWM"))
+            return next(int(row.split()[1]) * 1024 for row in file if row.startswith(mark))
     except OSError:
         return 0
+
+
+def peak_memory() -> int:
+    """Bytes of the process's high-water mark (Linux; 0 elsewhere)."""
+    return _memory("VmHWM")
+
+
+def resident_memory() -> int:
+    """Bytes that the process has in memory now (Linux; 0 elsewhere)."""
+    return _memory("VmRSS")
 
 
 class Contender:
@@ -92,17 +101,20 @@ class Contender:
         raise RuntimeError(f"{self.name} ended with code {self._process.wait()}")
 
     def turn(self) -> dict:
+        """One turn's measurements."""
         self._process.stdin.write("turn\n")
         self._process.stdin.flush()
         return self._read()
 
     def end(self) -> None:
+        """Lets the process end."""
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
 
 def serve(step, steps_per_turn: int = 1, warmup: int = 2) -> None:
     """Runs in a contender's process: `step()` does the work and waits for its end."""
+    before = resident_memory()  # imports, model, optimizer: what a step needs lies above it
     start = time.perf_counter()
     for _ in range(warmup):
         step()
@@ -115,13 +127,13 @@ def serve(step, steps_per_turn: int = 1, warmup: int = 2) -> None:
             "seconds": (time.perf_counter() - start) / steps_per_turn,
             # Of all threads together; on a busy machine it says more than the wall clock.
             "cpu": (time.process_time() - cpu) / steps_per_turn,
-            "peak": peak_memory(),
+            "peak": peak_memory() - before,
         }
         print(json.dumps(result), flush=True)
 
 
 def compete(script: str, contenders: dict[str, str], arguments: list[str], rounds: int) -> dict:
-    """`{name: [{"seconds", "cpu", "peak"}, ...]}` of contenders `{name: backend}`, taken in turns."""
+    """`{name: [{"seconds", "cpu", "peak"}, ...]}` of contenders `{name: backend}`, in turns."""
     started, results = [], {}
     for name, backend in contenders.items():
         try:
@@ -183,13 +195,14 @@ def show(title: str, rows: list[dict], baseline: str) -> None:
     print(f"\n{title}")
     print(
         f"{'contender':<26}{'n':>4}{'median ms':>11}{'quartiles':>20}"
-        f"{'CPU ms':>9}{'peak MB':>9}{'x':>7}"
+        f"{'CPU ms':>9}{'step MB':>9}{'x':>7}"
     )
     for row in rows:
         low, high = row["quartiles_ms"]
-        spread, ratio = f"{low:.1f} - {high:.1f}", row.get("ratio")
+        spread = f"{low:.1f} - {high:.1f}"
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
         print(
             f"{row['contender']:<26}{row['n']:>4}{row['median_ms']:>11.1f}{spread:>20}"
-            f"{row['cpu_ms']:>9.1f}{row['peak_mb']:>9.0f}{'' if ratio is None else f'{ratio:.2f}':>7}"
+            f"{row['cpu_ms']:>9.1f}{row['peak_mb']:>9.0f}{ratio:>7}"
         )
     print(f"x: throughput against {baseline}")

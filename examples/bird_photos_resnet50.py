@@ -1,7 +1,6 @@
 """ResNet-50 written out by hand from its two blocks, then trained on photographs of birds.
 
 On a folder that holds a folder of pictures a class:
-
     python examples/bird_photos_resnet50.py --data bird_photos
 """
 
@@ -68,7 +67,7 @@ def main():
     # random_split 80/20 and the two DataLoaders; shuffled for training, in order for testing.
     train_set, test_set = kr.image_dataset_from_directory(
         data, validation_split=0.2, subset="both", seed=0, preprocess=preprocess,
-        output="float32", batch_size=args.batch_size, exclude=few, drop_last="auto",
+        output="float32", batch_size=args.batch_size, exclude=few, drop_last=args.smoke or "auto",
     )  # fmt: skip
     names = train_set.class_names
     print("Classes:", names)

@@ -1,7 +1,6 @@
 """Transfer learning: torchvision's ResNet-34 gets a new head for five kinds of flowers.
 
 On a folder that holds train/ and val/, each with a folder a class:
-
     python examples/flowers_transfer.py --data flower_data
 """
 
@@ -25,7 +24,7 @@ def load_data(data, size, args):
     augment = kr.Augment([kr.RandomResizedCrop(size), kr.RandomHorizontalFlip()])
     preprocess = kr.Preprocess(resize_size=round(size * 256 / 224), crop_size=size)
     common = {"batch_size": args.batch_size, "preprocess": preprocess, "seed": 0, "exclude": few}
-    training = {"augment": augment, "drop_last": "auto", **common}
+    training = {"augment": augment, "drop_last": args.smoke or "auto", **common}
     if not (data / "train").is_dir():
         return kr.image_dataset_from_directory(
             data, validation_split=0.2, subset="both", **training

@@ -1,7 +1,6 @@
 """A ResNet-34 for CIFAR-10 with numbered runs: parameters, log and figures of each are kept.
 
 On a folder that holds train/ (and perhaps test/), each with a folder a class:
-
     python examples/resnet34_cifar10.py --data CIFAR10 --epochs 1000
 """
 
@@ -39,7 +38,7 @@ def main():
         crop="none",
         flip=0.0,
         # DataLoader(batch_size=128, shuffle=True)
-        batch_size=32 if args.smoke else args.batch_size,
+        batch_size=args.batch_size,
         epochs=2 if args.smoke else args.epochs,
         # Train.__init__: torch.optim.SGD, with torch's arithmetic on every backend. At the
         # paper's rate of 0.1 this network diverges.

@@ -1,7 +1,6 @@
 """A ResNet-50 with a ReLU before the addition too: its forward pass, and what sets it apart.
 
 It needs no data:
-
     python examples/resnet50_v1_relu.py
 """
 

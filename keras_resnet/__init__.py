@@ -11,7 +11,16 @@ _PUBLIC = {
     ),
     "blocks": ("conv_block", "identity_block"),
     "checkpoint": ("inspect_checkpoint", "read_checkpoint", "write_checkpoint"),
-    "convert": ("LoadReport", "load_torchvision", "save_torchvision", "to_torchvision", "verify"),
+    "convert": (
+        "LoadReport",
+        "VerifyReport",
+        "expected_keys",
+        "load_torchvision",
+        "matching_variants",
+        "save_torchvision",
+        "to_torchvision",
+        "verify",
+    ),
     "data": ("ImageDataset", "dataset_statistics", "image_dataset_from_directory"),
     "ema": ("ModelEMA",),
     "errors": (

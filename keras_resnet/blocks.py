@@ -193,7 +193,7 @@ def conv_block(
     """
     prefix = name or block_name(stage, block)
     strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
-    _, _, (first, second) = _layer_names(prefix, layout)
+    _, _, (first, second) = layer_names(prefix, layout)
     if shortcut == "projection":
         side = conv(x, filters[-1], 1, strides=strides, use_bias=use_bias, init=init, name=first)
         side = norm(side, name=second)
@@ -212,7 +212,7 @@ def conv_block(
     )  # fmt: skip
 
 
-def _layer_names(prefix: str, layout: str) -> tuple[list[str], list[str], list[str]]:
+def layer_names(prefix: str, layout: str) -> tuple[list[str], list[str], list[str]]:
     """Names of a block's convolutions, norms and shortcut, as its reference implementation's."""
     if layout == "torchvision":
         names = (
@@ -246,7 +246,7 @@ def _residual(
         kernels, striding = (kernel_size, kernel_size), 0
     else:
         kernels, striding = (1, kernel_size, 1), 0 if stride_on == "1x1" else 1
-    convs, norms, _ = _layer_names(prefix, layout)
+    convs, norms, _ = layer_names(prefix, layout)
     last = len(filters) - 1
     y = x
     for i, (width, kernel) in enumerate(zip(filters, kernels, strict=True)):

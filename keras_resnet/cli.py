@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("--num-classes", type=int, metavar="N")
 
     _train_command(commands)
+    _lr_find_command(commands)
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure a model on a labelled folder")
     evaluate.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
@@ -203,7 +204,7 @@ def _summary(arguments) -> int:
 
 
 def _train_command(commands) -> None:
-    from keras_resnet.recipes import RECIPES, Recipe
+    from keras_resnet.recipes import RECIPES
 
     train = _command(commands, "train", _train, "fit a model on an image folder")
     train.add_argument("directory", metavar="DIR", help="class folders, or train/ and val/")
@@ -229,7 +230,14 @@ def _train_command(commands) -> None:
                        help="tensorboard, wandb or mlflow (repeatable)")  # fmt: skip
     train.add_argument("--checkpoint-steps", type=int, metavar="N", help="save the state so often")
     train.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
-    group = train.add_argument_group("what a recipe holds; each option overrides it")
+    _recipe_options(train)
+
+
+def _recipe_options(command: argparse.ArgumentParser) -> None:
+    """Adds an option for every field of a recipe."""
+    from keras_resnet.recipes import Recipe
+
+    group = command.add_argument_group("what a recipe holds; each option overrides it")
     hints = typing.get_type_hints(Recipe)
     texts = _attribute_texts(Recipe)
     for field in dataclasses.fields(Recipe)[3:]:
@@ -271,8 +279,9 @@ def _add_field(group, name: str, hint, text: str) -> None:
 _NONE = object()  # `--dropout none` is a value; an option not given is none at all
 
 
-def _train(arguments) -> int:
-    from keras_resnet.recipes import Recipe, get_recipe
+def _given_options(arguments) -> dict[str, typing.Any]:
+    """The recipe's fields that were given on the command line."""
+    from keras_resnet.recipes import Recipe
 
     options = {}
     for field in dataclasses.fields(Recipe)[3:]:
@@ -280,6 +289,13 @@ def _train(arguments) -> int:
         if value is not None:
             value = None if value is _NONE else value
             options[field.name] = tuple(value) if isinstance(value, list) else value
+    return options
+
+
+def _train(arguments) -> int:
+    from keras_resnet.recipes import get_recipe
+
+    options = _given_options(arguments)
     if arguments.show:
         print(get_recipe(arguments.recipe).with_options(**options))
         return 0
@@ -306,6 +322,43 @@ def _train(arguments) -> int:
         **options,
     )
     return 130 if result.interrupted else 0
+
+
+def _lr_find_command(commands) -> None:
+    from keras_resnet.recipes import RECIPES
+
+    find = _command(commands, "lr-find", _lr_find, "find a learning rate by a sweep")
+    find.add_argument("directory", metavar="DIR", help="class folders, or train/ and val/")
+    find.add_argument("--plot", default="lr_find.png", metavar="FILE", help="the picture to write")
+    find.add_argument("--recipe", default="finetune", metavar="NAME", help=", ".join(RECIPES))
+    find.add_argument("--start", type=float, default=1e-6, metavar="X", help="first rate")
+    find.add_argument("--stop", type=float, default=10.0, metavar="X", help="last rate")
+    find.add_argument("--steps", type=int, default=100, metavar="N", help="batches")
+    find.add_argument("--seed", type=int, default=0, metavar="N")
+    find.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
+    find.add_argument("--exclude-list", metavar="FILE", help="pictures to leave out (see scan)")
+    _recipe_options(find)
+
+
+def _lr_find(arguments) -> int:
+    from keras_resnet.backends import backend_line
+    from keras_resnet.lr_finder import lr_find
+
+    print(f"Backend: {backend_line()}")
+    result = lr_find(
+        arguments.directory,
+        recipe=arguments.recipe,
+        start=arguments.start,
+        stop=arguments.stop,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        exclude=arguments.exclude_list,
+        **_given_options(arguments),
+    )
+    print(result)
+    print(f"Written: {result.plot(arguments.plot)}")
+    return 0
 
 
 def _evaluate(arguments) -> int:

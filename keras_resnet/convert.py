@@ -22,7 +22,7 @@ import keras
 import numpy as np
 
 from keras_resnet import hub, reference
-from keras_resnet.blocks import _layer_names
+from keras_resnet.blocks import layer_names
 from keras_resnet.checkpoint import (
     PREFIXES,
     WRAPPERS,
@@ -351,7 +351,7 @@ def _resnet_shapes(spec: ResNetSpec, num_classes: int, channels: int):
             projects = block == 0 and (spec.project_first or stage > 0 or width != filters[-1])
             if projects and spec.layout == "sequential":
                 prefix += "_0"
-            convs, norms, shortcut = _layer_names(prefix, spec.layout)
+            convs, norms, shortcut = layer_names(prefix, spec.layout)
             fed = width
             for i, (out, kernel) in enumerate(zip(filters, kernels, strict=True)):
                 grouped = groups if i == 1 else 1
@@ -1072,7 +1072,11 @@ def _verify(
         tensors.pop("logits", None)
     inputs = model.inputs[0] if len(model.inputs) == 1 else model.inputs
     taps = keras.Model(inputs, [*tensors.values(), *([network_input] if raw else [])])
-    outputs = keras.tree.flatten(taps(images, training=False))
+    # One run alone: jax compiles a whole network faster than its single operations, TensorFlow
+    # runs them sooner than it traces the whole.
+    eager = keras.backend.backend() == "tensorflow"
+    outputs = taps(images, training=False) if eager else taps.predict_on_batch(images)
+    outputs = keras.tree.flatten(outputs)
     outputs = [_as_torch_has_it(model, output) for output in outputs]
     fed = outputs.pop() if raw else _as_torch_has_it(model, images)
 

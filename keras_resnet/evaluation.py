@@ -90,7 +90,7 @@ def _as_model(model: keras.Model | str | os.PathLike) -> keras.Model:
     return model
 
 
-def _dataset_output(model: keras.Model) -> str:
+def dataset_output(model: keras.Model) -> str:
     """What the model wants: raw pixels where it normalises itself."""
     inside = getattr(model, "info", {}).get("options", {}).get("include_preprocessing")
     return "uint8" if inside else "float32"
@@ -247,7 +247,7 @@ def evaluate(
             batch_size=batch_size,
             workers=workers,
             preprocess=preprocess or model_preprocess(model),
-            output=_dataset_output(model),
+            output=dataset_output(model),
             on_error="raise" if strict else "skip",
         )
     logs, kept = [], []
@@ -488,7 +488,7 @@ def iter_predictions(
         batch_size=batch_size,
         workers=workers,
         preprocess=preprocess or model_preprocess(model),
-        output=_dataset_output(model),
+        output=dataset_output(model),
     )
     for index in range(len(dataset)):
         asked = dataset.batch_indices(index)

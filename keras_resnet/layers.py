@@ -634,8 +634,8 @@ class Normalize(keras.layers.Layer):
 
     def __init__(self, mean, std, data_format=None, **kwargs):
         super().__init__(**kwargs)
-        self.mean = [float(v) for v in mean]
-        self.std = [float(v) for v in std]
+        self.mean = tuple(float(v) for v in mean)
+        self.std = tuple(float(v) for v in std)
         self.data_format = data_format or keras.config.image_data_format()
 
     def build(self, input_shape):
@@ -643,24 +643,34 @@ class Normalize(keras.layers.Layer):
         if not len(self.mean) == len(self.std) == channels:
             raise ValueError(
                 f"mean and std need one value a channel: {channels} channels, "
-                f"mean={self.mean}, std={self.std}."
+                f"mean={list(self.mean)}, std={list(self.std)}."
             )
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
 
     def call(self, inputs):
-        shape = (1, 1, 1, -1) if self.data_format == "channels_last" else (1, -1, 1, 1)
         # In float32 whatever the policy: bfloat16 has 8 bits, a pixel needs them all.
         dtype = keras.backend.result_type(self.compute_dtype, "float32")
-        mean = ops.reshape(ops.convert_to_tensor(self.mean, dtype), shape)
-        std = ops.reshape(ops.convert_to_tensor(self.std, dtype), shape)
+        mean, std = (
+            self._constant(self.mean, inputs, dtype),
+            self._constant(self.std, inputs, dtype),
+        )
         return ops.cast((ops.cast(inputs, dtype) / 255 - mean) / std, self.compute_dtype)
+
+    def _constant(self, values, inputs, dtype):
+        if _BACKEND == "torch":
+            # Filled on the device: to copy them there would wait for it.
+            like = {"dtype": _TORCH_DTYPES[dtype], "device": inputs.device}
+            constant = torch.stack([torch.full((), value, **like) for value in values])
+        else:
+            constant = ops.convert_to_tensor(values, dtype)
+        return ops.reshape(constant, (-1,) if self.data_format == "channels_last" else (-1, 1, 1))
 
     def get_config(self):
         return {
             **super().get_config(),
-            "mean": self.mean,
-            "std": self.std,
+            "mean": list(self.mean),
+            "std": list(self.std),
             "data_format": self.data_format,
         }

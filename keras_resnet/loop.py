@@ -30,7 +30,7 @@ from keras_resnet.preparation import (
     readable_batch,
 )
 from keras_resnet.recipes import Recipe
-from keras_resnet.runs import Run
+from keras_resnet.runs import Run, random_state, set_random_state
 from keras_resnet.transfer import freeze, parts
 
 
@@ -93,6 +93,7 @@ class Loop:
         self.stop = threading.Event()
         self.validating = False
         self.saved_metrics: list[np.ndarray] | None = None
+        self.random: dict[str, np.ndarray] = {}
         self.saved_skipped: list[tuple[str, str]] = []
 
     def run(self) -> bool:
@@ -160,12 +161,14 @@ class Loop:
         if progress["until"] != self.until:
             self.until = progress["until"]
             self._compile()
-        # Compiled metrics are made at the first batch; testing changes no weight.
-        images, labels = readable_batch(self.data.val, 0)
-        self.model.test_on_batch(images[:1], labels[:1])
+        if progress["step"]:
+            # Compiled metrics are made at the first batch; testing changes no weight.
+            images, labels = readable_batch(self.data.val, 0)
+            self.model.test_on_batch(images[:1], labels[:1])
         progress, extra = run.load_state(self.model)
         if self.ema is not None:
             self.ema.set_state(extra)
+        self.random = {k: v for k, v in extra.items() if k.startswith("random/")}
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.best = -math.inf if progress["best"] is None else progress["best"]
         self.stale = progress["stale"]
@@ -189,8 +192,9 @@ class Loop:
             "files": self.data.fingerprint,
             "skipped": self.skipped(),
         }
-        extra = {} if self.ema is None else self.ema.get_state()
-        self.run_folder.save_state(self.model, progress, extra)
+        self.random = random_state()
+        averages = {} if self.ema is None else self.ema.get_state()
+        self.run_folder.save_state(self.model, progress, {**averages, **self.random})
 
     # One epoch.
 
@@ -450,6 +454,12 @@ class _Callbacks(keras.callbacks.CallbackList):
             variables = self._loop.model.metrics_variables
             for variable, value in zip(variables, saved, strict=True):
                 variable.assign(value)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 0:
+            # Only here: at the start of `fit` torch's data loader draws from the same numbers.
+            set_random_state(self._loop.random)
+        super().on_train_batch_begin(batch, logs)
 
     def on_train_batch_end(self, batch, logs=None):
         loop, settings = self._loop, self._loop.settings

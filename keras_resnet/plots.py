@@ -76,6 +76,37 @@ def curves(history: Mapping[str, Sequence[float]], path: str | os.PathLike) -> P
     return _save(figure, path)
 
 
+def learning_rates(
+    rates: np.ndarray,
+    losses: np.ndarray,
+    smoothed: np.ndarray,
+    suggestion: float | None,
+    path: str | os.PathLike,
+) -> Path:
+    """Draws the sweep of `lr_find`: the loss over the learning rate.
+
+    Args:
+        rates: One a step.
+        losses: The loss of each step.
+        smoothed: Its moving average.
+        suggestion: The rate to mark, or `None`.
+        path: The picture to write.
+    """
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=_TRAIN, alpha=0.3, lw=1, label="Loss")
+    axes.plot(rates, smoothed, color=_TRAIN, label="Smoothed")
+    if suggestion is not None:
+        axes.axvline(suggestion, color=_VAL, ls="--", label=f"Suggestion: {suggestion:.1e}")
+    low, high = float(np.min(smoothed)), float(smoothed[0])
+    if high > low:  # what diverged at the end would press the rest flat
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
+    axes.set(title="Learning-rate finder", xlabel="Learning rate", ylabel="Loss", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
 def picture_grid(
     images: np.ndarray, titles: Sequence[str], path: str | os.PathLike, columns: int = 4
 ) -> Path:
@@ -95,8 +126,13 @@ def picture_grid(
         axes.axis("off")
     for axes, image, title in zip(panels, images, titles, strict=False):
         gray = image.shape[-1] == 1
-        axes.imshow(image[..., 0] if gray else image, cmap="gray" if gray else None,
-                    vmin=0, vmax=255, interpolation="nearest" if len(image) < 64 else None)  # fmt: skip
+        axes.imshow(
+            image[..., 0] if gray else image,
+            cmap="gray" if gray else None,
+            vmin=0,
+            vmax=255,
+            interpolation="nearest" if len(image) < 64 else None,
+        )
         axes.set_title("\n".join(_text(line, 30) for line in title.split("\n")), fontsize=9)
     return _save(figure, path)
 

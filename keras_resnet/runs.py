@@ -35,6 +35,31 @@ def sync(model: keras.Model) -> None:
         model.jax_state_sync()
 
 
+def random_state() -> dict[str, np.ndarray]:
+    """What draws random numbers outside Keras' variables: on torch, dropout does."""
+    if keras.backend.backend() != "torch":
+        return {}
+    import torch
+
+    states = {"random/cpu": torch.get_rng_state().numpy()}
+    if torch.cuda.is_available():
+        for i, state in enumerate(torch.cuda.get_rng_state_all()):
+            states[f"random/cuda{i}"] = state.numpy()
+    return states
+
+
+def set_random_state(states: dict[str, np.ndarray]) -> None:
+    """Puts back what `random_state` gave."""
+    if "random/cpu" not in states:
+        return
+    import torch
+
+    torch.set_rng_state(torch.from_numpy(np.array(states["random/cpu"])))
+    for i in range(torch.cuda.device_count()):
+        if f"random/cuda{i}" in states:
+            torch.cuda.set_rng_state(torch.from_numpy(np.array(states[f"random/cuda{i}"])), i)
+
+
 class Run:
     """One run folder.
 
@@ -205,7 +230,10 @@ class Run:
         with self._open_state() as file:
             progress = json.loads(bytes(file["progress"]).decode())
             self.history = progress.pop("history")
-            for group, variables in _variables(model).items():
+            groups = _variables(model)
+            if progress["step"] == 0:  # they begin anew, and before the first step there are none
+                del groups["metric"]
+            for group, variables in groups.items():
                 for i, variable in enumerate(variables):
                     key = f"{group}/{i}"
                     if key not in file or file[key].shape != tuple(variable.shape):

@@ -7,7 +7,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,7 +188,7 @@ def train(
     if dry_run:
         return TrainResult(run.folder, None, {})
 
-    _seed(seed)
+    keras.utils.set_random_seed(seed)
     if deterministic:
         make_deterministic()
     model = build_model(recipe, data, say)
@@ -228,19 +227,6 @@ def train(
     finally:
         loggers.finish(status)
         run.close()
-
-
-def _seed(seed: int) -> None:
-    """`keras.utils.set_random_seed`, which would import TensorFlow under torch and jax as well."""
-    if keras.backend.backend() == "tensorflow":
-        keras.utils.set_random_seed(seed)
-        return
-    random.seed(seed)  # initializers and dropout draw their seeds from it
-    np.random.seed(seed % 2**32)
-    if keras.backend.backend() == "torch":
-        import torch
-
-        torch.manual_seed(seed)
 
 
 def _check(arguments: dict[str, Any]) -> None:

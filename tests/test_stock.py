@@ -1,0 +1,168 @@
+"""The stock twin: the same numbers, the same weight files, and no need for this package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_resnet.errors import InputError
+from keras_resnet.layers import BatchNormalization, Conv2D, MaxPooling2D
+from keras_resnet.stock import to_stock
+from keras_resnet.zoo import create_model
+
+# One of every kind of block, stem and shortcut.
+VARIANTS = ("resnet18", "resnet50", "resnet20", "resnet34_cifar10", "alexnet_cifar10")
+
+
+def with_random_state(model, seed=0):
+    """Every weight its own value, so that two of them changing places shows."""
+    rng = np.random.default_rng(seed)
+    for variable in model.variables:
+        if "seed" in variable.path:
+            continue
+        near = 1.0 if variable.path.endswith(("gamma", "moving_variance")) else 0.0
+        noise = rng.normal(0, 0.1, size=variable.shape)
+        kernel = variable.path.endswith("kernel")
+        variable.assign(np.asarray(variable) * (1 + noise) if kernel else near + 0.3 * noise)
+    return model
+
+
+def answer(model, x):
+    return ops.convert_to_numpy(ops.cast(model(x, training=False), "float32"))
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert np.abs(actual - expected).max() <= tolerance * max(1, np.abs(expected).max())
+
+
+def pictures(shape, batch=2):
+    return np.random.default_rng(1).uniform(0, 255, size=(batch, *shape)).astype("float32")
+
+
+@pytest.fixture(params=VARIANTS)
+def pair(request, backend):
+    if backend != "torch" and request.param not in ("resnet18", "resnet20"):
+        pytest.skip("every kind of block is rebuilt under torch; two of them elsewhere")
+    model = create_model(
+        request.param,
+        input_shape=(32, 32, 3),
+        num_classes=7,
+        include_preprocessing=True,
+    )
+    with_random_state(model)
+    return model, to_stock(model)
+
+
+def test_the_twin_is_stock_and_answers_alike(pair, tmp_path):
+    model, twin = pair
+    assert {type(op).__module__.split(".")[0] for op in twin.operations} == {"keras"}
+    assert twin.count_params() == model.count_params()
+    x = pictures(model.input_shape[1:])
+    expected = answer(model, x)
+    assert_close(answer(twin, x), expected)
+    assert np.abs(expected).max() > 1e-3
+
+    # Weight files fit both ways.
+    for source, fresh in (
+        (model, to_stock(with_random_state(keras.models.clone_model(model), seed=5))),
+        (twin, with_random_state(keras.models.clone_model(model), seed=6)),
+    ):
+        assert np.abs(answer(fresh, x) - expected).max() > 1e-3 * np.abs(expected).max()
+        source.save_weights(tmp_path / "some.weights.h5")
+        fresh.load_weights(tmp_path / "some.weights.h5")
+        assert_close(answer(fresh, x), expected)
+
+
+def test_the_saved_twin_loads_without_the_package(tmp_path, backend):
+    model = with_random_state(create_model("resnet20", include_preprocessing=True))
+    x = pictures((32, 32, 3))
+    to_stock(model).save(tmp_path / "stock.keras")
+    np.save(tmp_path / "x.npy", x)
+    code = """
+import sys, keras, numpy as np
+sys.modules["keras_resnet"] = None  # importing it would raise
+model = keras.saving.load_model("stock.keras")
+np.save("y.npy", keras.ops.convert_to_numpy(model(np.load("x.npy"), training=False)))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["KERAS_BACKEND"] = backend
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=300
+    )
+    assert_close(np.load(tmp_path / "y.npy"), answer(model, x))
+
+
+def test_negative_values_survive_the_pooling_twin():
+    inputs = keras.Input((9, 8, 3))
+    layer = MaxPooling2D(3, strides=2, pad=1, data_format="channels_last")
+    model = keras.Model(inputs, layer(inputs))
+    x = -1 - pictures((9, 8, 3))
+    np.testing.assert_array_equal(answer(to_stock(model), x), answer(model, x))
+
+
+def test_shared_and_nested_layers_keep_their_sharing():
+    inputs = keras.Input((6, 6, 3))
+    inner_input = keras.Input((6, 6, 3))
+    conv, norm = (
+        Conv2D(3, 3, pad=1, data_format="channels_last"),
+        BatchNormalization(activation="relu"),
+    )
+    inner = keras.Model(inner_input, norm([norm(conv(inner_input)), inner_input]), name="inner")
+    model = keras.Model(inputs, inner(inner(inputs)))
+    with_random_state(model)
+    twin = to_stock(model)
+    assert len(twin.weights) == len(model.weights)
+    assert {type(op).__module__.split(".")[0] for op in twin.get_layer("inner").operations} == {
+        "keras"
+    }
+    x = pictures((6, 6, 3)) / 255
+    assert_close(answer(twin, x), answer(model, x))
+
+
+def test_mixed_precision_stays_mixed():
+    policy = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        model = with_random_state(create_model("resnet20"))
+    finally:
+        keras.config.set_dtype_policy(policy)
+    twin = to_stock(model)
+    x = pictures((32, 32, 3)) / 255
+    assert twin(x).dtype == model(x).dtype
+    assert_close(answer(twin, x), answer(model, x), 5e-2)
+
+
+def test_other_things_are_refused():
+    class Subclassed(keras.Model):
+        pass
+
+    for thing in (Subclassed(), keras.layers.Dense(2), "resnet50"):
+        with pytest.raises(InputError, match="Functional"):
+            to_stock(thing)
+
+
+def test_twenty_training_steps_are_those_of_stock_layers(rng):
+    """With Keras' variance rule, so that the statistics are comparable as well."""
+    model = create_model("resnet20", input_shape=(16, 16, 3))
+    for layer in model.layers:
+        if isinstance(layer, BatchNormalization):
+            layer.unbiased_variance = False
+    twin = to_stock(model)
+    x = rng.normal(size=(8, 16, 16, 3)).astype("float32")
+    y = rng.integers(0, 10, size=8)
+    losses = []
+    for network in (model, twin):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        network.compile(keras.optimizers.SGD(0.002, momentum=0.9), loss)
+        losses.append([float(network.train_on_batch(x, y)) for _ in range(20)])
+    assert losses[1][-1] < 0.8 * losses[1][0], "it learns"
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    stock = {v.path: np.asarray(v) for v in twin.variables}
+    for variable in model.variables:
+        assert_close(np.asarray(variable), stock[variable.path], 1e-4)
