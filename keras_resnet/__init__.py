@@ -31,7 +31,8 @@ _PUBLIC = {
     "evaluation": (
         "Evaluation", "Prediction", "evaluate", "iter_predictions", "load_model", "predict",
     ),
-    "hub": ("imagenet_class_names",),
+    "hub": ("imagenet_class_names", "resolve_weights", "weights_path"),
+    "lr_finder": ("LrFinderResult", "lr_find"),
     "model": ("ImageModel",),
     "preprocess": ("Preprocess",),
     "recipes": ("RECIPES", "Recipe"),
