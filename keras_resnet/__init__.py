@@ -30,6 +30,7 @@ _PUBLIC = {
     "interchange": ("Conversion", "convert_file"),
     "evaluation": (
         "Evaluation", "Prediction", "evaluate", "iter_predictions", "load_model", "predict",
+        "save_predictions",
     ),
     "hub": ("imagenet_class_names", "resolve_weights", "weights_path"),
     "lr_finder": ("LrFinderResult", "lr_find"),
@@ -50,7 +51,7 @@ _PUBLIC = {
     ),
 }  # fmt: skip
 # Modules that are used by their own name: kr.optimizers.SGD, kr.layers.Conv2D.
-_MODULES = ("ema", "layers", "optimizers", "schedules")
+_MODULES = ("ema", "layers", "optimizers", "plots", "schedules")
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __version__ = "0.1.0"

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import keras
 
-from keras_resnet.blocks import bias_initializer, channel_axis, conv, kernel_initializer
+from keras_resnet.blocks import (
+    apply_drawn,
+    bias_initializer,
+    channel_axis,
+    conv,
+    kernel_initializer,
+)
 from keras_resnet.layers import MaxPooling2D
 from keras_resnet.specs import AlexNetSpec
 
@@ -41,10 +47,11 @@ def head(x, spec: AlexNetSpec, num_classes: int, dropout: float, activation: str
 
 
 def _dense(x, units: int, activation: str | None, name: str):
-    return keras.layers.Dense(
+    layer = keras.layers.Dense(
         units,
         activation=activation,
         kernel_initializer=kernel_initializer("torch"),
         bias_initializer=bias_initializer(x.shape[-1]),
         name=name,
-    )(x)
+    )
+    return apply_drawn(layer, x)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import keras
+import numpy as np
 
 from keras_resnet.errors import InputError
 from keras_resnet.layers import BatchNormalization, Conv2D, ZeroPaddedShortcut
@@ -31,6 +33,48 @@ def bias_initializer(fan_in: int) -> keras.initializers.Initializer:
     return keras.initializers.RandomUniform(-bound, bound)
 
 
+class _DrawnByNumpy(keras.initializers.Initializer):
+    """Draws what a stock initializer describes, from its seed, with NumPy's generator.
+
+    The same seed gives the same weights on every backend; and jax, which compiles a program for
+    every new shape, would need a minute for what NumPy does in a second.
+    """
+
+    def __init__(self, stock: keras.initializers.Initializer):
+        self.stock = stock
+
+    def __call__(self, shape, dtype=None):
+        stock = self.stock
+        rng = np.random.default_rng(stock.seed)
+        if isinstance(stock, keras.initializers.RandomUniform):
+            values = rng.uniform(stock.minval, stock.maxval, shape)
+        else:
+            fan = math.prod(shape[:-2]) * shape[-2 if stock.mode == "fan_in" else -1]
+            if stock.distribution == "uniform":
+                bound = math.sqrt(3 * stock.scale / fan)
+                values = rng.uniform(-bound, bound, shape)
+            else:
+                values = rng.standard_normal(shape, np.float32)
+                values *= math.sqrt(stock.scale / fan)
+        return keras.ops.convert_to_tensor(values, dtype or keras.config.floatx())
+
+
+def apply_drawn(layer: keras.layers.Layer, x):
+    """Calls a new layer whose kernel, and bias if it is random, are drawn by NumPy.
+
+    The layer's config keeps the stock initializers, so that a model file needs no class of ours
+    to describe them.
+    """
+    stock = layer.kernel_initializer, layer.bias_initializer
+    layer.kernel_initializer = _DrawnByNumpy(stock[0])
+    if isinstance(stock[1], keras.initializers.RandomUniform):
+        layer.bias_initializer = _DrawnByNumpy(stock[1])
+    try:
+        return layer(x)
+    finally:
+        layer.kernel_initializer, layer.bias_initializer = stock
+
+
 def channel_axis() -> int:
     """Axis of the channels in a batch, by Keras' global data format: 3 or 1."""
     return 3 if keras.config.image_data_format() == "channels_last" else 1
@@ -50,7 +94,7 @@ def conv(
 ):
     """A convolution padded as in the papers: `kernel_size // 2` zeros on each side."""
     fan_in = kernel_size**2 * x.shape[channel_axis()] // groups
-    return Conv2D(
+    layer = Conv2D(
         filters,
         kernel_size,
         strides=strides if isinstance(strides, int) else tuple(strides),
@@ -60,7 +104,8 @@ def conv(
         kernel_initializer=kernel_initializer(init),
         bias_initializer=bias_initializer(fan_in) if use_bias else "zeros",
         name=name,
-    )(x)
+    )
+    return apply_drawn(layer, x)
 
 
 def norm(x, *, name: str, activation: str | None = None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import secrets
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,10 @@ class TensorBoardLogger:
 
     def start(self, folder: Path, name: str, config: Mapping[str, Any], resumed: Any) -> None:
         """Opens an event file."""
-        self._writer = self._module.SummaryWriter(os.fspath(folder / "tensorboard"))
+        # Two files begun in the same second would have the same name.
+        self._writer = self._module.SummaryWriter(
+            os.fspath(folder / "tensorboard"), filename_suffix=f".{secrets.token_hex(4)}"
+        )
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
         """Writes the numbers of an epoch, counted from 1."""

@@ -101,7 +101,7 @@ def lr_find(
     directory: str | os.PathLike,
     *,
     recipe: str | Recipe = "finetune",
-    model: keras.Model | None = None,
+    model: str | keras.Model | None = None,
     start: float = 1e-6,
     stop: float = 10.0,
     steps: int = 100,
@@ -120,8 +120,8 @@ def lr_find(
     Args:
         directory: Class folders, or `train/` with class folders in it.
         recipe: A row of `RECIPES`, or its name: model, optimizer, pictures, batch size.
-        model: A model to sweep instead of the recipe's, with a class an output. Its weights are
-            put back.
+        model: A variant's name in place of the recipe's; or a model, with a class an output, whose
+            weights are put back afterwards.
         start: First rate.
         stop: Last rate.
         steps: Batches.
@@ -145,6 +145,8 @@ def lr_find(
         raise InputError(f"steps must be at least 3. Received: {steps}.")
     if not 0 <= beta < 1:
         raise InputError(f"beta must be in [0, 1). Received: {beta}.")
+    if isinstance(model, str):
+        options["model"], model = model, None
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
     if recipe.accumulate > 1:
         raise InputError("Gradients are not accumulated in the sweep: pass accumulate=1.")
@@ -159,7 +161,7 @@ def lr_find(
         )
     data.train.output = dataset_output(model)
     # A second model over the same layers: the first one stays compiled as it is.
-    sweep = keras.Model(model.inputs, model.outputs)
+    sweep = keras.Model(model.input, model.output)
     rates = np.geomspace(start, stop, steps)
     optimizer = make_optimizer(recipe, float(rates[0]), head=model.layers[-1].name)
     before = [keras.ops.convert_to_numpy(v).copy() for v in model.variables]

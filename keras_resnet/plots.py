@@ -65,10 +65,14 @@ def curves(history: Mapping[str, Sequence[float]], path: str | os.PathLike) -> P
         if np.isfinite(best).any():
             at = int(np.nanargmax(best) if key == "accuracy" else np.nanargmin(best))
             axes.annotate(
-                f"{best[at]:.4g}", (at + 1, best[at]), textcoords="offset points", xytext=(0, 6),
-                ha="center", fontsize=8, color=_VAL,
+                f"{best[at]:.4g}", (at + 1, best[at]), textcoords="offset points", xytext=(-4, -12),
+                ha="right", fontsize=8, color=_VAL,
             )  # fmt: skip
         axes.set(title=title, xlabel="Epoch", ylabel=key.capitalize())
+        drawn = np.concatenate([line.get_ydata() for line in axes.lines] or [[]])
+        drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+        if key == "loss" and drawn.size and drawn.max() > 30 * drawn.min():
+            axes.set_yscale("log")  # one bad first epoch would press the rest flat
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         if axes.lines:

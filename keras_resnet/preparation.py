@@ -382,7 +382,7 @@ def make_optimizer(
         spared = [] if recipe.norm_decay else ["gamma", "beta"]
         spared += [] if recipe.bias_decay else ["bias", "beta"]
         if spared:
-            optimizer.exclude_from_weight_decay(var_names=[rf"/{name}$" for name in spared])
+            optimizer.exclude_from_weight_decay(var_names=[f"^{name}$" for name in spared])
         return optimizer
     if recipe.optimizer == "adam":
         return keras.optimizers.Adam(learning_rate, epsilon=1e-8, **shared)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 
 from keras_resnet.blocks import (
+    apply_drawn,
     bias_initializer,
     channel_axis,
     conv,
@@ -63,10 +64,11 @@ def head(x, spec: ResNetSpec, num_classes: int, dropout: float, activation: str 
     x = keras.layers.GlobalAveragePooling2D(name="avgpool")(x)
     if dropout:
         x = keras.layers.Dropout(dropout, name="dropout")(x)
-    return keras.layers.Dense(
+    layer = keras.layers.Dense(
         num_classes,
         activation=activation,
         kernel_initializer=kernel_initializer("fan_in" if spec.init == "fan_in" else "torch"),
         bias_initializer=bias_initializer(x.shape[-1]),
         name=spec.head,
-    )(x)
+    )
+    return apply_drawn(layer, x)

@@ -156,25 +156,26 @@ def load_pretrained(model: keras.Model, source: str | os.PathLike) -> str:
 
 def _load_from_keras(model: keras.Model, path: str) -> str:
     other = load_model(path)
-    theirs = {layer.name: layer for layer in other.layers if layer.weights}
-    ours = _weighted_layers(model)
+    theirs, ours = _weighted_layers(other), _weighted_layers(model)
     head = ours[-1].name
-    problems = [
-        layer.name
-        for layer in ours
-        if layer.name != head
-        and (layer.name not in theirs or _shapes(layer) != _shapes(theirs[layer.name]))
-    ]
+    expected = {layer.name: _kind(layer) for layer in theirs[:-1]}
+    wanted = {layer.name: _kind(layer) for layer in ours[:-1]}
+    problems = [n for n in {**wanted, **expected} if wanted.get(n) != expected.get(n)]
     if problems:
         raise InputError(
             f"The weights of {path!r} ({other.name}) do not fit {model.name}: "
             f"{len(problems)} layers differ, the first is {problems[0]!r}."
         )
-    for layer in ours:
-        if layer.name != head:
-            layer.set_weights(theirs[layer.name].get_weights())
+    sources = {layer.name: layer for layer in theirs}
+    for layer in ours[:-1]:
+        layer.set_weights(sources[layer.name].get_weights())
     return f"{len(ours) - 1} layers from {path!r}; {head!r} is new."
 
 
-def _shapes(layer: keras.layers.Layer) -> list[tuple[int, ...]]:
-    return [tuple(w.shape) for w in layer.weights]
+def _kind(layer: keras.layers.Layer) -> tuple:
+    """What two layers must share to mean the same by the same weights.
+
+    The strides as well: resnet50 and resnet50_v1 have weights of equal shapes.
+    """
+    shapes = [tuple(w.shape) for w in layer.weights]
+    return type(layer).__name__, shapes, getattr(layer, "strides", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -170,24 +171,41 @@ AlexNetPaper = _named("alexnet_paper")
 AlexNetCIFAR10 = _named("alexnet_cifar10")
 
 
-def _output_strides(model: keras.Model) -> dict[str, int]:
-    """Pixels of the input to one of the output, for each layer whose output is a feature map."""
+def _feature_maps(model: keras.Model) -> dict[int, str]:
+    """Stride -> name of the last layer whose feature map everything behind it goes through.
+
+    The first 1x1 convolution of a strided block has its stage's stride too, but the shortcut goes
+    past it: the stage's output is the last layer with no way around.
+    """
+    sources = {
+        layer.name: []
+        if isinstance(layer, keras.layers.InputLayer)
+        else [t._keras_history[0].name for t in _as_list(layer.input)]
+        for layer in model.layers
+    }
+    waiting = collections.Counter(name for names in sources.values() for name in names)
     strides: dict[str, int] = {}
+    found: dict[int, str] = {}
+    still_read: set[str] = set()
     for layer in model.layers:
-        if isinstance(layer, keras.layers.InputLayer):
-            strides[layer.name] = 1
-            continue
-        shape = getattr(layer.output, "shape", ())
-        before = [t._keras_history[0].name for t in _as_list(layer.input)]
-        if len(shape) != 4 or not all(name in strides for name in before):
-            continue
-        if isinstance(layer, keras.layers.AdaptiveAveragePooling2D | keras.layers.Permute):
+        before = sources[layer.name]
+        waiting.subtract(before)
+        still_read = {name for name in still_read if waiting[name]}
+        if waiting[layer.name]:
+            still_read.add(layer.name)
+        is_map = len(layer.output.shape) == 4 and all(name in strides for name in before)
+        if not is_map or isinstance(layer, _NO_MAPS):
             continue
         step = layer.strides[0] if hasattr(layer, "strides") else 1
-        strides[layer.name] = max(strides[name] for name in before)
-        # Both ways into a residual addition have already strided.
-        strides[layer.name] *= step
-    return strides
+        # Both ways into a residual addition have strided already.
+        strides[layer.name] = step * max((strides[name] for name in before), default=1)
+        if still_read <= {layer.name}:
+            found[strides[layer.name]] = layer.name
+    return found
+
+
+# What follows the last feature map: pooled to a fixed size, or turned for the flattening.
+_NO_MAPS = (keras.layers.AdaptiveAveragePooling2D, keras.layers.Permute)
 
 
 def _as_list(value) -> list:
@@ -205,7 +223,7 @@ def feature_extractor(model: keras.Model, strides: Sequence[int] = (4, 8, 16, 32
 
     Returns:
         A Functional model with one output a stride, `(batch, height/stride, width/stride,
-        channels)`, named `stride4`, `stride8`, ...
+        channels)`.
 
     Raises:
         InputError: No feature map has that stride; the message lists those there are.
@@ -215,7 +233,7 @@ def feature_extractor(model: keras.Model, strides: Sequence[int] = (4, 8, 16, 32
         >>> [y.shape for y in feature_extractor(model).outputs]
         [(None, 16, 16, 64), (None, 8, 8, 128), (None, 4, 4, 256), (None, 2, 2, 512)]
     """
-    last = {stride: name for name, stride in _output_strides(model).items()}
+    last = _feature_maps(model)
     missing = [s for s in strides if s not in last]
     if missing:
         raise InputError(
@@ -223,4 +241,4 @@ def feature_extractor(model: keras.Model, strides: Sequence[int] = (4, 8, 16, 32
             f"There are: {', '.join(map(str, sorted(last)))}."
         )
     outputs = [model.get_layer(last[s]).output for s in strides]
-    return keras.Model(model.inputs, outputs, name=f"{model.name}_features")
+    return keras.Model(model.input, outputs, name=f"{model.name}_features")

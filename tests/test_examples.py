@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -61,37 +62,41 @@ def example(name):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """Where the scripts run, so that they share the digits and leave the checkout alone."""
-    return tmp_path_factory.mktemp("examples")
+def run(tmp_path_factory):
+    """Runs a script once, away from the checkout; gives what it printed and its output folder."""
+    workplace = tmp_path_factory.mktemp("examples")
 
+    @functools.cache
+    def once(name):
+        # The package need not be installed: the checkout comes first on the path.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, EXAMPLES / f"{name}.py", "--smoke", "--output", name]
+        done = subprocess.run(
+            [*command, *RUNS[name][0]],
+            cwd=workplace,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout, workplace / name
 
-def run(name, workplace, *arguments):
-    # The package need not be installed: the checkout comes first on the path.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), "--smoke", *arguments],
-        cwd=workplace,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=400,
-    )
+    return once
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_an_example_runs_and_leaves_the_files_it_promises(name, workplace):
-    arguments, files, lines = RUNS[name]
+def test_an_example_runs_and_leaves_the_files_it_promises(name, run):
+    _, files, lines = RUNS[name]
 
-    done = run(name, workplace, "--output", "out/" + name, *arguments)
+    printed, folder = run(name)
 
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for line in lines:
-        assert line in done.stdout
+        assert line in printed
     for file in files:
-        assert (workplace / "out" / name / file).stat().st_size > 0
+        assert (folder / file).stat().st_size > 0
 
 
 @pytest.mark.once
@@ -121,12 +126,11 @@ def test_the_resnet50_written_by_hand_answers_as_the_one_of_the_table(stride_on,
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_the_saved_alexnet_is_a_state_dict_of_the_pytorch_class(workplace):
+def test_the_saved_alexnet_is_a_state_dict_of_the_pytorch_class(run):
     torch = pytest.importorskip("torch")
-    done = run("alexnet_cifar10", workplace, "--output", "alexnet")
-    assert done.returncode == 0, done.stderr[-4000:]
+    _, folder = run("alexnet_cifar10")
 
-    state = torch.load(workplace / "alexnet" / "AlexNet_CIFAR10.pth", weights_only=True)
+    state = torch.load(folder / "AlexNet_CIFAR10.pth", weights_only=True)
 
     # nn.Sequential(Conv2d, ...) called conv1 to conv5, nn.Sequential(Flatten, Linear, ...) fc1.
     modules = [*(f"conv{i}.0" for i in range(1, 6)), "fc1.1", "fc2.0", "fc3.0"]

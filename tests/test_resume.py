@@ -98,7 +98,11 @@ class At(keras.callbacks.Callback):
             self.action()
 
 
-@pytest.mark.parametrize("steps", [1, 4, 7], ids=["in epoch 1", "at its end", "in epoch 2"])
+@pytest.mark.parametrize(
+    "steps",
+    [pytest.param(1, marks=pytest.mark.once), pytest.param(4, marks=pytest.mark.once), 7],
+    ids=["in epoch 1", "at its end", "in epoch 2"],
+)
 def test_an_interrupted_run_ends_with_the_same_weights(pictures, peaceful, tmp_path, steps):
     options = {**OPTIONS, "output": tmp_path, "epochs": 3}
     stop = At(steps, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -115,6 +119,7 @@ class Killed(BaseException):
     """Stands for SIGKILL where the test's own process must live on."""
 
 
+@pytest.mark.once
 def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(pictures, peaceful, tmp_path):
     def die():
         raise Killed
@@ -129,6 +134,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(pictures, pe
     assert_same_outcome(peaceful.folder, train(pictures, **options).folder)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("moment", [1, 9, 14], ids=lambda n: f"file {n}")
 def test_a_run_killed_while_it_writes_a_file_goes_on(
     pictures, peaceful, tmp_path, monkeypatch, moment
@@ -157,6 +163,7 @@ def test_a_run_killed_while_it_writes_a_file_goes_on(
     assert_same_outcome(peaceful.folder, folder)
 
 
+@pytest.mark.once
 def test_gradual_unfreezing_goes_on_where_it_was(pictures, tmp_path):
     options = {**OPTIONS, "epochs": 4, "unfreeze": "head", "gradual": 1, "backbone_rate": 0.5,
                "ema": False}  # fmt: skip
@@ -166,6 +173,7 @@ def test_gradual_unfreezing_goes_on_where_it_was(pictures, tmp_path):
     assert_same_outcome(whole.folder, train(pictures, output=tmp_path / "b", **options).folder)
 
 
+@pytest.mark.once
 def test_other_options_start_a_run_of_their_own(pictures, tmp_path):
     stop = At(1, lambda: os.kill(os.getpid(), signal.SIGINT))
     first = train(pictures, output=tmp_path, epochs=3, callbacks=[stop], **OPTIONS)
@@ -175,19 +183,21 @@ def test_other_options_start_a_run_of_their_own(pictures, tmp_path):
         assert train(pictures, **other, **plan).folder.name == f"{first.folder.name}-2"
 
 
+@pytest.mark.once
 def test_pictures_that_changed_meanwhile_are_said(tmp_path):
     folder = write_pictures(tmp_path / "pictures", count=5)
     options = {**OPTIONS, "output": tmp_path / "runs", "epochs": 2}
     stop = At(1, lambda: os.kill(os.getpid(), signal.SIGINT))
     train(folder, callbacks=[stop], **options)
     (folder / "ant" / "0.png").rename(folder / "ant" / "new.png")
-    with pytest.raises(InputError, match="have changed since .* Pass --restart"):
+    with pytest.raises(InputError, match=r"have changed since .* Pass --restart"):
         train(folder, **options)
 
 
 # --- a full disk ---------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("limited", ["state.npz", "last.keras", "history.csv"])
 def test_a_full_disk_is_said_and_loses_nothing(pictures, peaceful, tmp_path, monkeypatch, limited):
     options = {**OPTIONS, "output": tmp_path, "epochs": 3}
@@ -216,6 +226,7 @@ def test_a_full_disk_is_said_and_loses_nothing(pictures, peaceful, tmp_path, mon
     assert_same_outcome(peaceful.folder, train(pictures, **options).folder)
 
 
+@pytest.mark.once
 def test_a_file_that_the_system_refuses_to_grow_is_a_full_disk_too(pictures, tmp_path):
     # A real limit of the kernel: files of at most 200 kB, which no model fits in.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -228,6 +239,7 @@ def test_a_file_that_the_system_refuses_to_grow_is_a_full_disk_too(pictures, tmp
     assert_whole(next(tmp_path.iterdir()))
 
 
+@pytest.mark.once
 def test_a_model_that_does_not_fit_on_the_disk_keeps_the_old_one(peaceful, tmp_path):
     from keras_resnet.runs import Run
 

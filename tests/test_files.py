@@ -1,0 +1,81 @@
+"""A file is the old or the new one, whole, at any instant."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from keras_resnet.files import printable, replace_file, write_json, write_text
+
+pytestmark = pytest.mark.once
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "model.keras"
+    path.write_text("old")
+
+    def write(name):
+        with open(name, "w") as file:
+            file.write("half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, write)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["model.keras"]
+
+
+def test_the_new_file_takes_the_place_of_the_old(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    seen = []
+
+    def write(name):
+        # A writer that chooses its format by the extension must see the right one.
+        seen.append((os.path.splitext(name)[1], os.path.dirname(name), path.read_text()))
+        with open(name, "w") as file:
+            file.write("new")
+
+    replace_file(path, write)
+    assert path.read_text() == "new" and seen == [(".txt", str(tmp_path), "old")]
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_the_data_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *a: (order.append("replace"), replace(*a)))
+    write_text(tmp_path / "a.txt", "x")
+    assert order == ["fsync", "replace", "fsync"]  # the file, its new name, the folder
+
+
+def test_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", {"a": 1})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(tmp_path / "a.json").st_mode) == 0o640
+
+
+def test_text_is_written_byte_by_byte_as_given(tmp_path):
+    text = "a\r\nb\n\udcff\u00e9"  # a file name that is no UTF-8
+    write_text(tmp_path / "a.csv", text)
+    assert (tmp_path / "a.csv").read_bytes() == b"a\r\nb\n\xff\xc3\xa9"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain name.jpg", "plain name.jpg"),
+        ("caf\u00e9 \u732b", "caf\u00e9 \u732b"),
+        ("a\x1b[31mb", "a\\x1b[31mb"),
+        ("a\nb", "a\\nb"),
+        ("a\u202eb", "a\\u202eb"),
+        ("a\udcffb", "a\\udcffb"),
+    ],
+)
+def test_names_do_no_harm_in_a_terminal(text, shown):
+    assert printable(text) == shown

@@ -1,0 +1,170 @@
+"""Recipes hold the published numbers, and each of them trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from keras_resnet import cli
+from keras_resnet.errors import InputError
+from keras_resnet.preparation import (
+    evaluation_preprocess,
+    make_optimizer,
+    make_schedule,
+    recipe_augment,
+)
+from keras_resnet.recipes import RECIPES, Recipe, get_recipe
+from keras_resnet.specs import get_spec
+
+
+@pytest.fixture(scope="module")
+def published(shared):
+    return json.loads((shared / "torchvision_weights.json").read_text())
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("resnet_v1", "resnet_v1"),
+        ("alexnet", "alexnet"),
+        ("resnet50_v2", "new_recipe_fixres"),
+    ],
+)
+def test_the_numbers_are_torchvisions(published, name, row):
+    recipe, theirs = get_recipe(name), published["recipes"][row]
+    ours = {
+        "optimizer": recipe.optimizer,
+        "momentum": recipe.momentum,
+        "nesterov": recipe.nesterov,
+        "interpolation": recipe.interpolation,
+        "hflip_prob": recipe.flip,
+        "global_batch": recipe.batch_size,
+        "epochs": recipe.epochs,
+        "lr": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "label_smoothing": recipe.label_smoothing,
+        "mixup_alpha": recipe.mixup,
+        "cutmix_alpha": recipe.cutmix,
+        "auto_augment": recipe.policy,
+        "random_erase": recipe.random_erasing,
+        "lr_warmup_epochs": recipe.warmup_epochs,
+        "model_ema": recipe.ema,
+        "lr_scheduler": {"step": "steplr", "cosine": "cosineannealinglr"}[recipe.schedule],
+        "amp": recipe.precision != "fp32",
+        "train_crop_size": recipe.image_size or get_spec(recipe.model).input_size,
+    }
+    assert ours == {key: theirs[key] for key in ours}
+    assert list(recipe.crop_scale) == theirs["random_resized_crop"]["scale"]
+    assert (theirs["norm_weight_decay"] is None) == recipe.norm_decay
+    if recipe.schedule == "step":
+        assert (recipe.step_size, recipe.gamma) == (theirs["lr_step_size"], theirs["lr_gamma"])
+    if recipe.ema:
+        assert (recipe.ema_steps, recipe.ema_decay) == (
+            theirs["model_ema_steps"],
+            theirs["model_ema_decay"],
+        )
+        assert recipe.warmup_decay == theirs["lr_warmup_decay"]
+    if name == "resnet50_v2":
+        assert recipe.repeats == 4 and recipe.eval_resize == 232
+
+
+@pytest.mark.once
+def test_the_accuracies_aimed_at_are_the_registrys(published):
+    for name, model, tag in (
+        ("resnet50_v2", "resnet50", "IMAGENET1K_V2"),
+        ("alexnet", "alexnet", "IMAGENET1K_V1"),
+        *(("resnet_v1", f"resnet{depth}", "IMAGENET1K_V1") for depth in (18, 34, 50, 101, 152)),
+    ):
+        (row,) = [e for e in published["entries"] if (e["model"], e["tag"]) == (model, tag)]
+        assert f"{row['acc1']:.3f}" in get_recipe(name).aim
+
+
+@pytest.mark.once
+def test_cifars_schedule_is_that_of_the_paper():
+    # He et al. 2015, section 4.2: 45,000 pictures by 128, drops at 32k and 48k of 64k steps.
+    recipe = get_recipe("cifar")
+    steps = 45_000 // 128 + 1
+    schedule = make_schedule(recipe, steps)
+    assert recipe.epochs * steps == pytest.approx(64_000, rel=0.01)
+    changes = [s for s in range(1, 64_000) if schedule.value_at(s) != schedule.value_at(s - 1)]
+    assert changes == pytest.approx([32_000, 48_000], rel=0.01)
+    assert schedule.value_at(0) == 0.1 and schedule.value_at(63_999) == pytest.approx(1e-3)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_names_its_source_and_builds_its_parts(name, capsys):
+    recipe = RECIPES[name]
+    assert recipe.name == name and recipe.source and recipe.aim
+    optimizer = make_optimizer(recipe, make_schedule(recipe, 10), head="fc")
+    assert float(optimizer.learning_rate) <= recipe.learning_rate * 1.0001
+    size = recipe.image_size or get_spec(recipe.model).input_size
+    augment = recipe_augment(recipe, size)
+    picture = np.zeros((size + 10, size + 20, 3), np.uint8)
+    if augment is not None:
+        assert augment(picture, np.random.default_rng(0)).shape == (size, size, 3)
+    pixels = evaluation_preprocess(recipe, recipe.eval_size or size).pixels(picture)
+    assert pixels.shape == ((recipe.eval_size or size),) * 2 + (3,)
+    assert cli.main(["train", "anywhere", "--recipe", name, "--show"]) == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Recipe)[3:]:
+        assert field.name in shown
+
+
+@pytest.mark.once
+def test_every_field_of_a_recipe_is_an_option_of_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Recipe)[3:]:
+        assert f"--{field.name.replace('_', '-')}" in shown
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epoch": 3}, "Did you mean 'epochs'"),
+        ({"optimizer": "sgdd"}, "Did you mean 'sgd'"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"label_smoothing": 2.0}, "label_smoothing must be between 0 and 1"),
+        ({"model": "resnet19"}, "Did you mean"),
+        ({"optimizer": "rmsprop"}, "weight_decay"),
+        ({"optimizer": "adamw", "backbone_rate": 0.1}, "backbone_rate"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        get_recipe("finetune").with_options(**options)
+
+
+@pytest.mark.once
+def test_a_short_trial_of_a_long_recipe_keeps_a_warm_up():
+    assert get_recipe("resnet50_v2").with_options(epochs=3).warmup_epochs == 1
+
+
+def test_adamw_spares_norms_and_biases_where_the_recipe_does():
+    import keras
+
+    recipe = get_recipe("finetune").with_options(
+        optimizer="adamw", norm_decay=False, bias_decay=False, weight_decay=0.1
+    )
+    inputs = keras.Input((4,))
+    x = keras.layers.BatchNormalization()(keras.layers.Dense(3)(inputs))
+    model = keras.Model(inputs, x)
+    optimizer = make_optimizer(recipe, 0.5)
+    optimizer.build(model.trainable_variables)
+    before = {v.path: keras.ops.convert_to_numpy(v) + 1.0 for v in model.trainable_variables}
+    for variable in model.trainable_variables:
+        variable.assign(before[variable.path])
+    nothing = [keras.ops.zeros_like(v) for v in model.trainable_variables]
+    optimizer.apply(nothing, model.trainable_variables)
+    for variable in model.trainable_variables:
+        left = keras.ops.convert_to_numpy(variable) / before[variable.path]
+        expected = 0.95 if variable.path.endswith("kernel") else 1.0
+        np.testing.assert_allclose(left, expected, rtol=1e-6, err_msg=variable.path)

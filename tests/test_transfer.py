@@ -1,0 +1,193 @@
+"""What is frozen stays as it is, batch-norm statistics too, and what is loaded is what was saved."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+from keras_resnet.convert import save_torchvision
+from keras_resnet.errors import InputError, NotFoundError
+from keras_resnet.loop import part_to_train
+from keras_resnet.preparation import compile_model, make_optimizer
+from keras_resnet.recipes import get_recipe
+from keras_resnet.transfer import freeze, load_pretrained, parts
+from keras_resnet.zoo import create_model
+
+
+@pytest.fixture
+def model():
+    keras.utils.set_random_seed(0)
+    return create_model("resnet20", num_classes=3, input_shape=(16, 16, 3))
+
+
+def values(model):
+    return {v.path: keras.ops.convert_to_numpy(v).copy() for v in model.weights}
+
+
+def moved(model, before):
+    """Names of the layers of which some weight or statistic has changed."""
+    after = values(model)
+    return {path.split("/")[-2] for path in before if not np.array_equal(before[path], after[path])}
+
+
+def fit(model, recipe=None, head="linear"):
+    recipe = recipe or get_recipe("finetune").with_options(schedule="constant", warmup_epochs=0)
+    rng = np.random.default_rng(0)
+    compile_model(model, make_optimizer(recipe, 0.1, head), soft_labels=False)
+    model.fit(
+        rng.standard_normal((8, 16, 16, 3)).astype("float32") + 1.0,
+        rng.integers(0, 3, 8),
+        batch_size=4,
+        verbose=0,
+    )
+
+
+def layers_with_weights(model):
+    return [layer.name for layer in model.layers if layer.weights]
+
+
+@pytest.mark.parametrize("until", ["head", "layer3"])
+def test_frozen_layers_keep_weights_and_statistics_in_fit_and_after_recompiling(model, until):
+    report = freeze(model, until)
+    before = values(model)
+    fit(model)
+    fit(model)  # compiled again
+    names = layers_with_weights(model)
+    first = len(names) - 1 if until == "head" else names.index("layer3_0_conv1")
+    assert moved(model, before) == set(names[first:]) == set(report.trained)
+    assert report.frozen_norms + report.training_norms == 19
+    assert report.training_norms == (0 if until == "head" else 6)
+    assert report.trained_params + report.frozen_params == 269267
+
+
+def test_frozen_layers_stay_frozen_in_a_file(model, tmp_path):
+    freeze(model, "layer3")
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    before = values(again)
+    fit(again)
+    assert "conv1" not in moved(again, before) and "linear" in moved(again, before)
+
+
+def test_frozen_norms_behind_the_first_trained_part_keep_their_statistics(model):
+    report = freeze(model, "layer3", freeze_norms=True)
+    before = values(model)
+    fit(model)
+    assert report.training_norms == 0
+    assert not [name for name in moved(model, before) if "bn" in name]
+
+
+def test_everything_is_unfrozen_again(model):
+    freeze(model, "head")
+    report = freeze(model, None)
+    before = values(model)
+    fit(model)
+    assert report.frozen == [] and moved(model, before) == set(layers_with_weights(model))
+
+
+def test_the_backbone_learns_at_its_own_rate(model):
+    recipe = get_recipe("finetune").with_options(
+        backbone_rate=0.1, weight_decay=0.0, momentum=0.0, schedule="constant", warmup_epochs=0
+    )
+    compile_model(model, make_optimizer(recipe, 1.0, "linear"), soft_labels=False)
+    before = values(model)
+    ones = [keras.ops.ones_like(v) for v in model.trainable_variables]
+    model.optimizer.apply(ones, model.trainable_variables)
+    after = values(model)
+    for variable in model.trainable_variables:
+        step = before[variable.path] - after[variable.path]
+        expected = 1.0 if "linear/" in variable.path else 0.1
+        np.testing.assert_allclose(step, expected, rtol=1e-4, err_msg=variable.path)
+
+
+@pytest.mark.once
+def test_parts_go_from_the_input_to_the_head():
+    assert parts(create_model("resnet20")) == ["conv1", "layer1", "layer2", "layer3", "linear"]
+    assert parts(create_model("alexnet", input_shape=(63, 63, 3))) == ["features", "classifier"]
+    relu = create_model("resnet50_v1_relu", input_shape=(64, 64, 3))
+    assert [p for p in parts(relu) if p.startswith("stage")] == [f"stage{i}" for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.once
+def test_gradual_unfreezing_goes_back_part_by_part(model):
+    recipe = get_recipe("finetune").with_options(unfreeze="head", gradual=1)
+    names = [part_to_train(model, recipe, epoch) for epoch in range(6)]
+    assert names == ["head", "layer3", "layer2", "layer1", None, None]
+    from_stage = recipe.with_options(unfreeze="layer2", gradual=3)
+    assert [part_to_train(model, from_stage, e) for e in (0, 2, 3, 6)] == [
+        "layer2", "layer2", "layer1", None,
+    ]  # fmt: skip
+
+
+@pytest.mark.once
+def test_an_unknown_part_is_suggested(model):
+    with pytest.raises(InputError, match=r"no part 'layer5'.*Did you mean 'layer"):
+        freeze(model, "layer5")
+
+
+def assert_backbone_equal(model, source):
+    for layer in (layer for layer in source.layers if layer.weights):
+        pairs = zip(layer.get_weights(), model.get_layer(layer.name).get_weights(), strict=True)
+        if layer.name == "linear":
+            continue
+        for a, b in pairs:
+            np.testing.assert_array_equal(a, b, err_msg=layer.name)
+
+
+def scrambled_source():
+    keras.utils.set_random_seed(7)
+    source = create_model("resnet20", num_classes=10, input_shape=(16, 16, 3))
+    rng = np.random.default_rng(1)
+    for weight in source.weights:
+        weight.assign(rng.uniform(0.1, 1.0, weight.shape))
+    return source
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors", "weights.keras"])
+def test_weights_go_under_a_new_head(model, tmp_path, name):
+    source, path = scrambled_source(), tmp_path / name
+    if path.suffix == ".keras":
+        source.save(path)
+    else:
+        save_torchvision(source, path)
+    head = [w.copy() for w in model.get_layer("linear").get_weights()]
+    line = load_pretrained(model, path)
+    assert name in line and "'linear' is new" in line and "\n" not in line
+    assert_backbone_equal(model, source)
+    for a, b in zip(head, model.get_layer("linear").get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_published_resnet20_goes_under_a_new_head(model, shared):
+    line = load_pretrained(model, shared / "weights" / "resnet20-12fca82f.th")
+    assert "resnet20-12fca82f.th" in line
+    assert not np.allclose(model.get_layer("bn1").get_weights()[2], 0)  # its running mean
+
+
+@pytest.mark.once
+def test_weights_of_another_network_are_refused_and_nothing_is_changed(model, tmp_path):
+    path = tmp_path / "other.keras"
+    create_model("resnet32", input_shape=(16, 16, 3)).save(path)
+    create_model("resnet18", input_shape=(32, 32, 3)).save(tmp_path / "larger.keras")
+    before = values(model)
+    with pytest.raises(InputError, match=r"resnet18.*do not fit resnet20"):
+        load_pretrained(model, tmp_path / "larger.keras")
+    with pytest.raises(InputError, match=r"resnet32.*do not fit resnet20"):
+        load_pretrained(model, path)  # deeper, of equal shapes as far as they go
+    assert moved(model, before) == set()
+
+
+@pytest.mark.once
+def test_weights_of_other_strides_are_refused(tmp_path):
+    path = tmp_path / "v1.keras"
+    create_model("resnet50_v1", input_shape=(32, 32, 3)).save(path)
+    with pytest.raises(InputError, match=r"resnet50_v1.*first is 'layer2_0_conv1'"):
+        load_pretrained(create_model("resnet50", input_shape=(32, 32, 3)), path)
+
+
+@pytest.mark.once
+def test_a_missing_file_is_named(model):
+    for name in ("no-such.pth", "no-such.keras"):
+        with pytest.raises(NotFoundError, match="no-such"):
+            load_pretrained(model, name)
