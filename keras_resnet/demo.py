@@ -57,7 +57,7 @@ def run_demo(output: str | os.PathLike = "demo", epochs: int | None = None) -> T
         model="resnet20",
         output=output,
         name="run",
-        epochs=epochs or 6,
+        epochs=epochs or 8,
         batch_size=64,
         image_size=32,
         learning_rate=0.1,

@@ -1,4 +1,4 @@
-"""What is frozen stays as it was, batch-norm statistics too; what is loaded is what was saved."""
+"""What is frozen stays as it is, statistics too, and what is loaded is what was saved."""
 
 from __future__ import annotations
 
