@@ -145,7 +145,8 @@ class Loop:
         until = part_to_train(self.model, self.recipe, self.epoch)
         if until != self.until:
             self.until = until
-            self._note(f"Epoch {self.epoch + 1} trains {until or 'everything'} and what follows.")
+            what = f"{until} and what follows" if until else "everything"
+            self._note(f"From epoch {self.epoch + 1} on {what} trains.")
             self._compile()
 
     # Going on.

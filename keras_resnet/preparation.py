@@ -382,7 +382,9 @@ def make_optimizer(
         spared = [] if recipe.norm_decay else ["gamma", "beta"]
         spared += [] if recipe.bias_decay else ["bias", "beta"]
         if spared:
-            optimizer.exclude_from_weight_decay(var_names=[f"^{name}$" for name in spared])
+            # TensorFlow hands its own variables over, which it names "dense/bias:0".
+            patterns = [rf"(^|/){name}(:\d+)?$" for name in spared]
+            optimizer.exclude_from_weight_decay(var_names=patterns)
         return optimizer
     if recipe.optimizer == "adam":
         return keras.optimizers.Adam(learning_rate, epsilon=1e-8, **shared)

@@ -62,8 +62,8 @@ def create_model(
 
     Example:
         >>> model = create_model("resnet20", num_classes=10)
-        >>> model.output_shape, model.count_params()
-        ((None, 10), 269722)
+        >>> model.output_shape, model.count_params()  # 269,722 train, the rest are statistics
+        ((None, 10), 271098)
     """
     if variant is None:  # create_model(name="resnet50")
         variant, name = name, None

@@ -88,7 +88,9 @@ def run(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_an_example_runs_and_leaves_the_files_it_promises(name, run):
+def test_an_example_runs_and_leaves_the_files_it_promises(name, run, backend):
+    if backend == "jax" and name not in ("resnet50_v1_relu", "alexnet_cifar10"):
+        pytest.skip("jax compiles for minutes what runs for seconds; two of the five will do")
     _, files, lines = RUNS[name]
 
     printed, folder = run(name)

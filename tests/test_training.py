@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import cli
+from keras_resnet import cli, loop
 from keras_resnet.errors import InputError
 from keras_resnet.evaluation import evaluate, load_model, predict
 from keras_resnet.training import train
@@ -169,6 +170,20 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(pictures, tmp_path, c
     assert "24 for training, 6 for validation, 3 classes (ant 8, bee 8, cat 8)" in out
     assert "Writes to" in out and "15 epochs of 3 steps" in out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_progress_bar_is_for_terminals(pictures, tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    code, out, _ = run_cli(
+        "train", pictures, *FLAGS, "--epochs", 2, "--output", tmp_path, capsys=capsys
+    )
+    assert code == 0
+    assert ("Epoch 2/2" in out and "3/3" in out) == terminal
+    # The line per epoch of the programs that users know, either way.
+    found = re.findall(r"Epoch: (\d), Train_acc:[\d.]+%, Train_loss:[\d.]+, Val_acc:[\d.]+%", out)
+    assert found == ["1", "2"]
 
 
 @pytest.mark.once
@@ -386,7 +401,11 @@ def test_two_processes_do_not_train_in_one_folder(pictures, tmp_path):
 # --- stopping ------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, capsys):
+@pytest.mark.parametrize("device", ["cpu", "some GPU"])
+def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, monkeypatch, device):
+    # On an accelerator the loss is looked at some steps later, and the step is named all the same.
+    monkeypatch.setattr(loop, "devices", lambda: [device])
+
     class Poison(keras.callbacks.Callback):
         """After one good epoch a weight becomes no number."""
 
@@ -398,12 +417,17 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, c
     from keras_resnet.training import TrainingError
 
     with pytest.raises(TrainingError, match=r"nan at epoch 2, step 1\..*last.keras of epoch 1"):
-        train(pictures, output=tmp_path, callbacks=[Poison()], **{**TINY, "epochs": 3})
+        train(
+            pictures, output=tmp_path, callbacks=[Poison()], checkpoint_steps=1,
+            **{**TINY, "epochs": 3},
+        )  # fmt: skip
     folder = tmp_path / f"resnet20-{pictures.name}"
     for name in ("best.keras", "last.keras"):
         for value in load_model(folder / name).get_weights():
             assert np.isfinite(value).all()
     assert (folder / "history.csv").read_text().count("\n") == 2
+    with np.load(folder / "state.npz") as state:
+        assert all(np.isfinite(state[key]).all() for key in state.files)
 
 
 @pytest.mark.once

@@ -58,6 +58,8 @@ def _trained(module):
 def test_twenty_steps_equal_torchvision(torchvision, backend, dtype, name, size, rate, options):
     if dtype == "float64" and backend == "jax":
         pytest.skip("jax has no float64 unless its process is started for it")
+    if name == "alexnet" and backend == "tensorflow":
+        size = 224  # there Keras' adaptive pooling cannot enlarge the map to AlexNet's 6x6
     import torch
 
     # A changing rate: Keras' own SGD, which folds it into the velocity, would end elsewhere.

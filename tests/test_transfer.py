@@ -92,7 +92,7 @@ def test_the_backbone_learns_at_its_own_rate(model):
     )
     compile_model(model, make_optimizer(recipe, 1.0, "linear"), soft_labels=False)
     before = values(model)
-    ones = [keras.ops.ones_like(v) for v in model.trainable_variables]
+    ones = [keras.ops.ones(v.shape) for v in model.trainable_variables]
     model.optimizer.apply(ones, model.trainable_variables)
     after = values(model)
     for variable in model.trainable_variables:
