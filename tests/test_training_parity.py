@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import keras
 import numpy as np
@@ -50,14 +51,15 @@ def _trained(module):
     ("name", "size", "rate", "options"),
     [
         ("resnet18", 64, 1e-4, {}),
-        # 57 million weights: half a minute in float32, and as much again in float64
-        pytest.param("alexnet", 63, 1e-3, {"dropout": 0.0}, marks=pytest.mark.slow),
+        pytest.param("alexnet", 63, 1e-4, {"dropout": 0.0}, marks=pytest.mark.slow),
     ],
     ids=["resnet18", "alexnet"],
 )
 def test_twenty_steps_equal_torchvision(torchvision, backend, dtype, name, size, rate, options):
     if dtype == "float64" and backend == "jax":
         pytest.skip("jax has no float64 unless its process is started for it")
+    if name == "alexnet" and not os.environ.get("KERAS_RESNET_LONG"):
+        pytest.skip("57 million weights take minutes: KERAS_RESNET_LONG=1 runs it")
     if name == "alexnet" and backend == "tensorflow":
         size = 224  # there Keras' adaptive pooling cannot enlarge the map to AlexNet's 6x6
     import torch
