@@ -425,8 +425,8 @@ def _predict(arguments) -> int:
 def _demo(arguments) -> int:
     from keras_resnet.demo import run_demo
 
-    run_demo(arguments.output, epochs=arguments.epochs)
-    return 0
+    result = run_demo(arguments.output, epochs=arguments.epochs)
+    return 130 if result.interrupted else 0
 
 
 def _scan(arguments) -> int:

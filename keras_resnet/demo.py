@@ -65,7 +65,7 @@ def run_demo(output: str | os.PathLike = "demo", epochs: int | None = None) -> T
         normalization="dataset",
         cache="ram",
     )
-    if result.model is None:
+    if result.interrupted:
         return result
     paths = [sorted((digits / digit).glob("*.png"))[0] for digit in ("2", "5", "8")]
     print("\nThree files predicted by best.keras alone:")
