@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=32, metavar="N")
     evaluate.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
     evaluate.add_argument("--strict", action="store_true", help="stop at an unreadable picture")
+    _engine_option(evaluate)
 
     predict = _command(commands, "predict", _predict, "classify pictures")
     predict.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--plot", metavar="FILE", help="draw the pictures with their titles")
     predict.add_argument("--batch-size", type=int, default=32, metavar="N")
     predict.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
+    _engine_option(predict)
 
     demo = _command(commands, "demo", _demo, "train, evaluate and predict on handwritten digits")
     demo.add_argument("--output", default="demo", metavar="DIR")
@@ -136,6 +138,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _weight_commands(commands)
     return parser
+
+
+def _engine_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--engine", default="keras", metavar="NAME", help="keras or auto")
 
 
 def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
@@ -363,11 +369,12 @@ def _lr_find(arguments) -> int:
 
 def _evaluate(arguments) -> int:
     from keras_resnet.backends import backend_line
-    from keras_resnet.evaluation import evaluate, load_model
+    from keras_resnet.engines import open_runner
+    from keras_resnet.evaluation import evaluate
 
     print(f"Backend: {backend_line()}")
     result = evaluate(
-        load_model(arguments.model),
+        open_runner(arguments.model, arguments.engine),
         arguments.directory,
         split=arguments.split,
         batch_size=arguments.batch_size,
@@ -381,11 +388,11 @@ def _evaluate(arguments) -> int:
 
 def _predict(arguments) -> int:
     from keras_resnet.backends import backend_line
+    from keras_resnet.engines import open_runner
     from keras_resnet.errors import InputError
     from keras_resnet.evaluation import (
         PredictionTable,
         iter_predictions,
-        load_model,
         model_class_names,
         picture_paths,
         save_predictions,
@@ -397,13 +404,13 @@ def _predict(arguments) -> int:
         if path is not None and Path(path).suffix.lower() not in ends:
             raise InputError(f"--{name} wants a name that ends in {ends[0]}, not {path!r}.")
     print(f"Backend: {backend_line()}")
-    model = load_model(arguments.model)
+    runner = open_runner(arguments.model, arguments.engine)
     paths = picture_paths(arguments.paths)
-    table = PredictionTable(paths, model_class_names(model), arguments.top)
+    table = PredictionTable(paths, model_class_names(runner), arguments.top)
     print(table.header)
     found = []
     for prediction in iter_predictions(
-        model,
+        runner,
         paths,
         top=arguments.top,
         batch_size=arguments.batch_size,

@@ -17,49 +17,20 @@ import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data import ImageDataset, find_pictures, image_dataset_from_directory
+from keras_resnet.engines import Runner, load_model, log_probabilities, open_runner
 from keras_resnet.errors import DataError, InputError, NotFoundError, did_you_mean
 from keras_resnet.files import printable, write_json, write_text
 from keras_resnet.preprocess import Preprocess
 
-
-def load_model(path: str | os.PathLike) -> keras.Model:
-    """Loads a `.keras` file, compiled or not, without compiling it.
-
-    Args:
-        path: A file that `train` or `model.save` wrote, or a run folder (its `best.keras`).
-
-    Raises:
-        NotFoundError: There is no such file; a near name is suggested.
-        InputError: The file is no Keras model.
-
-    Example:
-        >>> load_model("no-such.keras")
-        Traceback (most recent call last):
-        ...
-        keras_resnet.errors.NotFoundError: No model file at 'no-such.keras'.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        found = [path / name for name in ("best.keras", "last.keras") if (path / name).is_file()]
-        if not found:
-            raise NotFoundError(f"No best.keras or last.keras in the folder {str(path)!r}.")
-        path = found[0]
-    if not path.exists():
-        near = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise NotFoundError(f"No model file at {str(path)!r}.{did_you_mean(path.name, near)}")
-    if path.suffix != ".keras":
-        raise InputError(
-            f"{str(path)!r} is not a .keras file. A checkpoint of torch becomes one with: "
-            f"keras-resnet convert {path.name} {path.stem}.keras"
-        )
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except Exception as error:  # Keras raises a dozen kinds for a damaged file
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{str(path)!r} cannot be loaded as a Keras model: {reason}") from error
+__all__ = [
+    "Evaluation", "Prediction", "PredictionTable", "dataset_output", "evaluate",
+    "iter_predictions", "labels_by_name", "load_model", "log_probabilities", "model_class_names",
+    "model_preprocess", "picture_paths", "predict", "save_predictions", "split_folder",
+    "split_folders",
+]  # fmt: skip
 
 
-def model_preprocess(model: keras.Model) -> Preprocess:
+def model_preprocess(model: keras.Model | Runner) -> Preprocess:
     """The `Preprocess` that a model was trained or imported with.
 
     Raises:
@@ -67,52 +38,27 @@ def model_preprocess(model: keras.Model) -> Preprocess:
     """
     config = getattr(model, "info", {}).get("preprocess")
     if config is None:
+        name = model.model_name if isinstance(model, Runner) else model.name
         raise InputError(
-            f"The model {model.name!r} does not say how its pictures are prepared: pass "
+            f"The model {name!r} does not say how its pictures are prepared: pass "
             "preprocess=kr.Preprocess(...), or set model.info['preprocess'] and save it."
         )
     return Preprocess.from_config(config)
 
 
-def model_class_names(model: keras.Model) -> list[str]:
+def model_class_names(model: keras.Model | Runner) -> list[str]:
     """Names of a model's classes; their numbers where it knows none."""
     names = getattr(model, "info", {}).get("class_names")
-    return list(names) if names else [str(i) for i in range(model.output_shape[-1])]
+    if names:
+        return list(names)
+    count = model.num_classes if isinstance(model, Runner) else model.output_shape[-1]
+    return [str(i) for i in range(count)]
 
 
-def _as_model(model: keras.Model | str | os.PathLike) -> keras.Model:
-    model = model if isinstance(model, keras.Model) else load_model(model)
-    if len(model.output_shape) != 2:
-        raise InputError(
-            f"The model {model.name!r} has no classification head: its output is "
-            f"{model.output_shape}."
-        )
-    return model
-
-
-def dataset_output(model: keras.Model) -> str:
+def dataset_output(model: keras.Model | Runner) -> str:
     """What the model wants: raw pixels where it normalises itself."""
     inside = getattr(model, "info", {}).get("options", {}).get("include_preprocessing")
     return "uint8" if inside else "float32"
-
-
-def log_probabilities(model: keras.Model, outputs: np.ndarray) -> np.ndarray:
-    """Natural logarithms of the class probabilities, float64 `(n, classes)`, from outputs.
-
-    Logits go through a log-softmax; a model that ends in softmax gives probabilities already.
-    """
-    outputs = np.asarray(outputs, np.float64)
-    activation = getattr(model.layers[-1], "activation", None)
-    if activation is not None and activation is keras.activations.softmax:
-        return np.log(np.clip(outputs, 1e-12, 1.0))
-    shifted = outputs - outputs.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def _run(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    if keras.config.image_data_format() == "channels_first":
-        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    return log_probabilities(model, model.predict_on_batch(images))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +144,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: keras.Model | str | os.PathLike,
+    model: keras.Model | Runner | str | os.PathLike,
     data: str | os.PathLike | ImageDataset,
     *,
     batch_size: int = 32,
@@ -207,11 +153,12 @@ def evaluate(
     preprocess: Preprocess | None = None,
     strict: bool = False,
     output: str | os.PathLike | None = None,
+    engine: str = "keras",
 ) -> Evaluation:
     """Measures a model on labelled pictures.
 
     Args:
-        model: A model, a `.keras` file or a run folder.
+        model: A model, a `.keras` file or a run folder, or a `Runner`.
         data: A folder with a folder a class, or one that holds such folders as `test`, `val` and
             `train`; or an unshuffled `ImageDataset`. Classes go by their names: the folder may
             lack some of the model's, but has none that the model does not know.
@@ -221,6 +168,7 @@ def evaluate(
         preprocess: In place of the model's own.
         strict: Stop at a picture that cannot be read, instead of skipping it.
         output: A folder for `evaluation.json`, `predictions.csv` and `confusion_matrix.png`.
+        engine: What runs the model: see `engines.open_runner`.
 
     Returns:
         The `Evaluation`.
@@ -230,8 +178,8 @@ def evaluate(
         DataError: A folder without pictures, or, if strict, a picture that cannot be read.
         NotFoundError: A path does not exist.
     """
-    model = _as_model(model)
-    names = model_class_names(model)
+    runner = open_runner(model, engine)
+    names = model_class_names(runner)
     if isinstance(data, ImageDataset):
         dataset = data
         if dataset.shuffle:
@@ -246,8 +194,8 @@ def evaluate(
             shuffle=False,
             batch_size=batch_size,
             workers=workers,
-            preprocess=preprocess or model_preprocess(model),
-            output=dataset_output(model),
+            preprocess=preprocess or model_preprocess(runner),
+            output=dataset_output(runner),
             on_error="raise" if strict else "skip",
         )
     logs, kept = [], []
@@ -258,7 +206,7 @@ def evaluate(
             if dataset.on_error == "raise":
                 raise
             continue
-        logs.append(_run(model, batch.images))
+        logs.append(runner.log_probabilities(batch.images))
         kept.append(batch.indices)
     if not kept:
         reason = dataset.skipped[0][1]
@@ -467,19 +415,20 @@ def picture_paths(sources: str | os.PathLike | Iterable[str | os.PathLike]) -> l
 
 
 def iter_predictions(
-    model: keras.Model | str | os.PathLike,
+    model: keras.Model | Runner | str | os.PathLike,
     sources: str | os.PathLike | Iterable[str | os.PathLike],
     *,
     top: int = 5,
     batch_size: int = 32,
     workers: int | None = None,
     preprocess: Preprocess | None = None,
+    engine: str = "keras",
 ) -> Iterator[Prediction]:
     """As `predict`, one `Prediction` at a time in the order of the files, in flat memory."""
     if top < 1:
         raise InputError(f"top must be at least 1. Received: {top}.")
-    model = _as_model(model)
-    names = model_class_names(model)
+    runner = open_runner(model, engine)
+    names = model_class_names(runner)
     paths = picture_paths(sources)
     dataset = ImageDataset(
         paths,
@@ -487,8 +436,8 @@ def iter_predictions(
         shuffle=False,
         batch_size=batch_size,
         workers=workers,
-        preprocess=preprocess or model_preprocess(model),
-        output=dataset_output(model),
+        preprocess=preprocess or model_preprocess(runner),
+        output=dataset_output(runner),
     )
     for index in range(len(dataset)):
         asked = dataset.batch_indices(index)
@@ -499,7 +448,8 @@ def iter_predictions(
             if not dataset.skipped:
                 raise
         else:
-            for sample, log in zip(batch.indices, _run(model, batch.images), strict=True):
+            logs = runner.log_probabilities(batch.images)
+            for sample, log in zip(batch.indices, logs, strict=True):
                 order = np.argsort(-log, kind="stable")[:top]
                 answers[int(sample)] = Prediction(
                     paths[sample], [(names[i], float(np.exp(log[i]))) for i in order]
@@ -512,23 +462,26 @@ def iter_predictions(
 
 
 def predict(
-    model: keras.Model | str | os.PathLike,
+    model: keras.Model | Runner | str | os.PathLike,
     sources: str | os.PathLike | Iterable[str | os.PathLike],
     *,
     top: int = 5,
     batch_size: int = 32,
     workers: int | None = None,
     preprocess: Preprocess | None = None,
+    engine: str = "keras",
 ) -> list[Prediction]:
     """Classifies pictures.
 
     Args:
-        model: A model, a `.keras` file or a run folder; the file is all that is needed.
+        model: A model, a `.keras` file or a run folder, or a `Runner`; the file is all that is
+            needed.
         sources: A picture, a folder (searched through), a shell pattern, or several of these.
         top: Classes to give a picture, most probable first.
         batch_size: Pictures at a time; the result does not depend on it.
         workers: Threads that read pictures.
         preprocess: In place of the model's own.
+        engine: What runs the model: see `engines.open_runner`.
 
     Returns:
         A `Prediction` a picture, in order; those of unreadable pictures hold an error.
@@ -540,7 +493,13 @@ def predict(
     """
     return list(
         iter_predictions(
-            model, sources, top=top, batch_size=batch_size, workers=workers, preprocess=preprocess
+            model,
+            sources,
+            top=top,
+            batch_size=batch_size,
+            workers=workers,
+            preprocess=preprocess,
+            engine=engine,
         )
     )
 

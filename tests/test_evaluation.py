@@ -13,6 +13,7 @@ from sklearn import metrics
 
 from keras_resnet import cli
 from keras_resnet.data import image_dataset_from_directory
+from keras_resnet.engines import open_runner
 from keras_resnet.errors import DataError, InputError, NotFoundError
 from keras_resnet.evaluation import (
     evaluate,
@@ -272,3 +273,22 @@ def test_a_model_without_a_head_or_preprocessing_is_said(pictures):
     bare = create_model("resnet20", num_classes=7)
     with pytest.raises(InputError, match="does not say how its pictures are prepared"):
         predict(bare, pictures)
+
+
+def test_a_runner_is_opened_once_and_answers_as_the_model(file, model, pictures, expected):
+    paths, _, probabilities = expected
+    runner = open_runner(file)
+    assert runner.name == f"keras/{keras.backend.backend()}"
+    assert runner.info == model.info and runner.num_classes == 7
+    assert open_runner(runner) is runner
+    pixels = np.stack([Preprocess((16, 16), None).pixels(path) for path in paths])
+    np.testing.assert_allclose(
+        np.exp(runner.log_probabilities(pixels)), probabilities, rtol=1e-3, atol=1e-6
+    )
+    assert predict(runner, pictures, workers=1) == predict(file, pictures, workers=1)
+
+
+@pytest.mark.once
+def test_an_unknown_engine_is_said_before_any_work(file, pictures, capsys):
+    assert cli.main(["predict", str(file), str(pictures), "--engine", "kers"]) == 2
+    assert "Did you mean 'keras'?" in capsys.readouterr().err
