@@ -32,6 +32,7 @@ _PUBLIC = {
         "Evaluation", "Prediction", "evaluate", "iter_predictions", "load_model", "predict",
         "save_predictions",
     ),
+    "explain": ("Explanation", "grad_cam", "iter_explanations", "overlay", "save_overlay"),
     "hub": ("imagenet_class_names", "resolve_weights", "weights_path"),
     "lr_finder": ("LrFinderResult", "lr_find"),
     "model": ("ImageModel",),

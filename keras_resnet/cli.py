@@ -125,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
     _engine_option(predict)
 
+    _explain_command(commands)
+
     demo = _command(commands, "demo", _demo, "train, evaluate and predict on handwritten digits")
     demo.add_argument("--output", default="demo", metavar="DIR")
     demo.add_argument("--epochs", type=int, default=None, metavar="N")
@@ -427,6 +429,63 @@ def _predict(arguments) -> int:
         save_predictions(found, path)
         print(f"Written: {path}")
     return 0
+
+
+def _explain_command(commands) -> None:
+    explain = _command(commands, "explain", _explain, "draw where a model looked, by Grad-CAM")
+    explain.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
+    explain.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns")
+    explain.add_argument(
+        "--class", dest="class_name", metavar="NAME",
+        help="the class to explain; each picture's most probable one by default",
+    )  # fmt: skip
+    explain.add_argument("--layer", metavar="NAME", help="the last feature map by default")
+    explain.add_argument("--output", default="explained", metavar="DIR", help="for the pictures")
+    explain.add_argument("--top", type=int, default=5, metavar="N", help="classes to show")
+    explain.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
+
+
+def _explain(arguments) -> int:
+    from keras_resnet.backends import backend_line
+    from keras_resnet.errors import InputError
+    from keras_resnet.evaluation import (
+        PredictionTable,
+        load_model,
+        model_class_names,
+        picture_paths,
+    )
+    from keras_resnet.explain import iter_explanations, overlay_names, save_overlay
+    from keras_resnet.files import printable
+
+    output = Path(arguments.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise InputError(f"The output {str(output)!r} is a file; a folder is needed.")
+    print(f"Backend: {backend_line()}")
+    model = load_model(arguments.model)
+    paths = picture_paths(arguments.paths)
+    table = PredictionTable(paths, model_class_names(model), arguments.top)
+    found = iter_explanations(
+        model,
+        paths,
+        class_name=arguments.class_name,
+        layer=arguments.layer,
+        top=arguments.top,
+        workers=arguments.workers,
+    )
+    written = 0
+    print(table.header)
+    for explanation, name in zip(found, overlay_names(paths), strict=True):
+        print(table.line(explanation.prediction))
+        if explanation.heatmap is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            save_overlay(explanation, output / name)
+            written += 1
+    unreadable = len(paths) - written
+    if unreadable:
+        print(f"{unreadable} of {len(paths)} pictures could not be read.", file=sys.stderr)
+    if written:
+        print(f"Written: {written} pictures in {printable(output)}")
+    return 0 if written else 2
 
 
 def _demo(arguments) -> int:

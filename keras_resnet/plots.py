@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -171,3 +172,13 @@ def confusion_matrix(
             )  # fmt: skip
     axes.set(xlabel="Predicted class", ylabel="True class", title="Confusion matrix")
     return _save(figure, path)
+
+
+def heat_colors(values: np.ndarray) -> np.ndarray:
+    """Colours of a heat map, from violet over red to yellow: uint8 `(..., 3)` for values in 0..1.
+
+    Lightness grows with the value, so that the order survives printing and colour blindness.
+    """
+    return (matplotlib.colormaps["plasma"](np.asarray(values, float))[..., :3] * 255).astype(
+        "uint8"
+    )

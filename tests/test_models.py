@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import keras_resnet as kr
+from keras_resnet import explain
 from keras_resnet.errors import InputError
 from keras_resnet.specs import SPECS, conv_output_size
 
@@ -40,6 +41,15 @@ def test_parameters_and_flops_are_the_published_ones(built):
     if name in PUBLISHED:
         assert trainable(model) == PUBLISHED[name]["num_params"]
         assert kr.count_flops(model) / 1e9 == pytest.approx(PUBLISHED[name]["gflops"], abs=6e-4)
+
+
+def test_grad_cam_looks_at_the_map_in_front_of_the_pooling(built):
+    name, model = built
+    tensor = explain._last_map(model)
+    if "alexnet" in name:
+        assert tensor is model.get_layer("maxpool5").output
+    else:
+        assert tensor is model.get_layer("avgpool").input
 
 
 def test_logits_have_one_value_a_class(built, rng):
