@@ -14,12 +14,11 @@ from PIL import Image
 
 from keras_resnet import plots
 from keras_resnet.data import ImageDataset
+from keras_resnet.engines import load_model, open_runner
 from keras_resnet.errors import DataError, InputError, did_you_mean
 from keras_resnet.evaluation import (
     Prediction,
     dataset_output,
-    load_model,
-    log_probabilities,
     model_class_names,
     model_preprocess,
     picture_paths,
@@ -567,9 +566,9 @@ def _explain_batch(model, batch, dataset, names, wanted, layer, top):
     pixels = batch.images
     raw = dataset_output(model) == "uint8"
     images = pixels if raw else dataset.preprocess.normalize(pixels)
-    if keras.config.image_data_format() == "channels_first":
+    logs = open_runner(model).log_probabilities(images)
+    if _channels_first(model):
         images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    logs = log_probabilities(model, model.predict_on_batch(images))
     chosen = logs.argmax(axis=1) if wanted is None else [wanted[i] for i in batch.indices]
     maps = grad_cam(model, images, np.asarray(chosen, np.int32), layer)
     for i, sample in enumerate(map(int, batch.indices)):
