@@ -14,7 +14,7 @@ import keras
 
 import keras_resnet as kr
 from keras_resnet.demo import write_digits
-from keras_resnet.evaluation import save_predictions
+from keras_resnet.predictions import save_predictions
 
 
 def load_data(data, size, args):

@@ -114,17 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--strict", action="store_true", help="stop at an unreadable picture")
     _engine_option(evaluate)
 
-    predict = _command(commands, "predict", _predict, "classify pictures")
-    predict.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
-    predict.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns")
-    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to show")
-    predict.add_argument("--csv", metavar="FILE", help="write a line a picture")
-    predict.add_argument("--json", metavar="FILE", help="write the same as JSON")
-    predict.add_argument("--plot", metavar="FILE", help="draw the pictures with their titles")
-    predict.add_argument("--batch-size", type=int, default=32, metavar="N")
-    predict.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
-    _engine_option(predict)
-
+    _predict_command(commands)
     _explain_command(commands)
 
     demo = _command(commands, "demo", _demo, "train, evaluate and predict on handwritten digits")
@@ -388,15 +378,36 @@ def _evaluate(arguments) -> int:
     return 0
 
 
+def _predict_command(commands) -> None:
+    predict = _command(commands, "predict", _predict, "classify pictures")
+    predict.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
+    predict.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes to show")
+    predict.add_argument(
+        "--output", metavar="FILE",
+        help="write .csv, .jsonl or .parquet as answers come, and print none; for any number of "
+        "pictures: an interrupted run goes on",
+    )  # fmt: skip
+    predict.add_argument(
+        "--restart", action="store_true", help="never go on from an interrupted --output"
+    )
+    predict.add_argument("--csv", metavar="FILE", help="write a line a picture at the end")
+    predict.add_argument("--json", metavar="FILE", help="write the same as JSON")
+    predict.add_argument("--plot", metavar="FILE", help="draw the pictures with their titles")
+    predict.add_argument("--batch-size", type=int, default=32, metavar="N")
+    predict.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
+    _engine_option(predict)
+
+
 def _predict(arguments) -> int:
     from keras_resnet.backends import backend_line
     from keras_resnet.engines import open_runner
     from keras_resnet.errors import InputError
-    from keras_resnet.evaluation import (
+    from keras_resnet.predictions import (
+        Pictures,
         PredictionTable,
         iter_predictions,
         model_class_names,
-        picture_paths,
         save_predictions,
     )
 
@@ -405,30 +416,82 @@ def _predict(arguments) -> int:
         ends = (".png", ".jpg", ".jpeg", ".svg", ".pdf") if name == "plot" else (f".{name}",)
         if path is not None and Path(path).suffix.lower() not in ends:
             raise InputError(f"--{name} wants a name that ends in {ends[0]}, not {path!r}.")
+    if arguments.output is not None:
+        if any(wanted.values()):
+            raise InputError("--output stands alone: leave out --csv, --json and --plot.")
+        return _predict_to_file(arguments)
     print(f"Backend: {backend_line()}")
     runner = open_runner(arguments.model, arguments.engine)
-    paths = picture_paths(arguments.paths)
-    table = PredictionTable(paths, model_class_names(runner), arguments.top)
+    pictures = Pictures(arguments.paths)
+    table = PredictionTable(pictures, model_class_names(runner), arguments.top)
     print(table.header)
-    found = []
+    kept, unreadable = [], 0
     for prediction in iter_predictions(
         runner,
-        paths,
+        pictures,
         top=arguments.top,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
     ):
         print(table.line(prediction))
-        found.append(prediction)
-    unreadable = sum(p.error is not None for p in found)
+        unreadable += prediction.error is not None
+        if any(wanted.values()):
+            kept.append(prediction)
     if unreadable:
-        print(f"{unreadable} of {len(found)} pictures could not be read.", file=sys.stderr)
-    if unreadable == len(found):
+        print(f"{unreadable} of {len(pictures)} pictures could not be read.", file=sys.stderr)
+    if unreadable == len(pictures):
         return 2
     for path in filter(None, wanted.values()):
-        save_predictions(found, path)
+        save_predictions(kept, path)
         print(f"Written: {path}")
     return 0
+
+
+def _predict_to_file(arguments) -> int:
+    from keras_resnet.backends import backend_line
+    from keras_resnet.files import printable
+    from keras_resnet.prediction_files import check_output
+    from keras_resnet.predictions import Pictures, write_predictions
+    from keras_resnet.progress import Progress, ProgressLine
+
+    output = check_output(arguments.output)
+    pictures = Pictures(arguments.paths)
+    print(f"Backend: {backend_line()}", flush=True)
+    line, last = ProgressLine(), Progress(0, 0)
+
+    def progress(now: Progress) -> None:
+        nonlocal last
+        if last.total == 0 and now.done:
+            print(f"Going on behind {now.done:,} of {now.total:,} pictures.", flush=True)
+        last = now
+        line(now)
+
+    try:
+        result = write_predictions(
+            arguments.model,
+            pictures,
+            output,
+            top=arguments.top,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            engine=arguments.engine,
+            restart=arguments.restart,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        line.close()
+        if last.total:
+            print(
+                f"Interrupted at {last.done:,} of {last.total:,} pictures, kept in "
+                f"{printable(output)}.part. The same command goes on.",
+                file=sys.stderr,
+            )
+            return 130
+        raise
+    finally:
+        line.close()
+    print(result)
+    return 2 if result.unreadable == result.count else 0
 
 
 def _explain_command(commands) -> None:
@@ -448,14 +511,10 @@ def _explain_command(commands) -> None:
 def _explain(arguments) -> int:
     from keras_resnet.backends import backend_line
     from keras_resnet.errors import InputError
-    from keras_resnet.evaluation import (
-        PredictionTable,
-        load_model,
-        model_class_names,
-        picture_paths,
-    )
+    from keras_resnet.evaluation import load_model, model_class_names
     from keras_resnet.explain import iter_explanations, overlay_names, save_overlay
     from keras_resnet.files import printable
+    from keras_resnet.predictions import PredictionTable, picture_paths
 
     output = Path(arguments.output).expanduser()
     if output.exists() and not output.is_dir():

@@ -359,15 +359,40 @@ def existing_folder(directory: str | os.PathLike) -> str:
 def walk_pictures(folder: str, follow_links: bool) -> tuple[list[str], list[str]]:
     """Pictures and other files below a folder, in torchvision's order, without hidden ones."""
     pictures, other = [], []
-    hidden = len(folder.split(os.sep))
     for root, _, names in sorted(os.walk(folder, followlinks=follow_links)):
-        if any(part.startswith(".") for part in root.split(os.sep)[hidden:]):
+        if _hidden(folder, root):
             continue
         for name in sorted(names):
             if not name.startswith("."):
-                known = name.lower().endswith(IMG_EXTENSIONS)
-                (pictures if known else other).append(os.path.join(root, name))
+                (pictures if is_picture(name) else other).append(os.path.join(root, name))
     return pictures, other
+
+
+def picture_folders(folder: str) -> list[str]:
+    """The folders below a folder that hold pictures themselves, in the order of `walk_pictures`.
+
+    File names are looked at and forgotten: memory grows with folders, not with files.
+    """
+    return sorted(
+        root
+        for root, _, names in os.walk(folder)
+        if not _hidden(folder, root) and any(map(is_picture, names))
+    )
+
+
+def pictures_in(folder: str) -> list[str]:
+    """Names of the pictures in a folder itself, sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if is_picture(e.name) and not e.is_dir())
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is taken for a picture, by its name."""
+    return not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
+
+
+def _hidden(folder: str, root: str) -> bool:
+    return any(part.startswith(".") for part in root[len(folder) :].split(os.sep))
 
 
 def _extension_counts(names: Iterable[str]) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from keras_resnet.evaluation import predict, save_predictions
 from keras_resnet.files import printable
+from keras_resnet.predictions import predict, save_predictions
 from keras_resnet.training import TrainResult, train
 
 

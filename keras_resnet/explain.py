@@ -16,14 +16,14 @@ from keras_resnet import plots
 from keras_resnet.data import ImageDataset
 from keras_resnet.engines import load_model, open_runner
 from keras_resnet.errors import DataError, InputError, did_you_mean
-from keras_resnet.evaluation import (
+from keras_resnet.files import replace_file
+from keras_resnet.predictions import (
     Prediction,
     dataset_output,
     model_class_names,
     model_preprocess,
     picture_paths,
 )
-from keras_resnet.files import replace_file
 from keras_resnet.preprocess import Preprocess
 from keras_resnet.runs import sync
 

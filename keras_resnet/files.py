@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,58 @@ def printable(text: Any) -> str:
         c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in str(text)
     )  # fmt: skip
+
+
+# What makes a spreadsheet take a cell for a formula, its full-width forms included (OWASP, "CSV
+# Injection"); a plain number is none.
+_FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
+_QUOTED = re.compile(r'[",;\t\r\n]|^\s|\s$')
+
+
+def csv_line(cells: Iterable[Any]) -> str:
+    r"""One line of a CSV file (RFC 4180), harmless in a spreadsheet and always valid UTF-8.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front; give paths by
+    way of `plain_path`, which stay paths. Bytes of a file name that are no UTF-8 are written as
+    escapes. Semicolons and tabs are quoted as commas are: a spreadsheet may split at them.
+
+    Example:
+        >>> csv_line(["a, b", "=HYPERLINK(1)", "-1", 0.5, None]).rstrip()
+        '"a, b",\'=HYPERLINK(1),-1,0.5,'
+    """
+    return ",".join(map(_csv_cell, cells)) + "\n"
+
+
+def _csv_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    text = valid_text(value)
+    if isinstance(value, str) and _is_formula(text):
+        text = f"'{text}"
+    return '"' + text.replace('"', '""') + '"' if _QUOTED.search(text) else text
+
+
+def _is_formula(text: str) -> bool:
+    return bool(_FORMULA.match(text)) and not _NUMBER.fullmatch(text)
+
+
+def plain_path(path: str | os.PathLike) -> str:
+    """The same file's path, with `./` before it where it would begin as a formula does.
+
+    Example:
+        >>> plain_path("=1+1.png"), plain_path("photos/=1+1.png")
+        ('./=1+1.png', 'photos/=1+1.png')
+    """
+    path = os.fspath(path)
+    return f"./{path}" if _is_formula(path) else path
+
+
+def valid_text(value: Any) -> str:
+    r"""Text that can be written as UTF-8: bytes of a file name that are none become escapes.
+
+    Example:
+        >>> valid_text(os.fsdecode(b"caf\xe9.png"))
+        'caf\\udce9.png'
+    """
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")

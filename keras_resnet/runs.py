@@ -18,7 +18,7 @@ import keras
 import numpy as np
 
 from keras_resnet.errors import InputError, KerasResNetError
-from keras_resnet.files import replace_file, write_json, write_text
+from keras_resnet.files import csv_line, plain_path, replace_file, write_json, write_text
 
 _STATE = "state.npz"
 # What a killed process leaves behind: files.replace_file's, and Keras' own while it saves.
@@ -175,10 +175,9 @@ class Run:
     def write_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
         """Writes `skipped.csv` where any picture could not be read."""
         if skipped:
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerows([("path", "reason"), *skipped])
-            self.guard(write_text, self.path("skipped.csv"), text.getvalue())
+            lines = [csv_line(["path", "reason"])]
+            lines += [csv_line([plain_path(path), reason]) for path, reason in skipped]
+            self.guard(write_text, self.path("skipped.csv"), "".join(lines))
 
     def save_model(self, model: keras.Model, name: str) -> None:
         """Saves the model as `name` in the folder, whole or not at all."""

@@ -17,13 +17,11 @@ from keras_resnet.engines import open_runner
 from keras_resnet.errors import DataError, InputError, NotFoundError
 from keras_resnet.evaluation import (
     evaluate,
-    iter_predictions,
     load_model,
     log_probabilities,
     model_preprocess,
-    picture_paths,
-    predict,
 )
+from keras_resnet.predictions import iter_predictions, picture_paths, predict
 from keras_resnet.preprocess import Preprocess
 from keras_resnet.zoo import create_model
 

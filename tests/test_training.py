@@ -19,7 +19,8 @@ from PIL import Image
 
 from keras_resnet import cli, loop
 from keras_resnet.errors import InputError
-from keras_resnet.evaluation import evaluate, load_model, predict
+from keras_resnet.evaluation import evaluate, load_model
+from keras_resnet.predictions import predict
 from keras_resnet.training import train
 
 TINY = {
