@@ -712,44 +712,76 @@ class ImageDataset(keras.utils.PyDataset):
     def _fetch(self, epoch: int, order: np.ndarray, index: int) -> Batch:
         """Reads a batch, or takes it from those read ahead, and lets the threads read on."""
         if self.threads == 0:
-            return self._read(epoch, order, index, map)
+            try:
+                pictures = [self._one(epoch, order, p) for p in self._positions(order, index)]
+                return self._assemble(epoch, order, index, pictures)
+            except Exception as error:
+                self.failure = error
+                raise
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self.threads, "keras_resnet-data")
             for key in [key for key in self._ahead if key[0] != epoch]:
                 self._ahead.pop(key).cancel()
-            waiting = self._ahead.pop((epoch, index), None)
-            in_order = index == 0 or self._last == (epoch, index - 1)
+            batch = self._ahead.pop((epoch, index), None) or self._begin(epoch, order, index)
+            if index == 0 or self._last == (epoch, index - 1):  # asked for in order
+                depth = self._batches_ahead()
+                for following in range(index + 1, min(index + 1 + depth, len(self))):
+                    key = (epoch, following)
+                    if key not in self._ahead and len(self._ahead) < depth:
+                        self._ahead[key] = self._begin(epoch, order, following)
             self._last = (epoch, index)
-        # A batch that nobody has begun is shared out picture by picture.
-        batch = self._read(epoch, order, index, self._pool.map) if waiting is None else None
-        if in_order:
-            self._read_on(epoch, order, index)
-        return waiting.result() if batch is None else batch
+        return batch.result()
 
-    def _read_on(self, epoch: int, order: np.ndarray, index: int) -> None:
-        with self._lock:
-            depth = self._batches_ahead()
-            for following in range(index + 1, min(index + 1 + depth, len(self))):
-                key = (epoch, following)
-                if key not in self._ahead and len(self._ahead) < depth:
-                    self._ahead[key] = self._pool.submit(self._read, epoch, order, following, map)
+    def _positions(self, order: np.ndarray, index: int) -> range:
+        """Where the pictures of a batch stand in the order of the epoch."""
+        return range(len(order))[index * self.batch_size : (index + 1) * self.batch_size]
 
-    def _read(self, epoch: int, order: np.ndarray, index: int, over: Callable) -> Batch:
-        try:
-            return self._assemble(epoch, order, index, over)
-        except Exception as error:
-            self.failure = error
-            raise
+    def _begin(self, epoch: int, order: np.ndarray, index: int) -> Future:
+        """Hands a batch to the threads, which put it together as they finish its last part.
 
-    def _assemble(self, epoch: int, order: np.ndarray, index: int, over: Callable) -> Batch:
-        """Reads the pictures of a batch with `over`, a kind of `map`, and puts them together."""
-        positions = range(len(order))[index * self.batch_size : (index + 1) * self.batch_size]
+        In parts of a few pictures: were a batch one thread's, the others would wait for it at the
+        end of every epoch, and the model for the first one.
+        """
+        positions = self._positions(order, index)
+        size = max(1, len(positions) // (4 * self.threads))
+        parts = [positions[i : i + size] for i in range(0, len(positions), size)]
+        read: list[list | Exception] = [[] for _ in parts]
+        batch, missing = Future(), len(parts)
+
+        def work(number: int) -> None:
+            nonlocal missing
+            if not batch.cancelled():
+                try:
+                    read[number] = [self._one(epoch, order, p) for p in parts[number]]
+                except Exception as error:
+                    read[number] = error
+            with self._lock:
+                missing -= 1
+                last = missing == 0
+            if last and batch.set_running_or_notify_cancel():
+                try:
+                    for part in read:  # of several errors that of the first picture
+                        if isinstance(part, Exception):
+                            raise part
+                    whole = [picture for part in read for picture in part]
+                    batch.set_result(self._assemble(epoch, order, index, whole))
+                except Exception as error:
+                    self.failure = error
+                    batch.set_exception(error)
+
+        for number in range(len(parts)):
+            self._pool.submit(work, number)
+        return batch
+
+    def _assemble(
+        self, epoch: int, order: np.ndarray, index: int, pictures: list[tuple | None]
+    ) -> Batch:
+        """Puts the pictures of a batch, as `_one` gives them, together."""
+        positions = self._positions(order, index)
         erasing = getattr(self.augment, "erasing", None)
         images, kept, erased = None, [], []
-        for position, read in zip(
-            positions, over(lambda p: self._one(epoch, order, p), positions), strict=True
-        ):
+        for position, read in zip(positions, pictures, strict=True):
             if read is None:
                 continue
             sample, (pixels, window) = int(order[position]), read
@@ -838,9 +870,10 @@ class ImageDataset(keras.utils.PyDataset):
                 np.save(stream, pixels)
             os.replace(partial, file)
         except OSError as error:  # a full disk costs the cache, not the run
-            if not self._cache_failed:
+            with self._lock:
+                first, self._cache_failed = not self._cache_failed, True
+            if first:
                 logger.warning("The cache %r takes no more pictures: %s", self.cache, error)
-            self._cache_failed = True
             with contextlib.suppress(OSError):
                 os.remove(partial)
         return pixels
@@ -923,6 +956,8 @@ class ImageDataset(keras.utils.PyDataset):
             self.file_paths = [self.file_paths[i] for i in good]
             self.labels = None if self.labels is None else self.labels[good]
             self._order = None
+            for batch in self._ahead.values():
+                batch.cancel()
             self._ahead = {}
             for path, why in bad:
                 self._skip(path, why)

@@ -331,12 +331,19 @@ class Preprocess:
             raise InputError(
                 f"normalize takes (..., height, width, {self.channels}), got shape {pixels.shape}."
             )
-        # One row of width * channels values at a time: NumPy is slow where the last axis has 3.
-        rows = pixels.reshape(*pixels.shape[:-2], -1)
-        out = np.divide(rows, np.float32(255), dtype=np.float32)
-        for operation, values in ((np.subtract, self.mean), (np.divide, self.std)):
-            if values is not None:
-                operation(out, np.tile(np.asarray(values, np.float32), pixels.shape[-2]), out=out)
+        # One row of width * channels values at a time, as NumPy is slow where the last axis has 3,
+        # and picture by picture, which stay in the processor's cache between the operations.
+        rows = pixels.reshape(-1, *pixels.shape[-3:-2], pixels.shape[-2] * pixels.shape[-1])
+        out = np.empty(rows.shape, np.float32)
+        operations = [
+            (operation, np.tile(np.asarray(values, np.float32), pixels.shape[-2]))
+            for operation, values in ((np.subtract, self.mean), (np.divide, self.std))
+            if values is not None
+        ]
+        for one, result in zip(rows, out, strict=True):
+            np.divide(one, np.float32(255), dtype=np.float32, out=result)
+            for operation, values in operations:
+                operation(result, values, out=result)
         return out.reshape(pixels.shape)
 
     def get_config(self) -> dict[str, Any]:
