@@ -418,7 +418,9 @@ def _excluded(directory: str, exclude: Any) -> set[str]:
             with open(exclude, encoding="utf-8", errors="surrogateescape") as file:
                 lines = [line.rstrip("\r\n") for line in file]
         except OSError as error:
-            raise NotFoundError(f"The exclude list {os.fspath(exclude)!r}: {error}.") from None
+            raise NotFoundError(
+                f"The exclude list {os.fspath(exclude)!r} cannot be read: {error.strerror}."
+            ) from None
         exclude = [
             json.loads(line) if line.startswith('"') else line
             for line in lines

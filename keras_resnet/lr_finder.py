@@ -92,7 +92,8 @@ def suggest(rates: np.ndarray, smoothed: np.ndarray) -> float | None:
     lowest = int(np.argmin(smoothed))
     if lowest < 2:
         return None
-    slopes = np.gradient(smoothed[: lowest + 1], np.log10(rates[: lowest + 1]))
+    # Over all of them: cut at the minimum first, its own slope would be one-sided, and never flat.
+    slopes = np.gradient(smoothed, np.log10(rates))[: lowest + 1]
     steepest = int(np.argmin(slopes))
     return float(rates[steepest]) if slopes[steepest] < 0 else None
 

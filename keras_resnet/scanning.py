@@ -223,7 +223,8 @@ class ScanReport:
         try:
             sheet.save(path)
         except (OSError, ValueError) as error:
-            raise DataError(f"The sheet {os.fspath(path)!r} cannot be written: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"The sheet {os.fspath(path)!r} cannot be written: {reason}.") from error
         return len(tiles)
 
 

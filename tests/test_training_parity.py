@@ -32,16 +32,22 @@ def dtype(request, monkeypatch):
 
 
 def _trained(module):
-    """Batch norms as in a trained network, with biases that keep most ReLUs open.
+    """Batch norms as in a trained network, and biases that keep most ReLUs open.
 
-    A ReLU whose input is within a rounding error of zero falls either way in float32, which moves
-    a bias that is nothing yet by percents; in float64, and so in exact arithmetic, none does.
+    Where a ReLU's input, or the two largest of a max pooling, are within a rounding error of each
+    other, float32 falls either way, and a bias that is nothing yet moves by percents. Torchvision
+    does so against itself: AlexNet as it is initialised, 224 pixels, rate 1e-2, in channels_last
+    against contiguous memory differs by 1.2e-2 of the largest bias after twenty steps, at rate
+    1e-3 by 6e-4, and with two threads against one by 3e-3 (torch 2.13, CPU); this package differs
+    by no more. In float64 nothing falls the other way. With open ReLUs nothing does in float32.
     """
     import torch
 
-    for layer in module.modules():
+    for layer in list(module.modules())[:-1]:
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(layer.bias, 1.0, 2.0)
+        elif getattr(layer, "bias", None) is not None:
             torch.nn.init.uniform_(layer.bias, 1.0, 2.0)
     return module
 
@@ -50,7 +56,7 @@ def _trained(module):
 @pytest.mark.parametrize(
     ("name", "size", "rate", "options"),
     [
-        ("resnet18", 64, 1e-4, {}),
+        ("resnet18", 64, 1e-3, {}),
         pytest.param("alexnet", 63, 1e-4, {"dropout": 0.0}, marks=pytest.mark.slow),
     ],
     ids=["resnet18", "alexnet"],
@@ -58,8 +64,9 @@ def _trained(module):
 def test_twenty_steps_equal_torchvision(torchvision, backend, dtype, name, size, rate, options):
     if dtype == "float64" and backend == "jax":
         pytest.skip("jax has no float64 unless its process is started for it")
-    if name == "alexnet" and not os.environ.get("KERAS_RESNET_LONG"):
-        pytest.skip("57 million weights take minutes: KERAS_RESNET_LONG=1 runs it")
+    long = name == "alexnet" and (backend == "jax" or (backend, dtype) == ("tensorflow", "float64"))
+    if long and not os.environ.get("KERAS_RESNET_LONG"):
+        pytest.skip("57 million weights take a minute: KERAS_RESNET_LONG=1 runs it")
     if name == "alexnet" and backend == "tensorflow":
         size = 224  # there Keras' adaptive pooling cannot enlarge the map to AlexNet's 6x6
     import torch
