@@ -224,7 +224,9 @@ class ScanReport:
             sheet.save(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"The sheet {os.fspath(path)!r} cannot be written: {reason}.") from error
+            raise DataError(
+                f"The sheet {os.fspath(path)!r} cannot be written: {reason}."
+            ) from error
         return len(tiles)
 
 
