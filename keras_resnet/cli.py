@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _predict_command(commands)
     _explain_command(commands)
+    _serve_command(commands)
 
     demo = _command(commands, "demo", _demo, "train, evaluate and predict on handwritten digits")
     demo.add_argument("--output", default="demo", metavar="DIR")
@@ -545,6 +546,35 @@ def _explain(arguments) -> int:
     if written:
         print(f"Written: {written} pictures in {printable(output)}")
     return 0 if written else 2
+
+
+def _serve_command(commands) -> None:
+    serve = _command(commands, "serve", _serve, "a page to try a model on, and an HTTP endpoint")
+    serve.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
+    serve.add_argument("--host", default="127.0.0.1", metavar="NAME", help="where to listen")
+    serve.add_argument("--port", type=int, default=7860, metavar="N", help="0 takes a free one")
+    serve.add_argument("--max-mb", type=float, default=20, metavar="X", help="of one file")
+    serve.add_argument(
+        "--max-megapixels", type=float, default=50, metavar="X", help="of one picture"
+    )
+    serve.add_argument("--max-pictures", type=int, default=16, metavar="N", help="at a time")
+    _engine_option(serve)
+
+
+def _serve(arguments) -> int:
+    from keras_resnet.backends import backend_line
+    from keras_resnet.serving import Limits, serve
+
+    limits = Limits(arguments.max_mb, arguments.max_megapixels, arguments.max_pictures)
+    print(f"Backend: {backend_line()}", flush=True)
+    serve(
+        arguments.model,
+        host=arguments.host,
+        port=arguments.port,
+        limits=limits,
+        engine=arguments.engine,
+    )
+    return 0
 
 
 def _demo(arguments) -> int:
