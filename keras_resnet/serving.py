@@ -78,9 +78,10 @@ class Limits:
         return int(self.pictures * self.megabytes * 2**20) + 2**20
 
     def __str__(self) -> str:
+        pictures = "1 picture" if self.pictures == 1 else f"{self.pictures} pictures"
         return (
-            f"At most {self.pictures} pictures at a time, {self.megabytes:g} MB and "
-            f"{self.megapixels:g} megapixels each."
+            f"At most {pictures} at a time, {self.megabytes:g} MB and {self.megapixels:g} "
+            "megapixels each."
         )
 
 
@@ -487,7 +488,7 @@ def _service(model: Any, engine: str, limits: Limits) -> Service:
     elif not isinstance(model, Runner) and _holds_keras_model(Path(model).expanduser()):
         found = load_model(model)
     if found is None:
-        blind = "An exported model has no gradients: no heat maps of where it looked."
+        blind = "An exported model has no gradients: there are no heat maps of where it looked."
     runner = open_runner(model if found is None else found, engine)
     if found is not None:
         try:  # once, before anybody waits for it
@@ -736,7 +737,7 @@ class _Guard:
         more = True
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > limit:
-            await self._refuse(receive, send, True)
+            await self._refuse(scope, receive, send, True)
             return
 
         async def counted():
@@ -755,7 +756,7 @@ class _Guard:
             if over:  # whatever the application makes of the cut-off request
                 if not begun:
                     begun = True
-                    await self._refuse(receive, send, more)
+                    await self._refuse(scope, receive, send, more)
                 return
             if message["type"] == "http.response.start":
                 begun = True
@@ -773,19 +774,21 @@ class _Guard:
             if not over:
                 raise
         if over and not begun:
-            await self._refuse(receive, send, more)
+            await self._refuse(scope, receive, send, more)
 
-    async def _refuse(self, receive, send, more: bool) -> None:
+    async def _refuse(self, scope, receive, send, more: bool) -> None:
         # A browser that is still sending reads no answer: what comes is taken, and thrown away.
         left = 8 * self.limits.request_bytes
         while more and left > 0:
             message = await receive()
             left -= len(message.get("body", b""))
             more = message.get("more_body", False)
-        body = json.dumps({"error": f"The upload is too large. {self.limits}"}).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        sentence, kind = f"The upload is too large. {self.limits}", b"text/plain"
+        if scope["path"] == "/predict":
+            sentence, kind = json.dumps({"error": sentence}), b"application/json"
+        headers = [(b"content-type", kind), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.body", "body": sentence.encode()})
 
 
 def serve(

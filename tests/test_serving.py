@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from keras_resnet import cli
+from keras_resnet.engines import open_runner
 from keras_resnet.errors import DataError, InputError, MissingDependencyError
 from keras_resnet.predictions import predict
 from keras_resnet.preprocess import Preprocess
@@ -119,6 +120,16 @@ def test_what_is_no_picture_gets_a_sentence(model, name):
     (answer,) = service.answer([(name, lambda: data)], heat=True)
     assert sentence in answer.error and answer.error.endswith(".") and not answer.classes
     assert "Traceback" not in answer.error and "\n" not in answer.error
+
+
+@pytest.mark.once
+def test_where_there_are_no_gradients_the_page_says_so(model):
+    service = _service(open_runner(model), "keras", Limits())  # what runs an exported file
+    (answer,) = service.answer([("a.png", png_bytes)], heat=True)
+    assert answer.classes and answer.heat is None and "no gradients" in facts_html(service)
+    assert answers_html([answer]).count("<img") == 1 and "Parameters" not in dict(service.facts())
+    whole = _service(model, "keras", Limits())
+    assert "no gradients" not in facts_html(whole) and whole.model is model
 
 
 @pytest.mark.once
@@ -259,7 +270,7 @@ def test_an_endless_upload_is_ended_and_leaves_nothing(client, path):
     answer = client.post(
         path, content=endless(), headers={"content-type": "multipart/form-data; boundary=x"}
     )
-    assert answer.status_code == 413 and "too large" in answer.json()["error"]
+    assert answer.status_code == 413 and "too large" in answer.text
     assert uploads(client) == []
 
 
