@@ -415,8 +415,12 @@ class PredictionWriter:
             self._check_identity()
             end = self._find_end(paths)
         if end == 0:
+            # In this order: the rows that are there may be another model's.
+            self._note.unlink(missing_ok=True)
+            self._rows.cut(0)
             write_json(self._note, self._identity)
-        self._rows.cut(end)
+        else:
+            self._rows.cut(end)
         self.resumed = self.done
 
     def _take_lock(self) -> None:
