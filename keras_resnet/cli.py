@@ -130,11 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--workers", type=int, metavar="N", help="threads that read pictures")
 
     _weight_commands(commands)
+    _export_command(commands)
     return parser
 
 
 def _engine_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--engine", default="keras", metavar="NAME", help="keras or auto")
+    command.add_argument("--engine", default="keras", metavar="NAME",
+                         help="keras, openvino, onnxruntime, torch; auto tries them")  # fmt: skip
 
 
 def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
@@ -366,8 +368,10 @@ def _evaluate(arguments) -> int:
     from keras_resnet.evaluation import evaluate
 
     print(f"Backend: {backend_line()}")
+    runner = open_runner(arguments.model, arguments.engine)
+    print(f"Engine: {runner}")
     result = evaluate(
-        open_runner(arguments.model, arguments.engine),
+        runner,
         arguments.directory,
         split=arguments.split,
         batch_size=arguments.batch_size,
@@ -423,6 +427,7 @@ def _predict(arguments) -> int:
         return _predict_to_file(arguments)
     print(f"Backend: {backend_line()}")
     runner = open_runner(arguments.model, arguments.engine)
+    print(f"Engine: {runner}")
     pictures = Pictures(arguments.paths)
     table = PredictionTable(pictures, model_class_names(runner), arguments.top)
     print(table.header)
@@ -774,6 +779,58 @@ def _verify(arguments) -> int:
     if arguments.json:
         report.to_json(arguments.json)
     return 0 if report.passed else 1
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+def _export_command(commands) -> None:
+    export = _command(
+        commands, "export", _export, "write a model for another runtime, and prove it"
+    )
+    export.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
+    export.add_argument("--format", metavar="NAME",
+                        help="onnx, openvino, saved_model, litert or torch")  # fmt: skip
+    export.add_argument("--output", metavar="PATH", help="the file to write; beside the model")
+    export.add_argument("--pictures", action="append", metavar="PATH",
+                        help="compare on these (repeatable); packaged by default")  # fmt: skip
+    export.add_argument("--batch-size", type=int, metavar="N", help="a fixed one; any by default")
+    export.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
+                        help="largest difference, relative to the largest output")  # fmt: skip
+    export.add_argument("--int8", metavar="DIR", help="quantise, with ranges from these pictures")
+    export.add_argument("--max-drop", type=float, default=0.02, metavar="X",
+                        help="share of right answers that int8 may cost")  # fmt: skip
+    export.add_argument("--no-verify", action="store_true", help="do not run the file")
+
+
+def _export(arguments) -> int:
+    from keras_resnet.backends import backend_line
+    from keras_resnet.errors import InputError, VerificationError
+    from keras_resnet.exporting import default_path, export
+
+    if arguments.output is None and arguments.format is None:
+        raise InputError("Say which: --format onnx, openvino, saved_model, litert or torch.")
+    print(f"Backend: {backend_line()}")
+    pictures = arguments.pictures
+    try:
+        report = export(
+            arguments.model,
+            arguments.output or default_path(arguments.model, arguments.format),
+            arguments.format,
+            verify=not arguments.no_verify,
+            pictures=pictures[0] if pictures and len(pictures) == 1 else pictures,
+            tolerance=arguments.tolerance,
+            batch_size=arguments.batch_size,
+            int8=arguments.int8,
+            max_drop=arguments.max_drop,
+        )
+    except VerificationError as error:
+        print(error.report)
+        print(f"keras-resnet: {error}", file=sys.stderr)
+        return 1
+    print(report)
+    print(f"Written: {report.path}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -34,6 +34,18 @@ class MissingDependencyError(KerasResNetError, ImportError):
     """An optional package that this call needs and that is not installed."""
 
 
+class VerificationError(KerasResNetError, ArithmeticError):
+    """Numbers that should agree and do not.
+
+    Attributes:
+        report: What was compared; `print` it.
+    """
+
+    def __init__(self, message: str, report: object = None):
+        super().__init__(message)
+        self.report = report
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x' or 'y'?"`, or an empty string where nothing is near.
 
