@@ -22,7 +22,13 @@ import keras
 import numpy as np
 
 from keras_resnet import formats
-from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError, did_you_mean
+from keras_resnet.errors import (
+    InputError,
+    MissingDependencyError,
+    NotFoundError,
+    did_you_mean,
+    reason_of,
+)
 from keras_resnet.formats import ends_in_softmax
 
 # Of the engines that take a Keras model, and those that an exported file names by itself.
@@ -147,9 +153,12 @@ class FileRunner(Runner):
         )
         try:
             text, given, answer = self._open(path, precision or "float32", threads or cores())
+        except NotFoundError:
+            raise
         except Exception as error:  # each runtime raises kinds of its own
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise InputError(f"{self.runtime} cannot open {str(path)!r}: {reason}") from error
+            raise InputError(
+                f"{self.runtime} cannot open {str(path)!r}: {reason_of(error)}"
+            ) from error
         about = formats.from_json(text, path)
         self.model_name = about.get("name") or path.stem
         self.info = about.get("info") or {}
@@ -221,6 +230,9 @@ class OpenVinoRunner(FileRunner):
     def _open(self, path, precision, threads):
         import openvino as ov
 
+        weights = path.with_suffix(".bin")
+        if path.suffix == ".xml" and not weights.is_file():
+            raise NotFoundError(f"{str(weights)!r} is missing: it belongs to {path.name!r}.")
         core = ov.Core()
         model = core.read_model(path)
         hints = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -384,6 +396,9 @@ def open_file(
     threads: int | None = None,
 ) -> FileRunner:
     """Opens an exported file in its own runtime, or in another that reads it.
+
+    A SavedModel is a program for TensorFlow, which can read and write files, and a `.pt2` file may
+    hold pickles: open those of people you trust. The other formats hold a graph and numbers.
 
     Args:
         path: An `.onnx`, `.xml`, `.tflite` or `.pt2` file, or a SavedModel folder.

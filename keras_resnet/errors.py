@@ -46,6 +46,19 @@ class VerificationError(KerasResNetError, ArithmeticError):
         self.report = report
 
 
+def reason_of(error: BaseException) -> str:
+    r"""The first line of another library's message that says something, or the error's kind.
+
+    Example:
+        >>> reason_of(RuntimeError("Exception from src/core.cpp:84:\nCannot find a file\n"))
+        'Cannot find a file'
+    """
+    empty = ("Exception encountered", "Exception from ", "Check '", "FrontEnd API failed")
+    lines = [line.strip() for line in str(error).split("\n")]
+    told = [line for line in lines if line and not line.startswith(empty)]
+    return told[0] if told else type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x' or 'y'?"`, or an empty string where nothing is near.
 

@@ -22,7 +22,7 @@ import keras
 import numpy as np
 
 from keras_resnet.backends import package_version
-from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean
+from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean, reason_of
 from keras_resnet.layers import Conv2D
 from keras_resnet.model import ImageModel
 from keras_resnet.preprocess import Preprocess
@@ -317,11 +317,9 @@ def write(
     except OSError:  # a full disk, say
         raise
     except Exception as error:  # of converters, each with kinds of its own
-        lines = [line.strip() for line in str(error).split("\n")]
-        told = [line for line in lines if line and not line.startswith("Exception encountered")]
-        reason = told[0] if told else type(error).__name__
         raise InputError(
-            f"Keras on {keras.backend.backend()} could not write {model.name!r} as {name}: {reason}"
+            f"Keras on {keras.backend.backend()} could not write {model.name!r} as {name}: "
+            f"{reason_of(error)}"
         ) from error
     return description
 

@@ -362,6 +362,9 @@ def test_more_that_does_not_fit(model, tmp_path):
         open_file(tmp_path / "m.onn")
     with pytest.raises(InputError, match="cannot open"):
         open_runner(tmp_path / "m.onnx")
+    (tmp_path / "alone.xml").write_text("<net/>")
+    with pytest.raises(NotFoundError, match=r"alone\.bin' is missing"):
+        open_runner(tmp_path / "alone.xml")
     with pytest.raises(InputError, match=r"does not read 'm\.onnx'"):
         open_runner(tmp_path / "m.onnx", "torch")
     with pytest.raises(InputError, match="exported file already"):
