@@ -27,6 +27,7 @@ _PUBLIC = {
         "CheckpointError", "DataError", "InputError", "KerasResNetError",
         "MissingDependencyError", "NotFoundError",
     ),
+    "inference": ("optimize_for_inference",),
     "interchange": ("Conversion", "convert_file"),
     "evaluation": ("Evaluation", "evaluate", "load_model"),
     "explain": ("Explanation", "grad_cam", "iter_explanations", "overlay", "save_overlay"),

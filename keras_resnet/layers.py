@@ -12,7 +12,6 @@ as torch's channels-last convolution wants them.
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import keras
@@ -52,7 +51,7 @@ def _paddings(data_format: str, pad: tuple[int, int]) -> list[tuple[int, int]]:
 # Keras release stores them elsewhere.
 
 
-def _is_rematerialized(layer: keras.layers.Layer) -> bool:
+def is_rematerialized(layer: keras.layers.Layer) -> bool:
     """Whether the layer was made in a `keras.RematScope`, so that Keras must wrap its call."""
     return layer._remat_mode is not None
 
@@ -62,7 +61,17 @@ def _mask_of(x):
     return getattr(x, "_keras_mask", None)
 
 
-def _in_stateless_scope() -> bool:
+def has_torch_hooks(layer: keras.layers.Layer) -> bool:
+    """Whether torch would run hooks around a call of the layer."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def in_stateless_scope() -> bool:
     """Whether a `keras.StatelessScope` is active, in which no variable may be written."""
     with keras.StatelessScope(initialize_variables=False) as scope:
         return scope.original_scope is not None
@@ -88,7 +97,7 @@ class _DirectCall:
         """What `torch.nn.Module.__call__` runs between the hooks."""
         first = args[0] if args else None
         first = first[0] if type(first) in (list, tuple) else first
-        if not isinstance(first, torch.Tensor) or _is_rematerialized(self):
+        if not isinstance(first, torch.Tensor) or is_rematerialized(self):
             return super().forward(*args, **kwargs)
         return self.call(*args, **kwargs)
 
@@ -116,75 +125,7 @@ class _DirectCall:
         return True
 
 
-def _steps(model: keras.Model) -> list[tuple] | None:
-    """A Functional model as `(layer, takes_training, input indices, output index, to free)`.
-
-    Index 0 is the model's input, the last step's output the model's. `None` where the graph is not
-    a single-input, single-output one of plain layers, each called on a tensor or a list of them.
-    """
-    nodes = [
-        node
-        for depth in sorted(model._nodes_by_depth, reverse=True)
-        for node in model._nodes_by_depth[depth]
-        if not node.is_input
-    ]
-    if len(model.inputs) != 1 or len(model.outputs) != 1 or not nodes:
-        return None
-    index, steps, last_use = {id(model.inputs[0]): 0}, [], {}
-    for i, node in enumerate(nodes):
-        layer, (args, kwargs) = node.operation, (node.arguments.args, node.arguments.kwargs)
-        given = args[0] if len(args) == 1 else None
-        listed = isinstance(given, (list, tuple))
-        tensors = list(given) if listed else [given]
-        known = all(id(tensor) in index for tensor in tensors)
-        if kwargs or not known or len(node.outputs) != 1 or not isinstance(layer, keras.Layer):
-            return None
-        inputs = tuple(index[id(tensor)] for tensor in tensors)
-        index[id(node.outputs[0])] = i + 1
-        last_use.update(dict.fromkeys(inputs, i))
-        takes_training = "training" in inspect.signature(layer.call).parameters
-        steps.append((layer, takes_training, inputs if listed else inputs[0], i + 1))
-    if index[id(model.outputs[0])] != len(steps):
-        return None
-    free = [[j for j, last in last_use.items() if last == i] for i in range(len(steps))]
-    return [(*step, freed) for step, freed in zip(steps, free, strict=True)]
-
-
-class DirectGraph:
-    """For a Functional `keras.Model`: on torch, runs its layers from a list made once.
-
-    Keras walks through the graph with tree operations, which take longer than torch needs to start
-    the kernels. Feature maps that no later layer needs are let go at once. Put it in front of
-    `keras.Model` among a class's bases.
-    """
-
-    def call(self, inputs, training=None, mask=None):
-        if (
-            _BACKEND != "torch"
-            or mask is not None
-            or type(training) is not bool
-            or not isinstance(inputs, torch.Tensor)
-            or inputs.ndim != len(self.inputs[0].shape)
-            or (steps := self._direct_steps()) is None
-        ):
-            return super().call(inputs, training=training, mask=mask)
-        # As Keras does it: not to the policy's dtype but to the input's own.
-        values = [None] * (len(steps) + 1)
-        values[0] = ops.convert_to_tensor(inputs, dtype=self.inputs[0].dtype)
-        for layer, takes_training, source, target, freed in steps:
-            x = values[source] if type(source) is int else [values[i] for i in source]
-            values[target] = layer(x, training=training) if takes_training else layer(x)
-            for i in freed:
-                values[i] = None
-        return values[-1]
-
-    def _direct_steps(self) -> list[tuple] | None:
-        if "_steps" not in self.__dict__:
-            object.__setattr__(self, "_steps", _steps(self))  # no state, hence not Keras' to track
-        return self._steps
-
-
-def _torch_value(variable, dtype):
+def torch_value(variable, dtype):
     """A variable's (or a tensor's) tensor at `dtype`, with its memory layout kept."""
     value = getattr(variable, "value", variable)
     return value if value.dtype is dtype else value.to(dtype)
@@ -255,24 +196,26 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
         return shape[self._channel_axis] == self._channels
 
     def call(self, inputs):
-        return self._torch_call(inputs) if _BACKEND == "torch" else super().call(inputs)
+        if _BACKEND != "torch":
+            return super().call(inputs)
+        # Views, not copies: NHWC memory under an NCHW name is torch's channels_last.
+        if self.data_format == "channels_last":
+            return self.torch_nchw(inputs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.torch_nchw(inputs)
 
-    def _torch_call(self, x):
-        last = self.data_format == "channels_last"
+    def torch_nchw(self, x):
+        """What `call` does on torch, on maps in torch's order whatever the data format."""
         if not x.is_floating_point():
             x = x.to(_TORCH_DTYPES[self.compute_dtype])
         dtype = x.dtype
-        # Views, not copies: NHWC memory under an NCHW name is torch's channels_last.
-        x = x.permute(0, 3, 1, 2) if last else x
-        kernel = _torch_value(self.kernel, dtype).permute(3, 2, 0, 1)
-        bias = None if self.bias is None else _torch_value(self.bias, dtype)
+        kernel = torch_value(self.kernel, dtype).permute(3, 2, 0, 1)
+        bias = None if self.bias is None else torch_value(self.bias, dtype)
         pad = self.pad
         if self.padding == "same":
             x, pad = self._same(x)
         y = F.conv2d(x, kernel, bias, self.strides, pad, self.dilation_rate, self.groups)
         # In place: the convolution's gradient needs its inputs, not its output.
-        y = _activate(self.activation, y)
-        return y.permute(0, 2, 3, 1) if last else y
+        return _activate(self.activation, y)
 
     def _same(self, x):
         """The input padded for Keras' `"same"`, and the padding left to the convolution."""
@@ -368,7 +311,7 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
     def build(self, input_shape):
         with_shortcut = isinstance(input_shape[0], (list, tuple))
         shape = input_shape[0] if with_shortcut else input_shape
-        self._channels = shape[self.axis]
+        self._channels, self._rank = shape[self.axis], len(shape)
         super().build(shape)
         # One tensor or two: Keras' specification can say only one of them, `_check` says both.
         self.input_spec = None
@@ -396,13 +339,22 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
         training = bool(training) and self.trainable
         if self._is_fusible(x, training):
             if _BACKEND == "torch":
-                return self._torch_call(x, shortcut, training)
+                if self.axis == 1:
+                    return self.torch_nchw(x, shortcut, training)
+                shortcut = None if shortcut is None else shortcut.permute(0, 3, 1, 2)
+                y = self.torch_nchw(x.permute(0, 3, 1, 2), shortcut, training)
+                return y.permute(0, 2, 3, 1)
             y = self._tensorflow_call(x, training)
         else:
             y = self._portable_call(x, training)
         if shortcut is not None:
             y = ops.add(y, shortcut)
         return _activate(self.activation, y)
+
+    @property
+    def is_of_maps(self) -> bool:
+        """Whether it was built for feature maps, and may use a kernel made for them."""
+        return self.built and self._rank == 4 and not self.synchronized
 
     def _is_fusible(self, x, training: bool) -> bool:
         """Whether the backend has one kernel for this input."""
@@ -418,17 +370,17 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
             and keras.backend.standardize_dtype(x.dtype) in ("float32", "bfloat16", "float16")
         )
 
-    def _torch_call(self, x, shortcut, training: bool):
-        last = self.axis in (-1, 3)
-        if last:
-            x = x.permute(0, 3, 1, 2)
-            shortcut = None if shortcut is None else shortcut.permute(0, 3, 1, 2)
+    def torch_nchw(self, x, shortcut, training: bool):
+        """What `call` does on torch, on maps in torch's order whatever the axis."""
+        training = training and self.trainable
+        if training and x.numel() == self._channels:
+            return self._nchw_by_keras(x, shortcut)
         gamma = None if self.gamma is None else self.gamma.value
         beta = None if self.beta is None else self.beta.value
         mean, variance = self.moving_mean.value, self.moving_variance.value
         if not training:
             y = F.batch_norm(x, mean, variance, gamma, beta, False, 0.0, self.epsilon)
-        elif self.unbiased_variance and not _in_stateless_scope():
+        elif self.unbiased_variance and not in_stateless_scope():
             y = F.batch_norm(
                 x, mean, variance, gamma, beta, True, 1.0 - self.momentum, self.epsilon
             )
@@ -441,8 +393,12 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
         # In place: the norm's gradient needs its input, not its output, and nobody else has it.
         if shortcut is not None:
             y = y.add_(shortcut)
-        y = _activate(self.activation, y)
-        return y.permute(0, 2, 3, 1) if last else y
+        return _activate(self.activation, y)
+
+    def _nchw_by_keras(self, x, shortcut):
+        orders = ((0, 2, 3, 1), (0, 3, 1, 2)) if self.axis in (-1, 3) else ((0, 1, 2, 3),) * 2
+        y = self._portable_call(x.permute(orders[0]), True).permute(orders[1])
+        return _activate(self.activation, y if shortcut is None else y + shortcut)
 
     def _tensorflow_call(self, x, training: bool):
         ones, zeros = tf.ones((self._channels,)), tf.zeros((self._channels,))
@@ -546,14 +502,17 @@ class MaxPooling2D(_DirectCall, keras.layers.MaxPooling2D):
 
     def call(self, inputs):
         if _BACKEND == "torch" and self.padding == "valid":
-            last = self.data_format == "channels_last"
-            x = inputs.permute(0, 3, 1, 2) if last else inputs
-            y = F.max_pool2d(x, self.pool_size, self.strides, self.pad)
-            return y.permute(0, 2, 3, 1) if last else y
+            if self.data_format == "channels_last":
+                return self.torch_nchw(inputs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return self.torch_nchw(inputs)
         if any(self.pad):
             lowest = -math.inf
             inputs = ops.pad(inputs, _paddings(self.data_format, self.pad), constant_values=lowest)
         return super().call(inputs)
+
+    def torch_nchw(self, x):
+        """What `call` does on torch, on maps in torch's order whatever the data format."""
+        return F.max_pool2d(x, self.pool_size, self.strides, self.pad)
 
     def get_config(self):
         return {**super().get_config(), "pad": self.pad}
@@ -608,6 +567,13 @@ class ZeroPaddedShortcut(keras.layers.Layer):
         paddings[self._channel_axis] = (missing // 2, missing - missing // 2)
         return ops.pad(x, paddings)
 
+    def torch_nchw(self, x):
+        """What `call` does, on maps in torch's order whatever the data format."""
+        a, b = self.strides
+        missing = self.filters - x.shape[1]
+        x = x[:, :, ::a, ::b]
+        return F.pad(x, (0, 0, 0, 0, missing // 2, missing - missing // 2))
+
     def get_config(self):
         return {
             **super().get_config(),
@@ -636,6 +602,7 @@ class Normalize(keras.layers.Layer):
         super().__init__(**kwargs)
         self.mean = tuple(float(v) for v in mean)
         self.std = tuple(float(v) for v in std)
+        object.__setattr__(self, "_constants", {})  # no state, hence not Keras' to track
         self.data_format = data_format or keras.config.image_data_format()
 
     def build(self, input_shape):
@@ -666,6 +633,19 @@ class Normalize(keras.layers.Layer):
         else:
             constant = ops.convert_to_tensor(values, dtype)
         return ops.reshape(constant, (-1,) if self.data_format == "channels_last" else (-1, 1, 1))
+
+    def torch_nchw(self, x):
+        """What `call` does on torch, on maps in torch's order whatever the data format."""
+        dtype = _TORCH_DTYPES[keras.backend.result_type(self.compute_dtype, "float32")]
+        key = dtype, x.device
+        if key not in self._constants:  # made once a device: to copy them there would wait for it
+            self._constants[key] = tuple(
+                torch.tensor(v, dtype=dtype, device=x.device)[:, None, None]
+                for v in (self.mean, self.std)
+            )
+        mean, std = self._constants[key]
+        y = torch.div(x.to(dtype), 255).sub_(mean).div_(std)
+        return y.to(_TORCH_DTYPES[self.compute_dtype])
 
     def get_config(self):
         return {

@@ -9,12 +9,13 @@ import keras
 
 from keras_resnet.blocks import channel_axis
 from keras_resnet.errors import InputError
+from keras_resnet.graph import DirectGraph
 from keras_resnet.layers import Normalize
 from keras_resnet.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
-class ImageModel(keras.Model):
+class ImageModel(DirectGraph, keras.Model):
     """A Functional Keras model that carries what is known about it in `info`.
 
     `info` is a JSON-able dict and part of the `.keras` file: the variant and its options, class

@@ -13,7 +13,6 @@ from keras import ops
 from keras_resnet.layers import (
     BatchNormalization,
     Conv2D,
-    DirectGraph,
     MaxPooling2D,
     Normalize,
     ZeroPaddedShortcut,
@@ -616,7 +615,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("training", [True, False])
 def test_one_kernel_a_layer_and_no_dispatch_by_keras(training, policy, counted, rng):
-    model = DirectModel.of(small_graph(dtype=policy))
+    model = small_graph(dtype=policy)
     x = pictures(rng)
     counted.clear()
     model(x, training=training)
@@ -645,42 +644,6 @@ def test_tensorflow_runs_its_fused_kernel(monkeypatch, rng):
     layer([x, x], training=True)
     layer(x, training=False)
     assert calls == [True, False]
-
-
-class DirectModel(DirectGraph, keras.Model):
-    @classmethod
-    def of(cls, model):
-        return cls(model.input, model.output)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_direct_graph_answers_as_keras_does(training, rng):
-    model, x = small_graph(), pictures(rng)
-    direct = DirectModel.of(keras.models.clone_model(model))
-    direct.set_weights(model.get_weights())
-    assert_close(numpy(direct(x, training=training)), numpy(model(x, training=training)))
-    for a, b in zip(direct.get_weights(), model.get_weights(), strict=True):
-        assert_close(a, b)
-    assert_close(direct.predict(x, verbose=0), model.predict(x, verbose=0))
-    assert direct(keras.Input((64, 64, 3))).shape == (None, 5)  # a symbolic call
-
-
-@torch_only
-def test_a_direct_graph_lets_maps_go_and_leaves_odd_graphs_to_keras(rng):
-    x = rng.normal(size=(2, 4, 4, 3)).astype("float32")
-    inputs = keras.Input((4, 4, 3))
-    y = BatchNormalization()(inputs)
-    plain = DirectModel(inputs, BatchNormalization()([y, inputs]))
-    assert [step[-1] for step in plain._direct_steps()] == [[], [1, 0]] or [
-        sorted(step[-1]) for step in plain._direct_steps()
-    ] == [[], [0, 1]]
-    for odd in (
-        DirectModel(inputs, [y, inputs]),
-        DirectModel(inputs, ops.relu(y)),
-        DirectModel({"a": inputs}, keras.layers.Dropout(0.5)(y, training=True)),
-    ):
-        assert odd._direct_steps() is None
-        odd({"a": x} if isinstance(odd.input, dict) else x, training=False)
 
 
 def is_ohwi(tensor):
@@ -773,12 +736,12 @@ def test_keras_still_ties_masks_to_tensors():
 
 
 def test_a_scope_knows_the_scope_around_it():
-    from keras_resnet.layers import _in_stateless_scope
+    from keras_resnet.layers import in_stateless_scope
 
-    assert not _in_stateless_scope()
+    assert not in_stateless_scope()
     with keras.StatelessScope():
-        assert _in_stateless_scope()
-    assert not _in_stateless_scope()
+        assert in_stateless_scope()
+    assert not in_stateless_scope()
 
 
 @torch_only

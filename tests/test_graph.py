@@ -1,0 +1,355 @@
+"""A model run from flat lists against Keras' own walk through the same layers."""
+
+from __future__ import annotations
+
+import os
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_resnet import graph
+from keras_resnet.graph import DirectGraph, Fused, fuse, graph_steps
+from keras_resnet.layers import BatchNormalization, Conv2D
+from keras_resnet.zoo import create_model
+
+torch = pytest.importorskip("torch")
+BACKEND = os.environ["KERAS_BACKEND"]
+torch_only = pytest.mark.skipif(BACKEND != "torch", reason="the lists are torch's")
+
+# One of every kind of block, stem, shortcut and head, as small as they go.
+VARIANTS = {
+    "resnet18": 48,
+    "resnet50": 48,
+    "resnext50_32x4d": 48,
+    "resnet50_v1_relu": 48,
+    "resnet20": 16,
+    "resnet34_cifar10": 16,
+    "alexnet": 96,
+    "alexnet_cifar10": 32,
+}
+
+
+class DirectModel(DirectGraph, keras.Model):
+    """Any Functional model, run from lists."""
+
+
+def randomized(model, seed=0):
+    """Statistics and scales as after training: untouched ones hide what folding gets wrong."""
+    rng = np.random.default_rng(seed)
+    for variable in model.variables:
+        if variable.path.endswith(("gamma", "moving_variance")):
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+        elif variable.path.endswith(("beta", "moving_mean", "bias")):
+            variable.assign(rng.normal(0, 0.2, variable.shape))
+    return model
+
+
+def by_keras(model):
+    """The same layers and weights, walked through by Keras."""
+    return keras.Model(model.input, model.output)
+
+
+def numpy(x):
+    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float64")))
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    actual, expected = numpy(actual), numpy(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def pictures(model, rng, count=2):
+    shape = [64 if side is None else side for side in model.input_shape[1:]]
+    return torch.tensor(rng.integers(0, 256, (count, *shape)).astype("float32"))
+
+
+@pytest.fixture
+def lists_run(monkeypatch):
+    """Counts the runs of the two lists: a test of a path that did not run shows nothing."""
+    counts = {"whole": 0, "folded": 0}
+    list_call, folded_call = graph._List.__call__, graph._Folded.__call__
+
+    def whole(self, *args):
+        counts["whole"] += 1
+        return list_call(self, *args)
+
+    def folded(self, *args):
+        counts["folded"] += 1
+        counts["whole"] -= 1  # it runs a list of its own
+        return folded_call(self, *args)
+
+    monkeypatch.setattr(graph._List, "__call__", whole)
+    monkeypatch.setattr(graph._Folded, "__call__", folded)
+    return counts
+
+
+@torch_only
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "plain"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_inference_folds_and_agrees_with_keras(name, onednn, lists_run, monkeypatch, rng):
+    if not onednn:
+        monkeypatch.setattr(graph, "_has_onednn", lambda x: False)
+    size = VARIANTS[name]
+    model = randomized(create_model(name, input_shape=(size, size, 3), include_preprocessing=True))
+    x = pictures(model, rng)
+    before = x.clone()
+    with torch.no_grad():
+        expected = by_keras(model)(x, training=False)
+        for _ in range(2):  # the first call packs the weights
+            assert_close(model(x, training=False), expected)
+    assert lists_run == {"whole": 0, "folded": 2}
+    assert torch.equal(x, before)
+    norms = [s for s in fuse(graph_steps(model)) if isinstance(s, Fused) and s.norm is not None]
+    assert len(norms) == sum(isinstance(layer, BatchNormalization) for layer in model.layers)
+
+
+@torch_only
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_training_step_agrees_with_keras(name, lists_run, rng):
+    size = VARIANTS[name]
+    make = {"input_shape": (size, size, 3), "include_preprocessing": True, "dropout": 0.0}
+    model = randomized(create_model(name, **make))
+    plain = by_keras(create_model(name, **make))
+    plain.set_weights(model.get_weights())
+    x = pictures(model, rng, 3)
+    results = []
+    for one in (model, plain):
+        y = one(x, training=True)
+        y.square().sum().backward()
+        results.append((y, [v.value.grad for v in one.trainable_variables]))
+    assert lists_run == {"whole": 1, "folded": 0}
+    (y, gradients), (expected, expected_gradients) = results
+    assert_close(y.detach(), expected.detach())
+    largest = {}  # of a layer: the gradient of a bias before a norm is zero but for rounding
+    for other, variable in zip(expected_gradients, model.trainable_variables, strict=True):
+        layer = variable.path.split("/")[0]
+        largest[layer] = max(largest.get(layer, 0.0), float(other.abs().max()))
+    for gradient, other, variable in zip(
+        gradients, expected_gradients, model.trainable_variables, strict=True
+    ):
+        scale = largest[variable.path.split("/")[0]]
+        assert float((gradient - other).abs().max()) <= 2e-4 * scale, variable.path
+    for a, b in zip(model.non_trainable_variables, plain.non_trainable_variables, strict=True):
+        assert_close(a, b)
+
+
+@torch_only
+def test_channels_first_agrees_with_keras(lists_run, rng):
+    before = keras.config.image_data_format()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = randomized(create_model("resnet18", input_shape=(3, 48, 48)))
+        x = pictures(model, rng)
+        with torch.no_grad():
+            assert_close(model(x, training=False), by_keras(model)(x, training=False))
+        assert_close(model(x, training=True).detach(), by_keras(model)(x, training=True).detach())
+    finally:
+        keras.config.set_image_data_format(before)
+    assert lists_run == {"whole": 1, "folded": 1}
+
+
+@torch_only
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "float64"])
+def test_other_precisions_agree_with_keras(policy, lists_run, rng):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = randomized(create_model("resnet20", include_preprocessing=True))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x = pictures(model, rng, 8)
+    tolerance = 1e-10 if policy == "float64" else 3e-2
+    with torch.no_grad():
+        assert_close(model(x, training=False), by_keras(model)(x, training=False), tolerance)
+    if policy != "bfloat16":  # its norms would have running statistics in bfloat16
+        y, expected = model(x, training=True), by_keras(model)(x, training=True)
+        assert y.dtype == expected.dtype
+        assert_close(y.detach(), expected.detach(), tolerance)
+    assert lists_run["folded"] == 1
+
+
+def _assign(variable):
+    variable.assign(variable * 1.5)
+
+
+def _in_place(variable):
+    with torch.no_grad():
+        variable.value.mul_(1.5)
+
+
+def _replace_data(variable):
+    variable.value.data = variable.value.data * 1.5
+
+
+@torch_only
+@pytest.mark.parametrize("change", [_assign, _in_place, _replace_data])
+@pytest.mark.parametrize("which", ["conv1/kernel", "bn1/gamma", "layer3_0_bn2/moving_variance"])
+def test_a_changed_weight_is_noticed(change, which, rng):
+    model = randomized(create_model("resnet20"))
+    x = pictures(model, rng) / 255
+    with torch.no_grad():
+        before = model(x, training=False)
+        change(next(v for v in model.variables if v.path.endswith(which)))
+        after = model(x, training=False)
+        assert_close(after, by_keras(model)(x, training=False))
+    assert not torch.allclose(before, after, rtol=1e-3)
+
+
+@torch_only
+def test_sizes_and_batches_may_change(rng):
+    model = randomized(create_model("resnet20", input_shape=(None, None, 3)))
+    plain = by_keras(model)
+    with torch.no_grad():
+        for count, size in ((1, 32), (4, 32), (3, 48), (1, 32), (2, 33)):
+            x = torch.tensor(rng.normal(size=(count, size, size, 3)).astype("float32"))
+            assert_close(model(x, training=False), plain(x, training=False))
+    kept = [len(c._weights) for c in model._lists().folded._list.convolutions]
+    assert max(kept) <= graph._KEPT_SIZES
+
+
+@torch_only
+def test_numpy_pictures_and_predict_take_the_lists(lists_run, rng):
+    model = create_model("resnet20")
+    x = rng.normal(size=(2, 32, 32, 3)).astype("float32")
+    first = model.predict_on_batch(x)
+    assert_close(model.predict(x, verbose=0), first)
+    assert lists_run == {"whole": 0, "folded": 2}
+
+
+@torch_only
+def test_gradients_by_the_input_pass_through_the_whole_list(lists_run, rng):
+    model = randomized(create_model("resnet20"))
+    grads = []
+    for one in (model, by_keras(model)):
+        x = torch.tensor(rng.normal(size=(2, 32, 32, 3)).astype("float32") * 0 + 0.3)
+        x.requires_grad_()
+        one(x, training=False)[:, 3].sum().backward()
+        grads.append(x.grad)
+    assert_close(*grads)
+    assert lists_run == {"whole": 1, "folded": 0}
+
+
+@torch_only
+def test_a_hook_is_not_passed_by(lists_run, rng):
+    model, seen = create_model("resnet20"), []
+    layer = model.get_layer("layer2_0_conv1")
+    handle = layer.register_forward_hook(lambda *args: seen.append(args))
+    x = pictures(model, rng)
+    with torch.no_grad():
+        model(x, training=False)
+        assert len(seen) == 1 and lists_run == {"whole": 0, "folded": 0}
+        handle.remove()
+        model(x, training=False)
+    assert len(seen) == 1 and lists_run == {"whole": 0, "folded": 1}
+
+
+@torch_only
+def test_the_model_alone_is_called_by_keras(monkeypatch, rng):
+    model, calls = create_model("resnet20", include_preprocessing=True), []
+    call = keras.layers.Layer.__call__
+
+    def counting(self, *args, **kwargs):
+        calls.append(self.name)
+        return call(self, *args, **kwargs)
+
+    x = pictures(model, rng)
+    monkeypatch.setattr(keras.layers.Layer, "__call__", counting)
+    model(x, training=True)
+    with torch.no_grad():
+        model(x, training=False)
+    assert calls == ["resnet20", "resnet20"]
+
+
+@torch_only
+def test_maps_are_let_go_and_odd_graphs_are_left_to_keras(rng):
+    x = rng.normal(size=(2, 4, 4, 3)).astype("float32")
+    inputs = keras.Input((4, 4, 3))
+    y = BatchNormalization()(inputs)
+    plain = DirectModel(inputs, BatchNormalization()([y, inputs]))
+    assert [sorted(step.freed) for step in graph_steps(plain)] == [[], [0, 1]]
+    for odd in (
+        DirectModel(inputs, [y, inputs]),
+        DirectModel(inputs, ops.relu(y)),
+        DirectModel({"a": inputs}, keras.layers.Dropout(0.5)(y, training=True)),
+    ):
+        assert graph_steps(odd) is None
+        odd({"a": x} if isinstance(odd.input, dict) else x, training=False)
+    assert plain(keras.Input((4, 4, 3))).shape == (None, 4, 4, 3)  # a symbolic call
+
+
+def awkward_graphs():
+    """Graphs in which a fusion would be wrong, or must look twice."""
+
+    def conv(**kwargs):
+        return Conv2D(8, 3, pad=1, **kwargs)
+
+    x = keras.Input((8, 8, 8))
+    y = conv()(x)
+    yield (
+        "two users",
+        x,
+        keras.layers.Add()([BatchNormalization()(y), y]),
+    )
+    x = keras.Input((8, 8, 8))
+    y = conv(activation="relu")(x)
+    yield "relu before the norm", x, BatchNormalization(activation="relu")(y)
+    x = keras.Input((8, 8, 8))
+    yield "norm before the convolution", x, conv()(BatchNormalization(activation="relu")(x))
+    x = keras.Input((8, 8, 8))
+    a, b = conv()(x), conv()(x)
+    yield "sum of two", x, keras.layers.ReLU()(keras.layers.Add()([a, b]))
+    x = keras.Input((8, 8, 8))
+    a = conv()(x)
+    yield (
+        "shortcut used again",
+        x,
+        keras.layers.Add()([BatchNormalization()([conv()(a), a]), conv()(a)]),
+    )
+    x = keras.Input((8, 8, 8))
+    yield "the input as shortcut", x, BatchNormalization(activation="relu")([conv()(x), x])
+    x = keras.Input((8, 8, 8))
+    shared = conv()
+    yield "a layer called twice", x, BatchNormalization()(shared(BatchNormalization()(shared(x))))
+    x = keras.Input((8, 8, 8))
+    yield "another activation", x, BatchNormalization(activation="gelu")(conv()(x))
+    x = keras.Input((8, 8, 8))
+    yield "doubled", x, (lambda a: keras.layers.Add()([a, a]))(conv()(x))
+    x = keras.Input((8, 8, 8))
+    yield "same padding", x, BatchNormalization()(Conv2D(8, 3, 2, padding="same")(x))
+    x = keras.Input((8, 8, 8))
+    yield "dropout at the end", x, keras.layers.Dropout(0.5)(conv()(x))
+    x = keras.Input((8, 8, 8))
+    y = keras.layers.ReLU()(conv()(x))
+    yield (
+        "dense sums",
+        x,
+        keras.layers.Add()([keras.layers.Dense(4)(keras.layers.Flatten()(y)) for _ in range(2)]),
+    )
+
+
+@torch_only
+@pytest.mark.parametrize("training", [True, False])
+def test_awkward_graphs_agree_with_keras(training, lists_run, rng):
+    for what, inputs, outputs in awkward_graphs():
+        model = randomized(DirectModel(inputs, outputs))
+        plain = keras.models.clone_model(by_keras(model))
+        plain.set_weights(model.get_weights())
+        if training and "dropout" in what:
+            continue
+        x = torch.tensor(rng.normal(size=(2, 8, 8, 8)).astype("float32"))
+        before = x.clone()
+        with torch.set_grad_enabled(training):
+            for _ in range(2):
+                y, expected = model(x, training=training), plain(x, training=training)
+                assert np.abs(numpy(y.detach()) - numpy(expected.detach())).max() < 1e-4, what
+        if training:
+            for one in (model, plain):
+                one(x, training=True).square().sum().backward()
+            for a, b in zip(model.trainable_variables, plain.trainable_variables, strict=True):
+                difference = np.abs(numpy(a.value.grad) - numpy(b.value.grad)).max()
+                assert difference < 1e-3 * max(1.0, np.abs(numpy(b.value.grad)).max()), what
+        assert torch.equal(x, before), what
+        assert lists_run["whole" if training else "folded"] > 0, what
+        lists_run.update(whole=0, folded=0)
