@@ -42,6 +42,8 @@ _PUBLIC = {
     ),
     "preprocess": ("Preprocess",),
     "recipes": ("RECIPES", "Recipe"),
+    "reliability": ("Calibration", "calibration"),
+    "reporting": ("report",),
     "scanning": ("ScanReport", "scan"),
     "specs": ("conv_output_size", "list_models"),
     "costs": ("ModelSummary", "count_flops", "summary"),

@@ -413,7 +413,7 @@ _RUNNERS = {"torch": _torch_runner, "tensorflow": _tensorflow_runner, "jax": _ja
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.ndarray:
-    """A picture with a heat map over it: the hotter, the more colour; cold parts stay as they are.
+    """A picture in gray under a heat map in colour: all colour is heat.
 
     Args:
         image: uint8 `(height, width, channels)`, 1, 3 or 4 channels (the fourth is dropped).
@@ -444,9 +444,11 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
     if heatmap.shape != image.shape[:2]:
         heatmap = _resized(heatmap, image.shape[:2])
     heat = np.clip(np.nan_to_num(heatmap), 0, 1)[..., None]
-    rgb = image[..., :3] if image.shape[-1] > 1 else np.repeat(image, 3, axis=-1)
+    # In gray: on a yellow flower nobody could tell heat from petals. ITU-R BT.601's weights.
+    weights = (0.299, 0.587, 0.114) if image.shape[-1] > 1 else (1.0,)
+    gray = (image[..., : len(weights)] @ np.asarray(weights))[..., None]
     share = alpha * heat
-    mixed = rgb * (1 - share) + plots.heat_colors(heat[..., 0]) * share
+    mixed = gray * (1 - share) + plots.heat_colors(heat[..., 0]) * share
     return np.round(mixed).astype(np.uint8)
 
 

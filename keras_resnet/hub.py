@@ -241,6 +241,17 @@ def _file_sha256(path: str, size: int, modified: int, inode: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def local_path(
+    entry: TorchvisionWeights, *, cache: str | os.PathLike | None = None
+) -> pathlib.Path | None:
+    """The file of some published weights where it is on this machine and whole; never fetched."""
+    folder = pathlib.Path(cache).expanduser() if cache else cache_folder()
+    for path in (folder / entry.file_name, _torch_cache() / entry.file_name):
+        if path.is_file() and file_sha256(path).startswith(entry.sha256_prefix):
+            return path
+    return None
+
+
 def weights_path(
     entry: TorchvisionWeights,
     *,
@@ -273,9 +284,9 @@ def weights_path(
     """
     folder = pathlib.Path(cache).expanduser() if cache else cache_folder()
     target = folder / entry.file_name
-    for path in (target, _torch_cache() / entry.file_name):
-        if path.is_file() and file_sha256(path).startswith(entry.sha256_prefix):
-            return path
+    found = local_path(entry, cache=folder)
+    if found is not None:
+        return found
     base = os.environ.get("KERAS_RESNET_WEIGHTS_URL")
     if url is None:
         url = f"{base.rstrip('/')}/{entry.file_name}" if base else entry.url

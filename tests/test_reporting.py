@@ -1,0 +1,695 @@
+"""Reports show what the run's files say, do no harm with any name, and open without a network."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html.parser
+import io
+import json
+import pathlib
+import re
+import shutil
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+import keras_resnet as kr
+from keras_resnet import cli, plots, reporting
+from keras_resnet.errors import InputError, NotFoundError
+from keras_resnet.evaluation import Evaluation
+from keras_resnet.reliability import accuracy_interval, calibration, paired_p_value
+from keras_resnet.runfacts import read_run
+from keras_resnet.wording import as_markdown
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "line\nbreak\r\x1b[31m",
+    "\u202egnp.exe\u2066",
+    "{{ 7 * 7 }} {% raw %}",
+    "</style></svg></title> & $\\alpha$ | `code` ]]>",
+    "\u05d0\u05d1\u05d2 \u732b '",
+    "a" * 300,
+]
+PLAIN = [f"class{i}" for i in range(len(HOSTILE))]
+
+
+def make_rows(names, count=160, seed=0, folder="photos"):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        true = names[i % len(names)]
+        right = rng.random() < 0.7
+        predicted = (
+            true if right else names[(i + 1 + int(rng.integers(len(names) - 1))) % len(names)]
+        )
+        right = true == predicted
+        probability = float(rng.uniform(1 / len(names), 1))
+        rows.append(
+            {
+                "path": f"{folder}/{i % len(names)}/{names[(i + 3) % len(names)][:40]}-{i}.png",
+                "true": true,
+                "predicted": predicted,
+                "probability": probability,
+                "true_probability": probability if right else (1 - probability) / 2,
+            }
+        )
+    return rows
+
+
+def make_run(folder, names=("ant", "bee", "cat"), seed=0, prefix="", **config):
+    """A run folder as `train` writes it, by the package's own writers but without a model."""
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names, rows = list(names), make_rows(list(names), seed=seed)
+    true, predicted = [r["true"] for r in rows], [r["predicted"] for r in rows]
+    scores = precision_recall_fscore_support(true, predicted, labels=names, zero_division=0)
+    per_class = [
+        {"name": n, "precision": float(p), "recall": float(r), "f1": float(f), "count": int(c)}
+        for n, p, r, f, c in zip(names, *scores, strict=True)
+    ]
+    Evaluation(
+        loss=float(-np.log([r["true_probability"] for r in rows]).mean()),
+        top1=float(np.mean([t == p for t, p in zip(true, predicted, strict=True)])),
+        top5=0.9 if len(names) > 5 else None,
+        count=len(rows),
+        class_names=names,
+        per_class=per_class,
+        confusion=confusion_matrix(true, predicted, labels=names),
+        rows=rows,
+        skipped=[(f"photos/{names[0]}.png", f"cannot be read: {names[-1]}")],
+    ).save(folder, prefix)
+    history = {
+        "accuracy": [0.4, 0.6, 0.9], "loss": [1.0, 0.8, 0.3], "val_accuracy": [0.5, 0.7, 0.65],
+        "val_loss": [1.1, 0.9, 0.95], "learning_rate": [0.1, 0.01, 1e-3], "seconds": [3, 2, 2],
+    }  # fmt: skip
+    with open(folder / "history.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", *history])
+        writer.writerows([i + 1, *(v[i] for v in history.values())] for i in range(3))
+    recipe = {"name": "finetune", "model": "resnet20", "epochs": 3, "weights": None,
+              "milestones": [], "optimizer": names[0]}  # fmt: skip
+    counts = {"train": {n: 8 for n in names}, "val": {n: 2 for n in names}}
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "directory": f"/data/{names[0]}", "recipe": recipe, "seed": 0, "backend": "torch",
+                "class_counts": counts, "status": "finished", "devices": [names[1]],
+                "versions": {"keras": "3.15.1", names[0]: names[1]},
+                "command": ["x", "train", names[0], "--name", names[1]],
+                "model": {"variant": "resnet20", "parameters": 269267, "weights": None},
+                "begun": "2026-11-25T10:00:00+00:00", "ended": "2026-11-25T10:00:09+00:00",
+                **config,
+            }
+        )
+    )  # fmt: skip
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would find: tags, attributes, text."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.texts = [], [], []
+        self.feed(text)
+        self.text = " ".join("".join(self.texts).split())
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("bdi", "span", "code", "a"):
+            self.texts.append(" ")
+        self.tags.append((tag, tuple(name for name, _ in attributes)))
+        self.attributes += [(tag, *pair) for pair in attributes]
+
+    def handle_data(self, data):
+        if self.tags[-1:] and self.tags[-1][0] != "style":
+            self.texts.append(data)
+
+    def values(self, *names):
+        return [value for _, name, value in self.attributes if name in names]
+
+
+def page_of(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+# --- numbers, against others' formulas -----------------------------------------------------------
+
+
+@pytest.fixture
+def answers(rng):
+    confidence = rng.uniform(0.2, 1, 500)
+    return confidence, rng.random(500) < confidence**1.5
+
+
+@pytest.mark.once
+def test_calibration_agrees_with_scikit_learn(answers):
+    from sklearn.calibration import calibration_curve
+
+    confidence, correct = answers
+    result = calibration(confidence, correct)
+    right, mean = calibration_curve(correct, confidence, n_bins=15)
+    filled = result.counts > 0
+    np.testing.assert_allclose(result.accuracy[filled], right)
+    np.testing.assert_allclose(result.confidence[filled], mean)
+    # torchmetrics, functional/classification/calibration_error.py, norm "l1" and "max".
+    share = result.counts[filled] / 500
+    assert result.error == pytest.approx(np.sum(np.abs(right - mean) * share))
+    assert result.largest == pytest.approx(np.abs(right - mean).max())
+    assert result.bias == pytest.approx(confidence.mean() - correct.mean())
+
+
+@pytest.mark.once
+def test_calibration_of_edges_and_of_one_answer():
+    assert calibration([0.0, 1.0], [False, True]).error == 0
+    assert calibration([1.0], [False]).error == 1
+    edges = np.linspace(0, 1, 16)
+    assert calibration(edges, np.ones(16, bool)).counts.tolist() == [2, *[1] * 14]
+    for bad in (([], []), ([0.5], [True, False]), ([1.5], [True]), ([np.nan], [True])):
+        with pytest.raises(InputError):
+            calibration(*bad)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("right,count", [(0, 1), (1, 1), (85, 153), (1000, 1000), (3, 7)])
+def test_the_interval_is_wilsons(right, count):
+    from scipy.stats import binomtest
+
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    assert accuracy_interval(right, count) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("a,b", [(0, 0), (1, 0), (12, 4), (30, 24), (0, 200), (500, 501)])
+def test_the_paired_test_is_mcnemars(a, b):
+    from scipy.stats import binomtest
+
+    expected = binomtest(min(a, b), a + b, 0.5).pvalue if a + b else 1.0
+    assert paired_p_value(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.once
+def test_the_page_shows_what_the_files_say(tmp_path):
+    folder = make_run(tmp_path / "run")
+    found = page_of(kr.report(folder))
+    data = json.loads((folder / "evaluation.json").read_text())
+    with open(folder / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    wrong = [r for r in rows if r["true"] != r["predicted"]]
+    error = calibration([float(r["probability"]) for r in rows],
+                        [r["true"] == r["predicted"] for r in rows]).error  # fmt: skip
+    for text in (
+        f"{data['top1']:.1%}", f"{data['loss']:.3f}", f"{error:.1%}", "160 validation pictures",
+        f"{np.mean([r['f1'] for r in data['per_class']]):.3f}", f"{len(wrong)} pictures of 160",
+        "269,267", "finetune", "24 training", "best validation accuracy at epoch 2",
+        "cannot be read: cat", "KERAS_BACKEND=torch keras-resnet train ant --name bee",
+        "10:00", "3.15.1",
+    ):  # fmt: skip
+        assert text in found.text, text
+    # The surest of the wrong answers, in order.
+    surest = sorted(wrong, key=lambda r: -float(r["probability"]))[:12]
+    shown = [found.text.index(pathlib.Path(r["path"]).name) for r in surest]
+    assert shown == sorted(shown)
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert (
+        f"{data['top1']:.1%}" in card and f"| ant | {data['per_class'][0]['precision']:.1%}" in card
+    )
+
+
+@pytest.mark.once
+def test_test_pictures_count_more_than_validation_pictures(tmp_path):
+    folder = make_run(tmp_path / "run")
+    make_run(folder, seed=5, prefix="test_")
+    found = page_of(kr.report(folder))
+    first, second = (json.loads((folder / f"{p}evaluation.json").read_text())["top1"]
+                     for p in ("", "test_"))  # fmt: skip
+    assert f"Accuracy {second:.1%} of 160 test pictures" in found.text
+    assert (
+        f"{first:.1%} on the validation pictures, {second:.1%} on the test pictures" in found.text
+    )
+
+
+# --- hostile names -------------------------------------------------------------------------------
+
+
+def assert_harmless(path):
+    text = path.read_text(encoding="utf-8")
+    found = Page(text)
+    assert not {tag for tag, _ in found.tags} & {"script", "iframe", "object", "embed", "base"}
+    assert not [name for _, name, _ in found.attributes if name.startswith("on")]
+    for link in found.values("href", "src", "xlink:href", "action", "srcset", "data"):
+        assert link.startswith(("#", "data:image/", "data:,", "./")), link
+    assert not re.search(r"url\((?!#)", text) and "@import" not in text
+    # Control characters and marks that turn the writing direction are shown, not obeyed.
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text)
+    ids = found.values("id")
+    assert len(ids) == len(set(ids))
+    csp = next(v for v in found.values("content") if "default-src" in v)
+    assert csp.startswith("default-src 'none'")
+    return found
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("copies", [1, 2])  # up to 12 classes a table, above a drawing
+def test_hostile_names_add_no_tag(tmp_path, copies):
+    pages = []
+    for kind in (PLAIN, HOSTILE):
+        names = [f"{name}{i or ''}" for i in range(copies) for name in kind]
+        folder = make_run(tmp_path / f"run{len(pages)}", names)
+        pages.append(assert_harmless(kr.report(folder)))
+    # Tag by tag the same page as with names that harm nobody.
+    assert pages[0].tags == pages[1].tags
+    assert "<script>alert(1)</script>" in pages[1].text and "\\u202egnp.exe" in pages[1].text
+    assert "{{ 7 * 7 }} {% raw %}" in pages[1].text
+
+
+@pytest.mark.once
+def test_hostile_folders_in_a_comparison(tmp_path):
+    named = [make_run(tmp_path / "a" / f'"<b>{i}\u202e', HOSTILE, seed=i) for i in (0, 1)]
+    plain = [make_run(tmp_path / "b" / f"run{i}", PLAIN, seed=i) for i in (0, 1)]
+    for run in (named[0], plain[0]):
+        kr.report(run)
+    found, expected = (assert_harmless(kr.report(runs)) for runs in (named, plain))
+    assert found.tags == expected.tags
+    link = next(v for v in found.values("href") if v.startswith("./"))
+    assert re.fullmatch(r"\./[\w%.-]+/report\.html", link)
+
+
+@pytest.mark.once
+def test_hostile_names_in_the_card(tmp_path):
+    folder = make_run(tmp_path / "run", HOSTILE)
+    kr.report(folder)
+    text = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    outside = re.sub(r"^(`{3,})\w+\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"<(?!!-- (end of )?yours -->)", outside)
+    rows = [line for line in outside.splitlines() if line.startswith("| ")]
+    assert len(rows) > 2 * len(HOSTILE)
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in rows}
+    assert bars <= {3, 4, 6}  # two, three and five columns, whatever the names
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069]", text)
+
+
+@pytest.mark.once
+def test_markdown_renders_names_as_they_are():
+    assert as_markdown("cat 1.5") == "cat 1.5"
+    markdown = pytest.importorskip("markdown_it", reason="no Markdown renderer installed")
+    for text in (*HOSTILE, "1. x", "- x", "# x", "[a](b)", "**b**", "https://e.x", "~~a~~"):
+        page = Page(markdown.MarkdownIt("commonmark").render(as_markdown(text)))
+        assert [tag for tag, _ in page.tags] == ["p"]
+
+
+# --- runs of all kinds ---------------------------------------------------------------------------
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (["evaluation.json"], "no evaluation"),
+        (["predictions.csv"], "single pictures and confidence are left out"),
+        (["history.csv"], "not one epoch is through"),
+        (["config.json"], "how it was trained is not known"),
+        (["evaluation.json", "predictions.csv", "history.csv"], "no evaluation"),
+        (["config.json", "history.csv"], "no history.csv"),
+    ],
+)
+def test_what_is_missing_is_left_out_and_said(tmp_path, gone, said):
+    folder = make_run(tmp_path / "run")
+    for name in gone:
+        (folder / name).unlink()
+    found = assert_harmless(kr.report(folder))
+    assert said in found.text and (folder / "MODEL_CARD.md").is_file()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "evaluation.json", "history.csv", "predictions.csv", "best.keras",
+     "skipped.csv", "train.log"],
+)  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\xff\xfe\x00", b'a,{"b\n1\n2,3,4\n'])
+def test_damaged_files_cost_only_their_own_part(tmp_path, name, content):
+    folder = make_run(tmp_path / "run")
+    (folder / name).write_bytes(content)
+    assert_harmless(kr.report(folder))
+
+
+@pytest.mark.once
+def test_wrong_kinds_of_values_cost_only_their_own_part(tmp_path):
+    config = {"recipe": [1], "class_counts": {"train": 3}, "versions": "x", "devices": 1,
+              "model": 4, "command": "x", "preprocess": [], "augment": {"steps": 3},
+              "status": 7, "directory": 3, "begun": 4}  # fmt: skip
+    folder = make_run(tmp_path / "run", **config)
+    assert_harmless(kr.report(folder))
+    assert_harmless(kr.report([folder, make_run(tmp_path / "other")]))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_numbers_that_are_none(tmp_path, value):
+    folder = make_run(tmp_path / "run")
+    path = folder / "evaluation.json"
+    data = {**json.loads(path.read_text()), "loss": value}
+    data["per_class"][0]["precision"] = value
+    path.write_text(json.dumps(data))
+    with open(folder / "history.csv", "a") as file:
+        file.write("4,nan,nan,,inf,0.1,1\n")
+    found = assert_harmless(kr.report(folder))
+    assert "nan" not in found.text.lower().replace("nanc", "")
+
+
+@pytest.mark.once
+def test_a_folder_of_evaluate_alone_gets_a_report(tmp_path):
+    folder = make_run(tmp_path / "run")
+    for name in ("config.json", "history.csv"):
+        (folder / name).unlink()
+    assert "160 validation pictures" in page_of(kr.report(folder)).text
+
+
+@pytest.mark.once
+def test_an_interrupted_run_says_so(tmp_path):
+    folder = make_run(tmp_path / "run", status="interrupted")
+    (folder / "evaluation.json").unlink()
+    found = page_of(kr.report(folder))
+    assert "interrupted" in found.text and "This run is not complete" in found.text
+
+
+@pytest.mark.once
+def test_what_a_person_wrote_into_the_card_stays(tmp_path):
+    folder = make_run(tmp_path / "run")
+    kr.report(folder)
+    path = folder / "MODEL_CARD.md"
+    text = path.read_text()
+    assert "Intended use" in text
+    path.write_text(text.replace("*What is this model for, and who uses it?", "Counting *ants*. X"))
+    kr.report(folder)
+    assert "Counting *ants*. X" in path.read_text()
+    assert path.read_text().count("<!-- yours -->") == 1
+
+
+@pytest.mark.once
+def test_pictures_are_found_from_another_folder(tmp_path):
+    data = tmp_path / "photos"
+    folder = make_run(tmp_path / "run", directory=str(data))
+    row = read_run(folder).main.confident_mistakes(1)[0]
+    assert read_run(folder).picture(row["path"]) is None
+    path = tmp_path / row["path"]
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (300, 200), (10, 200, 30)).save(path)
+    facts = read_run(folder)
+    assert pathlib.Path(facts.picture(row["path"])).samefile(path)
+    assert facts.picture_sizes() == {"width": (300,) * 3, "height": (200,) * 3, "count": (1,) * 3}
+    found = page_of(kr.report(folder))  # no model file: the picture alone
+    pictures = [v for v in found.values("src") if v.startswith("data:image/jpeg")]
+    assert len(pictures) == 1
+    with Image.open(io.BytesIO(base64.b64decode(pictures[0].split(",")[1]))) as picture:
+        assert picture.size == (224, 224)
+        assert np.abs(np.asarray(picture)[100, 100].astype(int) - (10, 200, 30)).max() < 8
+
+
+# --- several runs --------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_runs_side_by_side(tmp_path):
+    one = make_run(tmp_path / "one", seed=0)
+    two = make_run(tmp_path / "two", seed=1)
+    config = json.loads((two / "config.json").read_text())
+    config["recipe"]["learning_rate"] = 0.25
+    (two / "config.json").write_text(json.dumps(config))
+    kr.report(one)
+    path = kr.report([one, two])
+    assert path == tmp_path / "comparison.html"
+    found = assert_harmless(path)
+    assert "./one/report.html" in found.values("href")
+    scores = {f.name: json.loads((f / "evaluation.json").read_text())["top1"] for f in (one, two)}
+    best = max(scores, key=scores.get)
+    assert f"{best} has the highest accuracy on the validation pictures: {scores[best]:.1%}" in (
+        found.text
+    )
+    assert "Learning rate" in found.text and "0.25" in found.text
+    right = []
+    for folder in (one, two):
+        with open(folder / "predictions.csv", newline="") as file:
+            right.append([r["true"] == r["predicted"] for r in csv.DictReader(file)])
+    first, second = np.array(right)
+    p = paired_p_value(int((first & ~second).sum()), int((second & ~first).sum()))
+    assert f"{p:.3f}" in found.text and str(int((first & second).sum())) in found.text
+
+
+@pytest.mark.once
+def test_runs_on_other_pictures_are_not_compared_picture_by_picture(tmp_path):
+    one = make_run(tmp_path / "one")
+    two = make_run(tmp_path / "two", names=("x", "y"))
+    found = page_of(kr.report([one, two]))
+    assert "not evaluated on the same pictures" in found.text
+    assert "McNemar" not in found.text
+    (two / "evaluation.json").unlink()
+    assert "their accuracies are not comparable" in page_of(kr.report([one, two])).text
+    (one / "evaluation.json").unlink()
+    assert "None of these runs has been evaluated" in page_of(kr.report([one, two])).text
+
+
+@pytest.mark.once
+def test_runs_with_equal_names(tmp_path):
+    runs = [make_run(tmp_path / str(i) / "run", seed=i) for i in range(5)]
+    found = assert_harmless(kr.report(runs, tmp_path / "all.html"))
+    assert "3/run" in found.text
+
+
+# --- what cannot work ----------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_wrong_paths_get_a_suggestion(tmp_path, capsys):
+    folder = make_run(tmp_path / "resnet20-photos")
+    (tmp_path / "empty").mkdir()
+    for bad, message in [
+        ([tmp_path / "resnet20-photo"], "Did you mean 'resnet20-photos'?"),
+        ([tmp_path], "There are run folders in it: "),
+        ([folder / "config.json"], "Its folder is one: "),
+        ([tmp_path / "empty"], "is no run folder"),
+        ([folder, folder], "named twice"),
+        ([folder, "--output", tmp_path / "x.pdf"], "written as .html"),
+        ([folder, "--output", tmp_path / "no" / "x.html"], "does not exist"),
+    ]:
+        assert cli.main(["report", *map(str, bad)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and message in lines[0], lines
+    with pytest.raises(NotFoundError):
+        kr.report(tmp_path / "nowhere")
+    with pytest.raises(InputError):
+        kr.report([])
+
+
+@pytest.mark.once
+def test_the_command_writes_where_it_is_told(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    assert cli.main(["report", str(folder), "--output", str(tmp_path / "a.html")]) == 0
+    assert "a.html" in capsys.readouterr().out
+    assert (tmp_path / "a.html").is_file() and (tmp_path / "MODEL_CARD.md").is_file()
+    assert not (folder / "report.html").exists()
+
+
+# --- figures for a page --------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_figures_take_their_colours_from_the_page():
+    values = np.array([0.2, 0.5, 0.9])
+    matrix = np.arange(400).reshape(20, 20)
+    confidence = np.linspace(0.05, 1, 60)
+    drawn = [
+        plots.lines_svg([(values, 1, "-"), (values[::-1], 9, plots.DASHES[1])], "a", percent=True,
+                        mark=(3, 0.9)),
+        plots.lines_svg([(values * 100, 1, "-"), ([np.nan] * 3, 2, "-")], "b"),
+        plots.reliability_svg(calibration(confidence, confidence > 0.5), "c"),
+        plots.confusion_svg(matrix, [*HOSTILE, *PLAIN, *"abcd"], "d"),
+    ]  # fmt: skip
+    for svg in drawn:
+        colors = set(re.findall(r"#[0-9a-f]{6}", svg))
+        assert not colors, colors
+        assert "var(--" in svg and svg.startswith("<svg") and svg.endswith("</svg>")
+        assert "<style" not in svg and "font-family" not in svg and "<script>alert" not in svg
+    assert 'id="d-' in drawn[3] and drawn[0] == plots.lines_svg(
+        [(values, 1, "-"), (values[::-1], 9, plots.DASHES[1])], "a", percent=True, mark=(3, 0.9)
+    )
+
+
+# --- written by train, and Grad-CAM in it --------------------------------------------------------
+
+
+def write_pictures(folder, classes=("ant", "<b>bee"), count=8):
+    rng = np.random.default_rng(0)
+    for k, label in enumerate(classes):
+        (folder / label).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 160, (24, 24, 3), dtype=np.uint8)
+            pixels[..., k] += 60
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    return folder
+
+
+TINY = {"model": "resnet20", "image_size": 32, "epochs": 1, "batch_size": 4, "workers": 1,
+        "val_split": 0.5, "verbose": False}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    data = write_pictures(tmp_path_factory.mktemp("data"))
+    said = []
+    result = kr.train(data, output=tmp_path_factory.mktemp("runs"), **TINY)
+    return result, said
+
+
+def test_train_leaves_a_report_with_heat_maps(trained):
+    result, _ = trained
+    path = result.folder / "report.html"
+    found = assert_harmless(path)
+    assert (result.folder / "MODEL_CARD.md").is_file() and "<b>bee" in found.text
+    wrong = sum(r["true"] != r["predicted"] for r in result.evaluation.rows)
+    views = [v for v in found.values("alt") if "heat map" in v]
+    # The mistakes for both classes, the others for the answer.
+    assert len(views) == 2 * wrong + min(8, 8 - wrong) and len(views) > 0
+    assert "not where it was" not in found.text and "Without Grad-CAM" not in found.text
+    assert keras.__version__ in found.text and keras.backend.backend() in found.text
+
+
+def test_the_heat_map_in_the_page_is_grad_cams(trained):
+    result, _ = trained
+    row = min(result.evaluation.rows, key=lambda r: r["probability"])
+    if row["true"] != row["predicted"]:
+        row = max((r for r in result.evaluation.rows if r["true"] != r["predicted"]),
+                  key=lambda r: r["probability"])  # fmt: skip
+    found = page_of(result.folder / "report.html")
+    file = pathlib.Path(row["path"]).name
+    wanted = f"{file}, under a heat map of what speaks for {row['predicted']}"
+    alts = found.values("alt")
+    sources = [v for _, n, v in found.attributes if n == "src"]
+    at = [i for i, alt in enumerate(alts) if alt == wanted]
+    expected = next(
+        iter(kr.iter_explanations(result.model, row["path"], class_name=row["predicted"]))
+    ).overlay(least=128)
+    close = []
+    for i in at:  # both classes have a 3.png
+        with Image.open(io.BytesIO(base64.b64decode(sources[i].split(",")[1]))) as picture:
+            close.append(np.abs(np.asarray(picture).astype(int) - expected).mean() < 12)
+    assert any(close)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("error", [RuntimeError("no <room>\nleft"), KeyboardInterrupt()])
+def test_a_report_that_fails_fails_no_training(tmp_path, monkeypatch, capsys, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(reporting, "report", fail)
+    data = write_pictures(tmp_path / "data")
+    result = kr.train(data, output=tmp_path / "runs", **{**TINY, "verbose": True})
+    assert result.evaluation is not None and not (result.folder / "report.html").exists()
+    said = capsys.readouterr().out
+    assert "No report (" in said and "keras-resnet report" in said
+    assert json.loads((result.folder / "config.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.once
+def test_no_report_where_none_is_wanted(tmp_path, capsys):
+    data = write_pictures(tmp_path / "data")
+    flags = ["--model", "resnet20", "--image-size", "32", "--epochs", "1", "--batch-size", "4"]
+    code = cli.main(["train", str(data), "--output", str(tmp_path / "runs"), "--no-report", *flags])
+    assert code == 0 and "Report:" not in capsys.readouterr().out
+    assert not list((tmp_path / "runs").glob("*/report.html"))
+
+
+@pytest.mark.once
+def test_the_origin_of_the_weights_is_proven_again(tmp_path):
+    source = kr.create_model("resnet20", num_classes=7)
+    kr.save_torchvision(source, tmp_path / "start.pth")
+    data = write_pictures(tmp_path / "data")
+    options = {**TINY, "weights": str(tmp_path / "start.pth"), "output": tmp_path / "runs"}
+    result = kr.train(data, **options)
+    found = page_of(result.folder / "report.html")
+    assert "agrees with a forward pass in plain NumPy" in found.text
+    digest = kr.inspect_checkpoint(tmp_path / "start.pth").hash()
+    assert digest in found.text and "the head was new" in found.text
+    (tmp_path / "start.pth").unlink()
+    assert "the file is not here" in page_of(kr.report(result.folder)).text
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+CONTRAST = """() => {
+  const parse = c => {
+    const m = c.match(/[\\d.]+/g).map(Number);
+    return m.length < 4 ? [...m, 1] : m;
+  };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3]));
+  const light = c => { const f = c.slice(0, 3).map(v => { v /= 255;
+    return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4 });
+    return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2] };
+  const found = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    const box = e.getBoundingClientRect();
+    if (!own || !box.width || box.right < 0 || ["STYLE", "SCRIPT"].includes(e.tagName)) continue;
+    const style = getComputedStyle(e);
+    const layers = [];
+    for (let p = e; p; p = p.parentElement) layers.push(parse(getComputedStyle(p).backgroundColor));
+    let back = [255, 255, 255];
+    for (const layer of layers.reverse()) back = over(layer, back);
+    const ink = over(parse(e.tagName === "text" ? style.fill : style.color), back);
+    const [a, b] = [light(ink), light(back)].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.0) found.push([e.tagName, `${e.className}`, e.textContent.slice(0, 30), ratio]);
+  }
+  return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)  # fmt: skip
+    if path is None:
+        pytest.skip("no Chromium (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_page_in_a_browser(browser, trained, tmp_path, width, scheme):
+    hostile = make_run(tmp_path / "hostile", HOSTILE)
+    pages = [trained[0].folder / "report.html", kr.report(hostile)]
+    pages.append(kr.report([make_run(tmp_path / f"run{i}", seed=i) for i in range(3)]))
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    trouble, asked = [], []
+    page.on("console", lambda message: trouble.append(message.text))
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("dialog", lambda dialog: trouble.append(dialog.message))
+    page.on("request", lambda request: asked.append(request.url))
+    try:
+        for path in pages:
+            asked.clear()
+            page.goto(path.as_uri())
+            assert [u for u in asked if not u.startswith("data:")] == [path.as_uri()]
+            wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            assert wide <= 0, f"{path.name} is {wide} px too wide"
+            assert page.evaluate(CONTRAST) == []
+            dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (max(map(int, re.findall(r"\d+", dark)[:3])) < 60) == (scheme == "dark")
+            assert page.locator("img:not([alt]), img[alt='']").count() == 0
+            assert page.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
+            assert page.locator("h1").count() == 1
+        assert trouble == []
+    finally:
+        context.close()
