@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     _predict_command(commands)
     _explain_command(commands)
     _serve_command(commands)
+    _report_command(commands)
 
     demo = _command(commands, "demo", _demo, "train, evaluate and predict on handwritten digits")
     demo.add_argument("--output", default="demo", metavar="DIR")
@@ -229,6 +230,7 @@ def _train_command(commands) -> None:
     )
     train.add_argument("--log", action="append", default=[], metavar="NAME",
                        help="tensorboard, wandb or mlflow (repeatable)")  # fmt: skip
+    train.add_argument("--no-report", action="store_true", help="write no report.html at the end")
     train.add_argument("--checkpoint-steps", type=int, metavar="N", help="save the state so often")
     train.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
     _recipe_options(train)
@@ -319,6 +321,7 @@ def _train(arguments) -> int:
         checkpoint_steps=arguments.checkpoint_steps,
         keep=arguments.keep,
         log=arguments.log,
+        report=not arguments.no_report,
         dry_run=arguments.dry_run,
         **options,
     )
@@ -579,6 +582,22 @@ def _serve(arguments) -> int:
         limits=limits,
         engine=arguments.engine,
     )
+    return 0
+
+
+def _report_command(commands) -> None:
+    report = _command(commands, "report", _report, "show a run, or several side by side, as a page")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
+    report.add_argument("--output", metavar="FILE",
+                        help="report.html in the run folder, or comparison.html")  # fmt: skip
+
+
+def _report(arguments) -> int:
+    from keras_resnet.files import printable
+    from keras_resnet.reporting import report
+
+    runs = arguments.runs
+    print(f"Written: {printable(report(runs if len(runs) > 1 else runs[0], arguments.output))}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.metadata
 import math
 import os
@@ -88,6 +89,7 @@ def train(
     checkpoint_seconds: float = 300.0,
     keep: int = 0,
     log: str | Sequence[str] = (),
+    report: bool = True,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     dry_run: bool = False,
     verbose: bool = True,
@@ -98,7 +100,8 @@ def train(
     The run folder holds `best.keras` (highest validation accuracy), `last.keras`, `history.csv`,
     `curves.png`, `batch.png` (pictures as they are fed), `class_indices.json`, `config.json`,
     `train.log`, `skipped.csv` where pictures could not be read, and the best model's
-    `evaluation.json`, `predictions.csv` and `confusion_matrix.png`. Models take pixel values and
+    `evaluation.json`, `predictions.csv` and `confusion_matrix.png`; and `report.html`, which shows
+    all of it, with `MODEL_CARD.md`. Models take pixel values and
     normalise them inside; class names and preprocessing travel in the file.
 
     A killed run goes on when the same call is made again: with the same weights, bit for bit on a
@@ -123,6 +126,7 @@ def train(
         checkpoint_seconds: And after so many seconds.
         keep: Also keep the models of so many best epochs, as `epoch-012.keras`.
         log: `"tensorboard"`, `"wandb"`, `"mlflow"`, or several of them.
+        report: Write `report.html` and `MODEL_CARD.md` at the end.
         callbacks: Further Keras callbacks; `stop_training` ends the run after its epoch.
         dry_run: Say what would happen, and do nothing.
         verbose: Print the progress.
@@ -207,6 +211,7 @@ def train(
             command=list(sys.argv),
             log_ids=ids,
             status="running",
+            begun=run.config.get("begun") or _now(),
         )
         settings = Settings(
             say,
@@ -223,6 +228,8 @@ def train(
         result = _finish(run, data, recipe, loop.skipped(), interrupted)
         status = "interrupted" if interrupted else "finished"
         say(f"\n{result}")
+        if report and result.evaluation is not None:
+            _report(run, result.model, say)
         return result
     finally:
         loggers.finish(status)
@@ -317,6 +324,7 @@ def _finish(
         run.guard(lambda folder: test.save(folder, prefix="test_"), run.folder)
     run.write_config(
         status="finished",
+        ended=_now(),
         results={
             "val_accuracy": result.top1,
             "val_loss": result.loss,
@@ -326,3 +334,22 @@ def _finish(
     )
     run.drop_state()
     return TrainResult(run.folder, model, run.history, result, test, skipped)
+
+
+def _now() -> str:
+    """The time here, with its distance from UTC."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _report(run: Run, model: keras.Model, say) -> None:
+    """Writes the report of a finished run, which no trouble in it can make unfinished."""
+    try:
+        # Not at the top: templates and figures are of no use before there is something to show.
+        from keras_resnet.reporting import report
+
+        path = report(run.folder, model=model)
+    except (Exception, KeyboardInterrupt) as error:
+        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
+        say(f"No report ({reason}). Later: keras-resnet report {printable(run.folder)}")
+    else:
+        say(f"Report: {printable(path)}")

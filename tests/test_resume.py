@@ -45,6 +45,7 @@ OPTIONS = {
     "ema_steps": 1,
     "learning_rate": 0.05,
     "verbose": False,
+    "report": False,
 }
 
 

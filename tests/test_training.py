@@ -30,8 +30,12 @@ TINY = {
     "epochs": 2,
     "workers": 1,
     "verbose": False,
+    "report": False,  # test_reporting.py looks at those
 }
-FLAGS = ["--model", "resnet20", "--image-size", "16", "--batch-size", "8", "--workers", "1"]
+FLAGS = [
+    "--model", "resnet20", "--image-size", "16", "--batch-size", "8", "--workers", "1",
+    "--no-report",
+]  # fmt: skip
 
 
 def write_pictures(folder, classes=("ant", "bee", "cat"), count=10, size=20, seed=0):
@@ -55,7 +59,8 @@ def pictures(tmp_path_factory):
 def finished(pictures, tmp_path_factory):
     """A run folder that the tests of this file only look at, and what `train` gave."""
     output = tmp_path_factory.mktemp("output")
-    return train(pictures, output=output, learning_rate=0.02, crop="none", **{**TINY, "epochs": 4})
+    options = {**TINY, "epochs": 4, "report": True}
+    return train(pictures, output=output, learning_rate=0.02, crop="none", **options)
 
 
 def run_cli(*arguments, capsys):
@@ -79,7 +84,7 @@ def test_a_run_folder_holds_what_the_readme_promises(finished):
     assert names == {
         "best.keras", "last.keras", "history.csv", "curves.png", "batch.png", "config.json",
         "class_indices.json", "train.log", "evaluation.json", "predictions.csv",
-        "confusion_matrix.png",
+        "confusion_matrix.png", "report.html", "MODEL_CARD.md",
     }  # fmt: skip
     assert json.loads((finished.folder / "class_indices.json").read_text()) == {
         "0": "ant",
