@@ -552,7 +552,8 @@ def _explain(arguments) -> int:
     if unreadable:
         print(f"{unreadable} of {len(paths)} pictures could not be read.", file=sys.stderr)
     if written:
-        print(f"Written: {written} pictures in {printable(output)}")
+        count = "1 picture" if written == 1 else f"{written} pictures"
+        print(f"Written: {count} in {printable(output)}")
     return 0 if written else 2
 
 

@@ -151,6 +151,7 @@ def _overlaid(runs: list[RunFacts], labels: list[str]) -> list[dict[str, Any]]:
                     "title": title,
                     "alt": f"{title} over the epochs: {'; '.join(ends)}.",
                     "svg": Markup(plots.lines_svg(series, key, percent=percent)),
+                    "square": False,
                     "legend": legend,
                     "note": "",
                 }

@@ -255,6 +255,7 @@ def _curves(run: RunFacts) -> list[dict[str, Any]]:
                 "title": title,
                 "alt": alt,
                 "svg": Markup(plots.lines_svg(series, key, percent=percent, mark=mark)),
+                "square": False,
                 "legend": legend,
                 "note": "",
             }
@@ -306,6 +307,7 @@ def _matrix(answers: Answers | None) -> dict[str, Any]:
             "title": "Confusion matrix",
             "alt": alt + ("; ".join(pairs) or "none") + ".",
             "svg": Markup(plots.confusion_svg(counts, names, "confusion")),
+            "square": True,
             "legend": [],
             "note": "The fuller the blue, the larger the share of the row; by its square root, so "
             "that few mistakes can be seen.",
@@ -317,7 +319,9 @@ def _matrix(answers: Answers | None) -> dict[str, Any]:
         cells = []
         for j, count in enumerate(counts[i]):
             share = count / total if total else 0.0
-            kind = "full" if share > 0.8 else "half" if share > 0.6 else "" if count else "none"
+            # Where black or white is read best on the blue, in the page's light and dark mode.
+            steps = {"full": 0.85, "half": 0.65, "some": 0.45, "": 0.0}
+            kind = next((k for k, least in steps.items() if share > least), "none")
             kind += " diagonal" if i == j else ""
             cells.append({"count": f"{count:,}", "share": f"{share:.3f}", "kind": kind.strip()})
         rows.append({"name": label, "cells": cells, "total": f"{total:,}"})
@@ -376,6 +380,7 @@ def _reliability(answers: Answers | None) -> dict[str, Any] | None:
         "title": "Reliability",
         "alt": alt,
         "svg": Markup(plots.reliability_svg(result, "reliability")),
+        "square": False,
         "legend": [
             ("bar", "s1", "", "Share that is right"),
             ("whisker", "ink", "", "its 95% interval"),

@@ -644,7 +644,7 @@ CONTRAST = """() => {
     const ink = over(parse(e.tagName === "text" ? style.fill : style.color), back);
     const [a, b] = [light(ink), light(back)].sort((x, y) => y - x);
     const ratio = (a + 0.05) / (b + 0.05);
-    if (ratio < 4.0) found.push([e.tagName, `${e.className}`, e.textContent.slice(0, 30), ratio]);
+    if (ratio < 4.5) found.push([e.tagName, `${e.className}`, e.textContent.slice(0, 30), ratio]);
   }
   return found;
 }"""
