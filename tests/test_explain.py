@@ -204,6 +204,17 @@ def test_a_model_that_normalises_inside_sees_the_same(pixels):
     assert difference(kr.grad_cam(inside, pixels.astype("uint8"), [0, 1, 2]), expected) < 1e-4
 
 
+def test_a_folded_model_looks_at_the_same_places(pixels):
+    inference = pytest.importorskip("keras_resnet.inference", reason="no folding here yet")
+    model = small_model(include_preprocessing=True)
+    folded = inference.optimize_for_inference(model)
+    assert not any(isinstance(x, keras.layers.BatchNormalization) for x in folded.layers)
+    expected = kr.grad_cam(model, pixels, [0, 1, 2])
+    model.predict_on_batch(pixels)  # which folds inside, on torch, and leaves no trace here
+    assert difference(kr.grad_cam(folded, pixels, [0, 1, 2]), expected) < 1e-4
+    assert difference(kr.grad_cam(model, pixels, [0, 1, 2]), expected) < 1e-5
+
+
 def test_a_softmax_at_the_end_is_looked_behind(pixels):
     logits = small_model()
     dense = small_model(classifier_activation="softmax")
