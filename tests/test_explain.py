@@ -118,13 +118,16 @@ def test_any_layer_can_be_looked_at(pair, name, layer, path, backend):
 
 
 def test_pictures_of_any_shape(torchvision):
+    import torch
+
+    torch.manual_seed(0)
     theirs = randomised(torchvision.models.resnet18(num_classes=4))
     ours = kr.create_model("resnet18", num_classes=4, input_shape=(None, None, 3))
     kr.load_torchvision(ours, theirs)
     images = np.random.default_rng(1).normal(size=(2, 97, 131, 3)).astype("float32")
-    maps = kr.grad_cam(ours, images, 2)
+    maps = kr.grad_cam(ours, images)
     assert maps.shape == (2, 97, 131)
-    assert difference(maps, library(theirs, theirs.layer4[-1], images, [2, 2])) < 1e-3
+    assert difference(maps, library(theirs, theirs.layer4[-1], images, None)) < 1e-3
 
 
 def test_channels_first_gives_the_same_map(pair, backend):
