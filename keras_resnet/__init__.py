@@ -45,6 +45,7 @@ _PUBLIC = {
     "reliability": ("Calibration", "calibration"),
     "reporting": ("report",),
     "scanning": ("ScanReport", "scan"),
+    "serving": ("Limits", "build_app", "serve"),
     "specs": ("conv_output_size", "list_models"),
     "costs": ("ModelSummary", "count_flops", "summary"),
     "training": ("TrainResult", "train"),
