@@ -372,7 +372,7 @@ def _programs_html(limits: Limits) -> str:
     curl = "curl -F pictures=@cat.jpg -F pictures=@dog.jpg ADDRESS/predict"
     client = (
         "from gradio_client import Client, handle_file\n\n"
-        'client = Client("ADDRESS")\n'
+        'client = Client("ADDRESS", analytics_enabled=False)\n'
         'client.predict([handle_file("cat.jpg")], api_name="/predict")'
     )
     return (
@@ -731,6 +731,10 @@ class _Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["path"].startswith(("/gradio_api/file=http", "/gradio_api/proxy=")):
+            # Gradio looks up the host before it refuses.
+            await _send_text(send, 403, "Files of other hosts are not given out.", b"text/plain")
+            return
         from starlette.formparsers import MultiPartException
 
         limit, taken, over, begun = self.limits.request_bytes, 0, False, False
@@ -786,9 +790,13 @@ class _Guard:
         sentence, kind = f"The upload is too large. {self.limits}", b"text/plain"
         if scope["path"] == "/predict":
             sentence, kind = json.dumps({"error": sentence}), b"application/json"
-        headers = [(b"content-type", kind), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": sentence.encode()})
+        await _send_text(send, 413, sentence, kind)
+
+
+async def _send_text(send, status: int, text: str, kind: bytes) -> None:
+    headers = [(b"content-type", kind), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
 
 
 def serve(

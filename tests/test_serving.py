@@ -297,6 +297,25 @@ def test_no_file_of_the_server_and_no_address_is_read(client, tmp_path):
 
 
 @pytest.mark.once
+def test_the_server_looks_up_no_other_host(model, monkeypatch):
+    """No counter of visits, no look for a newer version, no address that somebody gave."""
+    pytest.importorskip("gradio", reason="needs gradio: pip install keras3-resnet[serve]")
+    from starlette.testclient import TestClient
+
+    asked, resolve = [], socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **k: asked.append(host) or resolve(host, *a, **k)
+    )
+    elsewhere = "https://example.com/a.png"
+    with TestClient(build_app(model), base_url="http://127.0.0.1") as client:
+        assert client.get("/").status_code == client.get("/config").status_code == 200
+        assert "not its path" in through_gradio(client, elsewhere)
+        for path in (f"/gradio_api/file={elsewhere}", f"/gradio_api/proxy={elsewhere}"):
+            assert client.get(path).status_code == 403
+    assert set(asked) <= {"127.0.0.1", "localhost", None}
+
+
+@pytest.mark.once
 def test_another_name_for_this_machine_is_refused(client):
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
     for path in ("/docs", "/redoc"):
@@ -336,7 +355,7 @@ def address(file):
 def test_the_documented_client_lines_work(address, tmp_path):
     gradio_client = pytest.importorskip("gradio_client")
     (tmp_path / "cat.png").write_bytes(png_bytes())
-    client = gradio_client.Client(address, verbose=False)
+    client = gradio_client.Client(address, verbose=False, analytics_enabled=False)
     given = [gradio_client.handle_file(str(tmp_path / "cat.png"))]
     found = client.predict(given, api_name="/predict")
     assert found["pictures"][0]["name"] == "cat.png" and len(found["pictures"][0]["classes"]) == 5
