@@ -559,7 +559,9 @@ def _explain(arguments) -> int:
 
 def _serve_command(commands) -> None:
     serve = _command(commands, "serve", _serve, "a page to try a model on, and an HTTP endpoint")
-    serve.add_argument("model", metavar="MODEL", help="a .keras file, or a run folder")
+    serve.add_argument(
+        "model", metavar="MODEL", help="a .keras file, a run folder, an exported file"
+    )
     serve.add_argument("--host", default="127.0.0.1", metavar="NAME", help="where to listen")
     serve.add_argument("--port", type=int, default=7860, metavar="N", help="0 takes a free one")
     serve.add_argument("--max-mb", type=float, default=20, metavar="X", help="of one file")

@@ -35,6 +35,7 @@ from keras_resnet.engines import Runner, load_model, open_runner
 from keras_resnet.errors import DataError, InputError, KerasResNetError, MissingDependencyError
 from keras_resnet.explain import grad_cam, overlay
 from keras_resnet.files import printable
+from keras_resnet.formats import format_of_file
 from keras_resnet.predictions import dataset_output, model_class_names, model_preprocess
 from keras_resnet.preprocess import Preprocess
 from keras_resnet.scanning import EXTENSIONS_OF
@@ -257,7 +258,8 @@ class Service:
             of = f" of {pictures:,} pictures" if pictures else ""
             facts.append(("Validation accuracy", f"{training['val_accuracy']:.2%}{of}"))
         facts.append(("Preprocessing", preprocess_text(self.preprocess)))
-        facts.append(("Runs on", f"{self.runner.name}; {backend_line()}"))
+        by_keras = self.runner.name.startswith("keras/")
+        facts.append(("Runs on", backend_line() if by_keras else str(self.runner)))
         return facts
 
 
@@ -485,7 +487,7 @@ def _service(model: Any, engine: str, limits: Limits) -> Service:
     found, blind = None, None
     if isinstance(model, keras.Model):
         found = model
-    elif not isinstance(model, Runner) and _holds_keras_model(Path(model).expanduser()):
+    elif not isinstance(model, Runner) and format_of_file(Path(model).expanduser()) is None:
         found = load_model(model)
     if found is None:
         blind = "An exported model has no gradients: there are no heat maps of where it looked."
@@ -497,12 +499,6 @@ def _service(model: Any, engine: str, limits: Limits) -> Service:
         except InputError as error:
             found, blind = None, f"No heat maps: {error}"
     return Service(runner, found, limits, blind)
-
-
-def _holds_keras_model(path: Path) -> bool:
-    if path.is_dir():
-        return any((path / name).is_file() for name in ("best.keras", "last.keras"))
-    return path.suffix == ".keras" or not path.exists()  # whose absence load_model explains
 
 
 def _blank(model: keras.Model, shape: tuple[int | None, int | None, int]) -> np.ndarray:

@@ -192,7 +192,7 @@ def test_facts_say_what_is_known(model):
     assert facts["Validation accuracy"] == "87.50% of 1,200 pictures"
     assert facts["Weights"] == "epoch 3 of 8 by the recipe cifar"
     assert facts["Preprocessing"].startswith("short side resized to 36 (bilinear), 32 x 32 cut")
-    assert facts["Runs on"].startswith("keras/torch; torch ")
+    assert facts["Runs on"].startswith("torch 2") and ", Keras 3" in facts["Runs on"]
 
 
 # --- over HTTP -----------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_a_person_drops_pictures_and_sees_answers(page, tmp_path):
     assert "megapixels" in cards.nth(2).inner_text()
     assert "owned" not in page.title()
     facts = page.locator(".kr-facts").inner_text()
-    assert "resnet20" in facts and "87.50%" in facts and "keras/torch" in facts
+    assert "resnet20" in facts and "87.50%" in facts and ", Keras 3" in facts
     page.get_by_text("From a program").click()
     page.wait_for_selector(".kr-programs pre")
     assert page.url.rstrip("/") in page.locator(".kr-programs").inner_text()
