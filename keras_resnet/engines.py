@@ -30,6 +30,8 @@ from keras_resnet.errors import (
     reason_of,
 )
 from keras_resnet.formats import ends_in_softmax
+from keras_resnet.graph import DirectGraph, graph_steps
+from keras_resnet.inference import optimize_for_inference
 
 # Of the engines that take a Keras model, and those that an exported file names by itself.
 ENGINES = ("keras", "auto", "openvino", "onnxruntime", "torch")
@@ -108,11 +110,11 @@ class KerasRunner(Runner):
 
 def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:
     """The model that gives the same answers, sooner: the one place that decides it."""
-    if precision is not None:
-        raise InputError(
-            f"The keras engine computes in the model's own precision. Received: {precision!r}."
-        )
-    return model
+    if precision is None and keras.backend.backend() == "torch" and isinstance(model, DirectGraph):
+        return model  # folds itself while it predicts
+    if precision is None and graph_steps(model) is None:
+        return model
+    return optimize_for_inference(model, precision)
 
 
 # --- exported files ------------------------------------------------------------------------------

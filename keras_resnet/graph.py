@@ -89,7 +89,7 @@ def graph_steps(model: keras.Model) -> list[Step] | None:
         tensors = list(given) if listed else [given]
         known = all(id(tensor) in index for tensor in tensors)
         # Dropout's default, which Keras notes at its node and overrides when the model is called.
-        kwargs = {k: v for k, v in kwargs.items() if k != "training" or v}
+        kwargs = {k: v for k, v in kwargs.items() if v is not None and (k != "training" or v)}
         if kwargs or not known or len(node.outputs) != 1 or not isinstance(layer, keras.Layer):
             return None
         target = len(steps) + 1
@@ -120,7 +120,7 @@ class DirectGraph:
     """
 
     def call(self, inputs, training=None, mask=None):
-        """Runs the graph; arguments and result are `keras.Model.call`'s."""
+        """Runs the graph; arguments and result are those of `keras.Model.call`."""
         lists = None
         if (
             _BACKEND == "torch"

@@ -13,7 +13,14 @@ from keras_resnet.errors import InputError, did_you_mean
 from keras_resnet.graph import Step, count_users, fold_norm, graph_steps
 from keras_resnet.model import ImageModel
 
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
 
 
 def optimize_for_inference(
@@ -29,9 +36,9 @@ def optimize_for_inference(
     Args:
         model: A built Functional model with one input and one output. Its convolutions keep their
             names; norms that follow none, or one that others use too, stay.
-        precision: `"bf16"` or `"fp16"` stores the weights and computes in that type, apart from the
-            normalisation of pixels and the last layer; `"fp32"` in float32. By default as in
-            `model`.
+        precision: `"bf16"` or `"fp16"` (or `"bfloat16"`, `"float16"`) stores the weights and
+            computes in that type, apart from the normalisation of pixels and the last layer;
+            `"fp32"` in float32. By default as in `model`.
         name: Name of the new model; the old one's by default.
 
     Returns:
