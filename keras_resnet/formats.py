@@ -417,6 +417,10 @@ def _finish_onnx(path: Path, description: dict[str, Any]) -> None:
 
     model = onnx.load(path)
     graph = model.graph
+    # tf2onnx makes inputs of constants that a function captured, and folds them away afterwards.
+    used = {name for node in graph.node for name in node.input}
+    for value in [value for value in graph.input if value.name not in used]:
+        graph.input.remove(value)
     (given,) = graph.input
     answer = graph.output[0]
     renamed = {given.name: INPUT, answer.name: description["output"]}

@@ -21,9 +21,11 @@ from keras_resnet.errors import (
 from keras_resnet.evaluation import evaluate
 from keras_resnet.exporting import export
 from keras_resnet.formats import FORMATS
+from keras_resnet.inference import optimize_for_inference
 from keras_resnet.layers import BatchNormalization, Conv2D
 from keras_resnet.predictions import predict
 from keras_resnet.preprocess import Preprocess
+from keras_resnet.stock import to_stock
 from keras_resnet.zoo import create_model
 
 # Nothing in them may break XML, JSON or a zip archive.
@@ -198,6 +200,16 @@ def test_grouped_convolutions_and_features_without_a_head(tmp_path):
     assert report.passed and "does not say how its pictures are prepared" in str(report)
     with pytest.raises(InputError, match="no classification head"):
         open_runner(target(tmp_path, FIRST))
+
+
+@pytest.mark.parametrize("twin", [to_stock, optimize_for_inference])
+def test_stock_and_folded_twins_are_exported_as_well(twin, model, tmp_path):
+    needs(FIRST)
+    path = target(tmp_path, FIRST)
+    assert export(twin(model), path, FIRST, pictures=formats.sample_input(model, 3)).passed
+    images = formats.sample_input(model, 2, seed=1)
+    expected = model.predict_on_batch(images)
+    assert relative_difference(by_hand(path, FIRST, images.astype("f4")), expected) < 1e-4
 
 
 def test_a_file_that_answers_otherwise_is_not_kept(model, tmp_path, monkeypatch, capsys):
