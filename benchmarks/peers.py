@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import ctypes
 import importlib.util
 import json
 import os
@@ -18,17 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from keras_resnet.process import keep_freed_memory  # noqa: F401 (of this checkout)
+
 _KEPT = []  # a torch.library.Library forgets its operators when it is collected
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed pages: without it, half of a step on a CPU is page faults."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL("libc.so.6")
-    trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def import_torchvision():

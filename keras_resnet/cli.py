@@ -27,9 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from keras_resnet.errors import KerasResNetError
     from keras_resnet.files import printable
+    from keras_resnet.process import tune_process
 
     try:
         if arguments.run is not _inspect:
+            tune_process()
             _choose_backend()
         return arguments.run(arguments) or 0
     except KerasResNetError as error:

@@ -30,6 +30,7 @@ from PIL import Image
 from keras_resnet import augment as augmentation
 from keras_resnet.errors import DataError, InputError, NotFoundError, did_you_mean
 from keras_resnet.preprocess import Preprocess, load
+from keras_resnet.process import available_cores
 
 __all__ = [
     "IMG_EXTENSIONS",
@@ -1004,8 +1005,7 @@ class ImageDataset(keras.utils.PyDataset):
 
 def default_threads() -> int:
     """The processor's cores that this process may use, at most 8."""
-    cores = getattr(os, "sched_getaffinity", None)
-    return min(8, len(cores(0)) if cores else os.cpu_count() or 1)
+    return min(8, available_cores())
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -32,6 +32,7 @@ from keras_resnet.errors import (
 from keras_resnet.formats import ends_in_softmax
 from keras_resnet.graph import DirectGraph, graph_steps
 from keras_resnet.inference import optimize_for_inference
+from keras_resnet.process import available_cores, tune_process
 
 # Of the engines that take a Keras model, and those that an exported file names by itself.
 ENGINES = ("keras", "auto", "openvino", "onnxruntime", "torch")
@@ -359,21 +360,11 @@ def _sizes(shape) -> tuple[int | None, ...]:
 
 
 def cores() -> int:
-    """Threads for the arithmetic: `OMP_NUM_THREADS`, or the cores that the process may use.
-
-    A container's limit counts; runtimes look at the machine's cores.
-    """
+    """Threads for the arithmetic: `OMP_NUM_THREADS`, or the cores that the process may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
-    able = getattr(os, "sched_getaffinity", None)
-    count = len(able(0)) if able else os.cpu_count() or 1
-    try:  # cgroup v2: microseconds of processor time a period
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return count
+    return available_cores()
 
 
 def runtime_of(name: str) -> type[FileRunner]:
@@ -474,6 +465,7 @@ def open_runner(
         raise InputError(f"Unknown engine {engine!r}.{hint}")
     if isinstance(model, Runner):
         return model
+    tune_process()
     if not isinstance(model, keras.Model):
         if formats.format_of_file(Path(model).expanduser()) is not None:
             runner = open_file(model, engine, precision)

@@ -31,6 +31,7 @@ from keras_resnet.files import printable, write_json
 from keras_resnet.loggers import Loggers
 from keras_resnet.loop import Loop, Settings, TrainingError
 from keras_resnet.preparation import Data, build_model, prepare_data
+from keras_resnet.process import tune_process
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.runs import Run, SaveError
 
@@ -160,6 +161,7 @@ def train(
         "log": [log] if isinstance(log, str) else list(log),
     }
     _check(arguments)
+    tune_process()
 
     def say(text: str) -> None:
         if verbose:
