@@ -79,6 +79,7 @@ def image_dataset_from_directory(
     follow_links: bool = False,
     crop_to_aspect_ratio: bool = False,
     *,
+    data_format: str | None = None,
     preprocess: Preprocess | None = None,
     augment: Callable | None = None,
     workers: int | None = None,
@@ -117,6 +118,7 @@ def image_dataset_from_directory(
         interpolation: of `image_size`, one of Preprocess'.
         follow_links: visit folders behind symbolic links inside class folders.
         crop_to_aspect_ratio: with `image_size`, cut instead of distorting.
+        data_format: `"channels_last"` or `"channels_first"`; None is that of Keras' configuration.
         preprocess: the `Preprocess` that evaluates the model.
         augment: called with (picture, generator), gives the uint8 picture; then `preprocess` only
             normalises. See `augment.Augment`.
@@ -190,6 +192,7 @@ def image_dataset_from_directory(
         "on_error": on_error,
         "seed": seed,
         "verify": verify,
+        "data_format": data_format or keras.config.image_data_format(),
     }
     training = {
         **common,
@@ -522,8 +525,10 @@ class ImageDataset(keras.utils.PyDataset):
         label_smoothing: float = 0.0,
         repeats: int = 1,
         verify: bool = False,
+        data_format: str = "channels_last",
     ) -> None:
         """Arguments are those of `image_dataset_from_directory`."""
+        _one_of("data_format", data_format, ("channels_last", "channels_first"))
         _one_of("label_mode", label_mode, ("int", "categorical", "binary", None))
         _one_of("output", output, ("uint8", "float32"))
         _one_of("on_error", on_error, ("skip", "raise"))
@@ -548,6 +553,7 @@ class ImageDataset(keras.utils.PyDataset):
         self.seed = int(np.random.SeedSequence().entropy % 2**32) if seed is None else int(seed)
         self.cache = None if cache is None else os.fspath(cache)
         self.output = output
+        self.data_format = data_format
         self.on_error = on_error
         self.drop_last = drop_last
         self.label_smoothing = float(label_smoothing)
@@ -684,17 +690,23 @@ class ImageDataset(keras.utils.PyDataset):
 
         Returns:
             (images, labels), or images alone without labels. Images are (n, height, width,
-            channels), uint8 in 0..255 or normalised float32.
+            channels), or (n, channels, height, width) with `data_format="channels_first"`; uint8 in
+            0..255 or normalised float32.
 
         Raises:
             DataError: an unreadable picture with `on_error="raise"`; a batch without any readable
                 one; pictures of different sizes.
         """
-        images, labels, _ = self.read_batch(index)
-        return images if labels is None else (images, labels)
+        return self._as_fed(self.read_batch(index))
+
+    def _as_fed(self, batch: Batch) -> tuple[np.ndarray, np.ndarray] | np.ndarray:
+        images = batch.images
+        if self.data_format == "channels_first":
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        return images if batch.labels is None else (images, batch.labels)
 
     def read_batch(self, index: int) -> Batch:
-        """Reads a batch as `[index]` does, with the positions of the pictures that it holds."""
+        """Reads batch `index`, channels last, with the positions of the pictures that it holds."""
         index = self._checked(index)
         if index == len(self) - 1:
             self._finished = True
@@ -702,11 +714,11 @@ class ImageDataset(keras.utils.PyDataset):
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray] | np.ndarray]:
         """Gives the batches of the current epoch in order."""
-        for images, labels, _ in self.batches():
-            yield images if labels is None else (images, labels)
+        for batch in self.batches():
+            yield self._as_fed(batch)
 
     def batches(self) -> Iterator[Batch]:
-        """Iterates like the dataset itself, with the positions of the pictures."""
+        """Iterates like the dataset itself, channels last, with the positions of the pictures."""
         epoch, order = self._epoch_order()
         for index in range(len(self)):
             yield self._fetch(epoch, order, index)

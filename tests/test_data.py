@@ -183,6 +183,23 @@ def test_color_modes(folder, mode, channels, augment, cache):
 
 
 @once
+def test_channels_first_holds_the_same_pixels(folder):
+    last = from_directory(folder, image_size=8, shuffle=False)
+    first = from_directory(folder, image_size=8, shuffle=False, data_format="channels_first")
+    (x, y), (u, v) = last[0], first[0]
+    assert u.shape == (19, 3, 8, 8) and u.flags.c_contiguous
+    np.testing.assert_array_equal(u.transpose(0, 2, 3, 1), x)
+    np.testing.assert_array_equal(v, y)
+    np.testing.assert_array_equal(next(iter(first))[0], u)
+    np.testing.assert_array_equal(first.read_batch(0).images, x)
+    keras.config.set_image_data_format("channels_first")
+    try:
+        assert from_directory(folder, image_size=8)[0][0].shape == (19, 3, 8, 8)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
+@once
 def test_the_split_is_stratified_disjoint_complete_and_seeded(folder):
     train, val = from_directory(folder, validation_split=0.3, subset="both", seed=1)
     assert val.class_counts == {"ants": 2, "bees": 2, "cats": 2}
@@ -465,6 +482,7 @@ def test_one_class_is_refused_where_a_classifier_is_trained(folder):
         ({"workers": 1.5}, "workers"),
         ({"label_mode": "ints"}, "label_mode"),
         ({"output": "float16"}, "output"),
+        ({"data_format": "NCHW"}, "data_format"),
         ({"on_error": "ignore"}, "on_error"),
         ({"drop_last": "yes"}, "drop_last"),
         ({"validation_split": 0.2}, "go together"),
