@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import threading
+import time
 
 import keras
 import numpy as np
@@ -714,6 +716,36 @@ def test_following_batches_are_read_ahead_within_their_limit(folder):
     dataset.set_epoch(1)
     dataset[7]  # not in order: nothing is read ahead, and the past epoch is forgotten
     assert not dataset._ahead
+
+
+@once
+def test_the_threads_share_one_batch(folder):
+    together = threading.Barrier(3, timeout=30)  # breaks unless three threads meet, twice
+
+    def augment(picture, rng):
+        together.wait()
+        return np.zeros((8, 8, 3), np.uint8)
+
+    dataset = from_directory(folder, class_names=["bees"], augment=augment, workers=3)
+    assert len(dataset) == 1 and dataset[0][0].shape == (6, 8, 8, 3)
+
+
+@once
+def test_of_several_errors_in_a_batch_that_of_the_first_picture_is_raised(folder, monkeypatch):
+    for name in ("1.png", "4.png"):
+        (folder / "bees" / name).write_bytes(b"")
+    read = data.load
+
+    def late(path, **how):
+        time.sleep(0.2 * path.endswith("1.png"))
+        return read(path, **how)
+
+    monkeypatch.setattr(data, "load", late)
+    arguments = {"class_names": ["bees"], "shuffle": False, "augment": training_augment(8)}
+    dataset = from_directory(folder, workers=3, on_error="raise", **arguments)
+    with pytest.raises(DataError, match=r"1\.png"):
+        dataset[0]
+    assert "1.png" in str(dataset.failure)
 
 
 def test_an_error_in_a_worker_ends_fit_and_is_kept(folder):
