@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import contextlib
+import ctypes
+import gc
 import importlib.util
 import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,9 +22,42 @@ from importlib.metadata import PackageNotFoundError, version
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from keras_resnet.process import keep_freed_memory  # noqa: F401 (of this checkout)
+from keras_resnet.process import available_cores, keep_freed_memory  # noqa: F401 (this checkout's)
 
 _KEPT = []  # a torch.library.Library forgets its operators when it is collected
+
+
+def limit_threads(count: int) -> None:
+    """Gives this process `count` processors, so that no runtime can use more than another.
+
+    Call it before a backend is imported: each sizes its pools by what it finds then.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def settle() -> None:
+    """Hands back what setting up has freed, and forgets the high-water mark so far.
+
+    Kept pages would otherwise serve a step, which then would seem to need no memory of its own.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+    cuda = _cuda()
+    if cuda is not None:
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
+
+
+def _cuda():
+    """`torch.cuda`, where this process uses torch on a CUDA device."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda
 
 
 def import_torchvision():
@@ -75,13 +113,12 @@ class Contender:
 
     def __init__(self, script: str, name: str, arguments: list[str], backend: str):
         self.name = name
-        environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
         self._process = subprocess.Popen(
             [sys.executable, script, "--contender", name, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment(backend),
         )
         self.ready = self._read()
 
@@ -93,8 +130,11 @@ class Contender:
 
     def turn(self) -> dict:
         """One turn's measurements."""
-        self._process.stdin.write("turn\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write("turn\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise RuntimeError(f"{self.name} ended with code {self._process.wait()}") from None
         return self._read()
 
     def end(self) -> None:
@@ -103,24 +143,52 @@ class Contender:
         self._process.wait(timeout=60)
 
 
-def serve(step, steps_per_turn: int = 1, warmup: int = 2) -> None:
-    """Runs in a contender's process: `step()` does the work and waits for its end."""
-    before = resident_memory()  # imports, model, optimizer: what a step needs lies above it
-    start = time.perf_counter()
-    for _ in range(warmup):
-        step()
-    print(json.dumps({"warmup_s": time.perf_counter() - start}), flush=True)
-    for _ in sys.stdin:
+def environment(backend: str) -> dict[str, str]:
+    """A contender's environment."""
+    return {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def serve(step, steps_per_turn: int = 1, warmup: int = 2, parts: int = 1) -> None:
+    """Runs in a contender's process: `step()` does the work; a turn is timed to its end.
+
+    Where a step is a whole epoch, `parts` says of how many batches; times are then a batch's.
+    """
+
+    def timed(count: int) -> tuple[float, float]:
         start, cpu = time.perf_counter(), time.process_time()
-        for _ in range(steps_per_turn):
+        for _ in range(count):
             step()
+        if _cuda() is not None:
+            _cuda().synchronize()
+        return time.perf_counter() - start, time.process_time() - cpu
+
+    settle()
+    before = _held()  # imports, model, optimizer: what a step needs lies above it
+    seconds, _ = timed(warmup)
+    settle()  # what the first steps alone needed, to compile or to pack; what they keep counts
+    timed(1)  # pages and device memory that it gave back
+    print(json.dumps({"warmup_s": seconds}), flush=True)
+    for _ in sys.stdin:
+        if _cuda() is not None:
+            timed(1)
+        seconds, cpu = timed(steps_per_turn)
         result = {
-            "seconds": (time.perf_counter() - start) / steps_per_turn,
+            "seconds": seconds / steps_per_turn / parts,
             # Of all threads together; on a busy machine it says more than the wall clock.
-            "cpu": (time.process_time() - cpu) / steps_per_turn,
-            "peak": peak_memory() - before,
+            "cpu": cpu / steps_per_turn / parts,
+            "peak": max(0, _peak() - before),
         }
+        if _cuda() is not None:
+            _cuda().empty_cache()  # the next contender needs the device's memory
         print(json.dumps(result), flush=True)
+
+
+def _held() -> int:
+    return resident_memory() if _cuda() is None else _cuda().memory_allocated()
+
+
+def _peak() -> int:
+    return peak_memory() if _cuda() is None else _cuda().max_memory_allocated()
 
 
 def compete(script: str, contenders: dict[str, str], arguments: list[str], rounds: int) -> dict:
@@ -130,14 +198,29 @@ def compete(script: str, contenders: dict[str, str], arguments: list[str], round
         try:
             started.append(Contender(script, name, arguments, backend))
         except RuntimeError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            left_out(name, str(error))
     for index in range(rounds):
         # Every other round backwards, so that drift of the machine favours nobody.
-        for contender in started if index % 2 == 0 else started[::-1]:
-            results.setdefault(contender.name, []).append(contender.turn())
+        for contender in list(started if index % 2 == 0 else started[::-1]):
+            try:
+                results.setdefault(contender.name, []).append(contender.turn())
+            except RuntimeError as error:
+                left_out(contender.name, str(error))
+                started.remove(contender)
     for contender in started:
         contender.end()
     return {contender.name: results[contender.name] for contender in started}
+
+
+def left_out(name: str, reason: str) -> None:
+    """Says on the error stream that a contender does not take part."""
+    print(f"left out: {name}: {reason}", file=sys.stderr, flush=True)
+
+
+def missing(*modules: str) -> str | None:
+    """A sentence if one of these modules is not installed."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
 
 
 def rows_of(results: dict, baseline: str) -> list[dict]:
@@ -163,22 +246,84 @@ def rows_of(results: dict, baseline: str) -> list[dict]:
     return rows
 
 
+_PACKAGES = (
+    "keras", "torch", "torchvision", "tensorflow-cpu", "tensorflow", "jax", "onnxruntime",
+    "openvino", "simplejpeg", "numpy",
+)  # fmt: skip
+
+
 def about() -> dict:
     """What a measurement depends on: the machine and the versions."""
     versions = {}
-    for package in ("keras", "torch", "torchvision", "tensorflow-cpu", "tensorflow", "jax"):
-        try:
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    device = _device()
     return {
         "when": time.strftime("%Y-%m-%d"),
         "machine": platform.platform(),
-        "processors": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "processors": available_cores(),
+        **({"device": device} if device else {}),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         **versions,
     }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            rows = [row.split(":", 1) for row in file if ":" in row]
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, value in rows}
+    name = facts.get("model name", platform.machine())
+    notable = [
+        flag
+        for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        if flag in facts.get("flags", "").split()
+    ]
+    return f"{name} ({', '.join(notable)})" if notable else name
+
+
+def _device() -> str | None:
+    """The name of the CUDA device, without a backend's import."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout else None
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--json` and `--plot`."""
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=pathlib.Path, help="draw them into this file (.png, .svg)")
+
+
+def table(title: str, rows: list[dict], baseline: str) -> dict:
+    """A table of `rows_of`'s rows, as `publish` takes it."""
+    return {"title": title, "baseline": baseline, "rows": rows}
+
+
+def publish(benchmark: str, tables: list[dict], options: argparse.Namespace) -> None:
+    """Prints the tables, writes them as JSON for report.py, and draws them."""
+    facts = about()
+    print(", ".join(f"{k} {v}" for k, v in facts.items()))
+    for one in tables:
+        show(one["title"], one["rows"], one["baseline"])
+    given = {k: v for k, v in vars(options).items() if k not in ("json", "plot", "contender")}
+    given = {k: v if isinstance(v, (int, str, list)) else str(v) for k, v in given.items()}
+    if options.json:
+        result = {"benchmark": benchmark, "about": facts, "options": given, "tables": tables}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(tables, options.plot)
 
 
 def show(title: str, rows: list[dict], baseline: str) -> None:
@@ -196,4 +341,37 @@ def show(title: str, rows: list[dict], baseline: str) -> None:
             f"{row['contender']:<26}{row['n']:>4}{row['median_ms']:>11.1f}{spread:>20}"
             f"{row['cpu_ms']:>9.1f}{row['peak_mb']:>9.0f}{ratio:>7}"
         )
-    print(f"x: throughput against {baseline}")
+    print(f"x: throughput against {baseline}; step MB: peak memory above what was held before it")
+
+
+def plot(tables: list[dict], path: pathlib.Path) -> None:
+    """Draws medians as bars with their quartiles, a panel a table."""
+    from matplotlib.figure import Figure
+
+    tables = [one for one in tables if one["rows"]]
+    if not tables:
+        return
+    heights = [len(one["rows"]) + 1.6 for one in tables]
+    figure = Figure(figsize=(8, 0.42 * sum(heights) + 0.4), layout="constrained")
+    panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, one in zip(panels, tables, strict=True):
+        names = [row["contender"] for row in one["rows"]]
+        medians = [row["median_ms"] for row in one["rows"]]
+        ends = [row["quartiles_ms"] for row in one["rows"]]
+        below = [max(0, m - low) for m, (low, _) in zip(medians, ends, strict=True)]
+        above = [max(0, high - m) for m, (_, high) in zip(medians, ends, strict=True)]
+        colors = ["#2b6cb0" if name.startswith("ours") else "#a0aec0" for name in names]
+        axes.barh(names, medians, xerr=[below, above], color=colors, capsize=3, height=0.7)
+        for y, row in enumerate(one["rows"]):
+            ratio = f"  ({row['ratio']:.2f}x)" if "ratio" in row else ""
+            axes.annotate(
+                f"{row['median_ms']:.4g}{ratio}", (ends[y][1], y), xytext=(6, 0),
+                textcoords="offset points", va="center", fontsize=8,
+            )  # fmt: skip
+        axes.set_xlim(0, 1.25 * max(high for _, high in ends))
+        axes.invert_yaxis()
+        axes.set_xlabel("ms, median and quartiles", fontsize=8)
+        axes.set_title(one["title"], fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
