@@ -66,3 +66,36 @@ def make_deterministic() -> None:
         import tensorflow as tf
 
         tf.config.experimental.enable_op_determinism()
+
+
+class Sender:
+    """Sends batches to torch's CUDA device while it still computes; elsewhere changes nothing.
+
+    Pinned memory lets the copy run without the processor, a stream of its own beside the kernels
+    of the step before; nobody waits but the kernels that read the batch.
+    """
+
+    def __init__(self):
+        self._stream = None
+        if keras.backend.backend() == "torch":
+            import torch
+
+            if torch.cuda.is_available():
+                self._stream = torch.cuda.Stream()
+
+    def __call__(self, batch: tuple) -> tuple:
+        """The arrays of a batch as tensors on the device, uint8 as uint8."""
+        if self._stream is None:
+            return batch
+        import torch
+
+        current = torch.cuda.current_stream()
+        with torch.cuda.stream(self._stream):
+            sent = tuple(
+                torch.from_numpy(array).pin_memory().to(current.device, non_blocking=True)
+                for array in batch
+            )
+        current.wait_stream(self._stream)
+        for tensor in sent:
+            tensor.record_stream(current)  # its memory is not reused before the kernels are through
+        return sent

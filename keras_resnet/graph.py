@@ -137,6 +137,9 @@ class DirectGraph:
         x = ops.convert_to_tensor(inputs, dtype=self.inputs[0].dtype)
         if not training and not torch.is_grad_enabled() and _is_plain(x):
             return lists.folded(x)
+        if training:
+            # An optimizer of torch's that is fused changes weights without torch's count of it.
+            lists.folded.forget()
         return lists.whole(x, training)
 
     def _lists(self) -> _Lists | None:
@@ -421,13 +424,20 @@ class _Folded:
 
     def __init__(self, steps: list[Step]):
         self._list = _List(fuse(steps))
-        self._made_of: list[tuple[int, int]] | None = None
+        self._made_of: list[Any] | None = None
         self._variables = [v for c in self._list.convolutions for v in c.variables]
+        self._norms = [c.norm for c in self._list.convolutions if c.norm is not None]
+
+    def forget(self) -> None:
+        """Makes what is kept of the weights anew at the next call."""
+        self._made_of = None
 
     def __call__(self, x):
         tensors = [variable.value for variable in self._variables]
-        # torch counts the changes of a tensor in place; `.data = ...` goes past the count.
+        # torch counts the changes of a tensor in place; `.data = ...` goes past the count, and so
+        # do some kernels, after which layers and optimizers here count for themselves.
         made_of = [(t._version, t.data_ptr()) for t in tensors]
+        made_of += [norm.changes[0] for norm in self._norms]
         if made_of != self._made_of:
             for convolution in self._list.convolutions:
                 convolution.forget()
@@ -446,7 +456,7 @@ class _FusedConvolution:
     """
 
     def __init__(self, step: Fused, may_overwrite: bool):
-        self._conv, self._norm, self._relu = step.conv, step.norm, step.relu
+        self._conv, self.norm, self._relu = step.conv, step.norm, step.relu
         self._has_shortcut = len(step.sources) == 2
         self._may_overwrite = may_overwrite and self._has_shortcut
         pad, strides, dilation = step.conv.pad, step.conv.strides, step.conv.dilation_rate
@@ -456,7 +466,7 @@ class _FusedConvolution:
     @property
     def variables(self) -> list:
         """What the folded weights are made of."""
-        layers = [self._conv] if self._norm is None else [self._conv, self._norm]
+        layers = [self._conv] if self.norm is None else [self._conv, self.norm]
         return [variable for layer in layers for variable in layer.variables]
 
     def forget(self) -> None:
@@ -497,7 +507,7 @@ class _FusedConvolution:
 
     def _fold(self, x) -> tuple[Any, Any, bool]:
         """`(kernel, bias, packed)` for inputs like `x`."""
-        conv, norm = self._conv, self._norm
+        conv, norm = self._conv, self.norm
         kernel = conv.kernel.value.permute(3, 2, 0, 1)
         bias = None if conv.bias is None else conv.bias.value
         if norm is not None:

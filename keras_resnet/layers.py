@@ -125,6 +125,16 @@ class _DirectCall:
         return True
 
 
+def count_change(tensors) -> None:
+    """Tells torch that tensors have changed in place, for kernels that do not tell it themselves.
+
+    torch 2.13's fused optimizers do not, and who keeps something made of the tensors
+    (`keras_resnet.graph`) would not notice.
+    """
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
 def torch_value(variable, dtype):
     """A variable's (or a tensor's) tensor at `dtype`, with its memory layout kept."""
     value = getattr(variable, "value", variable)
@@ -312,6 +322,9 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
         with_shortcut = isinstance(input_shape[0], (list, tuple))
         shape = input_shape[0] if with_shortcut else input_shape
         self._channels, self._rank = shape[self.axis], len(shape)
+        # How often torch's kernel has moved the statistics: it does so without torch's own count,
+        # which its gradient would take for an error. No state, hence not Keras' to track.
+        object.__setattr__(self, "changes", [0])
         super().build(shape)
         # One tensor or two: Keras' specification can say only one of them, `_check` says both.
         self.input_spec = None
@@ -384,6 +397,7 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
             y = F.batch_norm(
                 x, mean, variance, gamma, beta, True, 1.0 - self.momentum, self.epsilon
             )
+            self.changes[0] += 1
         else:
             # Statistics that forget at once are the batch's own.
             mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from keras_resnet import plots
-from keras_resnet.backends import devices, package_version
+from keras_resnet.backends import Sender, devices, package_version
 from keras_resnet.data import ImageDataset
 from keras_resnet.ema import ModelEMA, adjusted_decay
 from keras_resnet.errors import InputError, KerasResNetError
@@ -389,12 +389,13 @@ class _EpochBatches(keras.utils.PyDataset):
         super().__init__(workers=1, use_multiprocessing=False)
         dataset.set_epoch(epoch)
         self.dataset, self.start = dataset, start
+        self._send = Sender()
 
     def __len__(self) -> int:
         return len(self.dataset) - self.start
 
     def __getitem__(self, index: int) -> tuple:
-        return readable_batch(self.dataset, index + self.start)
+        return self._send(readable_batch(self.dataset, index + self.start))
 
 
 class _Callbacks(keras.callbacks.CallbackList):

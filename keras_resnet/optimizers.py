@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.layers import count_change
 from keras_resnet.schedules import Schedule
 
 
@@ -239,6 +240,8 @@ class SGD(keras.optimizers.Optimizer):
                     fused=fused,
                     foreach=not fused,
                 )
+                if fused:
+                    count_change(weights)
                 for (*_, before, index), after in zip(members, buffers, strict=True):
                     if before is not after:
                         self.momentums[index].assign(after)

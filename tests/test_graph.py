@@ -12,6 +12,7 @@ from keras import ops
 from keras_resnet import graph
 from keras_resnet.graph import DirectGraph, Fused, fuse, graph_steps
 from keras_resnet.layers import BatchNormalization, Conv2D
+from keras_resnet.optimizers import SGD
 from keras_resnet.zoo import create_model
 
 torch = pytest.importorskip("torch")
@@ -357,3 +358,43 @@ def test_awkward_graphs_agree_with_keras(training, lists_run, rng):
         assert torch.equal(x, before), what
         assert lists_run["whole" if training else "folded"] > 0, what
         lists_run.update(whole=0, folded=0)
+
+
+@torch_only
+def test_training_is_noticed_whoever_updates_the_weights(rng):
+    """Batch norm and fused optimizers change tensors without torch's count of it."""
+    x = torch.tensor(rng.normal(size=(4, 32, 32, 3)).astype("float32"))
+    labels = torch.tensor([0, 1, 2, 3])
+
+    def ours(model, loss):
+        loss.backward()
+        weights = model.trainable_variables
+        with torch.no_grad():
+            optimizer = SGD(0.1, momentum=0.9)
+            optimizer.apply([v.value.grad for v in weights], weights)
+
+    def torchs(model, loss):
+        loss.backward()
+        weights = [v.value for v in model.trainable_variables]
+        torch.optim.SGD(weights, 0.1, momentum=0.9, fused=True).step()
+
+    def statistics_alone(model, loss):
+        pass
+
+    for name, update in [
+        ("resnet20", ours), ("resnet20", torchs), ("resnet20", statistics_alone),
+        ("alexnet_cifar10", ours), ("alexnet_cifar10", torchs),
+    ]:  # fmt: skip
+        model = create_model(name, dropout=0.0) if "alex" in name else create_model(name)
+        plain = by_keras(model)
+        with torch.no_grad():
+            before = model(x, training=False)
+        # Also through another model over the same layers, of which this one is not told.
+        for through in (model, plain) if update is not torchs else (model,):
+            logits = through(x, training=True)
+            update(model, torch.nn.functional.cross_entropy(logits, labels))
+            with torch.no_grad():
+                after = model(x, training=False)
+                assert_close(after, plain(x, training=False))
+            assert not torch.equal(before, after)
+            before = after
