@@ -1,6 +1,7 @@
-# Two commands do everything from nothing but Python 3.11+ and make:
+# These commands do everything from nothing but Python 3.11+ and make:
 #   make demo [BACKEND=torch|tensorflow|jax]     the main job on real handwritten digits
 #   make test                                    ruff, tests on three backends, doctests, examples
+#   make bench [ROWS="train infer"]              speed and memory beside others'; some 12 minutes
 PYTHON ?= python3
 BACKEND ?= torch
 VENV ?= .venv
@@ -18,7 +19,7 @@ endif
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# \{0,1\}//p' Makefile
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -46,6 +47,10 @@ lint: $(VENV)/installed-test
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# ROWS="train infer" for some of them; results are in benchmarks/results.
+bench: $(VENV)/installed-test
+	$(BIN)/python benchmarks/bench.py $(ROWS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis demo

@@ -2,7 +2,7 @@
 
 Each contender sets up in a process of its own; then they take turns, one batch each: random
 pictures in memory in, logits in memory out. All get the same processors and the same setting of
-the allocator (`--allocator default` for none). Models are exported once, before the first turn.
+the allocator unless `--allocator` says otherwise. Models are exported once, before the first turn.
 
     python benchmarks/infer.py --model resnet50 --batch 1 16 --rounds 9 --json infer.json
 """

@@ -11,9 +11,7 @@ machine the second is the steadier.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import pathlib
 import sys
 
 import peers
@@ -33,7 +31,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--modes", nargs="+", default=["train", "infer"], choices=["train", "infer"]
     )
-    parser.add_argument("--json", type=pathlib.Path)
+    peers.add_output_arguments(parser)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -77,17 +75,17 @@ def main() -> None:
         contend(options)
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    report = {**peers.about(), **{k: str(v) for k, v in vars(options).items()}}
-    print(", ".join(f"{k} {v}" for k, v in peers.about().items()))
-    modes = {}
+    tables = []
     for mode in options.modes:
         arguments = [*sys.argv[1:], "--mode", mode]
         contenders = dict.fromkeys(options.contenders, "torch")
         results = peers.compete(__file__, contenders, arguments, options.rounds)
-        modes[mode] = peers.rows_of(results, BASELINE)
-        peers.show(f"{mode}, {options.model}, one thread", modes[mode], BASELINE)
-    if options.json:
-        options.json.write_text(json.dumps({"about": report, "modes": modes}, indent=2))
+        title = (
+            f"Python time of a step, {mode}, {options.model}, batch {options.batch}, "
+            f"{options.image_size} px, torch, 1 thread"
+        )
+        tables.append(peers.table(title, peers.rows_of(results, BASELINE), BASELINE))
+    peers.publish("overhead", tables, options)
 
 
 if __name__ == "__main__":

@@ -27,18 +27,16 @@ import gc
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import peers
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 BATCH, SIZE = 32, 224
-KEPT = []  # a torch.library.Library forgets its operators when it is collected
 
 
 def ours(folder, workers, output):
@@ -56,18 +54,9 @@ def ours(folder, workers, output):
 
 
 def torchvision_loader(folder, workers):
-    import importlib.util
-
-    import conftest
     import torch
 
-    if not torch.cuda.is_available():  # the CUDA wheel beside a CPU-only torch: see conftest
-        library = torch.library.Library("torchvision", "DEF")
-        package = pathlib.Path(importlib.util.find_spec("torchvision").origin).parent
-        source = (package / "_meta_registrations.py").read_text(encoding="utf-8")
-        for name in conftest._operators_with_fakes(source):
-            library.define(f"{name}(Tensor x) -> Tensor")
-        KEPT.append(library)
+    peers.import_torchvision()
     from torchvision import datasets, transforms
 
     chain = transforms.Compose(
@@ -205,29 +194,25 @@ def main() -> None:
             f"{row['name']:26}{row['n']:>4}{row['median']:>12.0f}{spread:>14}{ratio:>15}"
             f"{row['cpu_ms']:>9.2f}"
         )
+    # As peers.publish writes it, for report.py.
+    table = {
+        "title": f"Training pipeline, batches of {BATCH}, {SIZE} px, {arguments.workers} workers",
+        "unit": "pictures/s",
+        "baseline": "torchvision",
+        "rows": [
+            {"contender": row["name"], "ratio": row["times_torchvision"]}
+            | {key: row[key] for key in ("n", "median", "quartiles", "cpu_ms", "all")}
+            for row in rows
+        ],
+    }
     if arguments.json:
-        packages = (
-            "torch",
-            "torchvision",
-            "keras",
-            "pillow",
-            "simplejpeg",
-            "tensorflow-cpu",
-            "grain",
-        )
         about = {
+            **peers.about(),
+            **installed("pillow", "grain"),
             "data": pathlib.Path(arguments.data).name,
-            "batch": BATCH,
-            "size": SIZE,
-            "workers": arguments.workers,
-            "cores": os.cpu_count(),
-            "machine": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "load_average": os.getloadavg(),
-            "packages": installed(*packages),
         }
         pathlib.Path(arguments.json).write_text(
-            json.dumps({"about": about, "rows": rows}, indent=1)
+            json.dumps({"benchmark": "pipeline", "about": about, "tables": [table]}, indent=1)
         )
 
 

@@ -3,7 +3,7 @@
 Each contender sets up in a process of its own; then they take turns, one step each. All compute
 the same: forward, softmax cross-entropy, backward, SGD with momentum 0.9 and weight decay 1e-4 (the
 stock contenders without the decay), on one batch of random pictures that stays in memory. The
-allocator's setting is the same for all (`--allocator default` for none).
+allocator's setting is the same for all unless `--allocator` says otherwise.
 
     python benchmarks/train.py --model resnet50 --batch 16 --rounds 7 --json train.json
 
@@ -52,7 +52,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: cuda where it is",
     )
     parser.add_argument("--threads", type=int, default=peers.available_cores())
-    parser.add_argument("--allocator", choices=["keep", "default"], default="keep")
+    parser.add_argument(
+        "--allocator",
+        choices=["keep", "default", "users"],
+        default="keep",
+        help="keep freed pages, in every contender; users: in ours alone, as train sets it",
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -78,12 +83,14 @@ def prepare(options) -> None:
     peers.limit_threads(options.threads)
     if options.device != "auto":
         os.environ["KERAS_TORCH_DEVICE"] = options.device
-    if options.allocator == "keep":
+    ours = options.contender.startswith("ours")
+    if options.allocator == "keep" or (options.allocator == "users" and ours):
         peers.keep_freed_memory()
     if options.backend == "torch" or options.contender.startswith("torchvision"):
         import torch
 
         torch.set_num_threads(options.threads)
+        torch.backends.cudnn.benchmark = True  # as torchvision's reference has it
 
 
 def batch_of(options, batches: int = 1):
@@ -220,7 +227,7 @@ def keras_step(options, which: str):
 
         device = device_of(options)
         data = torch.tensor(pictures, device=device), torch.tensor(labels, device=device)
-        model.make_train_function()
+        model.train_on_batch(*data)  # as fit does: builds loss and metrics before it is compiled
 
         return lambda: model.train_function([data])
     if keras.backend.backend() == "tensorflow":
@@ -257,7 +264,11 @@ def excuse(name: str, options) -> str | None:
 
 def setting(options) -> str:
     """How a measurement was taken, for its title."""
-    memory = "" if options.allocator == "keep" else ", default allocator"
+    memory = {
+        "keep": "",
+        "default": ", default allocator",
+        "users": ", freed memory kept by ours alone",
+    }[options.allocator]
     return (
         f"{options.image_size} px, {options.precision}, {options.backend}, "
         f"{options.threads} thread{'s' if options.threads > 1 else ''}{memory}"
