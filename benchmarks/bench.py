@@ -48,7 +48,7 @@ ROWS = (
     Row("train", "train.py --rounds 5 --contenders torchvision ours", _TORCH),
     Row(
         "train-as-users-run-it",
-        "train.py --rounds 5 --contenders torchvision ours --allocator users",
+        "train.py --rounds 3 --contenders torchvision ours --allocator users",
         _TORCH,
     ),
     Row(
@@ -62,8 +62,8 @@ ROWS = (
         "--contenders torchvision ours",
         _TORCH,
     ),
-    Row("overhead", "overhead.py --rounds 7 --steps 2", _TORCH),
-    Row("infer", "infer.py --batch 1 16 --rounds 7", _TORCH),
+    Row("overhead", "overhead.py --rounds 5 --steps 2 --contenders torchvision ours", _TORCH),
+    Row("infer", "infer.py --batch 1 16 --rounds 5", _TORCH),
     Row(
         "infer-bfloat16",
         "infer.py --batch 16 --rounds 7 --precision bfloat16 --contenders torchvision "
@@ -97,7 +97,7 @@ ROWS = (
         (*_TORCH, "pictures"),
         draws=False,
     ),
-    Row("import_weights", "import_weights.py --rounds 3", ("torch",), draws=False),
+    Row("import_weights", "import_weights.py --rounds 2", ("torch",), draws=False),
     Row("gpu", "gpu.py --rounds 5", (*_TORCH, "cuda")),
 )
 
@@ -145,6 +145,7 @@ def main() -> None:
         parser.error(f"unknown row {unknown[0]!r}; there are: {', '.join(names)}")
     folder = options.results.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
     outcomes = {
         row.name: run(row, folder) for row in ROWS if not options.rows or row.name in options.rows
     }
@@ -155,7 +156,8 @@ def main() -> None:
     print("\n" + text)
     for name, outcome in outcomes.items():
         print(f"{name:<28}{outcome}")
-    print(f"{len(written)} results in {folder}")
+    minutes = (time.monotonic() - start) / 60
+    print(f"{minutes:.1f} minutes; {len(written)} results in {folder}")
     if any(outcome.startswith("failed") for outcome in outcomes.values()):
         sys.exit(1)
 

@@ -261,7 +261,7 @@ def main() -> None:
         # As peers.publish writes it, for report.py.
         tables = [
             {"title": "Reading a weight file", "rows": [_named(row) for row in rows]},
-            {"title": "Importing the package", "rows": [_named(row) for row in imports]},
+            {"title": "Importing it into a model", "rows": [_named(row) for row in imports]},
         ]
         result = {"benchmark": "import_weights", "about": about, "tables": tables}
         options.json.write_text(json.dumps(result, indent=2))

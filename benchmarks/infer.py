@@ -141,7 +141,7 @@ def contend(options) -> None:
         step = file_step(options, which)
     else:
         step = keras_step(options, which)
-    peers.serve(step, options.steps)
+    peers.serve(step, options.steps, warmup=train.warmup_of(options))
 
 
 def excuse(name: str, options) -> str | None:

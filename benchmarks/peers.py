@@ -248,7 +248,7 @@ def rows_of(results: dict, baseline: str) -> list[dict]:
 
 _PACKAGES = (
     "keras", "torch", "torchvision", "tensorflow-cpu", "tensorflow", "jax", "onnxruntime",
-    "openvino", "simplejpeg", "numpy",
+    "openvino", "pillow", "simplejpeg", "grain", "numpy",
 )  # fmt: skip
 
 

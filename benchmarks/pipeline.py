@@ -31,7 +31,6 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 
 import peers
 
@@ -141,16 +140,6 @@ def turn(name: str, arguments: argparse.Namespace) -> dict | None:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def installed(*names: str) -> dict[str, str | None]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def main() -> None:
     shared = os.environ.get("KERAS_RESNET_SHARED", str(ROOT.parent / "shared"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -208,7 +197,6 @@ def main() -> None:
     if arguments.json:
         about = {
             **peers.about(),
-            **installed("pillow", "grain"),
             "data": pathlib.Path(arguments.data).name,
         }
         pathlib.Path(arguments.json).write_text(

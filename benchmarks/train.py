@@ -227,9 +227,13 @@ def keras_step(options, which: str):
 
         device = device_of(options)
         data = torch.tensor(pictures, device=device), torch.tensor(labels, device=device)
-        model.train_on_batch(*data)  # as fit does: builds loss and metrics before it is compiled
 
-        return lambda: model.train_function([data])
+        def step():
+            if model.train_function is None:  # builds loss and metrics, as fit does, and compiles
+                model.train_on_batch(*data)
+            model.train_function([data])
+
+        return step
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -237,6 +241,11 @@ def keras_step(options, which: str):
         train_step = tf.function(model.train_step, jit_compile=bool(model.jit_compile))
         return lambda: {k: np.asarray(v) for k, v in train_step(data).items()}
     return lambda: model.train_on_batch(pictures, labels)
+
+
+def warmup_of(options) -> int:
+    """Steps before the first timed one: a compiler may compile anew in each of the first eight."""
+    return 10 if options.contender.endswith("compiled") else 2
 
 
 def contend(options) -> None:
@@ -248,7 +257,7 @@ def contend(options) -> None:
     if options.fit:
         peers.serve(step, 1, warmup=1, parts=options.steps)
     else:
-        peers.serve(step, options.steps)
+        peers.serve(step, options.steps, warmup=warmup_of(options))
 
 
 def excuse(name: str, options) -> str | None:
