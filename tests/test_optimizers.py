@@ -560,3 +560,29 @@ def test_the_config_round_trips_through_json():
 def test_options_that_torch_refuses_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         SGD(**options)
+
+
+def test_kernels_are_updated_where_they_lie(backend, rng):
+    """No copies: torch's fused kernel makes them of what is not contiguous."""
+    if backend != "torch":
+        pytest.skip("a property of the torch path")
+    import torch
+
+    from keras_resnet.layers import Conv2D
+
+    layer = Conv2D(6, 3)
+    layer.build((None, 8, 8, 4))
+    weight = layer.kernel.value
+    expected = torch.nn.Parameter(weight.detach().clone())
+    gradient = torch.tensor(rng.normal(size=(6, 3, 3, 4)).astype("float32")).permute(1, 2, 3, 0)
+    optimizer = SGD(0.1, momentum=0.9, weight_decay=0.01)
+    reference = torch.optim.SGD([expected], 0.1, momentum=0.9, weight_decay=0.01)
+    address = weight.data_ptr()
+    for step in range(3):
+        with torch.profiler.profile() as profile, torch.no_grad():
+            optimizer.apply([gradient], [layer.kernel])
+        assert "aten::clone" not in {event.key for event in profile.key_averages()} or step == 0
+        expected.grad = gradient.clone()
+        reference.step()
+    assert layer.kernel.value.data_ptr() == address
+    np.testing.assert_allclose(weight.detach().numpy(), expected.detach().numpy(), rtol=1e-6)
