@@ -16,7 +16,9 @@ echo "== ruff"
 
 for backend in ${ONLY:-torch tensorflow jax}; do
     echo "== tests on $backend"
-    KERAS_BACKEND=$backend "$BIN/python" -m pytest -q -n "$workers" --dist loadfile tests
+    # No second life for a process that dies: pytest-xdist waits for ever for the rest of its file.
+    KERAS_BACKEND=$backend "$BIN/python" -m pytest -q -n "$workers" --dist loadfile \
+        --max-worker-restart 0 tests
 done
 
 echo "== doctests"

@@ -7,6 +7,7 @@ compares. pytest runs it with `KERAS_RESNET_KILLS` kills (3 by default).
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
@@ -18,7 +19,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 
 import keras
@@ -106,7 +106,7 @@ class At(keras.callbacks.Callback):
 )
 def test_an_interrupted_run_ends_with_the_same_weights(pictures, peaceful, tmp_path, steps):
     options = {**OPTIONS, "output": tmp_path, "epochs": 3}
-    stop = At(steps, lambda: os.kill(os.getpid(), signal.SIGINT))
+    stop = At(steps, lambda: signal.raise_signal(signal.SIGINT))
     first = train(pictures, callbacks=[stop], **options)
     assert first.interrupted and (first.folder / "last.keras").is_file()
     second = train(pictures, **options)
@@ -169,14 +169,14 @@ def test_gradual_unfreezing_goes_on_where_it_was(pictures, tmp_path):
     options = {**OPTIONS, "epochs": 4, "unfreeze": "head", "gradual": 1, "backbone_rate": 0.5,
                "ema": False}  # fmt: skip
     whole = train(pictures, output=tmp_path / "a", **options)
-    stop = At(10, lambda: os.kill(os.getpid(), signal.SIGINT))
+    stop = At(10, lambda: signal.raise_signal(signal.SIGINT))
     train(pictures, output=tmp_path / "b", callbacks=[stop], **options)
     assert_same_outcome(whole.folder, train(pictures, output=tmp_path / "b", **options).folder)
 
 
 @pytest.mark.once
 def test_other_options_start_a_run_of_their_own(pictures, tmp_path):
-    stop = At(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    stop = At(1, lambda: signal.raise_signal(signal.SIGINT))
     first = train(pictures, output=tmp_path, epochs=3, callbacks=[stop], **OPTIONS)
     plan = {"output": tmp_path, "dry_run": True, **OPTIONS}
     assert train(pictures, epochs=3, **plan).folder == first.folder
@@ -188,7 +188,7 @@ def test_other_options_start_a_run_of_their_own(pictures, tmp_path):
 def test_pictures_that_changed_meanwhile_are_said(tmp_path):
     folder = write_pictures(tmp_path / "pictures", count=5)
     options = {**OPTIONS, "output": tmp_path / "runs", "epochs": 2}
-    stop = At(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    stop = At(1, lambda: signal.raise_signal(signal.SIGINT))
     train(folder, callbacks=[stop], **options)
     (folder / "ant" / "0.png").rename(folder / "ant" / "new.png")
     with pytest.raises(InputError, match=r"have changed since .* Pass --restart"):
@@ -292,18 +292,25 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_weights(tmp_path):
     assert f"{kills} kills" in done.stdout
 
 
-def _child(action):
-    """Runs `action` in a fork, which starts at once: the imports are done."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.setpgid(0, 0)
-        action()
-        code = 0
-    finally:
-        os._exit(code)
+def _child(folder, epochs, output, moment=None):
+    """A process of its own that trains; comes back when its imports are done.
+
+    Not a fork: this process compares models in between, and a fork of one that has computed with
+    TensorFlow waits for threads that it does not have.
+    """
+    words = [str(folder), str(epochs), str(output), str(moment or 0)]
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--train", *words], stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n", f"no start: {process.wait()}"
+    return process
+
+
+def _train(folder, epochs, output, moment):
+    print("ready", flush=True)
+    if int(moment):
+        _die_while_writing(int(moment))
+    train(pathlib.Path(folder) / "pictures", output=output, **{**OPTIONS, "epochs": int(epochs)})
 
 
 def _die_while_writing(moment):
@@ -326,17 +333,9 @@ def _die_while_writing(moment):
 
 def main(folder, kills):
     chance = random.Random(0)
-    pictures = write_pictures(folder / "pictures")
+    write_pictures(folder / "pictures")
     epochs = 3 + kills // 3
-    options = {**OPTIONS, "epochs": epochs}
-
-    def run(output, moment=None):
-        if moment is not None:
-            _die_while_writing(moment)
-        train(pictures, output=output, **options)
-
-    pid = _child(lambda: run(folder / "peaceful"))
-    assert os.waitpid(pid, 0)[1] == 0, "the run in peace failed"
+    assert _child(folder, epochs, folder / "peaceful").wait() == 0, "the run in peace failed"
     name = next((folder / "peaceful").iterdir()).name
 
     delivered = writing = runs = 0
@@ -344,18 +343,17 @@ def main(folder, kills):
         output = folder / f"killed-{runs}"
         while True:
             moment = chance.randrange(1, 30) if chance.random() < 0.5 else None
-            last = delivered >= kills
-            pid = _child(lambda output=output, moment=moment, last=last: run(
-                output, None if last else moment))  # fmt: skip
-            if moment is None and not last:
-                end = time.monotonic() + chance.uniform(0.5, 6.0)
-                while time.monotonic() < end and not _has_ended(pid):
-                    time.sleep(0.005)
-                os.kill(pid, signal.SIGKILL)  # a process that has ended, but is not waited for, may
-            status = os.waitpid(pid, 0)[1]
-            if status == 0:
+            if delivered >= kills:
+                assert _child(folder, epochs, output).wait() == 0, "the last run failed"
                 break
-            assert os.WIFSIGNALED(status), f"the run failed: {status}"
+            child = _child(folder, epochs, output, moment)
+            if moment is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(chance.uniform(0.5, 6.0))
+                child.kill()
+            if child.wait() == 0:
+                break
+            assert child.returncode == -signal.SIGKILL, f"the run failed: {child.returncode}"
             delivered += 1
             writing += moment is not None
             if (output / name).is_dir():
@@ -370,9 +368,8 @@ def main(folder, kills):
     )
 
 
-def _has_ended(pid):
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1] == "--train":
+        _train(*sys.argv[2:])
+    else:
+        main(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
