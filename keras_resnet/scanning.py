@@ -93,7 +93,9 @@ class ScanReport:
 
     def __str__(self) -> str:
         """A table, with the first few files of every kind of trouble."""
-        lines = [f"{self.directory!r}: {self.pictures} pictures"]
+        below = os.path.relpath(self.directory)
+        shown = self.directory if below.startswith(os.pardir) else below
+        lines = [f"{shown!r}: {self.pictures} pictures"]
         for split, counts in self.class_counts.items():
             total = sum(counts.values())
             ratio = self.imbalance[split]
