@@ -48,6 +48,7 @@ _PUBLIC = {
     "serving": ("Limits", "build_app", "serve"),
     "specs": ("conv_output_size", "list_models"),
     "costs": ("ModelSummary", "count_flops", "summary"),
+    "stock": ("to_stock",),
     "training": ("TrainResult", "train"),
     "transfer": ("FreezeReport", "freeze"),
     "zoo": (

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_resnet import to_stock
 from keras_resnet.errors import InputError
 from keras_resnet.layers import BatchNormalization, Conv2D, MaxPooling2D
-from keras_resnet.stock import to_stock
 from keras_resnet.zoo import create_model
 
 # One of every kind of block, stem and shortcut.
