@@ -1,6 +1,7 @@
 # These commands do everything from nothing but Python 3.11+ and make:
 #   make demo [BACKEND=torch|tensorflow|jax]     the main job on real handwritten digits
 #   make test                                    ruff, tests on three backends, doctests, examples
+#   make docs                                    the site of docs/, into site/
 #   make bench [ROWS="train infer"]              speed and memory beside others'; some 12 minutes
 PYTHON ?= python3
 BACKEND ?= torch
@@ -15,11 +16,11 @@ ifeq ($(filter $(BACKEND),$(BACKENDS)),)
 $(error BACKEND must be one of $(BACKENDS), not "$(BACKEND)")
 endif
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -52,5 +53,9 @@ format: $(VENV)/installed-test
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/bench.py $(ROWS)
 
+docs: $(VENV)/installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Open site/index.html"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis demo
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis demo site

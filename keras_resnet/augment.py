@@ -124,7 +124,7 @@ class CenterCrop(Transform):
     Attributes:
         size: of the result, an int or (height, width).
 
-    Example:
+    Examples:
         >>> CenterCrop(24)(Image.new("RGB", (40, 30)), np.random.default_rng(0)).size
         (24, 24)
     """
@@ -153,7 +153,7 @@ class RandomResizedCrop(Transform):
         ratio: limits of its width / height.
         interpolation: as in `Preprocess`.
 
-    Example:
+    Examples:
         >>> crop = RandomResizedCrop(224)
         >>> picture = Image.new("RGB", (500, 400))
         >>> crop(picture, np.random.default_rng(0)).size
@@ -635,7 +635,7 @@ class Augment:
         steps: those that change the picture itself.
         erasing: the `RandomErasing`, or None.
 
-    Example:
+    Examples:
         >>> augment = Augment([RandomResizedCrop(32), RandomHorizontalFlip()])
         >>> augment(np.zeros((60, 80, 3), np.uint8), np.random.default_rng(0)).shape
         (32, 32, 3)
@@ -710,7 +710,7 @@ def training_augment(
         magnitude: of RandAugment.
         erasing: probability of RandomErasing.
 
-    Example:
+    Examples:
         >>> [type(s).__name__ for s in training_augment(176, policy="ta_wide").steps]
         ['RandomResizedCrop', 'RandomHorizontalFlip', 'TrivialAugmentWide']
     """
@@ -809,7 +809,7 @@ def smooth_labels(labels: np.ndarray, smoothing: float) -> np.ndarray:
 
     As torch.nn.CrossEntropyLoss(label_smoothing=...): (1 - s) * y + s / classes.
 
-    Example:
+    Examples:
         >>> smooth_labels(np.array([[0.0, 1.0]], np.float32), 0.1).round(3).tolist()
         [[0.05000000074505806, 0.949999988079071]]
     """

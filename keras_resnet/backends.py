@@ -11,7 +11,7 @@ import keras
 def devices() -> list[str]:
     """The devices that the backend computes on, for people.
 
-    Example:
+    Examples:
         >>> len(devices()) >= 1
         True
     """

@@ -120,7 +120,7 @@ def block_name(stage: int | str, block: int | str) -> str:
     residual stage; torchvision calls that `layer1`. Blocks are letters, or numbers from 0. Text
     of any other kind is taken as it is.
 
-    Example:
+    Examples:
         >>> block_name(stage=2, block="a"), block_name("stage1", 0)
         ('layer1_0', 'stage1_0')
     """
@@ -168,7 +168,7 @@ def identity_block(
     Raises:
         InputError: `filters` is not two or three numbers, or the last is not the input's channels.
 
-    Example:
+    Examples:
         >>> x = keras.Input((56, 56, 256))
         >>> identity_block(x, 3, [64, 64, 256], stage=2, block="b").shape
         (None, 56, 56, 256)
@@ -231,7 +231,7 @@ def conv_block(
     Raises:
         InputError: `filters` is not two or three numbers, or an option is unknown.
 
-    Example:
+    Examples:
         >>> x = keras.Input((56, 56, 256))
         >>> conv_block(x, 3, [128, 128, 512], stage=3, block="a").shape
         (None, 28, 28, 512)

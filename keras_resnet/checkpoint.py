@@ -2288,7 +2288,7 @@ def inspect_checkpoint(path: str | os.PathLike, key: str | None = None) -> Check
         NotFoundError: There is no such file.
         CheckpointError: It is damaged, or no weight file at all, or has no entry `key`.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.pth"
         >>> write_checkpoint(path, {"fc.bias": np.zeros(3, "float32")})
@@ -2369,7 +2369,7 @@ def read_checkpoint(
             of a kind without plain tensors, or no weight file at all; the message says which.
         MissingDependencyError: It holds float8 numbers, and ml_dtypes is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.pth"
         >>> write_checkpoint(path, {"fc.bias": np.arange(3, dtype="float32")})
@@ -2426,7 +2426,7 @@ def write_checkpoint(
         NotFoundError: The folder does not exist.
         CheckpointError: Another ending, an array that has no torch dtype, or the disk refused.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.safetensors"
         >>> write_checkpoint(path, {"w": np.eye(2)}, metadata={"from": "an example"})

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives the exit code: 0, 1 (disagreement), 2 (bad input), 130 (Ctrl-C)."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    parser = _parser()
+    parser = build_parser()
     if argv is None:
         argv = sys.argv[1:]
     if not argv:
@@ -87,7 +87,8 @@ def _choose_backend() -> None:
         )
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `keras-resnet`; the reference of the command line is written from it."""
     parser = argparse.ArgumentParser(
         prog="keras-resnet",
         description="ResNets and AlexNets for Keras 3. The backend is chosen by KERAS_BACKEND "

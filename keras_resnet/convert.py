@@ -176,7 +176,7 @@ def expected_keys(model: keras.Model) -> dict[str, Shape]:
     Raises:
         InputError: A layer has weights of an unknown kind, or two layers share a name.
 
-    Example:
+    Examples:
         >>> x = keras.Input((8, 8, 3))
         >>> model = keras.Model(x, keras.layers.Conv2D(4, 3, name="stem_conv")(x))
         >>> expected_keys(model)
@@ -198,7 +198,7 @@ def to_torchvision(model: keras.Model) -> dict[str, np.ndarray]:
     Raises:
         InputError: A layer has weights of an unknown kind.
 
-    Example:
+    Examples:
         >>> x = keras.Input((8,))
         >>> state = to_torchvision(keras.Model(x, keras.layers.Dense(2, name="fc")(x)))
         >>> {key: array.shape for key, array in state.items()}
@@ -231,7 +231,7 @@ def save_torchvision(model: keras.Model, path: str | os.PathLike) -> None:
         CheckpointError: Another ending, or the disk refused.
         NotFoundError: The folder does not exist.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> x = keras.Input((8,))
         >>> model = keras.Model(x, keras.layers.Dense(2, name="fc")(x))
@@ -314,7 +314,7 @@ def spec_shapes(
         num_classes: Width of the last layer; by default that of the variant's data set.
         channels: Channels of the pictures.
 
-    Example:
+    Examples:
         >>> shapes = spec_shapes(SPECS["resnet50"])
         >>> len(shapes), shapes["layer1.0.conv3.weight"]
         (320, (256, 64, 1, 1))
@@ -392,7 +392,7 @@ def matching_variants(shapes: Mapping[str, Shape]) -> list[tuple[str, int | None
     Returns:
         `(variant, number of classes)`, the number `None` without a head, in the table's order.
 
-    Example:
+    Examples:
         >>> matching_variants(spec_shapes(SPECS["resnet50"], num_classes=5))
         [('resnet50', 5), ('resnet50_v1', 5)]
     """
@@ -718,7 +718,7 @@ def load_torchvision(
         CheckpointError: The file cannot be read, or is refused.
         NotFoundError: There is no such file.
 
-    Example:
+    Examples:
         >>> x = keras.Input((8,))
         >>> model = keras.Model(x, keras.layers.Dense(2, name="fc")(x), name="tiny")
         >>> state = {"module.fc.weight": np.ones((2, 8)), "module.fc.bias": np.zeros(2)}
@@ -1040,7 +1040,7 @@ def verify(
         InputError: The state dict is of no known architecture, or pictures do not fit.
         CheckpointError: The file cannot be read, or is refused.
 
-    Example:
+    Examples:
         >>> from keras_resnet.zoo import create_model
         >>> model = create_model("resnet20")
         >>> verify(model, to_torchvision(model)).passed

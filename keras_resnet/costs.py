@@ -111,7 +111,7 @@ def summary(model: keras.Model, input_size: int | Sequence[int] | None = None) -
     Raises:
         InputError: The model takes any size and `input_size` is not given.
 
-    Example:
+    Examples:
         >>> from keras_resnet import create_model
         >>> summary(create_model("resnet18")).trainable_params
         11689512
@@ -180,7 +180,7 @@ def count_flops(model: keras.Model, input_size: int | Sequence[int] | None = Non
     Raises:
         InputError: The model takes any size and `input_size` is not given.
 
-    Example:
+    Examples:
         >>> from keras_resnet import create_model
         >>> round(count_flops(create_model("resnet18")) / 1e9, 3)
         1.814

@@ -148,7 +148,7 @@ def image_dataset_from_directory(
         DataError: no class folder, an empty class folder, no picture.
         InputError: an argument that cannot work.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> for name in ("ants", "bees"):

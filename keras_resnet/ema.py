@@ -33,7 +33,7 @@ def adjusted_decay(
         steps: optimizer steps between two updates, `--model-ema-steps`.
         world_size: number of devices.
 
-    Example:
+    Examples:
         >>> round(adjusted_decay(0.99998, batch_size=128, epochs=600, world_size=8), 6)
         0.998908
     """
@@ -75,7 +75,7 @@ class ModelEMA(keras.callbacks.Callback):
     Raises:
         InputError: where an argument cannot work.
 
-    Example:
+    Examples:
         >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
         >>> model.compile("sgd", "mse")
         >>> ema = ModelEMA(decay=0.9, steps=1)
@@ -194,7 +194,7 @@ class ModelEMA(keras.callbacks.Callback):
     def applied(self) -> Iterator[keras.Model]:
         """The model with its averaged weights; its own come back after the block, bit by bit.
 
-        Example:
+        Examples:
             >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
             >>> ema = ModelEMA(decay=0.5)
             >>> ema.build(model)

@@ -454,7 +454,7 @@ def open_runner(
         MissingDependencyError: The engine is not installed; the message has the pip line.
         NotFoundError: There is no such file.
 
-    Example:
+    Examples:
         >>> from keras_resnet.zoo import create_model
         >>> runner = open_runner(create_model("resnet20"))
         >>> runner.log_probabilities(np.zeros((2, 32, 32, 3), "float32")).shape
@@ -514,7 +514,7 @@ def _is_float32(model: keras.Model) -> bool:
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference of two outputs over the largest output; `nan` if any is none.
 
-    Example:
+    Examples:
         >>> relative_difference(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
         0.5
     """
@@ -581,7 +581,7 @@ def load_model(path: str | os.PathLike) -> keras.Model:
         NotFoundError: There is no such file; a near name is suggested.
         InputError: The file is no Keras model.
 
-    Example:
+    Examples:
         >>> load_model("no-such.keras")
         Traceback (most recent call last):
         ...

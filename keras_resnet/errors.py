@@ -49,7 +49,7 @@ class VerificationError(KerasResNetError, ArithmeticError):
 def reason_of(error: BaseException) -> str:
     r"""The first line of another library's message that says something, or the error's kind.
 
-    Example:
+    Examples:
         >>> reason_of(RuntimeError("Exception from src/core.cpp:84:\nCannot find a file\n"))
         'Cannot find a file'
     """
@@ -62,7 +62,7 @@ def reason_of(error: BaseException) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x' or 'y'?"`, or an empty string where nothing is near.
 
-    Example:
+    Examples:
         >>> did_you_mean("resnet5O", ["resnet50", "alexnet"])
         " Did you mean 'resnet50'?"
     """

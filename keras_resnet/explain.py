@@ -80,7 +80,7 @@ def grad_cam(
     Raises:
         InputError: No classifier, no such layer or class, or images of another shape.
 
-    Example:
+    Examples:
         >>> from keras_resnet import create_model
         >>> model = create_model("resnet20", num_classes=3)
         >>> grad_cam(model, np.ones((2, 32, 32, 3), np.float32), class_index=1).shape
@@ -426,7 +426,7 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
     Raises:
         InputError: Shapes or types that cannot work.
 
-    Example:
+    Examples:
         >>> gray = np.full((2, 2, 3), 128, np.uint8)
         >>> overlay(gray, np.array([[0.0, 0.0], [0.0, 1.0]]))[0, 0].tolist()
         [128, 128, 128]
@@ -584,7 +584,7 @@ def _explain_batch(model, batch, dataset, names, wanted, layer, top):
 def overlay_names(paths: Sequence[str | os.PathLike]) -> list[str]:
     """A name for each picture's overlay, no two alike: `cat.png`, `cat-2.png`.
 
-    Example:
+    Examples:
         >>> overlay_names(["a/cat.jpg", "b/cat.jpg", "Cat-2.png"])
         ['cat.png', 'cat-2.png', 'Cat-2-2.png']
     """

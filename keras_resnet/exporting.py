@@ -269,7 +269,7 @@ def export(
 def default_path(model: str | os.PathLike, format: str) -> Path:
     """Where a model file's export goes unless it is said: beside it.
 
-    Example:
+    Examples:
         >>> default_path("runs/a/best.keras", "onnx").as_posix()
         'runs/a/best.onnx'
         >>> default_path("best.keras", "saved_model").as_posix()

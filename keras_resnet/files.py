@@ -66,7 +66,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def printable(text: Any) -> str:
     r"""Text with control characters and those that turn the writing direction made visible.
 
-    Example:
+    Examples:
         >>> printable("a\x1b[31m\nb")
         'a\\x1b[31m\\nb'
     """
@@ -91,7 +91,7 @@ def csv_line(cells: Iterable[Any]) -> str:
     way of `plain_path`, which stay paths. Bytes of a file name that are no UTF-8 are written as
     escapes. Semicolons and tabs are quoted as commas are: a spreadsheet may split at them.
 
-    Example:
+    Examples:
         >>> csv_line(["a, b", "=HYPERLINK(1)", "-1", 0.5, None]).rstrip()
         '"a, b",\'=HYPERLINK(1),-1,0.5,'
     """
@@ -114,7 +114,7 @@ def _is_formula(text: str) -> bool:
 def plain_path(path: str | os.PathLike) -> str:
     """The same file's path, with `./` before it where it would begin as a formula does.
 
-    Example:
+    Examples:
         >>> plain_path("=1+1.png"), plain_path("photos/=1+1.png")
         ('./=1+1.png', 'photos/=1+1.png')
     """
@@ -125,7 +125,7 @@ def plain_path(path: str | os.PathLike) -> str:
 def valid_text(value: Any) -> str:
     r"""Text that can be written as UTF-8: bytes of a file name that are none become escapes.
 
-    Example:
+    Examples:
         >>> valid_text(os.fsdecode(b"caf\xe9.png"))
         'caf\\udce9.png'
     """

@@ -94,7 +94,7 @@ def get_format(name: str) -> Format:
     Raises:
         InputError: There is none of that name.
 
-    Example:
+    Examples:
         >>> get_format("onxx")
         Traceback (most recent call last):
         ...
@@ -109,7 +109,7 @@ def get_format(name: str) -> Format:
 def format_of_file(path: str | os.PathLike) -> str | None:
     """The format of an exported file or folder, by its suffix; `None` for anything else.
 
-    Example:
+    Examples:
         >>> format_of_file("model.onnx"), format_of_file("model.keras")
         ('onnx', None)
     """

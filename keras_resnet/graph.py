@@ -66,7 +66,7 @@ def graph_steps(model: keras.Model) -> list[Step] | None:
     `None` where the graph is not a single-input, single-output one of layers, each called on a
     tensor or a list of them.
 
-    Example:
+    Examples:
         >>> x = keras.Input((8,))
         >>> model = keras.Model(x, keras.layers.ReLU(name="relu")(keras.layers.Dense(2)(x)))
         >>> [(type(s.layer).__name__, s.sources, s.target) for s in graph_steps(model)]
@@ -353,7 +353,7 @@ def fuse(steps: list[Step]) -> list[Step | Fused]:
 
     Each joined step stands where the last of its layers stood; dropouts are gone.
 
-    Example:
+    Examples:
         >>> from keras_resnet.zoo import create_model
         >>> steps = graph_steps(create_model("resnet18"))
         >>> len(steps), len(fuse(steps))
@@ -534,7 +534,7 @@ def fold_norm(norm: keras.layers.BatchNormalization, bias) -> tuple[np.ndarray, 
     Returns:
         float64, one value a channel each: what the kernel is multiplied with, and the new bias.
 
-    Example:
+    Examples:
         >>> norm = BatchNormalization(epsilon=0.0)
         >>> norm.build((None, 8, 8, 2))
         >>> fold_norm(norm, np.array([1.0, 2.0]))

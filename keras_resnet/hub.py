@@ -114,7 +114,7 @@ def _data() -> dict[str, Any]:
 def registry() -> tuple[TorchvisionWeights, ...]:
     """The files that torchvision publishes for the variants of this package, 18 of them.
 
-    Example:
+    Examples:
         >>> [w.tag for w in registry() if w.model == "resnet50"]
         ['IMAGENET1K_V1', 'IMAGENET1K_V2']
     """
@@ -139,7 +139,7 @@ def _imagenet_class_names() -> tuple[str, ...]:
 def imagenet_class_names() -> list[str]:
     """The names of ImageNet's 1000 classes, in the order of torchvision's outputs.
 
-    Example:
+    Examples:
         >>> imagenet_class_names()[281:283]
         ['tabby', 'tiger cat']
     """
@@ -162,7 +162,7 @@ def resolve_weights(variant: str, tag: str = "DEFAULT") -> TorchvisionWeights:
     Raises:
         InputError: There is no such file for the variant, or it is a quantised one.
 
-    Example:
+    Examples:
         >>> resolve_weights("resnet50").file_name
         'resnet50-11ad3fa6.pth'
     """
@@ -278,7 +278,7 @@ def weights_path(
         CheckpointError: The network failed (the message says what to fetch by hand, and where to
             put it), the bytes are not the published ones, or the disk refused.
 
-    Example:
+    Examples:
         >>> weights_path(resolve_weights("resnet18"))  # doctest: +SKIP
         PosixPath('.../keras_resnet/weights/resnet18-f37072fd.pth')
     """

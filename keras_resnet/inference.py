@@ -47,7 +47,7 @@ def optimize_for_inference(
     Raises:
         InputError: An unknown precision, or a graph of another kind.
 
-    Example:
+    Examples:
         >>> from keras_resnet.zoo import create_model
         >>> model = optimize_for_inference(create_model("resnet20"))
         >>> any(isinstance(l, keras.layers.BatchNormalization) for l in model.layers)

@@ -171,7 +171,7 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
         pad: Zeros added on each side: one number or `(vertical, horizontal)`.
         **kwargs: As `keras.layers.Conv2D`'s; `pad` wants `padding="valid"`, the default.
 
-    Example:
+    Examples:
         >>> Conv2D(64, 7, strides=2, pad=3).compute_output_shape((None, 224, 224, 3))
         (None, 112, 112, 64)
     """
@@ -292,7 +292,7 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
         **kwargs: As `keras.layers.BatchNormalization`'s, `renorm` apart. Masks are not supported:
             Keras warns where an input has one.
 
-    Example:
+    Examples:
         >>> layer = BatchNormalization(activation="relu")
         >>> layer.compute_output_shape([(None, 8, 8, 4), (None, 8, 8, 4)])
         (None, 8, 8, 4)
@@ -485,7 +485,7 @@ class MaxPooling2D(_DirectCall, keras.layers.MaxPooling2D):
             `(vertical, horizontal)`.
         **kwargs: As `keras.layers.MaxPooling2D`'s; `pad` wants `padding="valid"`, the default.
 
-    Example:
+    Examples:
         >>> MaxPooling2D(3, strides=2, pad=1).compute_output_shape((None, 112, 112, 64))
         (None, 56, 56, 64)
     """
@@ -543,7 +543,7 @@ class ZeroPaddedShortcut(keras.layers.Layer):
         strides: Stride in both directions.
         data_format: `"channels_last"` or `"channels_first"`; Keras' global setting by default.
 
-    Example:
+    Examples:
         >>> ZeroPaddedShortcut(32, strides=2).compute_output_shape((None, 32, 32, 16))
         (None, 16, 16, 32)
     """
@@ -606,7 +606,7 @@ class Normalize(keras.layers.Layer):
         std: Standard deviation of each channel, in 0..1.
         data_format: `"channels_last"` or `"channels_first"`; Keras' global setting by default.
 
-    Example:
+    Examples:
         >>> layer = Normalize(mean=(0.5,), std=(0.5,))
         >>> float(layer(ops.ones((1, 1, 1, 1)) * 255)[0, 0, 0, 0])
         1.0

@@ -140,7 +140,7 @@ class Loggers:
         InputError: An unknown name.
         MissingDependencyError: The package is not installed; the message has the pip line.
 
-    Example:
+    Examples:
         >>> Loggers(["tensorbord"])
         Traceback (most recent call last):
         ...

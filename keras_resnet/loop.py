@@ -362,7 +362,7 @@ class Loop:
 def part_to_train(model: keras.Model, recipe: Recipe, epoch: int) -> str | None:
     """The first part that trains in an epoch, counted from 0, under gradual unfreezing.
 
-    Example:
+    Examples:
         >>> from keras_resnet import create_model
         >>> from keras_resnet.recipes import get_recipe
         >>> recipe = get_recipe("finetune").with_options(unfreeze="head", gradual=2)

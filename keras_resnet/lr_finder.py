@@ -69,7 +69,7 @@ class LrFinderResult:
 def smooth(losses: np.ndarray, beta: float = 0.98) -> np.ndarray:
     """The exponential moving average of losses, corrected for its start at nothing.
 
-    Example:
+    Examples:
         >>> smooth(np.array([1.0, 1.0, 1.0])).round(6).tolist()
         [1.0, 1.0, 1.0]
     """
@@ -83,7 +83,7 @@ def smooth(losses: np.ndarray, beta: float = 0.98) -> np.ndarray:
 def suggest(rates: np.ndarray, smoothed: np.ndarray) -> float | None:
     """The rate at which the loss falls fastest per decade, before its minimum.
 
-    Example:
+    Examples:
         >>> rates = np.logspace(-5, 0, 51)
         >>> losses = 1 / (1 + (rates / 1e-2) ** 2)  # steepest, over log(rate), at 1e-2
         >>> round(suggest(rates, losses), 6)

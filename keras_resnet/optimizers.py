@@ -62,7 +62,7 @@ class SGD(keras.optimizers.Optimizer):
         InputError: where an argument cannot work, or (when the optimizer first sees the weights)
             a pattern of `rate_multipliers` is found in none of their paths.
 
-    Example:
+    Examples:
         >>> optimizer = SGD(0.1, momentum=0.9, weight_decay=1e-4, decay_norms=False)
         >>> weight = keras.Variable([1.0], name="kernel")
         >>> optimizer.apply([ops.convert_to_tensor([0.5])], [weight])

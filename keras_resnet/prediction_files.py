@@ -61,7 +61,7 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it.
 
-        Example:
+        Examples:
             >>> Prediction("a.png", [("bee", 0.75)]).to_dict()
             {'path': 'a.png', 'classes': [{'name': 'bee', 'probability': 0.75}], 'error': None}
         """

@@ -92,7 +92,7 @@ class PredictionTable:
         class_names: Of all the classes.
         top: Classes a picture.
 
-    Example:
+    Examples:
         >>> table = PredictionTable(["a.png", "bees/1.png"], ["ant", "bee"], top=2)
         >>> print(table.header)
         Picture     Class       Class

@@ -176,7 +176,7 @@ def evaluation_preprocess(
 ) -> Preprocess:
     """How a recipe's pictures are evaluated at a size.
 
-    Example:
+    Examples:
         >>> from keras_resnet.recipes import get_recipe
         >>> preprocess = evaluation_preprocess(get_recipe("resnet_v1"), 224)
         >>> preprocess.resize_size, preprocess.crop_size
@@ -193,7 +193,7 @@ def evaluation_preprocess(
 def recipe_augment(recipe: Recipe, size: int) -> augmentation.Augment | None:
     """The random changes of a recipe's training pictures, or `None` for none.
 
-    Example:
+    Examples:
         >>> from keras_resnet.recipes import get_recipe
         >>> [type(step).__name__ for step in recipe_augment(get_recipe("cifar"), 32).steps]
         ['Resize', 'RandomCrop', 'RandomHorizontalFlip']
@@ -314,7 +314,7 @@ def compile_model(
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     """The learning rates of a recipe.
 
-    Example:
+    Examples:
         >>> from keras_resnet.recipes import get_recipe
         >>> schedule = make_schedule(get_recipe("resnet_v1"), steps_per_epoch=5004)
         >>> [round(schedule.value_at(5004 * epoch), 6) for epoch in (0, 30, 60)]
@@ -350,7 +350,7 @@ def make_optimizer(
         head: Name of the classification layer, which `backbone_rate` spares; `None` where the head
             alone trains, so that there is no backbone.
 
-    Example:
+    Examples:
         >>> from keras_resnet.recipes import get_recipe
         >>> optimizer = make_optimizer(get_recipe("resnet_v1"), 0.1)
         >>> type(optimizer).__name__, optimizer.momentum

@@ -70,7 +70,7 @@ def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np
         DataError: the file is no picture, or an unreadable one; the message names it and says why.
         NotFoundError: the path does not exist.
 
-    Example:
+    Examples:
         >>> import io
         >>> file = io.BytesIO()
         >>> Image.new("L", (3, 2), 7).save(file, "PNG")
@@ -207,7 +207,7 @@ class Preprocess:
     Raises:
         InputError: an argument that cannot work.
 
-    Example:
+    Examples:
         >>> preprocess = Preprocess(resize_size=256, crop_size=224)
         >>> picture = np.zeros((300, 400, 3), np.uint8)
         >>> preprocess.pixels(picture).shape, preprocess(picture).dtype

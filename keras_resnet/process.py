@@ -55,7 +55,7 @@ def keep_freed_memory() -> bool:
 def available_cores() -> int:
     """Cores that the process may use: those it is bound to, and no more than its container's share.
 
-    Example:
+    Examples:
         >>> 1 <= available_cores() <= (os.cpu_count() or 1)
         True
     """

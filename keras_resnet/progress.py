@@ -36,7 +36,7 @@ class ProgressLine:
             elsewhere a new one every half minute.
         clock: Seconds; for tests.
 
-    Example:
+    Examples:
         >>> times = iter([0.0, 40.0])
         >>> line = ProgressLine(sys.stdout, clock=lambda: next(times))
         >>> line(Progress(0, 10_000))
@@ -97,7 +97,7 @@ class ProgressLine:
 def duration(seconds: float) -> str:
     """Seconds in words.
 
-    Example:
+    Examples:
         >>> duration(7), duration(95), duration(7320)
         ('7 s', '1 min 35 s', '2 h 2 min')
     """

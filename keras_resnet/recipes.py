@@ -366,7 +366,7 @@ def get_recipe(name: str) -> Recipe:
     Raises:
         InputError: The name is unknown; the message names near ones.
 
-    Example:
+    Examples:
         >>> get_recipe("cifar").milestones
         (0.5, 0.75)
     """

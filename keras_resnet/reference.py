@@ -104,7 +104,7 @@ def architecture(state: Mapping[str, np.ndarray]) -> Architecture:
         InputError: The names are no ResNet's and no AlexNet's, an entry that the description
             needs is missing, or its rank is wrong.
 
-    Example:
+    Examples:
         >>> shapes = {"conv1.weight": (64, 3, 7, 7), "layer1.0.conv1.weight": (64, 64, 1, 1),
         ...           "fc.weight": (10, 256), "layer1.0.conv2.weight": (64, 64, 3, 3),
         ...           "layer1.0.conv3.weight": (256, 64, 1, 1)}
@@ -143,7 +143,7 @@ def forward(
         InputError: Keys are missing or unexpected, shapes do not fit each other, or the pictures
             have another rank, dtype or number of channels, or too few pixels.
 
-    Example:
+    Examples:
         >>> state = {"conv1.weight": np.ones((4, 3, 3, 3)), "linear.weight": np.eye(4),
         ...          "layer1.0.conv1.weight": np.zeros((4, 4, 3, 3)), "linear.bias": np.zeros(4),
         ...          "layer1.0.conv2.weight": np.zeros((4, 4, 3, 3))}

@@ -53,7 +53,7 @@ def calibration(confidence, correct, bins: int = 15) -> Calibration:
     Raises:
         InputError: No answers, lengths that differ, or values outside 0..1.
 
-    Example:
+    Examples:
         >>> result = calibration([0.9, 0.9, 0.6, 0.6], [True, False, True, True], bins=10)
         >>> round(result.error, 3), round(result.bias, 3)
         (0.4, 0.0)
@@ -93,7 +93,7 @@ def accuracy_interval(right: int, count: int) -> tuple[float, float]:
         right: Answers that were right.
         count: All answers, at least one.
 
-    Example:
+    Examples:
         >>> [round(x, 3) for x in accuracy_interval(85, 153)]
         [0.476, 0.632]
     """
@@ -114,7 +114,7 @@ def paired_p_value(only_first: int, only_second: int) -> float:
     Returns:
         The two-sided p-value, in 0..1.
 
-    Example:
+    Examples:
         >>> round(paired_p_value(12, 4), 4)
         0.0768
     """

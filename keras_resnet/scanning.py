@@ -246,7 +246,7 @@ def scan(
         NotFoundError: the folder does not exist.
         DataError: it is a file, or holds no picture.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> for name in ("ants", "bees"):

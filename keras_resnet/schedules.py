@@ -90,7 +90,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
     def value_at(self, step: int) -> float:
         """Rate of optimizer step `step`, counted from 0, as a Python float in double precision.
 
-        Example:
+        Examples:
             >>> schedule = CosineSchedule(0.1, epochs=2, steps_per_epoch=100)
             >>> [round(schedule.value_at(step), 3) for step in (0, 99, 100, 200)]
             [0.1, 0.1, 0.05, 0.0]
@@ -139,7 +139,7 @@ class ConstantSchedule(Schedule):
         **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
             `Schedule`.
 
-    Example:
+    Examples:
         >>> schedule = ConstantSchedule(0.1, steps_per_epoch=10, warmup_epochs=1, warmup_decay=0.1)
         >>> [round(schedule.value_at(step), 3) for step in (0, 9, 10, 1000)]
         [0.01, 0.01, 0.1, 0.1]
@@ -165,7 +165,7 @@ class StepSchedule(Schedule):
         **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
             `Schedule`.
 
-    Example:
+    Examples:
         >>> schedule = StepSchedule(0.1, step_size=30, gamma=0.1, steps_per_epoch=5004)
         >>> [round(schedule.value_at(5004 * epoch), 5) for epoch in (0, 29, 30, 60, 89)]
         [0.1, 0.1, 0.01, 0.001, 0.001]
@@ -203,7 +203,7 @@ class MultiStepSchedule(Schedule):
         **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
             `Schedule`.
 
-    Example:
+    Examples:
         >>> schedule = MultiStepSchedule(0.1, milestones=[100, 150], steps_per_epoch=391)
         >>> [round(schedule.value_at(391 * epoch), 5) for epoch in (99, 100, 150)]
         [0.1, 0.01, 0.001]
@@ -242,7 +242,7 @@ class CosineSchedule(Schedule):
         **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
             `Schedule`.
 
-    Example:
+    Examples:
         >>> schedule = CosineSchedule(0.5, epochs=600, warmup_epochs=5, steps_per_epoch=1252)
         >>> [round(schedule.value_at(1252 * epoch), 4) for epoch in (0, 4, 5, 302, 599)]
         [0.005, 0.401, 0.5, 0.2507, 0.0]
@@ -288,7 +288,7 @@ class OneCycleSchedule(Schedule):
         three_phase: fall to the first rate, as long as the rise took, before the last descent.
         per: `"step"` as torch, or `"epoch"`.
 
-    Example:
+    Examples:
         >>> schedule = OneCycleSchedule(0.1, epochs=10, steps_per_epoch=100)
         >>> [round(schedule.value_at(step), 6) for step in (0, 299, 999)]
         [0.004, 0.1, 0.0]

@@ -279,7 +279,7 @@ def _weights_text(weights: dict[str, Any], training: dict[str, Any]) -> str:
 def preprocess_text(preprocess: Preprocess) -> str:
     """How pictures are prepared, in words.
 
-    Example:
+    Examples:
         >>> preprocess_text(Preprocess())
         'short side resized to 256 (bilinear), 224 x 224 cut from the centre, rgb'
     """

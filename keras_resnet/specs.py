@@ -239,7 +239,7 @@ def list_models(pattern: str = "*") -> list[str]:
     Args:
         pattern: As in a shell: `*` and `?`; without either, a part of the name.
 
-    Example:
+    Examples:
         >>> list_models("wide*")
         ['wide_resnet50_2', 'wide_resnet101_2']
     """
@@ -270,7 +270,7 @@ def conv_output_size(size: int, kernel_size: int, strides: int = 1, padding: int
         strides: Stride `s`.
         padding: Zeros on each side `p`.
 
-    Example:
+    Examples:
         >>> conv_output_size(224, 11, strides=4, padding=2)  # AlexNet's first convolution
         55
     """

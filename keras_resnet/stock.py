@@ -38,7 +38,7 @@ def to_stock(model: keras.Model, name: str | None = None) -> keras.Model:
     Raises:
         InputError: The model is not Functional.
 
-    Example:
+    Examples:
         >>> from keras_resnet.zoo import create_model
         >>> stock = to_stock(create_model("resnet20"))
         >>> {type(layer).__module__.split(".")[0] for layer in stock.layers}

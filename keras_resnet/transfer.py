@@ -52,7 +52,7 @@ class FreezeReport:
 def parts(model: keras.Model) -> list[str]:
     """The parts that `freeze` can stop at, from the input to the head.
 
-    Example:
+    Examples:
         >>> from keras_resnet import create_model
         >>> parts(create_model("resnet18"))
         ['conv1', 'layer1', 'layer2', 'layer3', 'layer4', 'fc']
@@ -91,7 +91,7 @@ def freeze(
     Raises:
         InputError: There is no such part.
 
-    Example:
+    Examples:
         >>> from keras_resnet import create_model
         >>> freeze(create_model("resnet18", num_classes=2), until="layer4").training_norms
         5

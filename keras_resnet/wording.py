@@ -28,7 +28,7 @@ def plain(text: Any) -> str:
 def as_percent(value: Any) -> str:
     """A share, with one digit; with two where one would round it to nothing or to all.
 
-    Example:
+    Examples:
         >>> as_percent(0.5556), as_percent(0.9997), as_percent(1.0)
         ('55.6%', '99.97%', '100.0%')
     """
@@ -52,7 +52,7 @@ def is_number(value: Any) -> bool:
 def counted(number: int, noun: str) -> str:
     """A number and what it counts.
 
-    Example:
+    Examples:
         >>> counted(1, "class"), counted(1200, "picture")
         ('1 class', '1,200 pictures')
     """

@@ -60,7 +60,7 @@ def create_model(
     Raises:
         InputError: An unknown name, a size too small, weights that do not fit, and the like.
 
-    Example:
+    Examples:
         >>> model = create_model("resnet20", num_classes=10)
         >>> model.output_shape, model.count_params()  # 269,722 train, the rest are statistics
         ((None, 10), 271098)
@@ -228,7 +228,7 @@ def feature_extractor(model: keras.Model, strides: Sequence[int] = (4, 8, 16, 32
     Raises:
         InputError: No feature map has that stride; the message lists those there are.
 
-    Example:
+    Examples:
         >>> model = create_model("resnet18", input_shape=(64, 64, 3))
         >>> [y.shape for y in feature_extractor(model).outputs]
         [(None, 16, 16, 64), (None, 8, 8, 128), (None, 4, 4, 256), (None, 2, 2, 512)]
