@@ -28,6 +28,7 @@ from keras_resnet.layers import (
     ZeroPaddedShortcut,
     has_torch_hooks,
     in_stateless_scope,
+    is_plain,
     is_rematerialized,
     torch_value,
 )
@@ -135,7 +136,7 @@ class DirectGraph:
             return super().call(inputs, training=training, mask=mask)
         # As Keras does it: not to the policy's dtype but to the input's own.
         x = ops.convert_to_tensor(inputs, dtype=self.inputs[0].dtype)
-        if not training and not torch.is_grad_enabled() and _is_plain(x):
+        if not training and not torch.is_grad_enabled() and is_plain(x):
             return lists.folded(x)
         if training:
             # An optimizer of torch's that is fused changes weights without torch's count of it.
@@ -148,16 +149,6 @@ class DirectGraph:
             # No state, hence nothing for Keras to track.
             object.__setattr__(self, "_flat_lists", None if steps is None else _Lists(steps))
         return self._flat_lists
-
-
-def _is_plain(x) -> bool:
-    """Whether a tensor is one of memory, not one that a compiler or an exporter traces with."""
-    return (
-        type(x) is torch.Tensor
-        and x.device.type != "meta"
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
 
 
 class _Lists:

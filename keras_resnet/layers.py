@@ -125,6 +125,16 @@ class _DirectCall:
         return True
 
 
+def is_plain(x) -> bool:
+    """Whether a tensor is one of memory, not one that a compiler or an exporter traces with."""
+    return (
+        type(x) is torch.Tensor
+        and x.device.type != "meta"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
 def count_change(tensors) -> None:
     """Tells torch that tensors have changed in place, for kernels that do not tell it themselves.
 
@@ -652,12 +662,17 @@ class Normalize(keras.layers.Layer):
         """What `call` does on torch, on maps in torch's order whatever the data format."""
         dtype = _TORCH_DTYPES[keras.backend.result_type(self.compute_dtype, "float32")]
         key = dtype, x.device
-        if key not in self._constants:  # made once a device: to copy them there would wait for it
-            self._constants[key] = tuple(
+        constants = self._constants.get(key)
+        if constants is None:
+            constants = tuple(
                 torch.tensor(v, dtype=dtype, device=x.device)[:, None, None]
                 for v in (self.mean, self.std)
             )
-        mean, std = self._constants[key]
+            # Once a device, for a copy to it would wait for it. An exporter's are none of memory,
+            # and a tracer that looks twice must see the same both times.
+            if is_plain(x):
+                self._constants[key] = constants
+        mean, std = constants
         y = torch.div(x.to(dtype), 255).sub_(mean).div_(std)
         return y.to(_TORCH_DTYPES[self.compute_dtype])
 
