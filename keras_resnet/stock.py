@@ -84,7 +84,8 @@ def _config(layer: keras.layers.Layer, *own: str) -> dict:
 
 
 def _common(layer: keras.layers.Layer, suffix: str) -> dict:
-    return {"name": f"{layer.name}_{suffix}", "dtype": layer.dtype_policy}
+    # The policy's name: Keras' Identity cannot save the policy itself.
+    return {"name": f"{layer.name}_{suffix}", "dtype": layer.dtype_policy.name}
 
 
 def _conv(layer: Conv2D, x, once):
