@@ -15,12 +15,14 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from keras_resnet.errors import InputError
 from keras_resnet.files import printable, replace_file
 from keras_resnet.reliability import Calibration, accuracy_interval
 
@@ -146,17 +148,22 @@ def picture_grid(
     return _save(figure, path)
 
 
-def confusion_matrix(
-    matrix: np.ndarray, class_names: Sequence[str], path: str | os.PathLike
-) -> Path:
+def confusion_matrix(matrix: Any, class_names: Sequence[str], path: str | os.PathLike) -> Path:
     """Draws a confusion matrix: rows are true classes, colours shares of the row.
 
     Args:
-        matrix: Counts, `(classes, classes)`.
+        matrix: Counts, `(classes, classes)`: an array, or lists.
         class_names: Names in the order of the rows.
         path: The picture to write.
+
+    Raises:
+        InputError: The matrix has not a row and a column a class.
     """
-    count = len(class_names)
+    matrix, count = np.asarray(matrix), len(class_names)
+    if matrix.shape != (count, count):
+        raise InputError(
+            f"A confusion matrix of {count} classes is {count} x {count}. Received: {matrix.shape}."
+        )
     side = min(24.0, max(4.0, 1.6 + 0.5 * count))
     figure = Figure(figsize=(side + 1, side))
     axes = figure.subplots()

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from keras_resnet import plots
+from keras_resnet.errors import InputError
 
 pytestmark = pytest.mark.once
 
@@ -79,3 +80,9 @@ def test_the_sweep_of_learning_rates_is_drawn(tmp_path):
     assert ink(plots.learning_rates(rates, losses, losses, 1e-2, tmp_path / "lr.png")) > 0
     flat = np.ones(30)
     assert plots.learning_rates(rates, flat, flat, None, tmp_path / "flat.png").is_file()
+
+
+def test_a_confusion_matrix_may_be_lists_and_has_a_row_a_class(tmp_path):
+    assert plots.confusion_matrix([[3, 1], [0, 4]], ["a", "b"], tmp_path / "m.svg").exists()
+    with pytest.raises(InputError, match=r"of 3 classes is 3 x 3\. Received: \(2, 2\)"):
+        plots.confusion_matrix([[3, 1], [0, 4]], ["a", "b", "c"], tmp_path / "m.png")
