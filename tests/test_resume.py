@@ -311,6 +311,8 @@ def _train(folder, epochs, output, moment):
     if int(moment):
         _die_while_writing(int(moment))
     train(pathlib.Path(folder) / "pictures", output=output, **{**OPTIONS, "epochs": int(epochs)})
+    # At once: killed while Python tidies up, a run that is finished would be made a second time.
+    os._exit(0)
 
 
 def _die_while_writing(moment):
