@@ -270,9 +270,9 @@ def fingerprint(config: dict[str, Any]) -> str:
 
 
 def _unfinished(folder: Path, config: dict[str, Any]) -> bool:
-    # Killed before the first state was saved, a run starts anew where it was.
-    begun = (folder / _STATE).is_file() or not (folder / "last.keras").exists()
-    return config.get("status") != "finished" and begun
+    # Killed before the first state was saved, a run starts anew where it was; the state goes last.
+    fresh = config.get("status") != "finished" and not (folder / "last.keras").exists()
+    return fresh or (folder / _STATE).is_file()
 
 
 def _is_blank(folder: Path) -> bool:

@@ -203,18 +203,19 @@ def train(
     run.open()
     status = "failed"
     try:
-        _write_start(run, data, samples)
-        ids = loggers.start(
-            run.folder, run.folder.name, dataclasses.asdict(recipe), run.config.get("log_ids", {})
-        )
+        # First of all, for by it the same command finds the folder again.
         run.write_config(
             **_facts(recipe, data, model),
             arguments=arguments,
             command=list(sys.argv),
-            log_ids=ids,
             status="running",
             begun=run.config.get("begun") or _now(),
         )
+        _write_start(run, data, samples)
+        ids = loggers.start(
+            run.folder, run.folder.name, dataclasses.asdict(recipe), run.config.get("log_ids", {})
+        )
+        run.write_config(log_ids=ids)
         settings = Settings(
             say,
             bar=verbose and sys.stdout.isatty(),
@@ -230,8 +231,10 @@ def train(
         result = _finish(run, data, recipe, loop.skipped(), interrupted)
         status = "interrupted" if interrupted else "finished"
         say(f"\n{result}")
-        if report and result.evaluation is not None:
-            _report(run, result.model, say)
+        if result.evaluation is not None:
+            if report:
+                _report(run, result.model, say)
+            run.drop_state()  # last of all: until here the same command goes on
         return result
     finally:
         loggers.finish(status)
@@ -334,7 +337,6 @@ def _finish(
             "skipped": len(skipped),
         },
     )
-    run.drop_state()
     return TrainResult(run.folder, model, run.history, result, test, skipped)
 
 

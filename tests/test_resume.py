@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import files
+from keras_resnet import files, reporting
 from keras_resnet.errors import InputError
 from keras_resnet.evaluation import load_model
 from keras_resnet.runs import SaveError
@@ -136,7 +136,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(pictures, pe
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("moment", [1, 9, 14], ids=lambda n: f"file {n}")
+@pytest.mark.parametrize("moment", [1, 2, 3, 9, 14], ids=lambda n: f"file {n}")
 def test_a_run_killed_while_it_writes_a_file_goes_on(
     pictures, peaceful, tmp_path, monkeypatch, moment
 ):
@@ -162,6 +162,26 @@ def test_a_run_killed_while_it_writes_a_file_goes_on(
     assert result.folder == folder
     assert [p for p in folder.iterdir() if p.name.startswith(".")] == []
     assert_same_outcome(peaceful.folder, folder)
+
+
+@pytest.mark.once
+def test_a_run_killed_while_its_report_is_written_goes_on(
+    pictures, peaceful, tmp_path, monkeypatch
+):
+    options = {**OPTIONS, "output": tmp_path, "epochs": 3, "report": True}
+
+    def die(*arguments, **_):
+        raise Killed
+
+    monkeypatch.setattr(reporting, "report", die)
+    with pytest.raises(Killed):
+        train(pictures, **options)
+    monkeypatch.undo()
+    (folder,) = tmp_path.iterdir()
+    result = train(pictures, **options)
+    assert result.folder == folder and result.evaluation.count == peaceful.evaluation.count
+    assert_same_outcome(peaceful.folder, folder)
+    assert (folder / "report.html").exists() and not (folder / "state.npz").exists()
 
 
 @pytest.mark.once
