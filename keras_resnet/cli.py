@@ -87,9 +87,30 @@ def _choose_backend() -> None:
         )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage of `train` alone fills a screen."""
+
+    def error(self, message):
+        command = self.prog.removeprefix("keras-resnet").strip()
+        where = f"{command}: " if command else ""
+        stop = "" if message.endswith(("?", ".")) else "."
+        self.exit(2, f"keras-resnet: {where}{message}{stop} See {self.prog} --help.\n")
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            from keras_resnet.errors import did_you_mean
+
+            known = [option for action in found.parser._actions for option in action.option_strings]
+            name = unknown[0].partition("=")[0]
+            near = did_you_mean(name, known) if name.startswith("-") else ""
+            found.parser.error(f"unknown argument {name!r}.{near}")
+        return found
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `keras-resnet`; the reference of the command line is written from it."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="keras-resnet",
         description="ResNets and AlexNets for Keras 3. The backend is chosen by KERAS_BACKEND "
         "(torch, tensorflow or jax).",
@@ -145,7 +166,7 @@ def _engine_option(command: argparse.ArgumentParser) -> None:
 
 def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 

@@ -601,6 +601,11 @@ def load_model(path: str | os.PathLike) -> keras.Model:
             f"{str(path)!r} is not a .keras file. A checkpoint of torch becomes one with: "
             f"keras-resnet convert {path.name} {path.stem}.keras"
         )
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"{str(path)!r} is no whole .keras file ({path.stat().st_size:,} bytes, not a zip "
+            "archive): it was cut off or is something else; copy or save it again."
+        )
     try:
         return keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras raises a dozen kinds for a damaged file

@@ -147,8 +147,19 @@ def imagenet_class_names() -> list[str]:
 
 
 def is_tag(text: str) -> bool:
-    """Whether a text is meant as a tag (`"DEFAULT"`, `"IMAGENET1K_V2"`) and not as a path."""
-    return bool(_TAG.fullmatch(text))
+    """Whether a text is meant as a tag (`"DEFAULT"`, `"IMAGENET1K_V2"`) and not as a path.
+
+    Raises:
+        InputError: It is neither: no tag, no file, and without the extension of one.
+    """
+    if _TAG.fullmatch(text):
+        return True
+    if not os.path.splitext(text)[1] and not os.path.exists(os.path.expanduser(text)):
+        raise InputError(
+            f"weights={text!r} is neither a file nor one of DEFAULT, IMAGENET1K_V1 and "
+            f"IMAGENET1K_V2.{did_you_mean(text, ['default', 'imagenet1k_v1', 'imagenet1k_v2'])}"
+        )
+    return False
 
 
 def resolve_weights(variant: str, tag: str = "DEFAULT") -> TorchvisionWeights:

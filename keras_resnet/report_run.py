@@ -587,9 +587,9 @@ def _weights_file(start: Any, variant: str | None) -> Path | None:
         return None
     if os.path.isfile(os.path.expanduser(start)):
         return None if start.endswith(".keras") else Path(start).expanduser()
-    if not hub.is_tag(start):
-        return None
     try:
+        if not hub.is_tag(start):
+            return None
         return hub.local_path(hub.resolve_weights(variant, start))
     except InputError:
         return None

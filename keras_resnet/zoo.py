@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_resnet import alexnet, resnet
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.errors import InputError
 from keras_resnet.model import ImageModel, finish, image_input, pooled
 from keras_resnet.specs import AlexNetSpec, get_spec
 
@@ -113,24 +113,17 @@ def _load_weights(model: ImageModel, spec, weights) -> None:
     from keras_resnet import convert, hub
 
     with_head = model.info["options"]["include_top"]
-    if isinstance(weights, str) and not os.path.exists(weights):
-        if not hub.is_tag(weights) and not os.path.splitext(weights)[1]:
-            near = did_you_mean(weights, ["default", "imagenet1k_v1", "imagenet1k_v2"])
+    if isinstance(weights, str) and not os.path.exists(weights) and hub.is_tag(weights):
+        entry = hub.resolve_weights(spec.name, weights)
+        num_classes = model.info["options"]["num_classes"]
+        # Said before 100 MB are fetched.
+        if with_head and num_classes != entry.num_classes:
             raise InputError(
-                f"weights={weights!r} is neither a file nor one of DEFAULT, IMAGENET1K_V1 and "
-                f"IMAGENET1K_V2.{near}"
+                f"{entry.file_name} has {entry.num_classes} classes, num_classes is "
+                f"{num_classes}: build the model without weights, then "
+                f'load_torchvision(model, "{entry.tag}", head="skip").'
             )
-        if hub.is_tag(weights):
-            entry = hub.resolve_weights(spec.name, weights)
-            num_classes = model.info["options"]["num_classes"]
-            # Said before 100 MB are fetched.
-            if with_head and num_classes != entry.num_classes:
-                raise InputError(
-                    f"{entry.file_name} has {entry.num_classes} classes, num_classes is "
-                    f"{num_classes}: build the model without weights, then "
-                    f'load_torchvision(model, "{entry.tag}", head="skip").'
-                )
-            weights = hub.weights_path(entry)
+        weights = hub.weights_path(entry)
     convert.load_torchvision(model, weights, head="strict" if with_head else "skip")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 
 import keras
 import numpy as np
@@ -260,6 +261,10 @@ def test_bad_input_gets_one_line_and_code_2(file, pictures, capsys, arguments, m
 def test_a_damaged_file_is_no_model(tmp_path, file):
     path = tmp_path / "damaged.keras"
     path.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"damaged\.keras' is no whole .keras file \(5,000 b"):
+        load_model(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", "{}")
     with pytest.raises(InputError, match=r"damaged\.keras' cannot be loaded"):
         load_model(path)
 
@@ -290,3 +295,22 @@ def test_a_runner_is_opened_once_and_answers_as_the_model(file, model, pictures,
 def test_an_unknown_engine_is_said_before_any_work(file, pictures, capsys):
     assert cli.main(["predict", str(file), str(pictures), "--engine", "kers"]) == 2
     assert "Did you mean 'keras'?" in capsys.readouterr().err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "x", "--imagesize", "2"], "train: unknown argument '--imagesize'. Did you mean"),
+        (["train", "x", "--image-size", "abc"], "argument --image-size: invalid int value: 'abc'."),
+        (["predict", "m.keras"], "predict: the following arguments are required: PATH."),
+        (["predikt"], "invalid choice: 'predikt'"),
+        (["inspect", "a.pth", "b.pth"], "inspect: unknown argument 'b.pth'."),
+    ],
+)
+def test_words_that_cannot_be_parsed_get_one_line_too(words, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and err.startswith("keras-resnet: ")
+    assert "\n" not in err and told in err and err.endswith(" --help.")
