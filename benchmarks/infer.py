@@ -87,8 +87,8 @@ def keras_step(options, which: str):
     if which == "ours" and backend != "torch":
         which = "ours optimized"  # as predict does it there
     if which == "ours optimized":
-        from keras_resnet.inference import optimize_for_inference
-        from keras_resnet.zoo import create_model
+        from keras_resnet.models.rebuild import optimize_for_inference
+        from keras_resnet.models.zoo import create_model
 
         shape = (options.image_size, options.image_size, 3)
         classes = native.classes_of(options.model)
@@ -107,7 +107,7 @@ def keras_step(options, which: str):
 
 
 def file_step(options, which: str):
-    from keras_resnet.engines import runtime_of
+    from keras_resnet.runtimes.select import runtime_of
 
     name, file = _FILES[which]
     runner = runtime_of(name)(options.files / file, options.precision, options.threads)

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from keras_resnet.process import available_cores, keep_freed_memory  # noqa: F401 (this checkout's)
+from keras_resnet.system.process import available_cores, keep_freed_memory  # noqa: F401 (this checkout's)
 
 _KEPT = []  # a torch.library.Library forgets its operators when it is collected
 

@@ -39,8 +39,8 @@ BATCH, SIZE = 32, 224
 
 
 def ours(folder, workers, output):
-    import keras_resnet.data as data
-    from keras_resnet.augment import training_augment
+    from keras_resnet.data import directory as data
+    from keras_resnet.data.augment import training_augment
 
     return data.image_dataset_from_directory(
         folder,

@@ -183,12 +183,12 @@ def keras_model(options, which: str):
     if which == "keras.applications":
         make = getattr(keras.applications, _APPLICATIONS[options.model])
         return make(weights=None, input_shape=shape, classifier_activation=None)
-    from keras_resnet.zoo import create_model
+    from keras_resnet.models.zoo import create_model
 
     classes = native.classes_of(options.model)
     model = create_model(options.model, num_classes=classes, input_shape=shape)
     if which == "stock layers":
-        from keras_resnet.stock import to_stock
+        from keras_resnet.models.rebuild import to_stock
 
         return to_stock(model)
     return model
@@ -200,7 +200,7 @@ def keras_step(options, which: str):
 
     model = keras_model(options, which)
     if which.startswith("ours"):
-        from keras_resnet.optimizers import SGD
+        from keras_resnet.training.optimizers import SGD
 
         optimizer = SGD(0.01, momentum=0.9, weight_decay=1e-4)
     else:

@@ -13,7 +13,7 @@ import keras
 
 import keras_resnet as kr
 from keras_resnet import plots
-from keras_resnet.demo import write_digits
+from keras_resnet.cli.demo import write_digits
 
 # Kernel size, stride and padding of AlexNet_Paper's convolutions and poolings.
 PAPER = {

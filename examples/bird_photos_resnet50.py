@@ -13,7 +13,7 @@ import keras
 
 import keras_resnet as kr
 from keras_resnet import plots
-from keras_resnet.demo import write_digits
+from keras_resnet.cli.demo import write_digits
 
 
 def resnet50(input_shape, num_classes, stride_on="1x1", longest=6):

@@ -13,8 +13,8 @@ from pathlib import Path
 import keras
 
 import keras_resnet as kr
-from keras_resnet.demo import write_digits
-from keras_resnet.predictions import save_predictions
+from keras_resnet.cli.demo import write_digits
+from keras_resnet.inference.predict import save_predictions
 
 
 def load_data(data, size, args):

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import keras_resnet as kr
-from keras_resnet.demo import write_digits
+from keras_resnet.cli.demo import write_digits
 
 
 def main():

@@ -2,6 +2,7 @@
 
 import sys
 
-from keras_resnet.cli import main
+from keras_resnet.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ import textwrap
 from typing import Any
 
 from keras_resnet.errors import InputError, did_you_mean
-from keras_resnet.specs import get_spec
+from keras_resnet.variants import get_spec
 
 _CHOICES = {
     "optimizer": ("sgd", "adam", "adamw", "rmsprop"),

@@ -29,8 +29,9 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from keras_resnet.checkpoint import inspect_checkpoint, read_checkpoint, write_checkpoint
 from keras_resnet.errors import CheckpointError
+from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.writing import write_checkpoint
 
 NUMBERS = (
     0,

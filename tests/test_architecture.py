@@ -11,16 +11,20 @@ import pytest
 import keras_resnet
 
 PACKAGE = pathlib.Path(keras_resnet.__file__).parent
-MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
+FILES = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
 pytestmark = pytest.mark.once
 
+# From the ground up: a file imports its own folder and those before it.
+FOLDERS = (
+    "errors", "system", "variants", "recipes", "plots", "data", "layers", "weights", "models",
+    "runtimes", "inference", "reports", "training", "cli",
+)  # fmt: skip
 
-def imports(path, everywhere=True):
-    """Names of the modules that a file imports; only at its top level if not `everywhere`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if everywhere else ast.iter_child_nodes(tree)
+
+def imports(path):
+    """Names of the modules that a file imports, inside functions too."""
     found = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -29,39 +33,54 @@ def imports(path, everywhere=True):
     return found
 
 
+def folder(name):
+    """The folder (or lone file) of a file's name or of a module's."""
+    return name.removesuffix(".py").replace("/", ".").removeprefix("keras_resnet.").split(".")[0]
+
+
 def own(path):
-    inside = {name.split(".")[1] for name in imports(path) if name.startswith("keras_resnet.")}
-    return (inside & set(MODULES)) - {path.stem}
+    return {name for name in imports(path) if name.startswith("keras_resnet.")}
+
+
+def users(library):
+    return {name for name, path in FILES.items()
+            if any(module.split(".")[0] == library for module in imports(path))}  # fmt: skip
+
+
+def test_folders_import_only_those_below():
+    graph = {name: {folder(module) for module in own(path)} for name, path in FILES.items()}
+    for name, below in graph.items():
+        if folder(name) in FOLDERS:
+            level = FOLDERS.index(folder(name))
+            above = {one for one in below if one in FOLDERS and FOLDERS.index(one) > level}
+            assert not above, f"{name} imports {sorted(above)}"
 
 
 def test_imports_have_no_circles():
-    graph = {name: own(path) for name, path in MODULES.items() if name not in ("__init__", "cli")}
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
-    for lower, higher in [
-        ("layers", "blocks"), ("blocks", "resnet"), ("resnet", "zoo"), ("alexnet", "zoo"),
-        ("zoo", "training"), ("evaluation", "training"),
-    ]:  # fmt: skip
-        assert order.index(lower) < order.index(higher)
+    modules = {"keras_resnet." + name[:-3].replace("/", "."): path for name, path in FILES.items()}
+    graph = {name: own(path) & set(modules) - {name} for name, path in modules.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "reference", "preprocess", "specs", "errors"])
+@pytest.mark.parametrize(
+    "name",
+    ["weights/checkpoint", "weights/reference", "data/preprocess", "variants", "errors"],
+)
 def test_reading_files_and_pixels_needs_no_keras_and_no_backend(name):
-    tops = {module.split(".")[0] for module in imports(MODULES[name])}
+    tops = {module.split(".")[0] for module in imports(FILES[f"{name}.py"])}
     assert not tops & {"keras", "torch", "tensorflow", "jax", "torchvision", "matplotlib"}
 
 
-def test_only_plots_imports_matplotlib():
-    users = {name for name, path in MODULES.items()
-             if any(m.split(".")[0] == "matplotlib" for m in imports(path))}  # fmt: skip
-    assert users == {"plots"}
+def test_only_figures_import_matplotlib():
+    assert users("matplotlib") == {"plots.py", "reports/figures.py"}
 
 
-def test_the_witness_shares_no_code_with_what_it_checks():
-    assert own(MODULES["reference"]) <= {"errors"}
+def test_the_reference_shares_no_code_with_what_it_checks():
+    assert {folder(name) for name in own(FILES["weights/reference.py"])} <= {"errors"}
 
 
 def test_nothing_imports_keras_internals():
-    for name, path in MODULES.items():
+    for name, path in FILES.items():
         assert not any(m.startswith("keras.src") for m in imports(path)), name
 
 

@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import augment as module
-from keras_resnet.augment import (
+from keras_resnet.data import augment, transforms
+from keras_resnet.data.augment import (
     Augment,
-    ColorJitter,
     Mix,
     RandAugment,
+    TrivialAugmentWide,
+    repeated_augmentation,
+    smooth_labels,
+    training_augment,
+)
+from keras_resnet.data.transforms import (
+    ColorJitter,
     RandomCrop,
     RandomErasing,
     RandomHorizontalFlip,
     RandomResizedCrop,
     Resize,
-    TrivialAugmentWide,
-    repeated_augmentation,
-    smooth_labels,
-    training_augment,
 )
 from keras_resnet.errors import InputError
 
@@ -169,13 +171,13 @@ def test_every_operation_and_magnitude_gives_torchvisions_pixels(
 ):
     from torchvision.transforms import InterpolationMode, autoaugment
 
-    resample = module._resample(interpolation)
+    resample = transforms._resample(interpolation)
     theirs = getattr(autoaugment, kind)()
     for number, picture in enumerate(pictures[::3]):
         size = (picture.height, picture.width)
         arguments = (31, size) if kind == "RandAugment" else (31,)
         expected_space = theirs._augmentation_space(*arguments)
-        space = getattr(module, kind)().space(*size)
+        space = getattr(augment, kind)().space(*size)
         assert list(space) == list(expected_space)
         for name, (magnitudes, signed) in space.items():
             expected_magnitudes, expected_signed = expected_space[name]
@@ -190,7 +192,7 @@ def test_every_operation_and_magnitude_gives_torchvisions_pixels(
                 )
                 values = magnitudes[number::3]
             for magnitude in {float(v) * s for v in values for s in ((1, -1) if signed else (1,))}:
-                ours = module.apply_operation(picture, name, magnitude, resample, fill)
+                ours = augment.apply_operation(picture, name, magnitude, resample, fill)
                 expected = autoaugment._apply_op(
                     picture,
                     name,

@@ -27,9 +27,10 @@ torch = pytest.importorskip("torch")
 from fuzz_checkpoint import samples as _samples
 from fuzz_checkpoint import session, state, tar_bytes
 
-from keras_resnet import checkpoint
-from keras_resnet.checkpoint import inspect_checkpoint, read_checkpoint, write_checkpoint
 from keras_resnet.errors import CheckpointError, NotFoundError
+from keras_resnet.weights import torch_files as checkpoint
+from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.writing import write_checkpoint
 
 pytestmark = [
     pytest.mark.once,

@@ -15,22 +15,23 @@ torch = pytest.importorskip("torch")
 
 from fuzz_checkpoint import tar_bytes
 
-from keras_resnet import convert, hub
-from keras_resnet.blocks import conv_block, identity_block
-from keras_resnet.checkpoint import inspect_checkpoint
-from keras_resnet.convert import (
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.errors import InputError, NotFoundError
+from keras_resnet.models.blocks import conv_block, identity_block
+from keras_resnet.models.zoo import create_model
+from keras_resnet.variants import SPECS
+from keras_resnet.weights import download, published
+from keras_resnet.weights import sources as convert
+from keras_resnet.weights.checkpoint import inspect_checkpoint
+from keras_resnet.weights.load import load_torchvision
+from keras_resnet.weights.mapping import (
     expected_keys,
-    load_torchvision,
     matching_variants,
     save_torchvision,
     spec_shapes,
     to_torchvision,
-    verify,
 )
-from keras_resnet.errors import InputError, NotFoundError
-from keras_resnet.preprocess import Preprocess
-from keras_resnet.specs import SPECS
-from keras_resnet.zoo import create_model
+from keras_resnet.weights.verify import verify
 
 BIG = [pytest.mark.slow, pytest.mark.once]
 # Every variant that torchvision has: the large ones take seconds to build, so once.
@@ -697,9 +698,9 @@ def test_a_published_file_is_known_by_its_hash_whatever_its_name(tmp_path, monke
     state = torch_resnet20()
     path = tmp_path / "renamed.pth"
     torch.save(state, path)
-    row = hub.resolve_weights("resnet50", "IMAGENET1K_V1")
-    fake = row.__class__(**{**row.__dict__, "sha256_prefix": hub.file_sha256(path)[:8]})
-    monkeypatch.setattr(hub, "registry", lambda: (fake,))
+    row = published.resolve_weights("resnet50", "IMAGENET1K_V1")
+    fake = row.__class__(**{**row.__dict__, "sha256_prefix": download.file_sha256(path)[:8]})
+    monkeypatch.setattr(published, "registry", lambda: (fake,))
     model = create_model("resnet20")
     load_torchvision(model, path)
     assert model.info["weights"]["published_as"] == "resnet50 IMAGENET1K_V1"

@@ -14,18 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import data
-from keras_resnet.augment import (
-    Augment,
-    RandomCrop,
-    RandomErasing,
-    RandomResizedCrop,
-    training_augment,
-)
-from keras_resnet.data import ImageDataset, check_classes, dataset_statistics, find_pictures
-from keras_resnet.data import image_dataset_from_directory as from_directory
+from keras_resnet.data import dataset as data
+from keras_resnet.data.augment import Augment, training_augment
+from keras_resnet.data.dataset import ImageDataset, check_classes, dataset_statistics
+from keras_resnet.data.directory import image_dataset_from_directory as from_directory
+from keras_resnet.data.folders import find_pictures
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.data.transforms import RandomCrop, RandomErasing, RandomResizedCrop
 from keras_resnet.errors import DataError, InputError, NotFoundError
-from keras_resnet.preprocess import Preprocess
 
 once = pytest.mark.once
 
@@ -311,7 +307,7 @@ def test_caches_change_nothing_and_are_used(folder, tmp_path, augment, monkeypat
         dataset.on_epoch_end()
         with monkeypatch.context() as patch:
             patch.setattr(data, "load", None)  # the second epoch decodes nothing
-            patch.setattr("keras_resnet.preprocess.load", None)
+            patch.setattr("keras_resnet.data.preprocess.load", None)
             equal(epoch(dataset), expected[1])
 
 

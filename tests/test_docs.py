@@ -23,7 +23,11 @@ import pytest
 from PIL import Image
 
 import keras_resnet as kr
-from keras_resnet import cli, hub, lr_finder, training
+from keras_resnet.cli import main as cli
+from keras_resnet.training import lr_finder
+from keras_resnet.training import train as training
+from keras_resnet.weights import download
+from keras_resnet.weights import published as registry
 
 pytestmark = pytest.mark.once
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -98,7 +102,7 @@ def small(world, monkeypatch):
 
     def fetched(entry, **_):
         path = published(world, entry.file_name)
-        known[hub.file_sha256(path)] = entry
+        known[download.file_sha256(path)] = entry
         return path
 
     def shorter(function, **numbers):
@@ -109,8 +113,8 @@ def small(world, monkeypatch):
         return run
 
     known = {}
-    monkeypatch.setattr(hub, "weights_path", fetched)
-    monkeypatch.setattr(hub, "published_by_torchvision", known.get)
+    monkeypatch.setattr(download, "weights_path", fetched)
+    monkeypatch.setattr(registry, "published_by_torchvision", known.get)
     monkeypatch.setattr(
         training, "train", shorter(training.train, epochs=1, image_size=32, workers=1)
     )

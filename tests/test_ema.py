@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_resnet.ema import ModelEMA, adjusted_decay
 from keras_resnet.errors import InputError
-from keras_resnet.optimizers import SGD
+from keras_resnet.training.ema import ModelEMA, adjusted_decay
+from keras_resnet.training.optimizers import SGD
 
 torch = pytest.importorskip("torch")
 

@@ -12,19 +12,17 @@ import pytest
 from PIL import Image
 from sklearn import metrics
 
-from keras_resnet import cli
-from keras_resnet.data import image_dataset_from_directory
-from keras_resnet.engines import open_runner
+from keras_resnet.cli import main as cli
+from keras_resnet.data.directory import image_dataset_from_directory
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.data.sources import picture_paths
 from keras_resnet.errors import DataError, InputError, NotFoundError
-from keras_resnet.evaluation import (
-    evaluate,
-    load_model,
-    log_probabilities,
-    model_preprocess,
-)
-from keras_resnet.predictions import iter_predictions, picture_paths, predict
-from keras_resnet.preprocess import Preprocess
-from keras_resnet.zoo import create_model
+from keras_resnet.inference.evaluate import evaluate
+from keras_resnet.inference.predict import iter_predictions, predict
+from keras_resnet.models.files import load_model, model_preprocess
+from keras_resnet.models.zoo import create_model
+from keras_resnet.runtimes.runner import log_probabilities
+from keras_resnet.runtimes.select import open_runner
 
 NAMES = [f"class {i}" for i in range(7)]
 

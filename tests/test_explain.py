@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 import keras_resnet as kr
-from keras_resnet import cli, explain
+from keras_resnet.cli import main as cli
 from keras_resnet.errors import DataError, InputError
-from keras_resnet.specs import SPECS, list_models
+from keras_resnet.inference import grad_cam as explain
+from keras_resnet.variants import SPECS, list_models
 
 SIDES = {"alexnet": 128, "alexnet_paper": 224, "resnet34_cifar10": 64}
 

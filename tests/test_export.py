@@ -10,23 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import cli, engines, exporting, formats
-from keras_resnet.engines import KerasRunner, open_file, open_runner, relative_difference
-from keras_resnet.errors import (
-    InputError,
-    MissingDependencyError,
-    NotFoundError,
-    VerificationError,
-)
-from keras_resnet.evaluation import evaluate
-from keras_resnet.exporting import export
-from keras_resnet.formats import FORMATS
-from keras_resnet.inference import optimize_for_inference
-from keras_resnet.layers import BatchNormalization, Conv2D
-from keras_resnet.predictions import predict
-from keras_resnet.preprocess import Preprocess
-from keras_resnet.stock import to_stock
-from keras_resnet.zoo import create_model
+from keras_resnet.cli import main as cli
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError, VerificationError
+from keras_resnet.inference.evaluate import evaluate
+from keras_resnet.inference.predict import predict
+from keras_resnet.layers.conv import Conv2D
+from keras_resnet.layers.norm import BatchNormalization
+from keras_resnet.models.rebuild import optimize_for_inference, to_stock
+from keras_resnet.models.zoo import create_model
+from keras_resnet.runtimes import export as exporting
+from keras_resnet.runtimes import int8, runner, select
+from keras_resnet.runtimes import writing as formats
+from keras_resnet.runtimes.export import export
+from keras_resnet.runtimes.formats import FORMATS
+from keras_resnet.runtimes.runner import KerasRunner, relative_difference
+from keras_resnet.runtimes.select import open_file, open_runner
 
 # Nothing in them may break XML, JSON or a zip archive.
 NAMES = ["ant", "<script>&amp;", "q\"uo'te", "new\nline", "\u202ertl", "é]]>\x07"]
@@ -72,7 +71,7 @@ def needs(name):
     """Skips where a format's packages are missing."""
     for module in FORMATS[name].needs[BACKEND]:
         pytest.importorskip(module)
-    pytest.importorskip(engines._RUNNERS[FORMATS[name].runtime].module)
+    pytest.importorskip(select._RUNNERS[FORMATS[name].runtime].module)
 
 
 def target(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -241,7 +240,7 @@ def test_engines_take_a_model_and_auto_measures(model, pictures):
     expected = KerasRunner(model).outputs(images)
     for name in WRITABLE:
         runtime = FORMATS[name].runtime
-        if runtime in engines.ENGINES:
+        if runtime in select.ENGINES:
             needs(name)
             runner = open_runner(model, runtime)
             assert runner.name == runtime and runner.info == model.info
@@ -280,11 +279,11 @@ def test_int8_is_measured(name, labelled, model, pictures, tmp_path, capsys):
 
 @pytest.mark.once
 def test_int8_that_costs_too_much_fails():
-    report = exporting.Int8Report(10, 100, True, 0.9, 0.85, 0.9, 1)
+    report = int8.Int8Report(10, 100, True, 0.9, 0.85, 0.9, 1)
     alike = [exporting.Comparison(1, 0.3)]
     assert not exporting._passes(alike, 1e-4, report, 0.02)
     assert exporting._passes(alike, 1e-4, report, 0.06)
-    unlabelled = exporting.Int8Report(10, 100, True, None, None, 0.85, 1)
+    unlabelled = int8.Int8Report(10, 100, True, None, None, 0.85, 1)
     assert not exporting._passes(alike, 1e-4, unlabelled, 0.02)
     assert not exporting._passes([exporting.Comparison(1, float("nan"))], 1e-4, report, 1)
 
@@ -329,7 +328,7 @@ def test_an_onnx_file_of_somebody_else_runs_with_a_preprocess(pictures, tmp_path
 
 @pytest.mark.once
 def test_what_is_missing_is_said_before_any_work(model, tmp_path, monkeypatch):
-    find = engines.importlib.util.find_spec
+    find = runner.importlib.util.find_spec
     for missing, call in {
         "onnx": lambda: export(model, tmp_path / "m.onnx"),
         "onnxruntime": lambda: export(model, tmp_path / "m.onnx"),

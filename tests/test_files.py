@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from keras_resnet.files import printable, replace_file, write_json, write_text
+from keras_resnet.system.files import printable, replace_file, write_json, write_text
 
 pytestmark = pytest.mark.once
 

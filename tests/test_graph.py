@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_resnet import graph
-from keras_resnet.graph import DirectGraph, Fused, fuse, graph_steps
-from keras_resnet.layers import BatchNormalization, Conv2D
-from keras_resnet.optimizers import SGD
-from keras_resnet.zoo import create_model
+from keras_resnet.layers.conv import Conv2D
+from keras_resnet.layers.norm import BatchNormalization
+from keras_resnet.models import torch_graph as graph
+from keras_resnet.models.graph import Fused, fuse, graph_steps
+from keras_resnet.models.torch_graph import DirectGraph
+from keras_resnet.models.zoo import create_model
+from keras_resnet.training.optimizers import SGD
 
 torch = pytest.importorskip("torch")
 BACKEND = os.environ["KERAS_BACKEND"]

@@ -15,11 +15,11 @@ import time
 import numpy as np
 import pytest
 
-from keras_resnet import hub
-from keras_resnet.checkpoint import write_checkpoint
+from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import CheckpointError, InputError
-from keras_resnet.preprocess import Preprocess
-from keras_resnet.specs import SPECS
+from keras_resnet.variants import SPECS
+from keras_resnet.weights import download, published
+from keras_resnet.weights.writing import write_checkpoint
 
 pytestmark = pytest.mark.once
 
@@ -90,10 +90,10 @@ def server():
 @pytest.fixture
 def entry():
     """A row of the registry whose file is DATA."""
-    row = hub.resolve_weights("resnet18")
+    row = published.resolve_weights("resnet18")
     digits = hashlib.sha256(DATA).hexdigest()[:8]
     values = {**row.__dict__, "sha256_prefix": digits, "file_name": f"resnet18-{digits}.pth"}
-    return hub.TorchvisionWeights(**values)
+    return published.TorchvisionWeights(**values)
 
 
 @pytest.fixture(autouse=True)
@@ -102,14 +102,14 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_RESNET_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     return tmp_path / "home" / "weights"
 
 
 @pytest.fixture
 def fetch(server, entry, monkeypatch):
     monkeypatch.setenv("KERAS_RESNET_WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/models/")
-    return lambda **options: hub.weights_path(entry, **{"timeout": 5, **options})
+    return lambda **options: download.weights_path(entry, **{"timeout": 5, **options})
 
 
 def leftovers(folder: pathlib.Path) -> set[str]:
@@ -120,7 +120,7 @@ def leftovers(folder: pathlib.Path) -> set[str]:
 
 
 def test_the_registry_is_torchvisions(torchvision):
-    rows = hub.registry()
+    rows = published.registry()
     assert len(rows) == 18 and {row.model for row in rows} <= set(SPECS)
     for row in rows:
         theirs = torchvision.models.get_model_weights(row.model)[row.tag]
@@ -136,14 +136,22 @@ def test_the_registry_is_torchvisions(torchvision):
             mean=preset.mean,
             std=preset.std,
         )
-        assert hub.imagenet_class_names() == list(theirs.meta["categories"])
+        assert published.imagenet_class_names() == list(theirs.meta["categories"])
 
 
 def test_tags_resolve_to_files():
-    assert hub.resolve_weights("resnet50").file_name == "resnet50-11ad3fa6.pth"
-    assert hub.resolve_weights("resnet50", "imagenet1k_v1").file_name == "resnet50-0676ba61.pth"
-    assert hub.resolve_weights("resnet18", "imagenet") == hub.resolve_weights("resnet18", "DEFAULT")
-    assert hub.is_tag("IMAGENET1K_V2") and hub.is_tag("default") and not hub.is_tag("a.pth")
+    assert published.resolve_weights("resnet50").file_name == "resnet50-11ad3fa6.pth"
+    assert (
+        published.resolve_weights("resnet50", "imagenet1k_v1").file_name == "resnet50-0676ba61.pth"
+    )
+    assert published.resolve_weights("resnet18", "imagenet") == published.resolve_weights(
+        "resnet18", "DEFAULT"
+    )
+    assert (
+        published.is_tag("IMAGENET1K_V2")
+        and published.is_tag("default")
+        and not published.is_tag("a.pth")
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,14 +166,14 @@ def test_tags_resolve_to_files():
 )
 def test_tags_that_mean_nothing_are_explained(variant, tag, message):
     with pytest.raises(InputError, match=message):
-        hub.resolve_weights(variant, tag)
+        published.resolve_weights(variant, tag)
 
 
 def test_published_files_are_known_by_their_hash_older_ones_too():
-    assert hub.published_by_torchvision("0676ba61" + "0" * 56).tag == "IMAGENET1K_V1"
-    old = hub.published_by_torchvision("19c8e357" + "0" * 56)  # resnet50-19c8e357.pth
+    assert published.published_by_torchvision("0676ba61" + "0" * 56).tag == "IMAGENET1K_V1"
+    old = published.published_by_torchvision("19c8e357" + "0" * 56)  # resnet50-19c8e357.pth
     assert (old.model, old.tag) == ("resnet50", "IMAGENET1K_V1")
-    assert hub.published_by_torchvision("deadbeef" + "0" * 56) is None
+    assert published.published_by_torchvision("deadbeef" + "0" * 56) is None
 
 
 # --- The download -------------------------------------------------------------------------------
@@ -285,7 +293,7 @@ def test_no_network_is_one_line(entry, monkeypatch, home):
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
     monkeypatch.setenv("KERAS_RESNET_WEIGHTS_URL", url)
     with pytest.raises(CheckpointError) as caught:
-        hub.weights_path(entry, timeout=2)
+        download.weights_path(entry, timeout=2)
     assert "refused" in str(caught.value) and "\n" not in str(caught.value)
     assert not leftovers(home)
 
@@ -302,7 +310,7 @@ def test_torchs_own_cache_is_used_where_it_is_right(fetch, server, entry, tmp_pa
 def test_folder_and_url_can_be_given(server, entry, tmp_path, monkeypatch):
     monkeypatch.delenv("KERAS_RESNET_WEIGHTS_URL", raising=False)
     url = f"http://127.0.0.1:{server.server_port}/mirror/file"
-    path = hub.weights_path(entry, cache=tmp_path / "here", url=url)
+    path = download.weights_path(entry, cache=tmp_path / "here", url=url)
     assert path == tmp_path / "here" / entry.file_name and path.read_bytes() == DATA
 
 
@@ -313,15 +321,17 @@ def test_a_folder_that_cannot_be_written_is_named(fetch, tmp_path):
 
 
 def test_the_cache_is_the_platforms_unless_told(monkeypatch, tmp_path):
-    assert hub.cache_folder() == tmp_path / "home" / "weights"
+    assert download.cache_folder() == tmp_path / "home" / "weights"
     monkeypatch.delenv("KERAS_RESNET_HOME")
-    assert hub.cache_folder().parts[-2:] == ("keras_resnet", "weights")
+    assert download.cache_folder().parts[-2:] == ("keras_resnet", "weights")
 
 
 def _fetch_in_a_process(entry, url, folder, results):
     try:
         results.put(
-            hashlib.sha256(hub.weights_path(entry, cache=folder, url=url).read_bytes()).hexdigest()
+            hashlib.sha256(
+                download.weights_path(entry, cache=folder, url=url).read_bytes()
+            ).hexdigest()
         )
     except Exception as error:
         results.put(repr(error))
@@ -350,7 +360,7 @@ def test_the_bar_is_for_terminals_only(fetch, server, entry, home, monkeypatch, 
     fetch()
     assert capsys.readouterr().err == ""
     (home / entry.file_name).unlink()
-    monkeypatch.setattr(hub.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(download.sys.stderr, "isatty", lambda: True)
     fetch()
     shown = capsys.readouterr().err
     assert entry.file_name in shown and "100%" in shown and shown.endswith("\n")
@@ -363,33 +373,34 @@ def test_the_bar_is_for_terminals_only(fetch, server, entry, home, monkeypatch, 
 
 
 @pytest.fixture
-def published(monkeypatch, tmp_path, server):
+def made(monkeypatch, tmp_path, server):
     """A small model's row in the registry, and its file on the server."""
-    from keras_resnet.convert import to_torchvision
-    from keras_resnet.zoo import create_model
+    from keras_resnet.models.zoo import create_model
+    from keras_resnet.weights.mapping import to_torchvision
 
     model = create_model("resnet20", num_classes=1000)
     write_checkpoint(tmp_path / "made.pth", to_torchvision(model))
     server.data = (tmp_path / "made.pth").read_bytes()
     digits = hashlib.sha256(server.data).hexdigest()[:8]
-    values = hub.resolve_weights("resnet18").__dict__
-    row = hub.TorchvisionWeights(
+    values = published.resolve_weights("resnet18").__dict__
+    row = published.TorchvisionWeights(
         **{**values, "model": "resnet20", "sha256_prefix": digits, "file_name": f"r-{digits}.pth"}
     )
-    monkeypatch.setattr(hub, "registry", lambda: (row,))
+    monkeypatch.setattr(published, "registry", lambda: (row,))
     monkeypatch.setenv("KERAS_RESNET_WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}")
     return model
 
 
-def test_weights_by_tag_bring_class_names_and_preprocessing(published):
-    from keras_resnet.convert import load_torchvision, to_torchvision
-    from keras_resnet.zoo import create_model
+def test_weights_by_tag_bring_class_names_and_preprocessing(made):
+    from keras_resnet.models.zoo import create_model
+    from keras_resnet.weights.load import load_torchvision
+    from keras_resnet.weights.mapping import to_torchvision
 
     model = create_model("resnet20", num_classes=1000, weights="DEFAULT")
-    expected = to_torchvision(published)
+    expected = to_torchvision(made)
     assert all(a.tobytes() == expected[k].tobytes() for k, a in to_torchvision(model).items())
     assert model.info["class_names"][:2] == ["tench", "goldfish"]
-    assert Preprocess.from_config(model.info["preprocess"]) == hub.registry()[0].preprocess
+    assert Preprocess.from_config(model.info["preprocess"]) == published.registry()[0].preprocess
     assert model.info["weights"]["published_as"] == "resnet20 IMAGENET1K_V1"
 
     headless = create_model("resnet20", include_top=False, weights="IMAGENET1K_V1")
@@ -398,8 +409,8 @@ def test_weights_by_tag_bring_class_names_and_preprocessing(published):
     assert load_torchvision(new_head, "DEFAULT", head="skip").skipped
 
 
-def test_weights_with_other_classes_are_refused_before_the_download(published, server):
-    from keras_resnet.zoo import create_model
+def test_weights_with_other_classes_are_refused_before_the_download(made, server):
+    from keras_resnet.models.zoo import create_model
 
     with pytest.raises(
         InputError, match=r"has 1000 classes, num_classes is 3.*head=.skip"
@@ -408,12 +419,12 @@ def test_weights_with_other_classes_are_refused_before_the_download(published, s
     assert "\n" not in str(caught.value) and not server.requests
 
 
-def test_weights_may_be_a_path_or_a_state_dict(published, tmp_path):
-    from keras_resnet.convert import to_torchvision
+def test_weights_may_be_a_path_or_a_state_dict(made, tmp_path):
     from keras_resnet.errors import NotFoundError
-    from keras_resnet.zoo import create_model
+    from keras_resnet.models.zoo import create_model
+    from keras_resnet.weights.mapping import to_torchvision
 
-    state = to_torchvision(published)
+    state = to_torchvision(made)
     for weights in (state, tmp_path / "made.pth", str(tmp_path / "made.pth")):
         model = create_model("resnet20", num_classes=1000, weights=weights)
         assert to_torchvision(model)["linear.bias"].tobytes() == state["linear.bias"].tobytes()

@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_resnet.layers import (
-    BatchNormalization,
-    Conv2D,
-    MaxPooling2D,
-    Normalize,
-    ZeroPaddedShortcut,
-)
+from keras_resnet.layers.conv import Conv2D
+from keras_resnet.layers.norm import BatchNormalization, Normalize
+from keras_resnet.layers.pool import MaxPooling2D, ZeroPaddedShortcut
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -653,7 +649,7 @@ def is_ohwi(tensor):
 @torch_only
 @pytest.mark.parametrize("options", [{}, {"groups": 2}, {"kernel_size": 1}], ids=str)
 def test_kernels_gradients_and_slots_lie_as_the_convolution_wants_them(options, tmp_path, rng):
-    from keras_resnet.optimizers import SGD
+    from keras_resnet.training.optimizers import SGD
 
     inputs = keras.Input((8, 8, 4))
     options = {"kernel_size": 3, **options}
@@ -736,7 +732,7 @@ def test_keras_still_ties_masks_to_tensors():
 
 
 def test_a_scope_knows_the_scope_around_it():
-    from keras_resnet.layers import in_stateless_scope
+    from keras_resnet.layers.torch_call import in_stateless_scope
 
     assert not in_stateless_scope()
     with keras.StatelessScope():
@@ -826,8 +822,8 @@ def test_a_compiled_training_step_is_the_eager_one(policy, monkeypatch, rng):
 def test_twenty_training_steps_in_float64_are_torchvisions(torchvision, rng):
     import copy
 
-    from keras_resnet.optimizers import SGD
-    from keras_resnet.zoo import create_model
+    from keras_resnet.models.zoo import create_model
+    from keras_resnet.training.optimizers import SGD
 
     reference = torchvision.models.resnet18(num_classes=7).double().train()
     head = copy.deepcopy(reference.fc)  # Keras' own mean and Dense compute in float32 at most

@@ -8,9 +8,9 @@ import types
 
 import pytest
 
-from keras_resnet import loggers
 from keras_resnet.errors import InputError, MissingDependencyError
-from keras_resnet.loggers import Loggers
+from keras_resnet.training import loggers
+from keras_resnet.training.loggers import Loggers
 
 pytestmark = pytest.mark.once
 

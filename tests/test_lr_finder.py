@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import cli
+from keras_resnet.cli import main as cli
 from keras_resnet.errors import InputError
-from keras_resnet.lr_finder import lr_find, smooth, suggest
-from keras_resnet.zoo import create_model
+from keras_resnet.models.zoo import create_model
+from keras_resnet.training.lr_finder import lr_find, smooth, suggest
 
 OPTIONS = {"image_size": 16, "batch_size": 8, "workers": 1, "model": None}
 

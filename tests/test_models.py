@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import keras_resnet as kr
-from keras_resnet import explain
 from keras_resnet.errors import InputError
-from keras_resnet.specs import SPECS, conv_output_size
+from keras_resnet.inference import grad_cam as explain
+from keras_resnet.variants import SPECS, conv_output_size
 
 REGISTRY = json.loads(
     (pathlib.Path(kr.__file__).parent / "torchvision.json").read_text(encoding="utf-8")

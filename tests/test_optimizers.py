@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_resnet import schedules
 from keras_resnet.errors import InputError
-from keras_resnet.optimizers import SGD
+from keras_resnet.training import schedules
+from keras_resnet.training.optimizers import SGD
 
 torch = pytest.importorskip("torch")
 
@@ -568,7 +568,7 @@ def test_kernels_are_updated_where_they_lie(backend, rng):
         pytest.skip("a property of the torch path")
     import torch
 
-    from keras_resnet.layers import Conv2D
+    from keras_resnet.layers.conv import Conv2D
 
     layer = Conv2D(6, 3)
     layer.build((None, 8, 8, 4))

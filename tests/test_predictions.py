@@ -17,21 +17,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import cli, prediction_files
-from keras_resnet.data import walk_pictures
-from keras_resnet.engines import Runner
+from keras_resnet.cli import main as cli
+from keras_resnet.data.folders import walk_pictures
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.data.sources import Pictures
 from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError
-from keras_resnet.prediction_files import Prediction
-from keras_resnet.predictions import (
-    Pictures,
+from keras_resnet.inference import prediction_files
+from keras_resnet.inference.predict import (
     PredictionTable,
     iter_predictions,
     predict,
     write_predictions,
 )
-from keras_resnet.preprocess import Preprocess
-from keras_resnet.progress import Progress, ProgressLine
-from keras_resnet.zoo import create_model
+from keras_resnet.inference.prediction_files import Prediction
+from keras_resnet.models.zoo import create_model
+from keras_resnet.runtimes.runner import Runner
+from keras_resnet.system.progress import Progress, ProgressLine
 
 LONG = bool(os.environ.get("KERAS_RESNET_LONG"))
 HOSTILE = [

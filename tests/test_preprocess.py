@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import preprocess as module
+from keras_resnet.data import reading as module
+from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.data.reading import decode, load
 from keras_resnet.errors import DataError, InputError, NotFoundError
-from keras_resnet.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, decode, load
 
 pytestmark = pytest.mark.once
 
@@ -348,10 +349,10 @@ def test_only_numpy_and_pillow_are_needed():
 import sys, types
 sys.modules["simplejpeg"] = None
 package = types.ModuleType("keras_resnet")  # without what the package's own __init__ imports
-package.__path__ = [{os.path.dirname(module.__file__)!r}]
+package.__path__ = [{os.path.dirname(os.path.dirname(module.__file__))!r}]
 sys.modules["keras_resnet"] = package
-import keras_resnet.preprocess
-assert keras_resnet.preprocess.simplejpeg is None
+import keras_resnet.data.preprocess
+assert keras_resnet.data.reading.simplejpeg is None
 unwanted = {{"keras", "torch", "tensorflow", "jax", "cv2"}} & set(sys.modules)
 assert not unwanted, unwanted
 """

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from keras_resnet import process
+from keras_resnet.system import process
 
 pytestmark = pytest.mark.once
 

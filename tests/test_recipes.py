@@ -8,16 +8,16 @@ import json
 import numpy as np
 import pytest
 
-from keras_resnet import cli
+from keras_resnet.cli import main as cli
 from keras_resnet.errors import InputError
-from keras_resnet.preparation import (
+from keras_resnet.recipes import RECIPES, Recipe, get_recipe
+from keras_resnet.training.prepare import (
     evaluation_preprocess,
     make_optimizer,
     make_schedule,
     recipe_augment,
 )
-from keras_resnet.recipes import RECIPES, Recipe, get_recipe
-from keras_resnet.specs import get_spec
+from keras_resnet.variants import get_spec
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from keras_resnet import reference
 from keras_resnet.errors import InputError
+from keras_resnet.weights import reference
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -410,16 +410,17 @@ def test_numpy_is_all_it_needs():
         "package = types.ModuleType('keras_resnet')\n"
         "package.__path__ = [sys.argv[1]]\n"
         "sys.modules['keras_resnet'] = package\n"
-        "import keras_resnet.reference\n"
+        "import keras_resnet.weights.reference\n"
         "print(sorted(n for n in sys.modules if n.startswith('keras')))\n"
         "print({'torch', 'tensorflow', 'jax', 'PIL'} & set(sys.modules))\n"
     )
-    folder = str(reference.__file__).rsplit("reference.py", 1)[0]
+    folder = str(reference.__file__).rsplit("weights/reference.py", 1)[0]
     result = subprocess.run(
         [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines() == [
-        "['keras_resnet', 'keras_resnet.errors', 'keras_resnet.reference']",
+        "['keras_resnet', 'keras_resnet.errors', 'keras_resnet.weights', "
+        "'keras_resnet.weights.reference']",
         "set()",
     ]
 

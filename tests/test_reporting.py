@@ -17,12 +17,14 @@ import pytest
 from PIL import Image
 
 import keras_resnet as kr
-from keras_resnet import cli, plots, reporting
+from keras_resnet.cli import main as cli
 from keras_resnet.errors import InputError, NotFoundError
-from keras_resnet.evaluation import Evaluation
-from keras_resnet.reliability import accuracy_interval, calibration, paired_p_value
-from keras_resnet.runfacts import read_run
-from keras_resnet.wording import as_markdown
+from keras_resnet.inference.calibration import accuracy_interval, calibration, paired_p_value
+from keras_resnet.inference.evaluate import Evaluation
+from keras_resnet.reports import figures as plots
+from keras_resnet.reports import report as reporting
+from keras_resnet.reports.run_facts import read_run
+from keras_resnet.reports.wording import as_markdown
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -26,11 +26,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import files, reporting
 from keras_resnet.errors import InputError
-from keras_resnet.evaluation import load_model
-from keras_resnet.runs import SaveError
-from keras_resnet.training import train
+from keras_resnet.models.files import load_model
+from keras_resnet.reports import report as reporting
+from keras_resnet.system import files
+from keras_resnet.training.run_folder import SaveError
+from keras_resnet.training.train import train
 
 OPTIONS = {
     "model": "resnet20",
@@ -262,7 +263,7 @@ def test_a_file_that_the_system_refuses_to_grow_is_a_full_disk_too(pictures, tmp
 
 @pytest.mark.once
 def test_a_model_that_does_not_fit_on_the_disk_keeps_the_old_one(peaceful, tmp_path):
-    from keras_resnet.runs import Run
+    from keras_resnet.training.run_folder import Run
 
     run = Run(tmp_path, {})
     run.save_model(peaceful.model, "best.keras")

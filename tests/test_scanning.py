@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet.data import image_dataset_from_directory
+from keras_resnet.data.directory import image_dataset_from_directory
+from keras_resnet.data.scan import near_pairs, scan
 from keras_resnet.errors import DataError, NotFoundError
-from keras_resnet.scanning import near_pairs, scan
 
 pytestmark = pytest.mark.once
 

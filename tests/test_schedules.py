@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_resnet import schedules
 from keras_resnet.errors import InputError
+from keras_resnet.training import schedules
 
 torch = pytest.importorskip("torch")
 lr_scheduler = torch.optim.lr_scheduler

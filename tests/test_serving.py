@@ -21,20 +21,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import cli
-from keras_resnet.engines import open_runner
+from keras_resnet.cli import main as cli
+from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import DataError, InputError, MissingDependencyError
-from keras_resnet.predictions import predict
-from keras_resnet.preprocess import Preprocess
-from keras_resnet.serving import (
-    Limits,
-    _service,
-    answers_html,
-    build_app,
-    check_picture,
-    facts_html,
-)
-from keras_resnet.zoo import create_model
+from keras_resnet.inference.predict import predict
+from keras_resnet.inference.serve import _service, answers_html, build_app, facts_html
+from keras_resnet.inference.service import Limits, check_picture
+from keras_resnet.models.zoo import create_model
+from keras_resnet.runtimes.select import open_runner
 
 NAMES = ["<script>document.title='owned'</script>", "bee", 'a\u202eb & "c"', "d", "e", "f"]
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">\u202e'.png"
@@ -475,5 +469,5 @@ def test_without_gradio_the_pip_line_is_named(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingDependencyError, match=r"keras3-resnet\[serve\]"):
         build_app(file)
-    assert importlib.util.find_spec("keras_resnet.serving")
+    assert importlib.util.find_spec("keras_resnet.inference.serve")
     assert not list(pathlib.Path(cli.__file__).parent.glob("*.pyi"))

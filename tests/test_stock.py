@@ -13,8 +13,10 @@ from keras import ops
 
 from keras_resnet import to_stock
 from keras_resnet.errors import InputError
-from keras_resnet.layers import BatchNormalization, Conv2D, MaxPooling2D
-from keras_resnet.zoo import create_model
+from keras_resnet.layers.conv import Conv2D
+from keras_resnet.layers.norm import BatchNormalization
+from keras_resnet.layers.pool import MaxPooling2D
+from keras_resnet.models.zoo import create_model
 
 # One of every kind of block, stem and shortcut.
 VARIANTS = ("resnet18", "resnet50", "resnet20", "resnet34_cifar10", "alexnet_cifar10")

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet import cli, loop
+from keras_resnet.cli import main as cli
 from keras_resnet.errors import InputError
-from keras_resnet.evaluation import evaluate, load_model
-from keras_resnet.predictions import predict
-from keras_resnet.training import train
+from keras_resnet.inference.evaluate import evaluate
+from keras_resnet.inference.predict import predict
+from keras_resnet.models.files import load_model
+from keras_resnet.training import loop
+from keras_resnet.training.train import train
 
 TINY = {
     "model": "resnet20",
@@ -392,7 +394,7 @@ def test_weights_with_another_number_of_classes_go_under_a_new_head(finished, tm
 
 @pytest.mark.once
 def test_two_processes_do_not_train_in_one_folder(pictures, tmp_path):
-    from keras_resnet.runs import Run
+    from keras_resnet.training.run_folder import Run
 
     first = Run.find(tmp_path, "x", {}, False)
     first.open()
@@ -420,7 +422,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, m
                 kernel = self.model.get_layer("linear").kernel
                 kernel.assign(np.full(kernel.shape, np.nan))
 
-    from keras_resnet.training import TrainingError
+    from keras_resnet.training.loop import TrainingError
 
     with pytest.raises(TrainingError, match=r"nan at epoch 2, step 1\..*last.keras of epoch 1"):
         train(
@@ -511,7 +513,7 @@ def test_ctrl_c_leaves_everything_and_the_same_command_goes_on(pictures, tmp_pat
     config = json.loads((history.parent / "config.json").read_text())
     assert config["status"] == "interrupted"
     # In this process, to save a start: the same call finds the same run. (Two epochs more.)
-    from keras_resnet.runs import Run
+    from keras_resnet.training.run_folder import Run
 
     identity = {k: config[k] for k in ("directory", "recipe", "seed", "exif", "backend",
                                        "data_format")}  # fmt: skip
@@ -521,7 +523,7 @@ def test_ctrl_c_leaves_everything_and_the_same_command_goes_on(pictures, tmp_pat
 
 
 def test_batches_stay_as_they_are_where_there_is_no_cuda(backend):
-    from keras_resnet.backends import Sender
+    from keras_resnet.system.device import Sender
 
     if backend == "torch" and pytest.importorskip("torch").cuda.is_available():
         pytest.skip("here they are sent: see the next test")
@@ -530,7 +532,7 @@ def test_batches_stay_as_they_are_where_there_is_no_cuda(backend):
 
 
 def test_batches_are_sent_to_cuda_as_they_are(backend):
-    from keras_resnet.backends import Sender
+    from keras_resnet.system.device import Sender
 
     if backend != "torch" or not pytest.importorskip("torch").cuda.is_available():
         pytest.skip("needs torch with a CUDA device")

@@ -9,10 +9,11 @@ import keras
 import numpy as np
 import pytest
 
-from keras_resnet.convert import load_torchvision, to_torchvision
-from keras_resnet.optimizers import SGD
-from keras_resnet.schedules import CosineSchedule
-from keras_resnet.zoo import create_model
+from keras_resnet.models.zoo import create_model
+from keras_resnet.training.optimizers import SGD
+from keras_resnet.training.schedules import CosineSchedule
+from keras_resnet.weights.load import load_torchvision
+from keras_resnet.weights.mapping import to_torchvision
 
 STEPS, BATCH, CLASSES = 20, 4, 10
 

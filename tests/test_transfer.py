@@ -6,13 +6,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_resnet.convert import save_torchvision
 from keras_resnet.errors import InputError, NotFoundError
-from keras_resnet.loop import part_to_train
-from keras_resnet.preparation import compile_model, make_optimizer
+from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import get_recipe
-from keras_resnet.transfer import freeze, load_pretrained, parts
-from keras_resnet.zoo import create_model
+from keras_resnet.training.freeze import freeze, load_pretrained, parts
+from keras_resnet.training.loop import part_to_train
+from keras_resnet.training.prepare import compile_model, make_optimizer
+from keras_resnet.weights.mapping import save_torchvision
 
 
 @pytest.fixture

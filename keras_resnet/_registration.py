@@ -1,0 +1,50 @@
+"""Makes `import keras_resnet` cheap, without hiding its classes from Keras.
+
+Importing Keras imports a whole backend: seconds, and gigabytes on some machines. Reading a weight
+file or printing the command line's help needs none of it. But a `.keras` file with this package's
+layers must load after nothing more than `import keras_resnet`, so the modules that register
+classes are imported as soon as somebody imports Keras.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+
+_REGISTERING = ("layers", "models.image_model", "training.optimizers", "training.schedules")
+
+
+def register_with_keras() -> None:
+    """Imports the modules that register classes: now, or right after Keras is imported."""
+    if "keras" in sys.modules:
+        _import_registering()
+    else:
+        sys.meta_path.insert(0, _WhenKerasIsImported())
+
+
+def _import_registering() -> None:
+    for name in _REGISTERING:
+        importlib.import_module(f"keras_resnet.{name}")
+
+
+class _WhenKerasIsImported(importlib.abc.MetaPathFinder):
+    """Finds Keras where it is, and looks on when it has been imported."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "keras":
+            return None
+        sys.meta_path.remove(self)  # once is enough
+        spec = importlib.util.find_spec("keras")
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module):
+                execute(module)
+                # A module of ours that imports Keras goes on registering by itself.
+                if not any(f"keras_resnet.{name}" in sys.modules for name in _REGISTERING):
+                    _import_registering()
+
+            spec.loader.exec_module = execute_and_register
+        return spec

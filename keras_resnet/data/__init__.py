@@ -1,0 +1,1 @@
+"""Images: found in folders, read, prepared, augmented, and fed as batches."""

@@ -1,0 +1,283 @@
+"""Folders of pictures: what is in them, which class each belongs to, and how they are split."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_resnet.errors import DataError, InputError, NotFoundError, did_you_mean
+
+# torchvision/datasets/folder.py IMG_EXTENSIONS, and GIF, of which the first frame is read.
+IMG_EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif",
+)  # fmt: skip
+
+# What a random number is for; part of its seed, so that streams do not overlap.
+_ORDER, _PICTURE, _MIX, _SPLIT = range(4)
+
+
+# --- finding the files ---------------------------------------------------------------------------
+
+
+def find_pictures(
+    directory: str | os.PathLike,
+    class_names: Sequence[str] | None = None,
+    *,
+    follow_links: bool = False,
+    exclude: str | os.PathLike | Iterable[str] | None = None,
+) -> tuple[list[str], np.ndarray, list[str]]:
+    """Lists the pictures of a folder that has one subfolder a class.
+
+    Classes are the sorted folder names, files are in the order of torchvision's `ImageFolder`.
+
+    Returns:
+        Paths, their labels (int32), the class names.
+
+    Raises:
+        NotFoundError: the folder does not exist.
+        DataError: it is a file, or has no class folder, an empty one, or no picture.
+        InputError: class_names that are not there.
+    """
+    directory = existing_folder(directory)
+    found = sorted(
+        entry.name
+        for entry in os.scandir(directory)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not found:
+        here = [entry.name for entry in os.scandir(directory) if entry.is_file()]
+        raise DataError(
+            f"{directory!r} has no class folder: it must hold one folder of pictures a class. "
+            f"It holds {_extension_counts(here)}."
+        )
+    if class_names is None:
+        class_names = found
+    else:
+        class_names = list(class_names)
+        missing = [name for name in class_names if name not in found]
+        if missing or len(set(class_names)) != len(class_names) or not class_names:
+            raise InputError(
+                f"class_names must be different folders of {directory!r}. Not there: "
+                f"{missing or 'none'}. Given: {class_names}. Found: {found}."
+            )
+    excluded = _excluded(directory, exclude)
+    paths, labels, empty, other = [], [], [], []
+    for label, name in enumerate(class_names):
+        files, rest = walk_pictures(os.path.join(directory, name), follow_links)
+        other += rest
+        if not files:
+            empty.append(name)
+        files = [path for path in files if os.path.abspath(path) not in excluded]
+        paths += files
+        labels += [label] * len(files)
+    if not paths or len(empty) == len(class_names):
+        raise DataError(
+            f"{directory!r} holds no picture in its class folders {_listed(class_names)}. "
+            f"They hold {_extension_counts(other)}; pictures end in {', '.join(IMG_EXTENSIONS)}."
+        )
+    if empty:
+        raise DataError(
+            f"{directory!r} has class folders without a picture: {_listed(empty)}. Fill or delete "
+            f"them, or name the others with class_names. Pictures end in "
+            f"{', '.join(IMG_EXTENSIONS)}."
+        )
+    return paths, np.asarray(labels, np.int32), list(class_names)
+
+
+def _flat_pictures(directory: str, follow_links: bool, exclude: Any) -> list[str]:
+    directory = existing_folder(directory)
+    files, other = walk_pictures(directory, follow_links)
+    excluded = _excluded(directory, exclude)
+    files = [path for path in files if os.path.abspath(path) not in excluded]
+    if not files:
+        raise DataError(
+            f"{directory!r} holds no picture. It holds {_extension_counts(other)}; pictures end "
+            f"in {', '.join(IMG_EXTENSIONS)}."
+        )
+    return files
+
+
+def existing_folder(directory: str | os.PathLike) -> str:
+    """Returns the folder's path, or raises NotFoundError or DataError that say what is there."""
+    directory = os.path.expanduser(os.fspath(directory))
+    if os.path.isdir(directory):
+        return directory
+    if os.path.exists(directory):
+        raise DataError(f"{directory!r} is a file; a folder with one folder a class is needed.")
+    parent, name = os.path.split(os.path.abspath(directory))
+    siblings = os.listdir(parent) if os.path.isdir(parent) else []
+    raise NotFoundError(f"{directory!r} does not exist.{did_you_mean(name, siblings)}")
+
+
+def walk_pictures(folder: str, follow_links: bool) -> tuple[list[str], list[str]]:
+    """Pictures and other files below a folder, in torchvision's order, without hidden ones."""
+    pictures, other = [], []
+    for root, _, names in sorted(os.walk(folder, followlinks=follow_links)):
+        if _hidden(folder, root):
+            continue
+        for name in sorted(names):
+            if not name.startswith("."):
+                (pictures if is_picture(name) else other).append(os.path.join(root, name))
+    return pictures, other
+
+
+def picture_folders(folder: str) -> list[str]:
+    """The folders below a folder that hold pictures themselves, in the order of `walk_pictures`.
+
+    File names are looked at and forgotten: memory grows with folders, not with files.
+    """
+    return sorted(
+        root
+        for root, _, names in os.walk(folder)
+        if not _hidden(folder, root) and any(map(is_picture, names))
+    )
+
+
+def pictures_in(folder: str) -> list[str]:
+    """Names of the pictures in a folder itself, sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if is_picture(e.name) and not e.is_dir())
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is taken for a picture, by its name."""
+    return not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
+
+
+def _hidden(folder: str, root: str) -> bool:
+    return any(part.startswith(".") for part in root[len(folder) :].split(os.sep))
+
+
+def _extension_counts(names: Iterable[str]) -> str:
+    counts = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in names)
+    return ", ".join(f"{n} {ext}" for ext, n in counts.most_common(8)) or "no file"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:10])
+    return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _excluded(directory: str, exclude: Any) -> set[str]:
+    """Absolute paths to leave out; relative ones count from the directory.
+
+    A file has one path a line, `#` before a comment, and a JSON string where a name holds a
+    newline or begins with `#` or `"`.
+    """
+    if exclude is None:
+        return set()
+    if isinstance(exclude, str | os.PathLike):
+        try:
+            with open(exclude, encoding="utf-8", errors="surrogateescape") as file:
+                lines = [line.rstrip("\r\n") for line in file]
+        except OSError as error:
+            raise NotFoundError(
+                f"The exclude list {os.fspath(exclude)!r} cannot be read: {error.strerror}."
+            ) from None
+        exclude = [
+            json.loads(line) if line.startswith('"') else line
+            for line in lines
+            if line.strip() and not line.startswith("#")
+        ]
+    return {os.path.abspath(os.path.join(directory, os.fspath(path))) for path in exclude}
+
+
+def stratified_split(
+    labels: Sequence[int] | int, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits positions into a kept and a held-out part, class by class.
+
+    Of a class with n pictures `round(n * share)` are held out, at least one and at most n - 1; a
+    class with one picture keeps it.
+
+    Args:
+        labels: one int a picture, or a number of pictures without labels.
+        share: to hold out, between 0 and 1.
+        seed: of the choice.
+
+    Returns:
+        Two sorted int arrays.
+    """
+    if isinstance(share, bool) or not 0 < share < 1:
+        raise InputError(f"validation_split must lie between 0 and 1, got {share!r}.")
+    labels = np.zeros(labels, np.int32) if isinstance(labels, int) else np.asarray(labels)
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(round(len(members) * share), 1), len(members) - 1)
+        order = _generator(seed, _SPLIT, int(label)).permutation(len(members))
+        held[members[order[:count]]] = True
+    if not held.any():
+        raise DataError(
+            f"validation_split={share} leaves nothing to validate on: every class has one picture."
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _generator(*key: int) -> np.random.Generator:
+    # PCG64 and SeedSequence are fixed across NumPy versions and platforms.
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def split_folder(directory: str | os.PathLike, split: str | None = None) -> str:
+    """The folder of class folders inside a dataset: `test`, `val` or `train` where it has them.
+
+    Raises:
+        NotFoundError: The split that was asked for is not there.
+    """
+    directory = os.path.expanduser(os.fspath(directory))
+    found = split_folders(directory)
+    if split is not None:
+        if split not in found:
+            raise NotFoundError(
+                f"{directory!r} has no {split!r} folder; it has: {', '.join(found) or 'none'}."
+            )
+        return found[split]
+    for name in ("test", "val", "train"):
+        if name in found and "train" in found:
+            return found[name]
+    return directory
+
+
+def split_folders(directory: str | os.PathLike) -> dict[str, str]:
+    """Folders named as parts of a dataset: `train`, `val` (or `valid`, `validation`), `test`."""
+    aliases = {
+        "train": ("train", "training"),
+        "val": ("val", "valid", "validation"),
+        "test": ("test",),
+    }
+    found = {}
+    for split, names in aliases.items():
+        for name in names:
+            path = os.path.join(os.fspath(directory), name)
+            if os.path.isdir(path):
+                found.setdefault(split, path)
+    return found
+
+
+def labels_by_name(
+    labels: np.ndarray,
+    found: Sequence[str],
+    names: Sequence[str],
+    what: str = "The folder",
+    who: str = "the model",
+) -> np.ndarray:
+    """Labels by one list of class names turned into those by another.
+
+    Raises:
+        InputError: A class of `found` is not among `names`.
+    """
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise InputError(
+            f"{what} has classes that {who} does not have: "
+            f"{', '.join(map(repr, unknown[:10]))}. There are {len(names)}: "
+            f"{', '.join(map(repr, sorted(names)[:10]))}{' ...' if len(names) > 10 else ''}."
+        )
+    positions = np.asarray([names.index(name) for name in found], np.int32)
+    return positions[labels]

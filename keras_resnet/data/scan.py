@@ -1,0 +1,429 @@
+"""A look at a picture folder before training: what is broken, double, mislabelled or lopsided.
+
+`scan` reads every picture once and deletes nothing; its report prints as a table, writes JSON, a
+sheet of the worst pictures, and a list of files for `exclude=` of `image_dataset_from_directory`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from keras_resnet.data.dataset import default_threads
+from keras_resnet.data.folders import IMG_EXTENSIONS, existing_folder, walk_pictures
+from keras_resnet.data.reading import load
+from keras_resnet.errors import DataError, KerasResNetError
+
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+TRAINING_SPLITS = ("train", "training")
+
+# What a file of each Pillow format is commonly called.
+EXTENSIONS_OF = {
+    "JPEG": (".jpg", ".jpeg"),
+    "MPO": (".jpg", ".jpeg"),  # a JPEG with further pictures behind the first, as phones write
+    "PNG": (".png",),
+    "PPM": (".ppm", ".pgm"),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+}
+
+HASH_BITS = 128
+
+
+@dataclass
+class ScanReport:
+    """What `scan` found.
+
+    Attributes:
+        directory: that was scanned.
+        pictures: files with a picture's extension.
+        class_counts: {split: {class: readable pictures}}; the split is "" without train/ and val/.
+        imbalance: {split: largest class / smallest class}.
+        unreadable: (path, reason).
+        wrong_extensions: (path, format that it really is).
+        exact_duplicates: groups of files with the same bytes (SHA-256).
+        near_duplicates: (path, path, distance): perceptual hashes that differ in few of 128 bits.
+        across_splits: (path, path, "exact" or "near"): the same picture in two splits.
+        label_conflicts: (path, path, "exact" or "near"): the same picture in two classes.
+        other_files: {extension: files} that are not read.
+        formats: {format: pictures}.
+        modes: {Pillow mode: pictures}.
+        rotated: pictures whose EXIF orientation asks for a turn.
+        sizes: smallest, median and largest width, height and width / height.
+        smallest: paths of the pictures with the fewest pixels.
+        mean: of each RGB channel over all pixels, in 0..1.
+        std: the same.
+    """
+
+    directory: str
+    pictures: int = 0
+    class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    imbalance: dict[str, float] = field(default_factory=dict)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    wrong_extensions: list[tuple[str, str]] = field(default_factory=list)
+    exact_duplicates: list[list[str]] = field(default_factory=list)
+    near_duplicates: list[tuple[str, str, int]] = field(default_factory=list)
+    across_splits: list[tuple[str, str, str]] = field(default_factory=list)
+    label_conflicts: list[tuple[str, str, str]] = field(default_factory=list)
+    other_files: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+    modes: dict[str, int] = field(default_factory=dict)
+    rotated: int = 0
+    sizes: dict[str, list[float]] = field(default_factory=dict)
+    smallest: list[str] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Returns everything as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        """A table, with the first few files of every kind of trouble."""
+        below = os.path.relpath(self.directory)
+        shown = self.directory if below.startswith(os.pardir) else below
+        lines = [f"{shown!r}: {self.pictures} pictures"]
+        for split, counts in self.class_counts.items():
+            total = sum(counts.values())
+            ratio = self.imbalance[split]
+            lines.append(
+                f"  {split or 'all':12} {total:7} in {len(counts)} classes, largest / smallest "
+                f"{ratio:.3g}"
+            )
+            lines += [
+                f"    {name:24.24} {count:7}  {'#' * round(40 * count / max(counts.values()))}"
+                for name, count in sorted(counts.items(), key=lambda item: -item[1])[:20]
+            ]
+        for title, items in self._troubles():
+            lines.append(f"  {title:44} {len(items):6}")
+            for item in items[:5]:
+                lines.append("    " + "  ".join(self._short(part) for part in item))
+            if len(items) > 5:
+                lines.append(f"    ... and {len(items) - 5} more")
+        lines.append(f"  {'turned by EXIF (ignored unless exif=True)':44} {self.rotated:6}")
+        for title, counts in (
+            ("formats", self.formats),
+            ("modes", self.modes),
+            ("files that are not read", self.other_files),
+        ):
+            if counts:
+                listed = ", ".join(f"{n} {name}" for name, n in counts.items())
+                lines.append(f"  {title:44} {listed}")
+        for name, values in self.sizes.items():
+            low, median, high = (f"{v:.4g}" for v in values)
+            lines.append(f"  {name:44} {low} to {high}, median {median}")
+        if self.mean:
+            lines.append(f"  {'mean of the channels':44} {_numbers(self.mean)}")
+            lines.append(f"  {'standard deviation':44} {_numbers(self.std)}")
+        return "\n".join(lines)
+
+    def _troubles(self) -> list[tuple[str, list[Sequence[Any]]]]:
+        return [
+            ("cannot be read", self.unreadable),
+            ("extension and content differ", self.wrong_extensions),
+            ("groups with the same bytes", self.exact_duplicates),
+            ("pairs that look alike", self.near_duplicates),
+            ("the same picture in two splits", self.across_splits),
+            ("the same picture in two classes", self.label_conflicts),
+        ]
+
+    def _short(self, part: Any) -> str:
+        if isinstance(part, str) and part.startswith(self.directory):
+            return repr(os.path.relpath(part, self.directory))
+        return str(part)
+
+    def exclude_list(self) -> list[str]:
+        """Files that training does better without.
+
+        Unreadable ones; of equal files all but one; of files equal across splits the training
+        copies, so that the validation set stays as it is; every copy of a file that lies in two
+        classes of the training split. Pictures that merely look alike stay.
+        """
+        out = {path for path, _ in self.unreadable}
+        for group in self.exact_duplicates:
+            training = [p for p in group if self.split_of(p) in ("", *TRAINING_SPLITS)]
+            elsewhere = len(training) < len(group)
+            conflicting = len({self.class_of(p) for p in training}) > 1
+            out.update(training if elsewhere or conflicting else training[1:])
+        return sorted(out)
+
+    def write_exclude_list(self, path: str | os.PathLike) -> int:
+        """Writes `exclude_list` for `exclude=`, one absolute path a line; returns how many."""
+        out = [os.path.abspath(p) for p in self.exclude_list()]
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"# {len(out)} files that keras_resnet scan suggests to leave out\n")
+            for name in out:
+                plain = name.isprintable() and not name.startswith(("#", '"'))
+                file.write((name if plain else json.dumps(name)) + "\n")
+        return len(out)
+
+    def split_of(self, path: str) -> str:
+        """The split that a file lies in, "" where the folder has none."""
+        return _place(self.directory, path, self.class_counts)[0]
+
+    def class_of(self, path: str) -> str:
+        """The class folder that a file lies in."""
+        return _place(self.directory, path, self.class_counts)[1]
+
+    def save_sheet(self, path: str | os.PathLike, limit: int = 60) -> int:
+        """Draws the worst pictures with their trouble and name; returns how many there are.
+
+        Args:
+            path: of the picture to write; its extension says the format.
+            limit: pictures at most, shared among the kinds of trouble.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        groups = [
+            ("cannot be read", [item[:1] for item in self.unreadable]),
+            ("two classes", [item[:2] for item in self.label_conflicts]),
+            ("two splits", [item[:2] for item in self.across_splits]),
+            ("same bytes", [item[:2] for item in self.exact_duplicates]),
+            ("alike", [item[:2] for item in self.near_duplicates]),
+            ("extension", [item[:1] for item in self.wrong_extensions]),
+            ("small", [(item,) for item in self.smallest]),
+        ]
+        groups = [(title, items) for title, items in groups if items]
+        share = max(2, limit // max(len(groups), 1))
+        tiles = [
+            (title, name)
+            for title, items in groups
+            for name in [name for item in items for name in item][:share]
+        ][:limit]
+        side, caption, columns = 160, 30, 6
+        rows = max(1, -(-len(tiles) // columns))
+        sheet = Image.new("RGB", (columns * side, rows * (side + caption)), "white")
+        draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+        for number, (title, name) in enumerate(tiles):
+            left, top = number % columns * side, number // columns * (side + caption)
+            try:
+                thumbnail = load(name)
+                if isinstance(thumbnail, np.ndarray):
+                    thumbnail = Image.fromarray(thumbnail)
+                thumbnail.thumbnail((side - 6, side - 6))
+                sheet.paste(thumbnail, (left + 3, top + 3))
+            except KerasResNetError:
+                draw.rectangle((left + 3, top + 3, left + side - 4, top + side - 4), fill="#dddddd")
+            shown = os.path.relpath(name, self.directory).encode("ascii", "replace").decode()
+            shown = shown if len(shown) <= 26 else "..." + shown[-23:]
+            draw.text((left + 4, top + side), title, fill="#b00000", font=font)
+            draw.text((left + 4, top + side + 13), repr(shown)[1:-1], fill="black", font=font)
+        try:
+            sheet.save(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(
+                f"The sheet {os.fspath(path)!r} cannot be written: {reason}."
+            ) from error
+        return len(tiles)
+
+
+def scan(
+    directory: str | os.PathLike, *, threshold: int = 6, workers: int | None = None
+) -> ScanReport:
+    """Reads every picture below a folder once and reports what may spoil training on it.
+
+    Args:
+        directory: class folders, or train/, val/ and test/ with class folders inside, or pictures.
+        threshold: bits of 128 in which the perceptual hashes of near duplicates differ at most.
+        workers: threads; None takes the processor's cores, at most 8.
+
+    Raises:
+        NotFoundError: the folder does not exist.
+        DataError: it is a file, or holds no picture.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> for name in ("ants", "bees"):
+        ...     (folder / name).mkdir()
+        ...     Image.new("RGB", (40, 30)).save(folder / name / "1.png")
+        >>> report = scan(folder)
+        >>> len(report.exact_duplicates), len(report.label_conflicts)
+        (1, 1)
+    """
+    directory = os.path.abspath(existing_folder(directory))
+    paths, other = walk_pictures(directory, False)
+    if not paths:
+        raise DataError(
+            f"{directory!r} holds no picture: {len(other)} other files. Pictures end in "
+            f"{', '.join(IMG_EXTENSIONS)}."
+        )
+    with ThreadPoolExecutor(workers or default_threads(), "keras_resnet-scan") as pool:
+        looks = list(pool.map(_look, paths))
+    report = ScanReport(directory, len(paths))
+    report.unreadable = [(p, x) for p, x in zip(paths, looks, strict=True) if isinstance(x, str)]
+    good = [(p, x) for p, x in zip(paths, looks, strict=True) if not isinstance(x, str)]
+    report.other_files = _counted(os.path.splitext(p)[1].lower() or "no extension" for p in other)
+    _count_classes(report, paths, [path for path, _ in good])
+    if good:
+        _describe(report, good)
+        _find_duplicates(report, good, threshold)
+    return report
+
+
+def _look(path: str) -> dict[str, Any] | str:
+    """Everything to know about one picture; the reason where it cannot be read."""
+    try:
+        pixels = load(path)
+        with open(path, "rb") as file:
+            data = file.read()
+        with Image.open(io.BytesIO(data)) as header:
+            kind, mode, turn = header.format, header.mode, header.getexif().get(0x0112, 1)
+    except KerasResNetError as error:
+        return str(error)
+    except Exception as error:  # a file that changed since, or EXIF data that Pillow cannot read
+        return f"{path!r} cannot be read: {type(error).__name__}: {error}"
+    picture = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+    planes = np.asarray(pixels).reshape(-1, 3).T
+    return {
+        "sha256": hashlib.sha256(data).digest(),
+        "hash": _difference_hash(picture),
+        "format": kind,
+        "mode": mode,
+        "turned": turn in range(2, 9),
+        "size": picture.size,
+        "counts": np.stack([np.bincount(plane, minlength=256) for plane in planes]),
+    }
+
+
+def _difference_hash(picture: Image.Image) -> np.ndarray:
+    """128 bits: whether brightness rises to the right and downwards, on a grid of 9 x 9.
+
+    The gradient hash of Krawetz ("Kind of Like That", hackerfactor.com, 2013), in both directions.
+    """
+    grid = np.asarray(picture.convert("L").resize((9, 9), Image.Resampling.BOX), np.int16)
+    right = grid[:8, 1:] > grid[:8, :-1]
+    down = grid[1:, :8] > grid[:-1, :8]
+    return np.concatenate([right.ravel(), down.ravel()])
+
+
+def _place(directory: str, path: str, splits: Iterable[str]) -> tuple[str, str]:
+    parts = os.path.relpath(path, directory).split(os.sep)[:-1]
+    split = parts.pop(0) if parts and parts[0] in splits else ""
+    return split, parts[0] if parts else ""
+
+
+def _counted(items: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(items).most_common())
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def _count_classes(report: ScanReport, paths: Sequence[str], readable: Sequence[str]) -> None:
+    """Counts readable pictures; a class of which none can be read counts 0."""
+    counts: dict[str, dict[str, int]] = defaultdict(dict)
+    for path in paths:
+        split, name = _place(report.directory, path, SPLITS)
+        counts[split].setdefault(name, 0)
+    for path in readable:
+        split, name = _place(report.directory, path, SPLITS)
+        counts[split][name] += 1
+    report.class_counts = dict(counts)
+    report.imbalance = {
+        split: max(numbers.values()) / max(min(numbers.values()), 1)
+        for split, numbers in counts.items()
+    }
+
+
+def _describe(report: ScanReport, good: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    report.formats = _counted(look["format"] for _, look in good)
+    report.modes = _counted(look["mode"] for _, look in good)
+    report.rotated = sum(look["turned"] for _, look in good)
+    report.wrong_extensions = [
+        (path, look["format"])
+        for path, look in good
+        if os.path.splitext(path)[1].lower() not in EXTENSIONS_OF.get(look["format"], ())
+    ]
+    width, height = np.array([look["size"] for _, look in good]).T
+    report.sizes = {
+        name: [float(f(values)) for f in (np.min, np.median, np.max)]
+        for name, values in (
+            ("width", width),
+            ("height", height),
+            ("width / height", width / height),
+        )
+    }
+    report.smallest = [good[i][0] for i in np.argsort(width * height, kind="stable")[:6]]
+    counts = np.sum([look["counts"] for _, look in good], axis=0)
+    total, values = counts.sum(1), np.arange(256)
+    mean = counts @ values / total / 255
+    std = np.sqrt(np.maximum(counts @ values**2 / total / 255**2 - mean**2, 0))
+    report.mean, report.std = mean.tolist(), std.tolist()
+
+
+def _find_duplicates(
+    report: ScanReport, good: Sequence[tuple[str, dict[str, Any]]], threshold: int
+) -> None:
+    paths = [path for path, _ in good]
+    by_hash = defaultdict(list)
+    for path, look in good:
+        by_hash[look["sha256"]].append(path)
+    report.exact_duplicates = [group for group in by_hash.values() if len(group) > 1]
+
+    # One of each group of equal files stands for it.
+    first = {group[0] for group in by_hash.values()}
+    kept = [i for i, path in enumerate(paths) if path in first]
+    bits = np.array([good[i][1]["hash"] for i in kept])
+    report.near_duplicates = [
+        (paths[kept[a]], paths[kept[b]], distance) for a, b, distance in near_pairs(bits, threshold)
+    ]
+
+    same = [
+        (group[a], group[b], "exact")
+        for group in report.exact_duplicates
+        for a in range(len(group))
+        for b in range(a + 1, len(group))
+    ]
+    same += [(a, b, "near") for a, b, _ in report.near_duplicates]
+    for a, b, kind in same:
+        if report.split_of(a) != report.split_of(b):
+            report.across_splits.append((a, b, kind))
+        if report.class_of(a) != report.class_of(b):
+            report.label_conflicts.append((a, b, kind))
+
+
+def near_pairs(bits: np.ndarray, threshold: int) -> list[tuple[int, int, int]]:
+    """All pairs of rows that differ in at most `threshold` bits.
+
+    Cut into threshold + 1 bands, two such rows agree in one band at least (pigeonhole), so only
+    rows that share a band are compared: no pair is missed, and few are compared in vain.
+
+    Args:
+        bits: bool, (rows, bits).
+        threshold: at least 0, less than the number of bits.
+
+    Returns:
+        (row, row, distance), sorted.
+    """
+    found: dict[tuple[int, int], int] = {}
+    packed = np.packbits(bits, axis=1)
+    ones = np.array([bin(i).count("1") for i in range(256)], np.uint8)
+    for band in np.array_split(np.arange(bits.shape[1]), threshold + 1):
+        keys = np.packbits(bits[:, band], axis=1)
+        _, group = np.unique(keys, axis=0, return_inverse=True)
+        order = np.argsort(group.ravel(), kind="stable")
+        starts = np.flatnonzero(np.diff(group.ravel()[order], prepend=-1))
+        for members in np.split(order, starts[1:]):
+            for place, row in enumerate(members[:-1]):
+                rest = members[place + 1 :]
+                distance = ones[packed[rest] ^ packed[row]].sum(1, dtype=np.int64)
+                for near in np.flatnonzero(distance <= threshold):
+                    pair = (int(row), int(rest[near]))
+                    found[min(pair), max(pair)] = int(distance[near])
+    return sorted((a, b, distance) for (a, b), distance in found.items())

@@ -1,0 +1,104 @@
+"""Files, folders and patterns as one sequence of pictures that never lies in memory whole."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+
+from keras_resnet.data.directory import image_dataset_from_directory
+from keras_resnet.data.folders import picture_folders, pictures_in
+from keras_resnet.errors import NotFoundError, did_you_mean
+from keras_resnet.system.files import printable
+
+Sources = str | os.PathLike | Iterable[str | os.PathLike]
+
+
+class Pictures:
+    """Files out of files, folders (searched through, sorted) and shell patterns.
+
+    It can be iterated more than once. Of a folder nothing but the folders in it is kept; file
+    names are read again, a folder at a time, so memory does not grow with their number.
+
+    Args:
+        sources: One or several of them.
+
+    Raises:
+        NotFoundError: A path does not exist, or a pattern matches nothing.
+        DataError: A folder holds no picture.
+    """
+
+    def __init__(self, sources: Sources):
+        if isinstance(sources, (str, os.PathLike)):
+            sources = [sources]
+        self._parts: list[list[str] | _Folders] = []
+        for source in sources:
+            self._add(os.path.expanduser(os.fspath(source)))
+        self._count: int | None = None
+        self._width = 0
+
+    def _add(self, text: str) -> None:
+        if os.path.isdir(text):
+            folders = picture_folders(text)
+            if not folders:
+                # Not a picture in it: the error says what there is.
+                image_dataset_from_directory(text, labels=None, shuffle=False)
+            self._parts.append(_Folders(folders))
+        elif os.path.exists(text):
+            self._add_files([text])
+        elif glob.has_magic(text):
+            matches = sorted(p for p in glob.glob(text, recursive=True) if os.path.isfile(p))
+            if not matches:
+                raise NotFoundError(f"No file matches {text!r}.")
+            self._add_files(matches)
+        else:
+            parent, name = os.path.split(text)
+            near = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+            raise NotFoundError(f"No file or folder at {text!r}.{did_you_mean(name, near)}")
+
+    def _add_files(self, paths: list[str]) -> None:
+        if self._parts and isinstance(self._parts[-1], list):
+            self._parts[-1] += paths
+        else:
+            self._parts.append(paths)
+
+    def __iter__(self) -> Iterator[str]:
+        """Gives the paths, in order."""
+        for part in self._parts:
+            yield from part
+
+    def __len__(self) -> int:
+        """Pictures; the first time, all names are read for it."""
+        if self._count is None:
+            self._count = 0
+            for path in self:
+                self._count += 1
+                self._width = max(self._width, len(printable(path)))
+        return self._count
+
+    @property
+    def width(self) -> int:
+        """Letters of the longest path, as it is printed."""
+        return self._width if len(self) else 0
+
+
+class _Folders:
+    """The pictures of some folders, without those of the folders in them."""
+
+    def __init__(self, folders: list[str]):
+        self._folders = folders
+
+    def __iter__(self) -> Iterator[str]:
+        for folder in self._folders:
+            for name in pictures_in(folder):
+                yield os.path.join(folder, name)
+
+
+def picture_paths(sources: Sources) -> list[str]:
+    """The paths that `Pictures` finds, as a list.
+
+    Raises:
+        NotFoundError: A path does not exist, or a pattern matches nothing.
+        DataError: A folder holds no picture.
+    """
+    return list(Pictures(sources))

@@ -1,0 +1,431 @@
+"""Single transforms, their parameters drawn and applied as torchvision's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from keras_resnet.data.preprocess import (
+    INTERPOLATIONS,
+    _center_crop,
+    image_from_array,
+    resize_image,
+)
+from keras_resnet.errors import InputError, did_you_mean
+
+Picture = Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A random change of one picture: `sample` draws parameters, `apply` uses them."""
+
+    by_name: ClassVar[dict[str, type[Transform]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        """Every kind is found by its class name when a config is read back."""
+        super().__init_subclass__()
+        Transform.by_name[cls.__name__] = cls
+
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> Any:
+        """Draws the parameters for a picture of this size."""
+        raise NotImplementedError
+
+    def apply(self, picture: Picture, parameters: Any) -> Image.Image:
+        """Returns the changed picture."""
+        raise NotImplementedError
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Image.Image:
+        """Draws parameters and applies them."""
+        return self.apply(picture, self.sample(*_height_width(picture), rng))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the name and the arguments as plain JSON types."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"name": type(self).__name__, **values}
+
+    @staticmethod
+    def from_config(config: dict[str, Any]) -> Transform:
+        """Builds the transform that `get_config` described."""
+        arguments = dict(config)
+        name = arguments.pop("name", None)
+        kind = Transform.by_name.get(name)
+        if kind is None:
+            raise InputError(
+                f"There is no transform {name!r}; known: {', '.join(sorted(Transform.by_name))}."
+                f"{did_you_mean(name, Transform.by_name)}"
+            )
+        known = [field.name for field in fields(kind)]
+        unknown = sorted(set(arguments) - set(known))
+        if unknown:
+            raise InputError(f"{name} has no argument {', '.join(unknown)}; it takes {known}.")
+        return kind(**arguments)
+
+    def _store(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Resize(Transform):
+    """Resizes to (height, width), or the short side to an int; nothing is random."""
+
+    size: int | tuple[int, int]
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        size = self.size if isinstance(self.size, int) else _pair("size", self.size)
+        self._store(size=size)
+        _resample(self.interpolation)
+
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> None:
+        """Draws nothing."""
+
+    def apply(self, picture: Picture, parameters: None = None) -> Image.Image:
+        """Returns the picture resized as `Preprocess` does."""
+        return resize_image(_image(picture), self.size, _resample(self.interpolation))
+
+
+@dataclass(frozen=True)
+class CenterCrop(Transform):
+    """Cuts the centre out as `Preprocess` does, padded with black where it is smaller.
+
+    Attributes:
+        size: of the result, an int or (height, width).
+
+    Examples:
+        >>> CenterCrop(24)(Image.new("RGB", (40, 30)), np.random.default_rng(0)).size
+        (24, 24)
+    """
+
+    size: int | tuple[int, int]
+
+    def __post_init__(self) -> None:
+        """Checks the argument."""
+        self._store(size=_pair("size", self.size))
+
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> None:
+        """Draws nothing."""
+
+    def apply(self, picture: Picture, parameters: None = None) -> Image.Image:
+        """Returns the centre of the picture."""
+        return _center_crop(_image(picture), self.size)
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop(Transform):
+    """A random part of the picture, resized to `size` (Szegedy et al. 2015, section 6).
+
+    Attributes:
+        size: of the result, an int or (height, width).
+        scale: limits of the part's share of the area.
+        ratio: limits of its width / height.
+        interpolation: as in `Preprocess`.
+
+    Examples:
+        >>> crop = RandomResizedCrop(224)
+        >>> picture = Image.new("RGB", (500, 400))
+        >>> crop(picture, np.random.default_rng(0)).size
+        (224, 224)
+    """
+
+    size: int | tuple[int, int]
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3.0 / 4.0, 4.0 / 3.0)
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        self._store(
+            size=_pair("size", self.size),
+            scale=_limits("scale", self.scale, 0, 1),
+            ratio=_limits("ratio", self.ratio, 1e-6, math.inf),
+        )
+        _resample(self.interpolation)
+
+    def sample(
+        self, height: int, width: int, rng: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        """Draws (top, left, height, width); torchvision `RandomResizedCrop.get_params`."""
+        area = height * width
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            target = area * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(low, high))
+            w = round(math.sqrt(target * ratio))
+            h = round(math.sqrt(target / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+        # Ten misses: the largest centred window with an allowed shape.
+        h, w = height, width
+        if width / height < min(self.ratio):
+            h = round(width / min(self.ratio))
+        elif width / height > max(self.ratio):
+            w = round(height * max(self.ratio))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def apply(self, picture: Picture, parameters: tuple[int, int, int, int]) -> Image.Image:
+        """Cuts (top, left, height, width) out and resizes it."""
+        top, left, height, width = parameters
+        if isinstance(picture, np.ndarray):  # only what is used is handed to Pillow
+            part = image_from_array(picture[top : top + height, left : left + width])
+        else:
+            part = picture.crop((left, top, left + width, top + height))
+        return resize_image(part, self.size, _resample(self.interpolation))
+
+
+@dataclass(frozen=True)
+class RandomHorizontalFlip(Transform):
+    """Mirrors left and right with probability `p`."""
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Checks the argument."""
+        _probability(self.p)
+
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> bool:
+        """Draws whether to mirror."""
+        return bool(rng.random() < self.p)
+
+    def apply(self, picture: Picture, parameters: bool) -> Image.Image:
+        """Mirrors the picture if told so."""
+        picture = _image(picture)
+        return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if parameters else picture
+
+
+@dataclass(frozen=True)
+class RandomCrop(Transform):
+    """A random window of `size` out of the padded picture (He et al. 2015, section 4.2).
+
+    Attributes:
+        size: of the window, an int or (height, width).
+        padding: black (`fill`) pixels on every side first: 4 for CIFAR.
+        pad_if_needed: pad smaller pictures up to `size` instead of refusing them.
+        fill: the value of the padding.
+    """
+
+    size: int | tuple[int, int]
+    padding: int = 0
+    pad_if_needed: bool = False
+    fill: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        self._store(size=_pair("size", self.size))
+        if not isinstance(self.padding, int) or self.padding < 0:
+            raise InputError(f"padding must be an int of at least 0, got {self.padding!r}.")
+
+    def _border(self, height: int, width: int) -> tuple[int, int, int]:
+        """Pixels added at both sides by `padding`, then above and below, then left and right."""
+        more = [0, 0]
+        if self.pad_if_needed:
+            sides = (height + 2 * self.padding, width + 2 * self.padding)
+            more = [max(want - have, 0) for want, have in zip(self.size, sides, strict=True)]
+        return self.padding, more[0], more[1]
+
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
+        """Draws (top, left) in the padded picture."""
+        padding, more_height, more_width = self._border(height, width)
+        rows = height + 2 * (padding + more_height) - self.size[0]
+        columns = width + 2 * (padding + more_width) - self.size[1]
+        if rows < 0 or columns < 0:
+            raise InputError(
+                f"RandomCrop of {self.size} (height, width) from a picture of {(height, width)} "
+                f"with padding {padding}: resize first, or give pad_if_needed=True."
+            )
+        return int(rng.integers(rows + 1)), int(rng.integers(columns + 1))
+
+    def apply(self, picture: Picture, parameters: tuple[int, int]) -> Image.Image:
+        """Pads, and cuts the window at (top, left)."""
+        picture = _image(picture)
+        padding, more_height, more_width = self._border(picture.height, picture.width)
+        fill = self.fill if len(picture.getbands()) == 1 else (self.fill,) * len(picture.getbands())
+        border = (padding + more_width, padding + more_height)
+        if any(border):
+            picture = ImageOps.expand(picture, border=border, fill=fill)
+        top, left = parameters
+        return picture.crop((left, top, left + self.size[1], top + self.size[0]))
+
+
+@dataclass(frozen=True)
+class ColorJitter(Transform):
+    """Changes brightness, contrast, saturation and hue, in random order.
+
+    Attributes:
+        brightness: a factor from 1 - x to 1 + x, or from limits (low, high); so are the next two.
+        contrast: see brightness.
+        saturation: see brightness.
+        hue: a shift from -x to x (at most 0.5), or from limits.
+    """
+
+    brightness: float | tuple[float, float] = 0.0
+    contrast: float | tuple[float, float] = 0.0
+    saturation: float | tuple[float, float] = 0.0
+    hue: float | tuple[float, float] = 0.0
+
+    def __post_init__(self) -> None:
+        """Turns single numbers into limits."""
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            value, centre = getattr(self, name), 0.0 if name == "hue" else 1.0
+            low, high = (-0.5, 0.5) if name == "hue" else (0.0, math.inf)
+            if isinstance(value, int | float):
+                if value < 0:
+                    raise InputError(f"{name} must not be negative, got {value!r}.")
+                value = (centre - value, centre + value)
+                value = (max(value[0], 0.0), value[1]) if centre else value
+            self._store(**{name: _limits(name, value, low, high)})
+
+    def sample(
+        self, height: int, width: int, rng: np.random.Generator
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Draws the order (0 brightness, 1 contrast, 2 saturation, 3 hue) and the four values."""
+        order = tuple(int(i) for i in rng.permutation(4))
+        limits = (self.brightness, self.contrast, self.saturation, self.hue)
+        return order, tuple(float(rng.uniform(*pair)) for pair in limits)
+
+    def apply(
+        self, picture: Picture, parameters: tuple[Sequence[int], Sequence[float]]
+    ) -> Image.Image:
+        """Applies the four changes in the order drawn."""
+        picture = _image(picture)
+        limits = (self.brightness, self.contrast, self.saturation, self.hue)
+        changes = (_brightness, _contrast, _saturation, _hue)
+        order, values = parameters
+        for i in order:
+            nothing = 0.0 if i == 3 else 1.0
+            if limits[i] != (nothing, nothing):
+                picture = changes[i](picture, values[i])
+        return picture
+
+
+def _brightness(picture: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(picture).enhance(factor)
+
+
+def _contrast(picture: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Contrast(picture).enhance(factor)
+
+
+def _saturation(picture: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Color(picture).enhance(factor)
+
+
+def _sharpness(picture: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Sharpness(picture).enhance(factor)
+
+
+def _hue(picture: Image.Image, shift: float) -> Image.Image:
+    """torchvision/transforms/_functional_pil.py `adjust_hue`: the hue byte wraps around."""
+    if picture.mode == "L":
+        return picture
+    hue, saturation, value = picture.convert("HSV").split()
+    turned = np.array(hue) + np.int32(shift * 255).astype(np.uint8)
+    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert(picture.mode)
+
+
+@dataclass(frozen=True)
+class RandomErasing(Transform):
+    """Overwrites a random rectangle (Zhong et al. 2017, arXiv 1708.04896).
+
+    It acts after normalisation, on arrays: in an `Augment` it stands last, and the dataset applies
+    it. Where a dataset gives uint8 pixels, `value` is rounded to the pixel value it stands for.
+
+    Attributes:
+        p: probability.
+        scale: limits of the rectangle's share of the area.
+        ratio: limits of its height / width.
+        value: written into it, in normalised units: 0 is the mean colour.
+    """
+
+    p: float = 0.5
+    scale: tuple[float, float] = (0.02, 0.33)
+    ratio: tuple[float, float] = (0.3, 3.3)
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        _probability(self.p)
+        self._store(
+            scale=_limits("scale", self.scale, 0, 1),
+            ratio=_limits("ratio", self.ratio, 1e-6, math.inf),
+        )
+
+    def sample(
+        self, height: int, width: int, rng: np.random.Generator
+    ) -> tuple[int, int, int, int] | None:
+        """Draws (top, left, height, width), or None; torchvision `RandomErasing.get_params`."""
+        if rng.random() >= self.p:
+            return None
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            target = height * width * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(low, high))
+            h, w = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+            if h < height and w < width:
+                return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+        return None
+
+    def apply(
+        self,
+        picture: np.ndarray,
+        parameters: tuple[int, int, int, int] | None,
+        value: Any = None,
+    ) -> np.ndarray:
+        """Returns a copy of the array (height, width, channels) with the rectangle overwritten."""
+        picture = np.array(picture)
+        if parameters is not None:
+            top, left, height, width = parameters
+            picture[top : top + height, left : left + width] = (
+                self.value if value is None else value
+            )
+        return picture
+
+
+# --- small checks --------------------------------------------------------------------------------
+
+
+def _height_width(picture: Picture) -> tuple[int, int]:
+    if isinstance(picture, np.ndarray):
+        return picture.shape[0], picture.shape[1]
+    return picture.height, picture.width
+
+
+def _image(picture: Picture) -> Image.Image:
+    return image_from_array(picture) if isinstance(picture, np.ndarray) else picture
+
+
+def _resample(name: str) -> int:
+    if name not in INTERPOLATIONS:
+        raise InputError(
+            f"interpolation must be one of {sorted(INTERPOLATIONS)}, got {name!r}."
+            f"{did_you_mean(name, INTERPOLATIONS)}"
+        )
+    return INTERPOLATIONS[name]
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise InputError(f"{name} must be a positive int or (height, width), got {value!r}.")
+    return sides
+
+
+def _limits(name: str, value: Any, least: float, most: float) -> tuple[float, float]:
+    low, high = (float(v) for v in value)
+    if not least <= low <= high <= most:
+        raise InputError(
+            f"{name} must be (low, high) with {least} <= low <= high <= {most}, got {value!r}."
+        )
+    return low, high
+
+
+def _probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise InputError(f"p must be a probability from 0 to 1, got {p!r}.")

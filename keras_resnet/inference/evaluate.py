@@ -1,0 +1,226 @@
+"""How good a model is: `evaluate` over a labelled folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_resnet import plots
+from keras_resnet.data.dataset import ImageDataset
+from keras_resnet.data.folders import find_pictures, labels_by_name, split_folder
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.errors import DataError, InputError
+from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
+from keras_resnet.runtimes.runner import Runner
+from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.files import csv_line, plain_path, printable, write_json, write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`; `print` it for the table.
+
+    Attributes:
+        loss: Mean cross-entropy, nats.
+        top1: Share of pictures whose most probable class is the true one.
+        top5: Share whose true class is among the five most probable; `None` for five classes or
+            fewer, where it says nothing.
+        count: Pictures evaluated.
+        class_names: Names in the order of the model's outputs.
+        per_class: A dict a class that occurs: `name`, `precision`, `recall`, `f1`, `count`.
+        confusion: Counts, `(classes, classes)`, rows are true classes.
+        rows: A dict a picture: `path`, `true`, `predicted`, `probability` (of the predicted
+            class), `true_probability`.
+        skipped: `(path, reason)` of pictures that could not be read.
+    """
+
+    loss: float
+    top1: float
+    top5: float | None
+    count: int
+    class_names: list[str]
+    per_class: list[dict[str, Any]]
+    confusion: np.ndarray
+    rows: list[dict[str, Any]]
+    skipped: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        width = max([5, *(len(printable(row["name"])) for row in self.per_class)])
+        top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
+        lines = [
+            f"{self.count:,} pictures: top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f}",
+            "",
+            f"{'Class':{width}}  Precision  Recall      F1   Count",
+        ]
+        lines += [
+            f"{printable(row['name']):{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}"
+            f"  {row['f1']:6.3f}  {row['count']:6d}"
+            for row in self.per_class
+        ]
+        if self.skipped:
+            lines += ["", f"Skipped {len(self.skipped)} unreadable pictures:"]
+            lines += [f"  {printable(reason)}" for _, reason in self.skipped[:10]]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the single pictures, JSON-able."""
+        return {
+            "loss": self.loss,
+            "top1": self.top1,
+            "top5": self.top5,
+            "count": self.count,
+            "class_names": self.class_names,
+            "per_class": self.per_class,
+            "confusion": self.confusion.tolist(),
+            "skipped": [list(item) for item in self.skipped],
+        }
+
+    def to_csv(self) -> str:
+        """A line a picture: path, true and predicted class, their probabilities."""
+        shares = ("probability", "true_probability")
+        lines = [csv_line(["path", "true", "predicted", *shares])]
+        lines += [
+            csv_line(
+                [plain_path(row["path"]), row["true"], row["predicted"]]
+                + [f"{row[name]:.6f}" for name in shares]
+            )
+            for row in self.rows
+        ]
+        return "".join(lines)
+
+    def save(self, folder: str | os.PathLike, prefix: str = "") -> None:
+        """Writes `evaluation.json`, `predictions.csv` and `confusion_matrix.png` to a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{prefix}evaluation.json", self.to_dict())
+        write_text(folder / f"{prefix}predictions.csv", self.to_csv())
+        plots.confusion_matrix(
+            self.confusion, self.class_names, folder / f"{prefix}confusion_matrix.png"
+        )
+
+
+def evaluate(
+    model: keras.Model | Runner | str | os.PathLike,
+    data: str | os.PathLike | ImageDataset,
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    split: str | None = None,
+    preprocess: Preprocess | None = None,
+    strict: bool = False,
+    output: str | os.PathLike | None = None,
+    engine: str = "keras",
+) -> Evaluation:
+    """Measures a model on labelled pictures.
+
+    Args:
+        model: A model, a `.keras` file or a run folder, or a `Runner`.
+        data: A folder with a folder a class, or one that holds such folders as `test`, `val` and
+            `train`; or an unshuffled `ImageDataset`. Classes go by their names: the folder may
+            lack some of the model's, but has none that the model does not know.
+        batch_size: Pictures at a time; the result does not depend on it.
+        workers: Threads that read pictures.
+        split: Which of `test`, `val`, `train`; the first that is there by default.
+        preprocess: In place of the model's own.
+        strict: Stop at a picture that cannot be read, instead of skipping it.
+        output: A folder for `evaluation.json`, `predictions.csv` and `confusion_matrix.png`.
+        engine: What runs the model: see `engines.open_runner`.
+
+    Returns:
+        The `Evaluation`.
+
+    Raises:
+        InputError: The classes are not the model's, or the model names no preprocessing.
+        DataError: A folder without pictures, or, if strict, a picture that cannot be read.
+        NotFoundError: A path does not exist.
+    """
+    runner = open_runner(model, engine)
+    names = model_class_names(runner)
+    if isinstance(data, ImageDataset):
+        dataset = data
+        if dataset.shuffle:
+            raise InputError("evaluate needs a dataset in a fixed order: build it shuffle=False.")
+    else:
+        paths, labels, found = find_pictures(split_folder(data, split))
+        labels = labels_by_name(labels, found, names)
+        dataset = ImageDataset(
+            paths,
+            labels,
+            names,
+            shuffle=False,
+            batch_size=batch_size,
+            workers=workers,
+            preprocess=preprocess or model_preprocess(runner),
+            output=dataset_output(runner),
+            on_error="raise" if strict else "skip",
+        )
+    logs, kept = [], []
+    for index in range(len(dataset)):
+        try:
+            batch = dataset.read_batch(index)
+        except DataError:  # nothing of this batch can be read
+            if dataset.on_error == "raise":
+                raise
+            continue
+        logs.append(runner.log_probabilities(batch.images))
+        kept.append(batch.indices)
+    if not kept:
+        reason = dataset.skipped[0][1]
+        raise DataError(f"None of the {dataset.num_samples} pictures can be read: {reason}")
+    logs, kept = np.concatenate(logs), np.concatenate(kept)
+    true = np.asarray(dataset.labels)[kept]
+    result = _measure(logs, true, [dataset.file_paths[i] for i in kept], names, dataset.skipped)
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def _measure(logs, true, paths, names, skipped) -> Evaluation:
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    classes = np.arange(len(names))
+    predicted = logs.argmax(axis=1)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        true, predicted, labels=classes, zero_division=0.0
+    )
+    top5 = None
+    if len(names) > 5:
+        best = np.argpartition(-logs, 5, axis=1)[:, :5]
+        top5 = float((best == true[:, None]).any(axis=1).mean())
+    picked = logs[np.arange(len(true)), true]
+    rows = [
+        {
+            "path": path,
+            "true": names[t],
+            "predicted": names[p],
+            "probability": float(np.exp(log[p])),
+            "true_probability": float(np.exp(log[t])),
+        }
+        for path, t, p, log in zip(paths, true, predicted, logs, strict=True)
+    ]
+    occurring = [i for i in classes if support[i] or (predicted == i).any()]
+    return Evaluation(
+        loss=float(-picked.mean()),
+        top1=float((predicted == true).mean()),
+        top5=top5,
+        count=len(true),
+        class_names=list(names),
+        per_class=[
+            {
+                "name": names[i],
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "count": int(support[i]),
+            }
+            for i in occurring
+        ],
+        confusion=confusion_matrix(true, predicted, labels=classes),
+        rows=rows,
+        skipped=skipped,
+    )

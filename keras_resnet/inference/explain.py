@@ -1,0 +1,234 @@
+"""Where a model looked: heat maps laid over images, one at a time or a folder of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import keras
+import numpy as np
+from PIL import Image
+
+from keras_resnet import plots
+from keras_resnet.data.dataset import ImageDataset
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.data.sources import picture_paths
+from keras_resnet.errors import DataError, InputError, did_you_mean
+from keras_resnet.inference.grad_cam import (
+    _channels_first,
+    _classifier,
+    _network,
+    _resized,
+    grad_cam,
+)
+from keras_resnet.inference.prediction_files import Prediction
+from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
+from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.files import replace_file
+
+# --- for people ----------------------------------------------------------------------------------
+
+
+def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.ndarray:
+    """A picture in gray under a heat map in colour: all colour is heat.
+
+    Args:
+        image: uint8 `(height, width, channels)`, 1, 3 or 4 channels (the fourth is dropped).
+        heatmap: `(height, width)` in 0..1, as of `grad_cam`; of another size it is resized.
+        alpha: Opacity of the colour where the map is 1; elsewhere in proportion.
+
+    Returns:
+        uint8 `(height, width, 3)`.
+
+    Raises:
+        InputError: Shapes or types that cannot work.
+
+    Examples:
+        >>> gray = np.full((2, 2, 3), 128, np.uint8)
+        >>> overlay(gray, np.array([[0.0, 0.0], [0.0, 1.0]]))[0, 0].tolist()
+        [128, 128, 128]
+    """
+    image, heatmap = np.asarray(image), np.asarray(heatmap, np.float32)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+        raise InputError(
+            "overlay draws on uint8 pictures (height, width, 1, 3 or 4 channels). Received: "
+            f"{image.dtype}, {image.shape}."
+        )
+    if heatmap.ndim != 2:
+        raise InputError(f"A heat map is (height, width). Received: {heatmap.shape}.")
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha must be from 0 to 1. Received: {alpha}.")
+    if heatmap.shape != image.shape[:2]:
+        heatmap = _resized(heatmap, image.shape[:2])
+    heat = np.clip(np.nan_to_num(heatmap), 0, 1)[..., None]
+    # In gray: on a yellow flower nobody could tell heat from petals. ITU-R BT.601's weights.
+    weights = (0.299, 0.587, 0.114) if image.shape[-1] > 1 else (1.0,)
+    gray = (image[..., : len(weights)] @ np.asarray(weights))[..., None]
+    share = alpha * heat
+    mixed = gray * (1 - share) + plots.heat_colors(heat[..., 0]) * share
+    return np.round(mixed).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a model says of one picture, and where it looked.
+
+    Attributes:
+        prediction: The most probable classes; its `error` is set where it cannot be read.
+        class_name: The class that the heat map speaks for; `None` where it cannot be read.
+        pixels: uint8 `(height, width, channels)`, the picture as the model saw it, or `None`.
+        heatmap: float32 `(height, width)` in 0..1, or `None`.
+    """
+
+    prediction: Prediction
+    class_name: str | None = None
+    pixels: np.ndarray | None = None
+    heatmap: np.ndarray | None = None
+
+    def overlay(self, alpha: float = 0.75, least: int = 256) -> np.ndarray:
+        """The picture under its heat map, uint8 `(height, width, 3)`.
+
+        Args:
+            alpha: As of `overlay`.
+            least: Pictures with a shorter side are enlarged by a whole number, to see something.
+
+        Raises:
+            DataError: The picture could not be read.
+        """
+        if self.pixels is None or self.heatmap is None:
+            raise DataError(f"There is nothing to draw: {self.prediction.error}")
+        times = max(1, -(-least // min(self.pixels.shape[:2])))
+        pixels = self.pixels.repeat(times, axis=0).repeat(times, axis=1)
+        return overlay(pixels, self.heatmap, alpha)
+
+
+def iter_explanations(
+    model: keras.Model | str | os.PathLike,
+    sources: str | os.PathLike | Iterable[str | os.PathLike],
+    *,
+    class_name: str | Sequence[str] | None = None,
+    layer: str | None = None,
+    top: int = 5,
+    batch_size: int = 16,
+    workers: int | None = None,
+    preprocess: Preprocess | None = None,
+) -> Iterator[Explanation]:
+    """Classifies pictures and says where the model looked, one `Explanation` at a time.
+
+    Args:
+        model: A model, a `.keras` file or a run folder.
+        sources: A picture, a folder (searched through), a shell pattern, or several of these.
+        class_name: The class to explain: one for all, or one a picture; by default the most
+            probable one of each.
+        layer: As of `grad_cam`.
+        top: Classes to give a picture, most probable first.
+        batch_size: Pictures at a time; the result does not depend on it.
+        workers: Threads that read pictures.
+        preprocess: In place of the model's own.
+
+    Yields:
+        An `Explanation` a picture, in order; those of unreadable pictures hold an error.
+
+    Raises:
+        InputError: An unknown class or layer, a model without a head or preprocessing.
+        NotFoundError: A path does not exist.
+        DataError: A folder holds no picture.
+    """
+    if top < 1:
+        raise InputError(f"top must be at least 1. Received: {top}.")
+    model = _classifier(model)
+    names = model_class_names(model)
+    paths = picture_paths(sources)
+    wanted = _classes_by_name(class_name, names, len(paths))
+    _network(model, layer)  # an unknown layer is said before any picture is read
+    dataset = ImageDataset(
+        paths,
+        label_mode=None,
+        shuffle=False,
+        batch_size=batch_size,
+        workers=workers,
+        preprocess=preprocess or model_preprocess(model),
+        output="uint8",
+    )
+    for index in range(len(dataset)):
+        answers: dict[int, Explanation] = {}
+        try:
+            batch = dataset.read_batch(index)
+        except DataError:
+            if not dataset.skipped:
+                raise
+        else:
+            answers = dict(_explain_batch(model, batch, dataset, names, wanted, layer, top))
+        reasons = dict(dataset.skipped)
+        for sample in map(int, dataset.batch_indices(index)):
+            path = paths[sample]
+            error = reasons.get(path, "cannot be read")
+            yield answers.get(sample) or Explanation(Prediction(path, [], error))
+
+
+def _classes_by_name(given, names: list[str], count: int) -> list[int] | None:
+    if given is None:
+        return None
+    asked = [given] * count if isinstance(given, str) else list(given)
+    if len(asked) != count:
+        raise InputError(f"class_name names {len(asked)} classes for {count} pictures.")
+    for name in asked:
+        if name not in names:
+            raise InputError(
+                f"The model has no class {name!r}.{did_you_mean(name, names)} Its classes: "
+                f"{', '.join(map(repr, names[:10]))}{' ...' if len(names) > 10 else ''}."
+            )
+    return [names.index(name) for name in asked]
+
+
+def _explain_batch(model, batch, dataset, names, wanted, layer, top):
+    pixels = batch.images
+    raw = dataset_output(model) == "uint8"
+    images = pixels if raw else dataset.preprocess.normalize(pixels)
+    logs = open_runner(model).log_probabilities(images)
+    if _channels_first(model):
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    chosen = logs.argmax(axis=1) if wanted is None else [wanted[i] for i in batch.indices]
+    maps = grad_cam(model, images, np.asarray(chosen, np.int32), layer)
+    for i, sample in enumerate(map(int, batch.indices)):
+        order = np.argsort(-logs[i], kind="stable")[:top]
+        prediction = Prediction(
+            dataset.file_paths[sample], [(names[k], float(np.exp(logs[i, k]))) for k in order]
+        )
+        yield sample, Explanation(prediction, names[int(chosen[i])], pixels[i], maps[i])
+
+
+def overlay_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """A name for each picture's overlay, no two alike: `cat.png`, `cat-2.png`.
+
+    Examples:
+        >>> overlay_names(["a/cat.jpg", "b/cat.jpg", "Cat-2.png"])
+        ['cat.png', 'cat-2.png', 'Cat-2-2.png']
+    """
+    names: list[str] = []
+    taken: set[str] = set()
+    for path in paths:
+        # Bytes are what file systems count: 255 a name, at most four a letter.
+        stem, number = os.path.splitext(os.path.basename(os.fspath(path)))[0][:50], 1
+        name = f"{stem}.png"
+        while name.lower() in taken:  # some file systems do not tell the cases apart
+            number += 1
+            name = f"{stem}-{number}.png"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def save_overlay(explanation: Explanation, path: str | os.PathLike) -> None:
+    """Writes the picture under its heat map; the extension decides the format.
+
+    Raises:
+        DataError: The picture could not be read, or the file cannot be written.
+    """
+    picture = Image.fromarray(explanation.overlay())
+    try:
+        replace_file(path, picture.save)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"The picture {os.fspath(path)!r} cannot be written: {reason}.") from error

@@ -1,0 +1,396 @@
+"""Where a model looked: Grad-CAM heat maps on every backend, and how to lay them over a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.models.files import load_model
+from keras_resnet.system.device import sync
+
+_BACKEND = keras.backend.backend()
+
+# What stands between the last feature map and the head, and changes none of its values' places.
+_NO_MAPS = (
+    keras.layers.AdaptiveAveragePooling2D,
+    keras.layers.AdaptiveMaxPooling2D,
+    keras.layers.AveragePooling2D,
+    keras.layers.GlobalAveragePooling2D,
+    keras.layers.GlobalMaxPooling2D,
+    keras.layers.Dropout,
+    keras.layers.SpatialDropout2D,
+    keras.layers.Permute,
+    keras.layers.Reshape,
+    keras.layers.Identity,
+)
+
+
+def grad_cam(
+    model: keras.Model,
+    images: Any,
+    class_index: int | Sequence[int] | None = None,
+    layer: str | keras.layers.Layer | None = None,
+    *,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Heat maps of what spoke for a class: Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391).
+
+    Channels of a feature map are weighted by the mean gradient of the class's logit, summed, and
+    cut off below zero; the sum is scaled from its minimum to its maximum and enlarged to the input
+    (bilinear, pixel centres at half, no antialias). The numbers are those of the `grad-cam`
+    package (pytorch-grad-cam 1.5.7) on the same weights. Where a model ends in softmax, the logits
+    in front of it are used: behind it a certain class has no gradient left.
+
+    A map says where the evidence was, not how strong it was: each is scaled by itself. It has the
+    resolution of the layer's feature map; of a map of one value nothing can be said, and it is
+    zero everywhere, as is one of a picture in which nothing spoke for the class.
+
+    Args:
+        model: A Functional or Sequential classifier; models may be nested in it.
+        images: What the model takes, as for `model.predict`: `(n, height, width, channels)`, or
+            channels first where the model was built so; pixel values where it normalises inside.
+        class_index: The class to explain: one for all pictures, one a picture, or `None` for the
+            most probable one of each.
+        layer: Name of a layer with a feature map, or the layer. By default the last feature map
+            in front of pooling and head: a ResNet's last block, an AlexNet's last max pooling.
+        batch_size: Pictures at a time; the result does not depend on it.
+
+    Returns:
+        float32 `(n, height, width)` in 0..1, height and width of the input.
+
+    Raises:
+        InputError: No classifier, no such layer or class, or images of another shape.
+
+    Examples:
+        >>> from keras_resnet import create_model
+        >>> model = create_model("resnet20", num_classes=3)
+        >>> grad_cam(model, np.ones((2, 32, 32, 3), np.float32), class_index=1).shape
+        (2, 32, 32)
+    """
+    classifier = _classifier(model)
+    images = np.asarray(ops.convert_to_numpy(images))
+    _check_images(classifier, images)
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1. Received: {batch_size}.")
+    wanted = _class_indices(class_index, len(images), classifier.output_shape[-1])
+    network = _network(classifier, layer)
+    sync(classifier)
+    first = _channels_first(classifier)
+    side = images.shape[2:4] if first else images.shape[1:3]
+    maps = np.zeros((len(images), *side), np.float32)
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        _, features, gradients = network(images[part], wanted[part])
+        if not first:
+            features, gradients = (a.transpose(0, 3, 1, 2) for a in (features, gradients))
+        weights = gradients.mean(axis=(2, 3), keepdims=True)
+        for i, one in enumerate(np.maximum((weights * features).sum(axis=1), 0)):
+            # The package scales twice: enlarging can move the extremes.
+            maps[start + i] = _scaled(_resized(_scaled(one), side))
+    return maps
+
+
+def _classifier(model: keras.Model | str | os.PathLike) -> keras.Model:
+    model = model if isinstance(model, keras.Model) else load_model(model)
+    shape = model.output_shape
+    if isinstance(shape, list) or len(shape) != 2:
+        raise InputError(
+            f"The model {model.name!r} has no classification head: its output is {shape}."
+        )
+    return model
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    values = values - values.min()
+    return values / (1e-7 + values.max())  # the package's 1e-7
+
+
+def _resized(values: np.ndarray, side: Sequence[int]) -> np.ndarray:
+    """Bilinear as OpenCV's `INTER_LINEAR`: centres at half a pixel, edges repeated."""
+    for axis, size in enumerate(side):
+        length = values.shape[axis]
+        at = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, length - 1)
+        share = (at - low).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
+        values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
+    return values
+
+
+def _check_images(model: keras.Model, images: np.ndarray) -> None:
+    wanted = tuple(model.input_shape[1:])
+    if images.ndim == 3:
+        raise InputError(
+            f"grad_cam takes a batch of pictures. Received one of shape {images.shape}: pass "
+            "images[None]."
+        )
+    fits = images.ndim == 4 and all(
+        a in (None, b) for a, b in zip(wanted, images.shape[1:], strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"{model.name} takes pictures of shape {wanted}. Received: {images.shape[1:]}."
+        )
+
+
+def _class_indices(given: Any, count: int, classes: int) -> np.ndarray:
+    """One index a picture; -1 for the most probable class."""
+    if given is None:
+        return np.full(count, -1, np.int32)
+    indices = np.asarray(given)
+    if indices.dtype.kind not in "iu" or indices.shape not in ((), (count,)):
+        raise InputError(
+            f"class_index must be a whole number, or one a picture ({count}). Received: {given!r}."
+        )
+    if ((indices < 0) | (indices >= classes)).any():
+        raise InputError(
+            f"class_index must be from 0 to {classes - 1}: the model has {classes} classes. "
+            f"Received: {given!r}."
+        )
+    return np.broadcast_to(indices, (count,)).astype(np.int32)
+
+
+def _channels_first(model: keras.Model) -> bool:
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            return _channels_first(layer)
+        if getattr(layer, "data_format", None):
+            return layer.data_format == "channels_first"
+    return keras.config.image_data_format() == "channels_first"
+
+
+# --- the graph, cut at a feature map -------------------------------------------------------------
+
+# Of a batch: its feature map; of a batch and a feature map in its place: the logits.
+Front, Back = Callable[[Any], Any], Callable[[Any, Any], Any]
+
+
+def _network(model: keras.Model, layer) -> Callable[..., tuple[np.ndarray, ...]]:
+    """A function of images and class indices: logits, feature maps, gradients, as NumPy arrays.
+
+    Kept with the model: on jax it is a compiled program.
+    """
+    name = layer.name if isinstance(layer, keras.layers.Layer) else layer
+    kept = model.__dict__.get("_grad_cam_networks")
+    if kept is None:
+        kept = {}
+        object.__setattr__(model, "_grad_cam_networks", kept)  # no state, hence not Keras' to track
+    if name not in kept:
+        front, back = _cut(model, name)
+        kept[name] = _RUNNERS[_BACKEND](model, front, back)
+    return kept[name]
+
+
+def _cut(model: keras.Model, name: str | None) -> tuple[Front, Back]:
+    """A model as what leads to a feature map, and what leads from there to the logits."""
+    if not hasattr(model, "_nodes_by_depth"):
+        # A Sequential model holds a Functional one; a subclassed model has no graph.
+        inner = getattr(model, "_functional", None)
+        if inner is None:
+            raise InputError(f"{model.name} has no graph of layers: grad_cam cannot look inside.")
+        return _cut(inner, name)
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise InputError(f"grad_cam needs a model of one input and one output: {model.name}.")
+    tensor = _last_map(model) if name is None else _map_of(model, name)
+    if isinstance(tensor, keras.Model):
+        return _cut_inside(model, tensor, name)
+    logits, finish = _logits(model)
+    front = keras.Model(model.inputs[0], tensor)
+    # Beside the feature map the input: from inside a block a shortcut leads around it.
+    back = keras.Model([model.inputs[0], tensor], logits)
+    return (
+        lambda x: front(x, training=False),
+        lambda x, features: finish(back([x, features], training=False)),
+    )
+
+
+def _cut_inside(model: keras.Model, inner: keras.Model, name: str | None) -> tuple[Front, Back]:
+    """The same where the feature map is inside a model that is a layer of this one."""
+    node = next(n for n in _nodes(model) if n.operation is inner)
+    front, back = _cut(inner, name)
+    source, behind = node.input_tensors[0], node.outputs[0]
+    before = None if source is model.inputs[0] else keras.Model(model.inputs[0], source)
+    if behind is model.outputs[0]:  # the inner model's own softmax, if any, is cut off there
+        after, finish = None, None
+    else:
+        logits, finish = _logits(model)
+        after = None if logits is behind else keras.Model([model.inputs[0], behind], logits)
+
+    def to_inner(x):
+        return x if before is None else before(x, training=False)
+
+    def to_logits(x, features):
+        y = back(to_inner(x), features)
+        return y if after is None else finish(after([x, y], training=False))
+
+    return lambda x: front(to_inner(x)), to_logits
+
+
+def _nodes(model: keras.Model) -> list:
+    return [node for nodes in model._nodes_by_depth.values() for node in nodes]
+
+
+def _producer(model: keras.Model, tensor) -> Any:
+    """The node that makes a tensor of the model."""
+    return next(n for n in _nodes(model) if any(t is tensor for t in n.outputs))
+
+
+def _last_map(model: keras.Model):
+    """The tensor of the last feature map, or the model inside that has it."""
+    waiting, found = [model.outputs[0]], []
+    while waiting:
+        tensor = waiting.pop()
+        node = _producer(model, tensor)
+        is_map = len(tensor.shape) == 4
+        if is_map and not node.is_input and not isinstance(node.operation, _NO_MAPS):
+            candidate = tensor
+        elif isinstance(node.operation, keras.Model):
+            candidate = node.operation
+        else:
+            waiting += node.input_tensors
+            continue
+        if not any(candidate is other for other in found):
+            found.append(candidate)
+    if len(found) != 1:
+        what = "no feature map" if not found else "more than one last feature map"
+        raise InputError(f"{model.name} has {what}: name one with layer=.{_listed(model)}")
+    return found[0]
+
+
+def _map_of(model: keras.Model, name: str):
+    """The feature map that a layer makes, or the model inside that has such a layer."""
+    for node in _nodes(model):
+        if node.operation.name == name:
+            tensor = node.outputs[0]
+            if node.is_input or len(node.outputs) != 1 or len(tensor.shape) != 4:
+                raise InputError(
+                    f"The layer {name!r} makes no feature map: its output is "
+                    f"{tuple(tensor.shape)}.{_listed(model)}"
+                )
+            return tensor
+    for layer in model.layers:
+        if isinstance(layer, keras.Model) and name in _map_names(layer):
+            return layer
+    near = did_you_mean(name, _map_names(model))
+    raise InputError(f"{model.name} has no layer {name!r}.{near}{_listed(model)}")
+
+
+def _map_names(model: keras.Model) -> list[str]:
+    names = []
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            names += _map_names(layer)
+        elif not isinstance(layer, keras.layers.InputLayer) and len(layer.output.shape) == 4:
+            names.append(layer.name)
+    return names
+
+
+def _listed(model: keras.Model) -> str:
+    names = _map_names(model)
+    if not names:
+        return " It has no layer with a feature map."
+    return f" Its last layers with one: {', '.join(names[-6:])}."
+
+
+def _logits(model: keras.Model) -> tuple[Any, Callable[[Any], Any]]:
+    """A tensor of the graph, and what is left to do to get the logits from it."""
+    softmax = keras.activations.softmax
+    node = _producer(model, model.outputs[0])
+    layer = node.operation
+    if getattr(layer, "activation", None) is softmax:
+        if isinstance(layer, keras.layers.Dense):
+
+            def dense(x):
+                kernel = ops.cast(layer.kernel, x.dtype)
+                y = ops.matmul(x, kernel)
+                return y if layer.bias is None else y + ops.cast(layer.bias, y.dtype)
+
+            return node.input_tensors[0], dense
+        if isinstance(layer, keras.layers.Activation):
+            return node.input_tensors[0], lambda x: x
+    if isinstance(layer, keras.layers.Softmax):
+        return node.input_tensors[0], lambda x: x
+    return model.outputs[0], lambda x: x
+
+
+# --- gradients, a function a backend -------------------------------------------------------------
+
+
+def _numpy(*tensors) -> tuple[np.ndarray, ...]:
+    # In float32 before it leaves the backend: NumPy knows no bfloat16.
+    return tuple(np.asarray(ops.convert_to_numpy(ops.cast(t, "float32"))) for t in tensors)
+
+
+def _torch_runner(model: keras.Model, front: Front, back: Back):
+    import torch
+
+    def run(images: np.ndarray, wanted: np.ndarray):
+        # Whatever mode the caller is in: inference mode's tensors know no gradients.
+        with torch.inference_mode(False):
+            x = ops.convert_to_tensor(images, dtype=model.inputs[0].dtype)
+            with torch.no_grad():
+                features = front(x)
+            with torch.enable_grad():
+                # A leaf: the gradient goes to the map alone, and leaves no mark on the weights.
+                # Layers here work in place, but only on what they made themselves.
+                features = features.detach().requires_grad_()
+                logits = back(x, features)
+                index = torch.as_tensor(wanted, device=logits.device, dtype=torch.int64)
+                index = torch.where(index < 0, logits.argmax(dim=1), index)
+                score = logits.gather(1, index[:, None]).float().sum()
+                (gradients,) = torch.autograd.grad(score, features)
+            return _numpy(logits.detach(), features.detach(), gradients)
+
+    return run
+
+
+def _tensorflow_runner(model: keras.Model, front: Front, back: Back):
+    import tensorflow as tf
+
+    def run(images: np.ndarray, wanted: np.ndarray):
+        x = ops.convert_to_tensor(images, dtype=model.inputs[0].dtype)
+        features = front(x)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(features)
+            logits = back(x, features)
+            index = tf.where(wanted < 0, tf.argmax(logits, axis=1, output_type="int32"), wanted)
+            score = tf.reduce_sum(tf.cast(tf.gather(logits, index, batch_dims=1), "float32"))
+        return _numpy(logits, features, tape.gradient(score, features))
+
+    return run
+
+
+def _jax_runner(model: keras.Model, front: Front, back: Back):
+    import jax
+    import jax.numpy as jnp
+
+    variables = model.variables
+
+    @jax.jit
+    def compute(values, x, wanted):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            features = front(x)
+
+            def score(features):
+                logits = back(x, features)
+                index = jnp.where(wanted < 0, logits.argmax(axis=1), wanted)
+                picked = jnp.take_along_axis(logits, index[:, None], axis=1)
+                return picked.astype("float32").sum(), logits
+
+            (_, logits), gradients = jax.value_and_grad(score, has_aux=True)(features)
+        return logits, features, gradients
+
+    def run(images: np.ndarray, wanted: np.ndarray):
+        x = ops.convert_to_tensor(images, dtype=model.inputs[0].dtype)
+        return _numpy(*compute([v.value for v in variables], x, wanted))
+
+    return run
+
+
+_RUNNERS = {"torch": _torch_runner, "tensorflow": _tensorflow_runner, "jax": _jax_runner}

@@ -1,0 +1,446 @@
+"""What a model says of pictures, be they three or a hundred thousand: memory stays flat.
+
+Folders are walked as they are needed, threads read ahead while the model computes, and answers are
+given, or written, as they come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, overload
+
+import keras
+import numpy as np
+
+from keras_resnet import plots
+from keras_resnet.data.dataset import default_threads
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.data.sources import Pictures, Sources
+from keras_resnet.errors import DataError, InputError, NotFoundError
+from keras_resnet.inference.prediction_files import (
+    Prediction,
+    PredictionWriter,
+    check_output,
+    errors_path,
+    to_csv,
+)
+from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
+from keras_resnet.runtimes.runner import Runner
+from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.files import printable, write_text
+from keras_resnet.system.progress import Progress
+
+_AHEAD_BYTES = 256 * 2**20  # pictures that wait for the model, at most (a batch always may)
+
+
+class PredictionTable:
+    """Predictions as lines of a table whose columns stay in place, for a terminal.
+
+    Args:
+        paths: Of all the pictures, or `Pictures`.
+        class_names: Of all the classes.
+        top: Classes a picture.
+
+    Examples:
+        >>> table = PredictionTable(["a.png", "bees/1.png"], ["ant", "bee"], top=2)
+        >>> print(table.header)
+        Picture     Class       Class
+        >>> print(table.line(Prediction("a.png", [("bee", 0.75), ("ant", 0.25)])))
+        a.png       bee  75.0%  ant  25.0%
+    """
+
+    def __init__(self, paths: Sequence[str] | Pictures, class_names: Sequence[str], top: int):
+        known = isinstance(paths, Pictures)
+        longest = paths.width if known else max((len(printable(p)) for p in paths), default=0)
+        self._path = min(60, max(7, longest))
+        self._name = min(30, max(len(printable(n)) for n in class_names))
+        self._top = min(top, len(class_names))
+
+    @property
+    def header(self) -> str:
+        """The names of the columns."""
+        cell = f"{'Class':{self._name + 7}}"
+        return f"{'Picture':{self._path}}  {'  '.join([cell] * self._top)}".rstrip()
+
+    def line(self, prediction: Prediction) -> str:
+        """One picture; a path too long for its column loses its beginning."""
+        path = printable(prediction.path)
+        if len(path) > self._path:
+            path = f"...{path[3 - self._path :]}"
+        if prediction.error is not None:
+            return f"{path:{self._path}}  {printable(prediction.error)}"
+        cells = [
+            f"{printable(name)[: self._name]:{self._name}} {share:6.1%}"
+            for name, share in prediction.classes
+        ]
+        return f"{path:{self._path}}  {'  '.join(cells)}"
+
+
+# --- reading ahead, running ----------------------------------------------------------------------
+
+# A batch: paths, and of each the pixels or why they cannot be read.
+_Read = tuple[list[str], list[np.ndarray | str]]
+
+
+def _read_ahead(
+    paths: Iterable[str], read: Callable[[str], Any], batch_size: int, threads: int, size: int
+) -> Iterator[_Read]:
+    """Reads pictures in threads, a bounded number of them ahead; `size` is bytes a picture."""
+    paths = iter(paths)
+    if threads == 0:
+        while batch := list(itertools.islice(paths, batch_size)):
+            yield batch, [read(path) for path in batch]
+        return
+    window = 2 * batch_size + threads
+    window = max(batch_size, min(window, _AHEAD_BYTES // size))
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(threads, "keras_resnet-predict")
+    try:
+        while True:
+            for path in itertools.islice(paths, window - len(waiting)):
+                waiting.append((path, pool.submit(read, path)))
+            if not waiting:
+                return
+            batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+            # What has been read is asked for one by one, so that the threads never stand still.
+            results = []
+            for _, future in batch:
+                results.append(future.result())
+                for path in itertools.islice(paths, 1):
+                    waiting.append((path, pool.submit(read, path)))
+            yield [path for path, _ in batch], results
+    finally:  # also where the reader of this generator stops early
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _predicted(
+    runner: Runner, paths: list[str], read: list[Any], names: Sequence[str], top: int
+) -> list[Prediction]:
+    """The predictions of one batch."""
+    places = [i for i, one in enumerate(read) if not isinstance(one, str)]
+    logs = np.empty((0, 0))
+    if places:
+        first = read[places[0]]
+        # A picture that cannot be read leaves a black one, whose answer is thrown away: batches of
+        # every size would each be compiled anew on jax.
+        images = np.zeros((len(read), *first.shape), first.dtype)
+        for i in places:
+            if read[i].shape != first.shape:
+                raise InputError(
+                    f"Pictures of one batch have different sizes: {read[i].shape} of "
+                    f"{paths[i]!r} and {first.shape} before it. Give a Preprocess with a "
+                    "crop_size, or batch_size=1."
+                )
+            images[i] = read[i]
+        logs = runner.log_probabilities(images)
+    found = []
+    for i, (path, one) in enumerate(zip(paths, read, strict=True)):
+        if isinstance(one, str):
+            found.append(Prediction(path, [], one))
+            continue
+        best = np.argsort(-logs[i], kind="stable")[:top]
+        found.append(Prediction(path, [(names[k], float(np.exp(logs[i][k]))) for k in best]))
+    return found
+
+
+def _batches(
+    runner: Runner,
+    paths: Iterable[str],
+    *,
+    top: int,
+    batch_size: int,
+    workers: int | None,
+    preprocess: Preprocess,
+) -> Iterator[list[Prediction]]:
+    """Predictions, a batch at a time."""
+    raw = dataset_output(runner) == "uint8"
+
+    def read(path: str) -> np.ndarray | str:
+        try:
+            pixels = preprocess.pixels(path)
+        except (DataError, NotFoundError) as error:
+            return str(error)
+        return pixels if raw else preprocess.normalize(pixels)
+
+    height, width, channels = preprocess.output_shape
+    size = (height or 256) * (width or 256) * channels * (1 if raw else 4)
+    threads = default_threads() if workers is None else workers
+    names = model_class_names(runner)
+    for batch in _read_ahead(paths, read, batch_size, threads, size):
+        yield _predicted(runner, *batch, names, top)
+
+
+def _check(top: int, batch_size: int, workers: int | None) -> None:
+    for name, value, least in (("top", top, 1), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}. Received: {value}.")
+    if workers is not None and workers < 0:
+        raise InputError(f"workers must be at least 0. Received: {workers}.")
+
+
+def iter_predictions(
+    model: keras.Model | Runner | str | os.PathLike,
+    sources: Sources | Pictures,
+    *,
+    top: int = 5,
+    batch_size: int = 32,
+    workers: int | None = None,
+    preprocess: Preprocess | None = None,
+    engine: str = "keras",
+) -> Iterator[Prediction]:
+    """As `predict`, one `Prediction` at a time in the order of the files, in flat memory."""
+    _check(top, batch_size, workers)
+    runner = open_runner(model, engine)
+    pictures = sources if isinstance(sources, Pictures) else Pictures(sources)
+    batches = _batches(
+        runner,
+        pictures,
+        top=top,
+        batch_size=batch_size,
+        workers=workers,
+        preprocess=preprocess or model_preprocess(runner),
+    )
+    return itertools.chain.from_iterable(batches)
+
+
+@overload
+def predict(
+    model: keras.Model | Runner | str | os.PathLike,
+    sources: Sources,
+    *,
+    top: int = ...,
+    batch_size: int = ...,
+    workers: int | None = ...,
+    preprocess: Preprocess | None = ...,
+    engine: str = ...,
+    output: None = ...,
+    restart: bool = ...,
+) -> list[Prediction]: ...
+@overload
+def predict(
+    model: keras.Model | Runner | str | os.PathLike,
+    sources: Sources,
+    *,
+    top: int = ...,
+    batch_size: int = ...,
+    workers: int | None = ...,
+    preprocess: Preprocess | None = ...,
+    engine: str = ...,
+    output: str | os.PathLike,
+    restart: bool = ...,
+) -> PredictionFile: ...
+def predict(
+    model,
+    sources,
+    *,
+    top=5,
+    batch_size=32,
+    workers=None,
+    preprocess=None,
+    engine="keras",
+    output=None,
+    restart=False,
+):
+    """Classifies pictures.
+
+    Args:
+        model: A model, a `.keras` file or a run folder, or a `Runner`; the file is all that is
+            needed.
+        sources: A picture, a folder (searched through), a shell pattern, or several of these.
+        top: Classes to give a picture, most probable first.
+        batch_size: Pictures at a time; the result does not depend on it.
+        workers: Threads that read pictures.
+        preprocess: In place of the model's own.
+        engine: What runs the model: see `engines.open_runner`.
+        output: A file to write the answers to as they come, in flat memory: see
+            `write_predictions`.
+        restart: With `output`: begin anew where an interrupted run could be gone on with.
+
+    Returns:
+        A `Prediction` a picture, in order; those of unreadable pictures hold an error. With
+        `output`, a `PredictionFile` instead.
+
+    Raises:
+        InputError: The model has no head, or names no preprocessing.
+        NotFoundError: A path does not exist.
+        DataError: A folder holds no picture.
+    """
+    options = {
+        "top": top,
+        "batch_size": batch_size,
+        "workers": workers,
+        "preprocess": preprocess,
+        "engine": engine,
+    }
+    if output is not None:
+        return write_predictions(model, sources, output, restart=restart, **options)
+    return list(iter_predictions(model, sources, **options))
+
+
+# --- written as they come ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionFile:
+    """What `write_predictions` has written.
+
+    Attributes:
+        path: The file.
+        count: Pictures in it.
+        unreadable: Of these, pictures that could not be read.
+        errors: The list of those, or `None` where there are none.
+        resumed: Pictures that an interrupted run had answered before.
+        seconds: What this run took for the others.
+    """
+
+    path: Path
+    count: int
+    unreadable: int
+    errors: Path | None
+    resumed: int
+    seconds: float
+
+    def __str__(self) -> str:
+        now = self.count - self.resumed
+        rate = f", {now / self.seconds:,.0f} pictures/s" if now and self.seconds > 1 else ""
+        before = f" ({self.resumed:,} of them by an earlier run)" if self.resumed else ""
+        lines = [f"Written: {printable(self.path)}, {self.count:,} pictures{before}{rate}"]
+        if self.errors is not None:
+            lines.append(
+                f"{self.unreadable:,} could not be read; {printable(self.errors)} says why."
+            )
+        return "\n".join(lines)
+
+
+def write_predictions(
+    model: keras.Model | Runner | str | os.PathLike,
+    sources: Sources | Pictures,
+    output: str | os.PathLike,
+    *,
+    top: int = 5,
+    batch_size: int = 32,
+    workers: int | None = None,
+    preprocess: Preprocess | None = None,
+    engine: str = "keras",
+    restart: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> PredictionFile:
+    """Classifies pictures into a file, however many there are.
+
+    Answers are written as they come, to `output` with `.part` behind it; the output is there when
+    it is whole. Interrupted or killed, the same call goes on where it was, and the file gets the
+    same bytes. Unreadable pictures have their reason in the column `error`, and are listed in
+    `NAME.errors.csv`.
+
+    Args:
+        model: As for `predict`.
+        sources: As for `predict`; the same pictures, to go on with an interrupted run.
+        output: `.csv` (path, class1, probability1, ..., error), `.jsonl` (an object a line) or
+            `.parquet` (the columns of the CSV; needs pyarrow). In CSV a class name that a
+            spreadsheet would take for a formula gets an apostrophe in front, and a path `./`.
+        top: Classes to give a picture, most probable first.
+        batch_size: Pictures at a time.
+        workers: Threads that read pictures.
+        preprocess: In place of the model's own.
+        engine: What runs the model: see `engines.open_runner`.
+        restart: Begin anew where an interrupted run could be gone on with.
+        progress: Called after each batch.
+
+    Returns:
+        Where the file is, and what is in it.
+
+    Raises:
+        InputError: As `predict`; or an interrupted run of another model, other options or other
+            pictures has left its `.part`.
+        NotFoundError: A path does not exist.
+        DataError: A folder holds no picture.
+        MissingDependencyError: Parquet without pyarrow.
+    """
+    _check(top, batch_size, workers)
+    path = check_output(output)
+    pictures = sources if isinstance(sources, Pictures) else Pictures(sources)
+    total = len(pictures)
+    runner = open_runner(model, engine)
+    preprocess = preprocess or model_preprocess(runner)
+    top = min(top, runner.num_classes)
+    identity = _identity(runner, preprocess, top, min(batch_size, total))
+    started = time.monotonic()
+    writer = PredictionWriter(path, top, identity, batch_size, restart)
+    writer.open(pictures)
+    try:
+        if progress is not None:
+            progress(Progress(writer.done, total, writer.unreadable))
+        rest = itertools.islice(iter(pictures), writer.done, None)
+        batches = _batches(
+            runner, rest, top=top, batch_size=batch_size, workers=workers, preprocess=preprocess
+        )
+        for batch in batches:
+            writer.write(batch)
+            if progress is not None:
+                progress(Progress(writer.done, total, writer.unreadable))
+        writer.finish()
+    finally:
+        writer.close()
+    return PredictionFile(
+        path=path,
+        count=writer.done,
+        unreadable=writer.unreadable,
+        errors=errors_path(path) if writer.unreadable else None,
+        resumed=writer.resumed,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _identity(runner: Runner, preprocess: Preprocess, top: int, batch_size: int) -> dict[str, Any]:
+    """What must be the same for an interrupted run to be gone on with.
+
+    A model is known by what it answers to a fixed picture: weights are, whatever file or engine
+    holds them.
+    """
+    height, width, channels = preprocess.output_shape
+    shape = (height or 224, width or 224, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    pixels //= np.arange(1, channels + 1, dtype=np.uint8)  # not gray on the whole
+    image = pixels if dataset_output(runner) == "uint8" else preprocess.normalize(pixels)
+    # A whole batch: what is compiled for it is used again.
+    logs = runner.log_probabilities(np.stack([image] * batch_size))[0]
+    names = json.dumps(model_class_names(runner))
+    return {
+        "engine": runner.name,
+        "top": top,
+        "preprocess": preprocess.get_config(),
+        "class names": hashlib.sha256(names.encode()).hexdigest()[:16],
+        "model's answer to a test picture": [float(v) for v in logs],
+    }
+
+
+def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike) -> None:
+    """Writes predictions as `.csv` (a line a picture), `.json`, or a picture sheet (`.png`, ...).
+
+    Raises:
+        InputError: The extension names no known form.
+    """
+    path = Path(path)
+    if path.suffix == ".csv":
+        write_text(path, to_csv(predictions, max([1, *(len(p.classes) for p in predictions)])))
+    elif path.suffix == ".json":
+        write_text(path, json.dumps([p.to_dict() for p in predictions], indent=2) + "\n")
+    elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
+        # All of them short-sided to 256, so that one grid holds portraits and landscapes.
+        square = Preprocess(256, 256)
+        readable = [p for p in predictions if p.classes][:24]
+        if not readable:
+            raise DataError("There is no readable picture to draw.")
+        titles = [f"{p.classes[0][0]} {p.classes[0][1]:.1%}" for p in readable]
+        plots.picture_grid(np.stack([square.pixels(p.path) for p in readable]), titles, path)
+    else:
+        raise InputError(f"Predictions are written as .csv, .json or .png, not {path.suffix!r}.")

@@ -1,0 +1,156 @@
+"""The convolution that pads for itself."""
+
+from __future__ import annotations
+
+import keras
+from keras import ops
+
+from keras_resnet.layers.torch_call import (
+    _BACKEND,
+    _TORCH_DTYPES,
+    _activate,
+    _DirectCall,
+    torch_value,
+)
+
+if _BACKEND == "torch":
+    import torch
+    import torch.nn.functional as F
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _spatial_axes(data_format: str) -> tuple[int, int]:
+    return (1, 2) if data_format == "channels_last" else (2, 3)
+
+
+def _paddings(data_format: str, pad: tuple[int, int]) -> list[tuple[int, int]]:
+    paddings = [(0, 0)] * 4
+    for axis, size in zip(_spatial_axes(data_format), pad, strict=True):
+        paddings[axis] = (size, size)
+    return paddings
+
+
+def _ohwi(initializer):
+    """An initializer for `(height, width, in, out)` kernels that lie as OHWI in memory.
+
+    Seen as torch's OIHW such a kernel is channels-last contiguous, and neither the convolution nor
+    its gradient makes a copy. Variables are assigned in place, gradients and optimizer slots take
+    their parameter's strides: the layout survives loading and training.
+    """
+
+    def initialize(shape, dtype=None):
+        oihw = ops.convert_to_tensor(initializer(shape, dtype=dtype), dtype).permute(3, 2, 0, 1)
+        kernel = torch.empty_like(oihw, memory_format=torch.channels_last)
+        return kernel.copy_(oihw).permute(2, 3, 1, 0)
+
+    return initialize
+
+
+@keras.saving.register_keras_serializable("keras_resnet")
+class Conv2D(_DirectCall, keras.layers.Conv2D):
+    """`keras.layers.Conv2D` that owns its symmetric zero padding.
+
+    torch pads both sides alike; Keras' `padding="same"` pads the far side more at stride 2, so
+    that outputs differ. Input and output are `(batch, height, width, channels)` or, under
+    `channels_first`, `(batch, channels, height, width)`.
+
+    Args:
+        filters: Output channels.
+        kernel_size: Height and width of the kernel.
+        pad: Zeros added on each side: one number or `(vertical, horizontal)`.
+        **kwargs: As `keras.layers.Conv2D`'s; `pad` wants `padding="valid"`, the default.
+
+    Examples:
+        >>> Conv2D(64, 7, strides=2, pad=3).compute_output_shape((None, 224, 224, 3))
+        (None, 112, 112, 64)
+    """
+
+    def __init__(self, filters, kernel_size, *args, pad: int | tuple[int, int] = 0, **kwargs):
+        super().__init__(filters, kernel_size, *args, **kwargs)
+        self.pad = _pair(pad)
+        if any(self.pad) and self.padding != "valid":
+            raise ValueError(f"pad={pad} needs padding='valid'. Received: {self.padding!r}.")
+
+    def build(self, input_shape):
+        self._channel_axis = 3 if self.data_format == "channels_last" else 1
+        self._channels = input_shape[self._channel_axis]
+        super().build(input_shape)
+
+    def add_weight(self, shape=None, initializer=None, *args, name=None, **kwargs):
+        if _BACKEND == "torch":
+            # `call` casts to the input's dtype itself, whatever policy the model around it has.
+            kwargs["autocast"] = False
+            if name == "kernel":
+                initializer = _ohwi(keras.initializers.get(initializer))
+        return super().add_weight(shape, initializer, *args, name=name, **kwargs)
+
+    def compute_output_shape(self, input_shape):
+        shape = list(input_shape)
+        for axis, size in zip(_spatial_axes(self.data_format), self.pad, strict=True):
+            if shape[axis] is not None:
+                shape[axis] += 2 * size
+        return super().compute_output_shape(tuple(shape))
+
+    def _fits(self, shape) -> bool:
+        return shape[self._channel_axis] == self._channels
+
+    def call(self, inputs):
+        if _BACKEND != "torch":
+            return super().call(inputs)
+        # Views, not copies: NHWC memory under an NCHW name is torch's channels_last.
+        if self.data_format == "channels_last":
+            return self.torch_nchw(inputs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.torch_nchw(inputs)
+
+    def torch_nchw(self, x):
+        """What `call` does on torch, on maps in torch's order whatever the data format."""
+        if not x.is_floating_point():
+            x = x.to(_TORCH_DTYPES[self.compute_dtype])
+        dtype = x.dtype
+        kernel = torch_value(self.kernel, dtype).permute(3, 2, 0, 1)
+        bias = None if self.bias is None else torch_value(self.bias, dtype)
+        pad = self.pad
+        if self.padding == "same":
+            x, pad = self._same(x)
+        y = F.conv2d(x, kernel, bias, self.strides, pad, self.dilation_rate, self.groups)
+        # In place: the convolution's gradient needs its inputs, not its output.
+        return _activate(self.activation, y)
+
+    def _same(self, x):
+        """The input padded for Keras' `"same"`, and the padding left to the convolution."""
+        total = []
+        for size, kernel, stride, dilation in zip(
+            x.shape[2:], self.kernel_size, self.strides, self.dilation_rate, strict=True
+        ):
+            reach = (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1
+            total.append(max(reach - size, 0))
+        height, width = total
+        if height % 2 == width % 2 == 0:
+            return x, (height // 2, width // 2)
+        sides = (width // 2, width - width // 2, height // 2, height - height // 2)
+        return F.pad(x, sides), (0, 0)
+
+    def convolution_op(self, inputs, kernel):
+        if not any(self.pad):
+            return super().convolution_op(inputs, kernel)
+        same = tuple((k - 1) * d / 2 for k, d in zip(self.kernel_size, self.dilation_rate,
+                                                     strict=True))  # fmt: skip
+        if self.strides == (1, 1) and self.pad == same:
+            # At stride 1 "same" is symmetric, and saves a pass over memory.
+            return ops.conv(
+                inputs,
+                kernel,
+                strides=1,
+                padding="same",
+                dilation_rate=self.dilation_rate,
+                data_format=self.data_format,
+            )
+        return super().convolution_op(
+            ops.pad(inputs, _paddings(self.data_format, self.pad)), kernel
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "pad": self.pad}

@@ -1,0 +1,128 @@
+"""How a layer is called on torch without Keras' dispatch, and what that must not pass by."""
+
+from __future__ import annotations
+
+import keras
+
+_BACKEND = keras.backend.backend()
+_TORCH_DTYPES = {}
+if _BACKEND == "torch":
+    import torch
+
+    _TORCH_DTYPES = {
+        name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")
+    }
+_LINEAR, _RELU = keras.activations.linear, keras.activations.relu
+
+
+# Keras internals. Both are attributes read and never written; tests/test_layers.py fails where a
+# Keras release stores them elsewhere.
+
+
+def is_rematerialized(layer: keras.layers.Layer) -> bool:
+    """Whether the layer was made in a `keras.RematScope`, so that Keras must wrap its call."""
+    return layer._remat_mode is not None
+
+
+def _mask_of(x):
+    """The mask that an earlier layer (`Masking`, `Embedding`) has tied to a tensor."""
+    return getattr(x, "_keras_mask", None)
+
+
+def has_torch_hooks(layer: keras.layers.Layer) -> bool:
+    """Whether torch would run hooks around a call of the layer."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def in_stateless_scope() -> bool:
+    """Whether a `keras.StatelessScope` is active, in which no variable may be written."""
+    with keras.StatelessScope(initialize_variables=False) as scope:
+        return scope.original_scope is not None
+
+
+class _DirectCall:
+    """On torch, skips `Layer.__call__` where it has nothing to do.
+
+    What it does for a built layer called on tensors of its own dtype, of the right shape and
+    without a mask comes to nothing, but takes 0.1 ms a layer. torch's hooks still run.
+    """
+
+    _takes_training = False
+
+    def __call__(self, *args, **kwargs):
+        if _BACKEND == "torch" and self._nothing_to_prepare(args, kwargs):
+            if not self._takes_training:
+                kwargs = {}
+            return torch.nn.Module.__call__(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        """What `torch.nn.Module.__call__` runs between the hooks."""
+        first = args[0] if args else None
+        first = first[0] if type(first) in (list, tuple) else first
+        if not isinstance(first, torch.Tensor) or is_rematerialized(self):
+            return super().forward(*args, **kwargs)
+        return self.call(*args, **kwargs)
+
+    def _nothing_to_prepare(self, args, kwargs) -> bool:
+        if not self.built or len(args) != 1 or self.activity_regularizer is not None:
+            return False
+        if kwargs:
+            if len(kwargs) > 1 or type(kwargs.get("training")) is not bool:
+                return False
+        elif self._takes_training:  # inherited from the layer around this one, which Keras knows
+            return False
+        dtype = _TORCH_DTYPES.get(self.compute_dtype)
+        for x in args[0] if type(args[0]) in (list, tuple) else args:
+            if not (
+                isinstance(x, torch.Tensor)
+                and x.dtype is dtype
+                and x.ndim == 4
+                and self._fits(x.shape)
+                and _mask_of(x) is None
+            ):
+                return False  # Keras converts it, refuses it with a good message, or warns
+        return True
+
+    def _fits(self, shape) -> bool:
+        return True
+
+
+def is_plain(x) -> bool:
+    """Whether a tensor is one of memory, not one that a compiler or an exporter traces with."""
+    return (
+        type(x) is torch.Tensor
+        and x.device.type != "meta"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def count_change(tensors) -> None:
+    """Tells torch that tensors have changed in place, for kernels that do not tell it themselves.
+
+    torch 2.13's fused optimizers do not, and who keeps something made of the tensors
+    (`keras_resnet.graph`) would not notice.
+    """
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
+def torch_value(variable, dtype):
+    """A variable's (or a tensor's) tensor at `dtype`, with its memory layout kept."""
+    value = getattr(variable, "value", variable)
+    return value if value.dtype is dtype else value.to(dtype)
+
+
+def _activate(activation, x):
+    """The activation of a tensor that the calling layer made, so that ReLU may overwrite it."""
+    if activation is None or activation is _LINEAR:
+        return x
+    if _BACKEND == "torch" and activation is _RELU:
+        return torch.relu_(x)
+    return activation(x)

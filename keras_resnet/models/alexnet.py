@@ -1,0 +1,57 @@
+"""The three AlexNets: torchvision's, the paper's, and one for 32x32 pictures."""
+
+from __future__ import annotations
+
+import keras
+
+from keras_resnet.layers.pool import MaxPooling2D
+from keras_resnet.models.blocks import (
+    apply_drawn,
+    bias_initializer,
+    channel_axis,
+    conv,
+    kernel_initializer,
+)
+from keras_resnet.variants import AlexNetSpec
+
+
+def features(x, spec: AlexNetSpec):
+    """The convolutions, each with its ReLU, and the max poolings."""
+    for i, row in enumerate(spec.convs, start=1):
+        x = conv(
+            x, row.filters, row.kernel_size, strides=row.strides, pad=row.padding, use_bias=True,
+            init="torch", name=row.name,
+        )  # fmt: skip
+        x = keras.layers.ReLU(name=f"relu{i}")(x)
+        if row.pool:
+            x = MaxPooling2D(row.pool[0], strides=row.pool[1], name=f"maxpool{i}")(x)
+    return x
+
+
+def head(x, spec: AlexNetSpec, num_classes: int, dropout: float, activation: str | None):
+    """Features -> logits: three fully connected layers with dropout around the hidden ones."""
+    if spec.adaptive:
+        x = keras.layers.AdaptiveAveragePooling2D((6, 6), name="avgpool")(x)
+    if channel_axis() == 3:
+        # torch flattens channels first, and the first Linear's columns are in that order.
+        x = keras.layers.Permute((3, 1, 2), name="channels_first")(x)
+    # Not Flatten: under channels_first Keras' moves the channels last before it flattens.
+    x = keras.layers.Reshape((-1,), name="flatten")(x)
+    for i, name in enumerate(spec.dense[:-1], start=1):
+        if spec.dropout_before:
+            x = keras.layers.Dropout(dropout, name=f"dropout{i}")(x)
+        x = _dense(x, 4096, "relu", name)
+        if not spec.dropout_before:
+            x = keras.layers.Dropout(dropout, name=f"dropout{i}")(x)
+    return _dense(x, num_classes, activation, spec.dense[-1])
+
+
+def _dense(x, units: int, activation: str | None, name: str):
+    layer = keras.layers.Dense(
+        units,
+        activation=activation,
+        kernel_initializer=kernel_initializer("torch"),
+        bias_initializer=bias_initializer(x.shape[-1]),
+        name=name,
+    )
+    return apply_drawn(layer, x)

@@ -1,0 +1,317 @@
+"""The two residual blocks that every ResNet here is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import keras
+import numpy as np
+
+from keras_resnet.errors import InputError
+from keras_resnet.layers.conv import Conv2D
+from keras_resnet.layers.norm import BatchNormalization
+from keras_resnet.layers.pool import ZeroPaddedShortcut
+
+# torchvision/models/resnet.py: kaiming_normal_(mode="fan_out", nonlinearity="relu"); He et al.
+# 2015b (arXiv:1502.01852) use the fan in; torch's own default for Conv2d and Linear is
+# uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is scale 1/3 in Keras' terms.
+INITIALIZERS = {
+    "fan_out": {"scale": 2.0, "mode": "fan_out", "distribution": "untruncated_normal"},
+    "fan_in": {"scale": 2.0, "mode": "fan_in", "distribution": "untruncated_normal"},
+    "torch": {"scale": 1 / 3, "mode": "fan_in", "distribution": "uniform"},
+}
+
+
+def kernel_initializer(name: str) -> keras.initializers.Initializer:
+    """A fresh initializer by the name used in the table: `fan_out`, `fan_in` or `torch`."""
+    return keras.initializers.VarianceScaling(**INITIALIZERS[name])
+
+
+def bias_initializer(fan_in: int) -> keras.initializers.Initializer:
+    """Torch's default for biases: uniform within 1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return keras.initializers.RandomUniform(-bound, bound)
+
+
+class _DrawnByNumpy(keras.initializers.Initializer):
+    """Draws what a stock initializer describes, from its seed, with NumPy's generator.
+
+    The same seed gives the same weights on every backend; and jax, which compiles a program for
+    every new shape, would need a minute for what NumPy does in a second.
+    """
+
+    def __init__(self, stock: keras.initializers.Initializer):
+        self.stock = stock
+
+    def __call__(self, shape, dtype=None):
+        stock = self.stock
+        rng = np.random.default_rng(stock.seed)
+        if isinstance(stock, keras.initializers.RandomUniform):
+            values = rng.uniform(stock.minval, stock.maxval, shape)
+        else:
+            fan = math.prod(shape[:-2]) * shape[-2 if stock.mode == "fan_in" else -1]
+            if stock.distribution == "uniform":
+                bound = math.sqrt(3 * stock.scale / fan)
+                values = rng.uniform(-bound, bound, shape)
+            else:
+                values = rng.standard_normal(shape, np.float32)
+                values *= math.sqrt(stock.scale / fan)
+        return keras.ops.convert_to_tensor(values, dtype or keras.config.floatx())
+
+
+def apply_drawn(layer: keras.layers.Layer, x):
+    """Calls a new layer whose kernel, and bias if it is random, are drawn by NumPy.
+
+    The layer's config keeps the stock initializers, so that a model file needs no class of ours
+    to describe them.
+    """
+    stock = layer.kernel_initializer, layer.bias_initializer
+    layer.kernel_initializer = _DrawnByNumpy(stock[0])
+    if isinstance(stock[1], keras.initializers.RandomUniform):
+        layer.bias_initializer = _DrawnByNumpy(stock[1])
+    try:
+        return layer(x)
+    finally:
+        layer.kernel_initializer, layer.bias_initializer = stock
+
+
+def channel_axis() -> int:
+    """Axis of the channels in a batch, by Keras' global data format: 3 or 1."""
+    return 3 if keras.config.image_data_format() == "channels_last" else 1
+
+
+def conv(
+    x,
+    filters: int,
+    kernel_size: int,
+    *,
+    name: str,
+    strides: int | Sequence[int] = 1,
+    pad: int | None = None,
+    groups: int = 1,
+    use_bias: bool = False,
+    init: str = "fan_out",
+):
+    """A convolution padded as in the papers: `kernel_size // 2` zeros on each side."""
+    fan_in = kernel_size**2 * x.shape[channel_axis()] // groups
+    layer = Conv2D(
+        filters,
+        kernel_size,
+        strides=strides if isinstance(strides, int) else tuple(strides),
+        pad=kernel_size // 2 if pad is None else pad,
+        groups=groups,
+        use_bias=use_bias,
+        kernel_initializer=kernel_initializer(init),
+        bias_initializer=bias_initializer(fan_in) if use_bias else "zeros",
+        name=name,
+    )
+    return apply_drawn(layer, x)
+
+
+def norm(x, *, name: str, activation: str | None = None):
+    """Batch norm over the channels; `[x, shortcut]` adds the shortcut before the activation."""
+    return BatchNormalization(axis=channel_axis(), activation=activation, name=name)(x)
+
+
+def block_name(stage: int | str, block: int | str) -> str:
+    """Module path of a block, `.` written `_`.
+
+    An integer stage counts as in the papers' tables, where conv1 is the stem and conv2_x the first
+    residual stage; torchvision calls that `layer1`. Blocks are letters, or numbers from 0. Text
+    of any other kind is taken as it is.
+
+    Examples:
+        >>> block_name(stage=2, block="a"), block_name("stage1", 0)
+        ('layer1_0', 'stage1_0')
+    """
+    if isinstance(stage, int):
+        stage = f"layer{stage - 1}"
+    if isinstance(block, str) and len(block) == 1 and block.isascii() and block.islower():
+        block = ord(block) - ord("a")
+    return f"{stage}_{block}"
+
+
+def identity_block(
+    x,
+    kernel_size: int,
+    filters: Sequence[int],
+    stage: int | str,
+    block: int | str,
+    *,
+    groups: int = 1,
+    use_bias: bool = False,
+    relu_before_add: bool = False,
+    layout: Literal["torchvision", "sequential"] = "torchvision",
+    init: str = "fan_out",
+    name: str | None = None,
+):
+    """A residual block whose input and output have the same shape.
+
+    Args:
+        x: Input, `(batch, height, width, channels)`, or channels first where Keras is so set; its
+            channels are the last of `filters`.
+        kernel_size: Side of the spatial convolutions, 3 in every published ResNet.
+        filters: Two numbers make a basic block, three a bottleneck (1x1, k x k, 1x1).
+        stage: 2 to 5 as in He et al. table 1 (layers are then named `layer1` to `layer4`), or text.
+        block: `"a"`, `"b"`, ... or 0, 1, ...
+        groups: Groups of a bottleneck's middle convolution.
+        use_bias: Biases on the convolutions.
+        relu_before_add: A ReLU at the end of the branch, before the addition as well.
+        layout: Names of the layers: torchvision's (`conv1`, `bn1`, ...) or those of one
+            `nn.Sequential` (`longway_0`, `longway_1`, ...).
+        init: `"fan_out"` (torchvision's), `"fan_in"` (He's) or `"torch"` (its default).
+        name: Prefix of the layers' names in place of stage and block.
+
+    Returns:
+        The output, of the shape of `x`.
+
+    Raises:
+        InputError: `filters` is not two or three numbers, or the last is not the input's channels.
+
+    Examples:
+        >>> x = keras.Input((56, 56, 256))
+        >>> identity_block(x, 3, [64, 64, 256], stage=2, block="b").shape
+        (None, 56, 56, 256)
+    """
+    prefix = name or block_name(stage, block)
+    if x.shape[channel_axis()] != filters[-1]:
+        raise InputError(
+            f"identity_block {prefix!r} keeps the shape: the input has "
+            f"{x.shape[channel_axis()]} channels, filters={list(filters)} end in {filters[-1]}. "
+            "Use conv_block where the shape changes."
+        )
+    return _residual(
+        x, x, kernel_size, filters, prefix, (1, 1), "3x3", groups, use_bias, relu_before_add,
+        layout, init,
+    )  # fmt: skip
+
+
+def conv_block(
+    x,
+    kernel_size: int,
+    filters: Sequence[int],
+    stage: int | str,
+    block: int | str,
+    strides: int | Sequence[int] = (2, 2),
+    *,
+    groups: int = 1,
+    stride_on: Literal["1x1", "3x3"] = "1x1",
+    shortcut: Literal["projection", "zero_padding", "bare_projection"] = "projection",
+    use_bias: bool = False,
+    relu_before_add: bool = False,
+    layout: Literal["torchvision", "sequential"] = "torchvision",
+    init: str = "fan_out",
+    name: str | None = None,
+):
+    """A residual block that changes the shape: its shortcut strides and changes the channels.
+
+    Args:
+        x: Input, `(batch, height, width, channels)`, or channels first where Keras is so set.
+        kernel_size: Side of the spatial convolutions, 3 in every published ResNet.
+        filters: Two numbers make a basic block, three a bottleneck (1x1, k x k, 1x1).
+        stage: 2 to 5 as in He et al. table 1 (layers are then named `layer1` to `layer4`), or text.
+        block: `"a"`, `"b"`, ... or 0, 1, ...
+        strides: Stride of the block; (2, 2) halves height and width.
+        groups: Groups of a bottleneck's middle convolution.
+        stride_on: Where a bottleneck strides: on the first 1x1 as in the paper (v1, and the
+            `conv_block` of most tutorials), or on the k x k (`"3x3"`: v1.5, torchvision's; its
+            pretrained weights need it). A basic block strides on its first convolution.
+        shortcut: `"projection"` (1x1 and batch norm, option B), `"zero_padding"` (option A) or
+            `"bare_projection"` (a biased 1x1 alone).
+        use_bias: Biases on the convolutions.
+        relu_before_add: A ReLU at the end of the branch, before the addition as well.
+        layout: Names of the layers: torchvision's (`conv1`, `bn1`, `downsample_0`, ...) or those
+            of one `nn.Sequential` (`longway_0`, ..., `shortway_0`).
+        init: `"fan_out"` (torchvision's), `"fan_in"` (He's) or `"torch"` (its default).
+        name: Prefix of the layers' names in place of stage and block.
+
+    Returns:
+        The output, `(batch, ceil(height / stride), ceil(width / stride), filters[-1])`.
+
+    Raises:
+        InputError: `filters` is not two or three numbers, or an option is unknown.
+
+    Examples:
+        >>> x = keras.Input((56, 56, 256))
+        >>> conv_block(x, 3, [128, 128, 512], stage=3, block="a").shape
+        (None, 28, 28, 512)
+    """
+    prefix = name or block_name(stage, block)
+    strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
+    _, _, (first, second) = layer_names(prefix, layout)
+    if shortcut == "projection":
+        side = conv(x, filters[-1], 1, strides=strides, use_bias=use_bias, init=init, name=first)
+        side = norm(side, name=second)
+    elif shortcut == "zero_padding":
+        side = ZeroPaddedShortcut(filters[-1], strides, name=f"{prefix}_shortcut")(x)
+    elif shortcut == "bare_projection":
+        side = conv(x, filters[-1], 1, strides=strides, use_bias=True, init=init, name=first)
+    else:
+        raise InputError(
+            "shortcut must be 'projection', 'zero_padding' or 'bare_projection'. "
+            f"Received: {shortcut!r}."
+        )
+    return _residual(
+        x, side, kernel_size, filters, prefix, strides, stride_on, groups, use_bias,
+        relu_before_add, layout, init,
+    )  # fmt: skip
+
+
+def layer_names(prefix: str, layout: str) -> tuple[list[str], list[str], list[str]]:
+    """Names of a block's convolutions, norms and shortcut, as its reference implementation's."""
+    if layout == "torchvision":
+        names = (
+            [f"conv{i}" for i in (1, 2, 3)],
+            [f"bn{i}" for i in (1, 2, 3)],
+            ["downsample_0", "downsample_1"],
+        )
+    elif layout == "sequential":
+        names = (
+            [f"longway_{i}" for i in (0, 3, 6)],
+            [f"longway_{i}" for i in (1, 4, 7)],
+            ["shortway_0", "shortway_1"],
+        )
+    else:
+        raise InputError(f"layout must be 'torchvision' or 'sequential', not {layout!r}.")
+    return tuple([f"{prefix}_{name}" for name in group] for group in names)
+
+
+def _residual(
+    x, shortcut, kernel_size, filters, prefix, strides, stride_on, groups, use_bias,
+    relu_before_add, layout, init,
+):  # fmt: skip
+    """The branch, the addition, and the ReLU behind it."""
+    if len(filters) not in (2, 3):
+        raise InputError(
+            f"filters must be two numbers (basic block) or three (bottleneck): {list(filters)}."
+        )
+    if stride_on not in ("1x1", "3x3"):
+        raise InputError(f"stride_on must be '1x1' or '3x3', not {stride_on!r}.")
+    if len(filters) == 2:
+        kernels, striding = (kernel_size, kernel_size), 0
+    else:
+        kernels, striding = (1, kernel_size, 1), 0 if stride_on == "1x1" else 1
+    convs, norms, _ = layer_names(prefix, layout)
+    last = len(filters) - 1
+    y = x
+    for i, (width, kernel) in enumerate(zip(filters, kernels, strict=True)):
+        y = conv(
+            y,
+            width,
+            kernel,
+            strides=strides if i == striding else (1, 1),
+            groups=groups if len(filters) == 3 and i == 1 else 1,
+            use_bias=use_bias,
+            init=init,
+            name=convs[i],
+        )
+        if i < last:
+            y = norm(y, activation="relu", name=norms[i])
+    if relu_before_add:
+        y = norm(y, activation="relu", name=norms[last])
+        y = keras.layers.Add(name=f"{prefix}_add")([y, shortcut])
+        return keras.layers.ReLU(name=f"{prefix}_relu")(y)
+    # Normalise, add the shortcut, ReLU: one layer, so that a backend can do it in one pass.
+    return norm([y, shortcut], activation="relu", name=norms[last])

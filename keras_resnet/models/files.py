@@ -1,0 +1,266 @@
+"""Whole files from one form to another: torch's checkpoints, `.keras`, safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.errors import InputError, NotFoundError, did_you_mean
+from keras_resnet.models.zoo import create_model
+from keras_resnet.system.files import replace_file
+from keras_resnet.variants import SPECS, get_spec
+from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.load import load_torchvision
+from keras_resnet.weights.mapping import matching_variants, save_torchvision
+from keras_resnet.weights.verify import VerifyReport, verify
+from keras_resnet.weights.writing import write_checkpoint
+
+_TORCH = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors")
+_TORCH_WRITTEN = (".pth", ".pt", ".safetensors")
+_KERAS_WRITTEN = (".keras", ".weights.h5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `convert_file` did; `print` it.
+
+    Attributes:
+        source: The file that was read.
+        target: The file that was written.
+        lines: What was found and assumed, in sentences.
+        verification: The numerical proof, or `None` where it was not asked for or means nothing.
+    """
+
+    source: str
+    target: str
+    lines: list[str]
+    verification: VerifyReport | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Nothing disagrees."""
+        return self.verification is None or self.verification.passed
+
+    def __str__(self) -> str:
+        proof = [] if self.verification is None else [str(self.verification)]
+        return "\n".join([*self.lines, *proof, f"Written: {self.target}"])
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        proof = None if self.verification is None else json.loads(self.verification.to_json())
+        facts = {"source": self.source, "target": self.target, "notes": self.lines}
+        return json.dumps({**facts, "passed": self.passed, "verification": proof}, indent=2)
+
+
+def convert_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    variant: str | None = None,
+    key: str | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocess: Preprocess | None = None,
+    include_preprocessing: bool = False,
+    check: bool = True,
+    allow_other_strides: bool = False,
+) -> Conversion:
+    """Turns a weight file into another form, by the extensions of the two names.
+
+    torch's checkpoints become `.keras` or `.weights.h5`; a `.keras` file becomes `.pth` or
+    `.safetensors`, which torchvision's model loads strictly; a checkpoint becomes another.
+
+    Args:
+        source: A `.keras` file, or a checkpoint that `read_checkpoint` reads.
+        target: The file to write.
+        variant: The model's name, where the file's keys and shapes fit several or none is meant.
+        key: The entry of a nested checkpoint.
+        class_names: Names of the classes, in order; ImageNet's for torchvision's own files.
+        preprocess: How pictures are prepared; torchvision's preset for its own files, else
+            ImageNet's normalisation at the variant's size, which the result says.
+        include_preprocessing: The Keras model takes pixel values 0..255.
+        check: Prove the result against the NumPy forward pass of the weights.
+        allow_other_strides: Take weights whose origin does not say where the blocks stride.
+
+    Returns:
+        The `Conversion`; its `passed` is the proof's verdict.
+
+    Raises:
+        NotFoundError: There is no such file.
+        CheckpointError: The source is damaged, or refused.
+        InputError: Extensions that do not go together, or weights of another network.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if not target.parent.is_dir():
+        raise NotFoundError(f"The folder {str(target.parent)!r} does not exist.")
+    goal = next((s for s in (*_KERAS_WRITTEN, *_TORCH_WRITTEN) if target.name.endswith(s)), None)
+    if goal is None:
+        raise InputError(
+            f"{target.name!r} must end in one of {', '.join((*_KERAS_WRITTEN, *_TORCH_WRITTEN))}."
+        )
+    if source.suffix == ".keras":
+        model = load_model(source)
+        if goal in _KERAS_WRITTEN:
+            raise InputError(
+                f"{source.name!r} is a Keras model already; name a .pth or .safetensors."
+            )
+        save_torchvision(model, target)
+        lines = [f"{source.name}: {model.name}, {model.count_params():,} parameters."]
+        return Conversion(str(source), str(target), lines, verify(model, target) if check else None)
+    if goal in _TORCH_WRITTEN:
+        tensors = read_checkpoint(source, key=key)
+        write_checkpoint(target, tensors)
+        return Conversion(str(source), str(target), [f"{source.name}: {len(tensors)} tensors."])
+    lines: list[str] = []
+    model = _model_for(source, variant, key, include_preprocessing, preprocess, lines)
+    report = load_torchvision(model, source, key=key, allow_other_strides=allow_other_strides)
+    lines.append(str(report))
+    _describe(model, class_names, preprocess, lines)
+    proof = verify(model, source, key=key) if check else None
+    write = model.save if goal == ".keras" else model.save_weights
+    if goal == ".weights.h5":
+        # Keras wants the whole double extension on the temporary name as well.
+        write(str(target), overwrite=True)
+    else:
+        replace_file(target, write)
+    return Conversion(str(source), str(target), lines, proof)
+
+
+def _model_for(
+    source: Path, variant: str | None, key: str | None, inside: bool, preprocess, lines: list[str]
+) -> keras.Model:
+    """A model of the variant that the file fits, with as many classes as the file has."""
+    info = inspect_checkpoint(source, key=key)
+    if info.problem is not None:
+        read_checkpoint(source, key=key)  # says why, as one error
+    fits = matching_variants({name: shape for name, (shape, _) in info.tensors.items()})
+    classes = dict(fits)
+    if variant is None:
+        if not fits:
+            raise InputError(
+                f"{source.name!r} fits no model of kr.list_models(): {len(info.tensors)} tensors, "
+                f"the first {list(info.tensors)[:3]}."
+            )
+        variant = fits[0][0]
+        if len(fits) > 1:
+            others = ", ".join(name for name, _ in fits[1:])
+            lines.append(f"Taken for {variant}; {others} would fit as well: --model says which.")
+    spec = get_spec(variant)
+    stem = next(iter(info.tensors.values()))[0]
+    channels = stem[1] if len(stem) == 4 else 3
+    last = keras.config.image_data_format() == "channels_last"
+    size = spec.input_size
+    options = {"include_preprocessing": inside}
+    if inside and preprocess is not None:
+        options |= {"mean": preprocess.mean, "std": preprocess.std}
+    return create_model(
+        variant,
+        num_classes=classes.get(variant) or spec.num_classes,
+        include_top=classes.get(variant, 0) is not None,
+        input_shape=(size, size, channels) if last else (channels, size, size),
+        **options,
+    )
+
+
+def _describe(model: keras.Model, class_names, preprocess, lines: list[str]) -> None:
+    """Class names and preprocessing into the model's info."""
+    if class_names is not None:
+        count = model.output_shape[-1]
+        if len(class_names) != count:
+            raise InputError(f"{len(class_names)} class names for {count} classes.")
+        model.info["class_names"] = list(class_names)
+    if preprocess is None and "preprocess" not in model.info:
+        size = SPECS[model.info["variant"]].input_size
+        whole = size <= 64
+        preprocess = Preprocess(
+            (size, size) if whole else round(size * 256 / 224),
+            None if whole else size,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+        lines.append(
+            "Preprocessing: the file does not say; assumed "
+            f"{size}x{size} and ImageNet's mean and deviation (--image-size, --mean, --std)."
+        )
+    if preprocess is not None:
+        model.info["preprocess"] = preprocess.get_config()
+
+
+def load_model(path: str | os.PathLike) -> keras.Model:
+    """Loads a `.keras` file, compiled or not, without compiling it.
+
+    Args:
+        path: A file that `train` or `model.save` wrote, or a run folder (its `best.keras`).
+
+    Raises:
+        NotFoundError: There is no such file; a near name is suggested.
+        InputError: The file is no Keras model.
+
+    Examples:
+        >>> load_model("no-such.keras")
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.NotFoundError: No model file at 'no-such.keras'.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = [path / name for name in ("best.keras", "last.keras") if (path / name).is_file()]
+        if not found:
+            raise NotFoundError(f"No best.keras or last.keras in the folder {str(path)!r}.")
+        path = found[0]
+    if not path.exists():
+        near = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise NotFoundError(f"No model file at {str(path)!r}.{did_you_mean(path.name, near)}")
+    if path.suffix != ".keras":
+        raise InputError(
+            f"{str(path)!r} is not a .keras file. A checkpoint of torch becomes one with: "
+            f"keras-resnet convert {path.name} {path.stem}.keras"
+        )
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"{str(path)!r} is no whole .keras file ({path.stat().st_size:,} bytes, not a zip "
+            "archive): it was cut off or is something else; copy or save it again."
+        )
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except Exception as error:  # Keras raises a dozen kinds for a damaged file
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{str(path)!r} cannot be loaded as a Keras model: {reason}") from error
+
+
+def model_preprocess(model: keras.Model | Any) -> Preprocess:
+    """The `Preprocess` that a model was trained or imported with.
+
+    Raises:
+        InputError: The model names none.
+    """
+    config = getattr(model, "info", {}).get("preprocess")
+    if config is None:
+        name = getattr(model, "model_name", None) or model.name
+        raise InputError(
+            f"The model {name!r} does not say how its pictures are prepared: pass "
+            "preprocess=kr.Preprocess(...), or set model.info['preprocess'] and save it."
+        )
+    return Preprocess.from_config(config)
+
+
+def model_class_names(model: keras.Model | Any) -> list[str]:
+    """Names of a model's classes; their numbers where it knows none."""
+    names = getattr(model, "info", {}).get("class_names")
+    if names:
+        return list(names)
+    count = model.num_classes if hasattr(model, "num_classes") else model.output_shape[-1]
+    return [str(i) for i in range(count)]
+
+
+def dataset_output(model: keras.Model | Any) -> str:
+    """What the model wants: raw pixels where it normalises itself."""
+    inside = getattr(model, "info", {}).get("options", {}).get("include_preprocessing")
+    return "uint8" if inside else "float32"

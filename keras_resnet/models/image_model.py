@@ -1,0 +1,118 @@
+"""The model class, and what every architecture here has in common: its input and its head."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import keras
+
+from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from keras_resnet.errors import InputError
+from keras_resnet.layers.norm import Normalize
+from keras_resnet.models.blocks import channel_axis
+from keras_resnet.models.torch_graph import DirectGraph
+
+
+@keras.saving.register_keras_serializable("keras_resnet")
+class ImageModel(DirectGraph, keras.Model):
+    """A Functional Keras model that carries what is known about it in `info`.
+
+    `info` is a JSON-able dict and part of the `.keras` file: the variant and its options, class
+    names, preprocessing, where the weights came from and how they were trained. A model file is
+    thus enough to predict.
+    """
+
+    def __init__(self, *args, info: dict[str, Any] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        # A plain attribute would be wrapped by Keras' tracker.
+        object.__setattr__(self, "_info", copy.deepcopy(info) if info else {})
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What is known about the model; change it in place, it is saved with the model."""
+        return self._info
+
+    def get_config(self):
+        return {**super().get_config(), "info": copy.deepcopy(self._info)}
+
+
+def check_input_shape(name: str, input_shape, min_size: int) -> tuple[int | None, ...]:
+    """`(height, width, channels)` in the data format's order, checked against the network.
+
+    Raises:
+        InputError: Not three numbers, or a side below what the network can take.
+    """
+    shape = tuple(input_shape)
+    if len(shape) != 3 or any(v is not None and (not isinstance(v, int) or v < 1) for v in shape):
+        raise InputError(
+            f"input_shape must be three positive sizes, such as (224, 224, 3); a side may be "
+            f"None. Received: {input_shape!r}."
+        )
+    axis = channel_axis() - 1
+    if shape[axis] is None:
+        raise InputError(f"input_shape needs a number of channels. Received: {input_shape!r}.")
+    sides = [v for i, v in enumerate(shape) if i != axis]
+    if any(side is not None and side < min_size for side in sides):
+        raise InputError(
+            f"{name} needs pictures of at least {min_size}x{min_size} pixels. "
+            f"Received: {sides[0]}x{sides[1]}."
+        )
+    return shape
+
+
+def image_input(
+    spec, input_shape, input_tensor, include_preprocessing, mean=None, std=None
+) -> tuple[Any, Any]:
+    """The model's input and what the first layer of the network gets."""
+    size = spec.input_size
+    if input_tensor is not None:
+        inputs = input_tensor
+        check_input_shape(spec.name, inputs.shape[1:], spec.min_size)
+    else:
+        if input_shape is None:
+            last = channel_axis() == 3
+            input_shape = (size, size, 3) if last else (3, size, size)
+        inputs = keras.Input(check_input_shape(spec.name, input_shape, spec.min_size))
+    if not include_preprocessing:
+        return inputs, inputs
+    channels = inputs.shape[channel_axis()]
+    mean = _per_channel("mean", mean, IMAGENET_MEAN, channels)
+    std = _per_channel("std", std, IMAGENET_STD, channels)
+    return inputs, Normalize(mean, std, name="preprocessing")(inputs)
+
+
+def _per_channel(name: str, values, default, channels: int) -> list[float]:
+    if values is None:
+        # One gray channel gets the mean of the three; other counts have no natural default.
+        values = default if channels == 3 else [sum(default) / 3] * channels
+    values = [float(v) for v in values]
+    if len(values) != channels:
+        raise InputError(f"{name} has {len(values)} values for {channels} channels: {values}.")
+    return values
+
+
+def finish(spec, inputs, outputs, name, options: dict[str, Any]) -> ImageModel:
+    """The model over the graph, named, with the variant and its options in `info`."""
+    sources = keras.utils.get_source_inputs(inputs)
+    return ImageModel(
+        inputs=sources[0] if len(sources) == 1 else sources,
+        outputs=outputs,
+        name=name or spec.name,
+        info={"variant": spec.name, "options": options},
+    )
+
+
+def pooled(x, pooling: str | None):
+    """The output without a head: the feature map, or its mean or maximum over the picture.
+
+    Raises:
+        InputError: An unknown kind of pooling.
+    """
+    if pooling is None:
+        return x
+    if pooling == "avg":
+        return keras.layers.GlobalAveragePooling2D(name="avgpool")(x)
+    if pooling == "max":
+        return keras.layers.GlobalMaxPooling2D(name="maxpool_top")(x)
+    raise InputError(f"pooling must be None, 'avg' or 'max'. Received: {pooling!r}.")

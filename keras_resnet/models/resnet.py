@@ -1,0 +1,74 @@
+"""A row of the table made into a graph: stem, stages of blocks, head."""
+
+from __future__ import annotations
+
+import keras
+
+from keras_resnet.layers.pool import MaxPooling2D
+from keras_resnet.models.blocks import (
+    apply_drawn,
+    bias_initializer,
+    channel_axis,
+    conv,
+    conv_block,
+    identity_block,
+    kernel_initializer,
+    norm,
+)
+from keras_resnet.variants import ResNetSpec
+
+
+def stem(x, spec: ResNetSpec):
+    """Picture -> features: 7x7 stride 2 and max pooling, or one 3x3 for 32x32 pictures."""
+    first, second = ("conv1", "bn1") if spec.layout == "torchvision" else ("conv1_0", "conv1_1")
+    kernel, strides = (7, 2) if spec.stem == "imagenet" else (3, 1)
+    x = conv(
+        x, spec.widths[0], kernel, strides=strides, use_bias=spec.use_bias, init=spec.init,
+        name=first,
+    )  # fmt: skip
+    x = norm(x, activation="relu", name=second)
+    if spec.stem == "imagenet":
+        x = MaxPooling2D(3, strides=2, pad=1, name="maxpool")(x)
+    return x
+
+
+def stages(x, spec: ResNetSpec):
+    """The residual stages: one conv_block where the shape changes, then identity_blocks."""
+    for stage, depth in enumerate(spec.blocks):
+        filters = spec.filters(stage)
+        strides = (1, 1) if stage == 0 else (2, 2)
+        name = f"{spec.stage_name}{stage + 1}"
+        options = {
+            "groups": spec.groups,
+            "use_bias": spec.use_bias,
+            "relu_before_add": spec.relu_before_add,
+            "layout": spec.layout,
+            "init": spec.init,
+        }
+        same_shape = strides == (1, 1) and x.shape[channel_axis()] == filters[-1]
+        for block in range(depth):
+            if block == 0 and (spec.project_first or not same_shape):
+                # A tutorial's layout wraps the projecting block once more: layer1.0.0.longway.
+                wrapped = f"{name}_0_0" if spec.layout == "sequential" else None
+                x = conv_block(
+                    x, 3, filters, name, block, strides,
+                    stride_on=spec.stride_on, shortcut=spec.shortcut, name=wrapped, **options,
+                )  # fmt: skip
+            else:
+                x = identity_block(x, 3, filters, name, block, **options)
+    return x
+
+
+def head(x, spec: ResNetSpec, num_classes: int, dropout: float, activation: str | None):
+    """Features -> logits: the mean over the picture, dropout, one fully connected layer."""
+    x = keras.layers.GlobalAveragePooling2D(name="avgpool")(x)
+    if dropout:
+        x = keras.layers.Dropout(dropout, name="dropout")(x)
+    layer = keras.layers.Dense(
+        num_classes,
+        activation=activation,
+        kernel_initializer=kernel_initializer("fan_in" if spec.init == "fan_in" else "torch"),
+        bias_initializer=bias_initializer(x.shape[-1]),
+        name=spec.head,
+    )
+    return apply_drawn(layer, x)

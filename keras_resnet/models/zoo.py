@@ -1,0 +1,162 @@
+"""Models by name: `create_model`, a named builder for every row, and what can be asked of them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from keras_resnet.errors import InputError
+from keras_resnet.models import alexnet, resnet
+from keras_resnet.models.image_model import ImageModel, finish, image_input, pooled
+from keras_resnet.variants import AlexNetSpec, get_spec
+
+
+def create_model(
+    variant: str | None = None,
+    /,
+    *,
+    weights: str | Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    input_shape: Sequence[int | None] | None = None,
+    include_top: bool = True,
+    pooling: str | None = None,
+    classifier_activation: str | None = None,
+    include_preprocessing: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_tensor=None,
+    dropout: float | None = None,
+    name: str | None = None,
+) -> ImageModel:
+    """Builds a model of the table as a Functional Keras model.
+
+    Initialisation, epsilon, momentum and padding are the reference implementation's. Keras' global
+    data format decides between `(batch, height, width, channels)` and channels first.
+
+    Args:
+        variant: A name out of `list_models()`, such as `"resnet50"`.
+        weights: `None` for random ones; `"DEFAULT"`, `"IMAGENET1K_V1"` or `"IMAGENET1K_V2"` for
+            torchvision's (downloaded once, checked, kept); or a checkpoint's path; or a state dict.
+        num_classes: Width of the last layer; by default that of the variant's data set.
+        input_shape: Height, width and channels (in the data format's order); sides may be `None`.
+        include_top: With the classification head; without, the last feature map is the output.
+        pooling: Without the head: `None`, `"avg"` or `"max"` over the picture.
+        classifier_activation: `None` gives logits, `"softmax"` probabilities.
+        include_preprocessing: Take pixel values 0..255 and normalise inside the model.
+        mean: Means for that, one a channel, in 0..1; ImageNet's by default.
+        std: Standard deviations for that, one a channel, in 0..1; ImageNet's by default.
+        input_tensor: A Keras tensor to build on, in place of `input_shape`.
+        dropout: Rate of the dropout in the head: 0 for ResNets, 0.5 for AlexNets by default.
+        name: Name of the model; the variant's by default.
+
+    Returns:
+        The model. Its `info` names variant, options and the origin of its weights.
+
+    Raises:
+        InputError: An unknown name, a size too small, weights that do not fit, and the like.
+
+    Examples:
+        >>> model = create_model("resnet20", num_classes=10)
+        >>> model.output_shape, model.count_params()  # 269,722 train, the rest are statistics
+        ((None, 10), 271098)
+    """
+    if variant is None:  # create_model(name="resnet50")
+        variant, name = name, None
+    spec = get_spec(variant)
+    num_classes = spec.num_classes if num_classes is None else num_classes
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise InputError(f"num_classes must be a positive integer. Received: {num_classes!r}.")
+    is_alexnet = isinstance(spec, AlexNetSpec)
+    dropout = (0.5 if is_alexnet else 0.0) if dropout is None else float(dropout)
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout must be in [0, 1). Received: {dropout}.")
+    if not include_top and classifier_activation is not None:
+        raise InputError("classifier_activation needs include_top=True.")
+
+    inputs, x = image_input(spec, input_shape, input_tensor, include_preprocessing, mean, std)
+    if is_alexnet:
+        if include_top and not spec.adaptive and None in inputs.shape[1:]:
+            raise InputError(
+                f"{spec.name} flattens its feature map, so its input needs a fixed size. "
+                f"Received: {inputs.shape[1:]}."
+            )
+        x = alexnet.features(x, spec)
+        if include_top:
+            x = alexnet.head(x, spec, num_classes, dropout, classifier_activation)
+    else:
+        x = resnet.stages(resnet.stem(x, spec), spec)
+        if include_top:
+            x = resnet.head(x, spec, num_classes, dropout, classifier_activation)
+    if not include_top:
+        x = pooled(x, pooling)
+    options = {
+        "num_classes": num_classes if include_top else None,
+        "include_top": include_top,
+        "include_preprocessing": bool(include_preprocessing),
+        "classifier_activation": classifier_activation,
+        "dropout": dropout,
+    }
+    model = finish(spec, inputs, x, name, options)
+    if weights is not None:
+        _load_weights(model, spec, weights)
+    return model
+
+
+def _load_weights(model: ImageModel, spec, weights) -> None:
+    """Loads a published file by its tag, a checkpoint or a state dict into a fresh model."""
+    # Not at the top: convert reads files and checks pictures, and most models need neither.
+    from keras_resnet.weights import download, published
+    from keras_resnet.weights import load as convert
+
+    with_head = model.info["options"]["include_top"]
+    if isinstance(weights, str) and not os.path.exists(weights) and published.is_tag(weights):
+        entry = published.resolve_weights(spec.name, weights)
+        num_classes = model.info["options"]["num_classes"]
+        # Said before 100 MB are fetched.
+        if with_head and num_classes != entry.num_classes:
+            raise InputError(
+                f"{entry.file_name} has {entry.num_classes} classes, num_classes is "
+                f"{num_classes}: build the model without weights, then "
+                f'load_torchvision(model, "{entry.tag}", head="skip").'
+            )
+        weights = download.weights_path(entry)
+    convert.load_torchvision(model, weights, head="strict" if with_head else "skip")
+
+
+def _named(variant: str) -> Callable[..., ImageModel]:
+    """`create_model` with the variant filled in, under the variant's name and signature."""
+
+    def builder(**options) -> ImageModel:
+        return create_model(variant, **options)
+
+    signature = inspect.signature(create_model)
+    builder.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+    builder.__doc__ = f"Builds `{variant}`; the arguments are those of `create_model`."
+    return builder
+
+
+ResNet18 = _named("resnet18")
+ResNet34 = _named("resnet34")
+ResNet50 = _named("resnet50")
+ResNet101 = _named("resnet101")
+ResNet152 = _named("resnet152")
+ResNeXt50_32x4d = _named("resnext50_32x4d")
+ResNeXt101_32x8d = _named("resnext101_32x8d")
+ResNeXt101_64x4d = _named("resnext101_64x4d")
+WideResNet50_2 = _named("wide_resnet50_2")
+WideResNet101_2 = _named("wide_resnet101_2")
+ResNet50V1 = _named("resnet50_v1")
+ResNet101V1 = _named("resnet101_v1")
+ResNet152V1 = _named("resnet152_v1")
+ResNet50V1ReLU = _named("resnet50_v1_relu")
+ResNet20 = _named("resnet20")
+ResNet32 = _named("resnet32")
+ResNet44 = _named("resnet44")
+ResNet56 = _named("resnet56")
+ResNet110 = _named("resnet110")
+ResNet34CIFAR10 = _named("resnet34_cifar10")
+AlexNet = _named("alexnet")
+AlexNetPaper = _named("alexnet_paper")
+AlexNetCIFAR10 = _named("alexnet_cifar10")

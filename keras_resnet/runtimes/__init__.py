@@ -1,0 +1,1 @@
+"""What runs a model: Keras, or the runtime of an exported file."""

@@ -1,0 +1,371 @@
+"""`export`: a model as a file for another runtime, run there and compared before it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import secrets
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.data.sources import picture_paths
+from keras_resnet.errors import DataError, InputError, NotFoundError, VerificationError
+from keras_resnet.models.files import dataset_output, load_model, model_preprocess
+from keras_resnet.runtimes import formats, writing
+from keras_resnet.runtimes import int8 as quantization
+from keras_resnet.runtimes.int8 import _COMPARED, Int8Report, _Calibration, _spread
+from keras_resnet.runtimes.runner import KerasRunner, Runner, relative_difference
+from keras_resnet.runtimes.select import open_file, runtime_of
+from keras_resnet.system.files import printable
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """An exported file beside its model, on one batch.
+
+    Attributes:
+        batch: Pictures in it.
+        difference: The largest difference of two outputs over the largest output.
+    """
+
+    batch: int
+    difference: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What `export` wrote and found; `print` it.
+
+    Attributes:
+        path: The file or folder.
+        format: Its format.
+        size: Bytes.
+        model: What the model is called.
+        batch_size: The fixed one, or `None` for any.
+        runtime: What ran the file, with its version; `None` where it was not run.
+        pictures: How many it was compared on, and which.
+        comparisons: One a batch size; those of an int8 file are for information.
+        tolerance: What they were held to.
+        int8: What calibration changed, if it was asked for.
+        notes: What was assumed, in sentences.
+        passed: Nothing is beyond its tolerance.
+    """
+
+    path: str
+    format: str
+    size: int
+    model: str
+    batch_size: int | None
+    runtime: str | None
+    pictures: str
+    comparisons: list[Comparison]
+    tolerance: float
+    int8: Int8Report | None
+    notes: list[str]
+    passed: bool
+
+    def __str__(self) -> str:
+        batch = "any batch size" if self.batch_size is None else f"batches of {self.batch_size}"
+        lines = [
+            f"{printable(self.model)} as {self.format}, {self.size / 1e6:.1f} MB, {batch}",
+            *self.notes,
+        ]
+        if self.runtime is None:
+            lines.append("Not compared with the model.")
+        else:
+            lines.append(f"Run by {self.runtime} beside the model, on {self.pictures}:")
+            lines += [
+                f"  batch {one.batch}: differs by at most {one.difference:.2g} (relative)"
+                for one in self.comparisons
+            ]
+        if self.int8 is not None:
+            lines.append(str(self.int8))
+        elif self.comparisons:
+            worst = max(one.difference for one in self.comparisons)
+            lines.append(
+                f"Agrees to {self.tolerance:g}."
+                if self.passed
+                else f"Differs by {worst:.2g}: more than the tolerance of {self.tolerance:g}."
+            )
+        return "\n".join(lines)
+
+
+def export(
+    model: keras.Model | str | os.PathLike,
+    path: str | os.PathLike,
+    format: str | None = None,
+    *,
+    verify: bool = True,
+    pictures: str | os.PathLike | Sequence[str | os.PathLike] | np.ndarray | None = None,
+    tolerance: float = 1e-4,
+    batch_size: int | None = None,
+    int8: str | os.PathLike | None = None,
+    max_drop: float = 0.02,
+) -> ExportReport:
+    """Writes a model as a file for another runtime, and proves that it answers alike there.
+
+    Class names, preprocessing and everything else in `model.info` go along: in ONNX's
+    `metadata_props`, OpenVINO's `rt_info`, a SavedModel's `assets.extra`, a zip archive behind a
+    LiteRT model and inside torch's, as JSON under the name `keras_resnet`. `predict` and `evaluate`
+    take the file like a `.keras` file. Whatever the model's dtype policy, the file is in float32.
+    Its input is called `images`, in the model's layout; normalisation is inside where the model
+    has it inside, decoding, resizing and cropping are described.
+
+    Args:
+        model: A model with one input and one output, a `.keras` file or a run folder.
+        path: The file to write: `.onnx`, `.xml` (OpenVINO, with a `.bin` beside it), `.tflite`
+            (LiteRT), `.pt2` (torch), or a folder (SavedModel).
+        format: `"onnx"`, `"openvino"`, `"saved_model"`, `"litert"` or `"torch"`; by the path's
+            suffix by default.
+        verify: Run the file in its runtime, at batch 1 and at another batch size, and compare.
+        pictures: To compare on: files, folders, or a batch that is the model's input, NHWC. By
+            default the two photographs in scikit-learn's package.
+        tolerance: Largest difference allowed, relative to the largest output.
+        batch_size: A fixed one; any by default.
+        int8: A folder of pictures, best one folder a class, to quantise with (ONNX by ONNX
+            Runtime, OpenVINO by NNCF). Accuracy is then measured in place of the tolerance: on
+            `pictures` if they are given, else on those of the folder that were not used.
+        max_drop: Share of right answers that int8 may cost; five times as many answers may be
+            others where there are no labels.
+
+    Returns:
+        The `ExportReport`.
+
+    Raises:
+        VerificationError: The file differs from the model; it is not kept. Its `report` says how.
+        InputError: A format that the backend cannot write (the message names one that can), or a
+            model or a path that does not fit.
+        MissingDependencyError: A package is missing; the message has the pip line.
+        NotFoundError: A path does not exist.
+        DataError: None of the pictures can be read.
+    """
+    path = Path(path).expanduser()
+    name = _format_for(path, format)
+    # All that can be said before the work.
+    formats.check_backend(name)
+    if verify or int8 is not None:
+        runtime_of(name)
+    if int8 is not None:
+        quantization.check(name)
+    _check_target(path, name)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size must be at least 1. Received: {batch_size}.")
+    if isinstance(model, (str, os.PathLike)):
+        if formats.format_of_file(Path(model).expanduser()) is not None:
+            raise InputError(
+                f"{str(model)!r} is an exported file already; export the .keras file it came from."
+            )
+        model = load_model(model)
+    notes: list[str] = []
+    prepared = _preprocess_for(model, notes)
+    images, shown = _images(model, prepared, pictures) if verify else (None, "")
+    calibration = None if int8 is None else _Calibration(model, prepared, int8, pictures)
+    if None in model.input_shape[1:]:
+        height, width, _ = formats.picture_size(model)
+        notes.append(f"The model takes pictures of any size; the file takes {height}x{width}.")
+    plain = writing.in_float32(model)
+    if plain is not model:
+        notes.append(
+            f"The model computes in {_policies(model)}; file and comparison are in float32."
+        )
+    folder = Path(tempfile.mkdtemp(prefix=".exporting-", dir=path.parent))
+    try:
+        staged = folder / path.name
+        description = writing.write(plain, staged, name, batch_size)
+        before = writing.size_of(staged, name)
+        if calibration is not None:
+            quantization.quantize(
+                staged, name, description, calibration.batches(), str(calibration.folder)
+            )
+        runner, comparisons, int8_report = None, [], None
+        if verify or calibration is not None:
+            runner = open_file(staged)
+            reference = KerasRunner(plain, optimize=False)
+        if verify:
+            comparisons = _compare(runner, reference, images)
+        if calibration is not None:
+            int8_report = calibration.measure(reference, runner, before)
+        report = ExportReport(
+            path=str(path),
+            format=name,
+            size=writing.size_of(staged, name),
+            model=model.name,
+            batch_size=batch_size,
+            runtime=None if runner is None else f"{runner.runtime} {_version(runner.module)}",
+            pictures=shown,
+            comparisons=comparisons,
+            tolerance=tolerance,
+            int8=int8_report,
+            notes=notes,
+            passed=_passes(comparisons, tolerance, int8_report, max_drop),
+        )
+        if not report.passed:
+            raise VerificationError(
+                f"The {name} file does not answer as the model does, and is not kept.", report
+            )
+        del runner  # Windows does not move what is open
+        for one in writing.files_of(staged, name):
+            _publish(one, path.with_name(one.name))
+    finally:
+        writing.remove(folder)
+    return report
+
+
+def default_path(model: str | os.PathLike, format: str) -> Path:
+    """Where a model file's export goes unless it is said: beside it.
+
+    Examples:
+        >>> default_path("runs/a/best.keras", "onnx").as_posix()
+        'runs/a/best.onnx'
+        >>> default_path("best.keras", "saved_model").as_posix()
+        'best_saved_model'
+    """
+    path, suffix = Path(model).expanduser(), formats.get_format(format).suffix
+    if path.is_dir():
+        path = path / "best.keras"
+    return path.with_suffix(suffix) if suffix else path.with_name(f"{path.stem}_{format}")
+
+
+def _format_for(path: Path, name: str | None) -> str:
+    suffix = path.suffix
+    by_suffix = {row.suffix: row.name for row in formats.FORMATS.values() if row.suffix}
+    if name is None:
+        if suffix not in by_suffix:
+            raise InputError(
+                f"{path.name!r} names no format: it ends in {', '.join(by_suffix)}, or format= "
+                "says which."
+            )
+        return by_suffix[suffix]
+    wanted = formats.get_format(name).suffix
+    if wanted and suffix != wanted:
+        raise InputError(f"A file of the format {name} ends in {wanted!r}, not {path.name!r}.")
+    if not wanted and suffix in (*by_suffix, ".keras"):
+        raise InputError(f"{name} is a folder; {path.name!r} looks like a file.")
+    return name
+
+
+def _check_target(path: Path, name: str) -> None:
+    if not path.parent.is_dir():
+        raise NotFoundError(f"The folder {str(path.parent)!r} does not exist.")
+    if name != "saved_model":
+        if path.is_dir():
+            raise InputError(f"{str(path)!r} is a folder; {name} is written as a file.")
+    elif path.is_file() or (
+        path.is_dir() and any(path.iterdir()) and formats.format_of_file(path) != name
+    ):
+        raise InputError(f"{str(path)!r} is there, and is no SavedModel: it is left alone.")
+
+
+def _policies(model: keras.Model) -> str:
+    return " and ".join(sorted({layer.dtype_policy.name for layer in model.layers}))
+
+
+def _version(module: str) -> str:
+    for name in (module, module.replace("_", "-"), f"{module}-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "?"
+
+
+def _publish(staged: Path, target: Path) -> None:
+    """Moves what is whole into its place."""
+    for one in [staged] if staged.is_file() else [p for p in staged.rglob("*") if p.is_file()]:
+        with open(one, "rb+") as stream:
+            os.fsync(stream.fileno())
+    if target.suffix == ".bin":
+        # An .xml beside another's weights would load, and answer wrongly.
+        target.with_suffix(".xml").unlink(missing_ok=True)
+    if target.is_dir():  # a folder is not replaced in one step
+        old = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+        os.rename(target, old)
+        os.rename(staged, target)
+        writing.remove(old)
+    else:
+        os.replace(staged, target)
+
+
+# --- comparing -----------------------------------------------------------------------------------
+
+
+def _preprocess_for(model: keras.Model, notes: list[str]) -> Preprocess:
+    if getattr(model, "info", {}).get("preprocess"):
+        return model_preprocess(model)
+    height, width, channels = formats.picture_size(model)
+    modes = {1: "grayscale", 3: "rgb", 4: "rgba"}
+    if channels not in modes:
+        return Preprocess((height, width), None)  # pictures= must be a batch
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (None, None)
+    notes.append(
+        f"The model does not say how its pictures are prepared: compared on {height}x{width} with "
+        "ImageNet's normalisation. Set model.info['preprocess'] so that predict knows."
+    )
+    return Preprocess((height, width), None, mean=mean, std=std, color_mode=modes[channels])
+
+
+def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndarray, str]:
+    """A batch of the model's input, and what it shows."""
+    if isinstance(pictures, np.ndarray):
+        return pictures, f"{len(pictures)} given inputs"
+    channels = formats.picture_size(model)[2]
+    if channels != prepared.channels:
+        raise InputError(
+            f"The model takes {channels} channels, pictures are read with {prepared.channels}: "
+            "pass pictures= as a batch, an array (n, height, width, channels)."
+        )
+    if pictures is None:
+        from sklearn.datasets import load_sample_image
+
+        sources = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+        shown = "photographs of scikit-learn"
+    else:
+        sources = _spread(picture_paths(pictures), _COMPARED)
+        shown = "given pictures"
+    found, reason = [], None
+    for source in sources:
+        try:
+            found.append(prepared.pixels(source))
+        except DataError as error:
+            reason = error
+    if not found:
+        raise DataError(f"None of the pictures can be read: {reason}")
+    # Where nothing crops, sizes differ: one batch has one.
+    found = [pixels for pixels in found if pixels.shape == found[0].shape]
+    # At least three: batch 1, and another batch size that is no accident of two.
+    for i in range(max(0, 3 - len(found))):
+        found.append(found[i][:, ::-1])
+    batch = np.stack(found)
+    if dataset_output(model) == "float32":
+        batch = prepared.normalize(batch)
+    return batch, f"{len(batch)} {shown}"
+
+
+def _compare(runner: Runner, reference: Runner, images: np.ndarray) -> list[Comparison]:
+    """Every picture alone, then all of them at once."""
+    expected = reference.outputs(images)
+    alone = np.concatenate([runner.outputs(images[i : i + 1]) for i in range(len(images))])
+    found = [Comparison(1, relative_difference(alone, expected))]
+    if len(images) > 1:
+        together = relative_difference(runner.outputs(images), expected)
+        found.append(Comparison(len(images), together))
+    return found
+
+
+def _passes(
+    comparisons: list[Comparison], tolerance: float, int8: Int8Report | None, max_drop: float
+) -> bool:
+    # Written so that a nan fails.
+    if int8 is None:
+        return all(one.difference <= tolerance for one in comparisons)
+    if not all(np.isfinite(one.difference) for one in comparisons):
+        return False
+    if int8.before is not None:
+        return int8.before - int8.after <= max_drop
+    return 1 - int8.agreement <= 5 * max_drop

@@ -1,0 +1,274 @@
+"""File formats that other runtimes read: what is written, by whom, and what goes along.
+
+Keras' own `model.export` writes each of them. What is added here: one input called `images` with a
+free batch, one output, and beside the graph everything that `predict` needs, as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean
+from keras_resnet.models.image_model import ImageModel
+from keras_resnet.system.device import package_version
+
+# The name under which a file keeps what is known about its model.
+METADATA = "keras_resnet"
+METADATA_FILE = f"{METADATA}.json"
+INPUT = "images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A row of `FORMATS`.
+
+    Attributes:
+        name: What users call it.
+        keras_name: What `keras.Model.export` calls it.
+        suffix: Of its files; `""` for a folder.
+        needs: By backend that can write it, the packages (import name to extra) that takes.
+        runtime: What runs it.
+    """
+
+    name: str
+    keras_name: str
+    suffix: str
+    needs: dict[str, dict[str, str]]
+    runtime: str
+
+
+# Left out, with Keras 3.15: on jax, OpenVINO (its converter knows no XlaCallModule, which jax2tf
+# writes) and ONNX (by jax2onnx, with 50 packages more); on torch, SavedModel (by torch_xla, and
+# Keras' call of torch.export fails) and LiteRT (by litert-torch, for one batch size alone).
+FORMATS = {
+    row.name: row
+    for row in (
+        Format(
+            "onnx",
+            "onnx",
+            ".onnx",
+            {
+                "torch": {"onnx": "onnx"},
+                "tensorflow": {"onnx": "onnx", "tf2onnx": "onnx"},
+            },
+            "onnxruntime",
+        ),
+        Format(
+            "openvino",
+            "openvino",
+            ".xml",
+            {"torch": {"openvino": "openvino"}, "tensorflow": {"openvino": "openvino"}},
+            "openvino",
+        ),
+        Format(
+            "saved_model",
+            "tf_saved_model",
+            "",
+            {"tensorflow": {}, "jax": {"tensorflow": "tensorflow"}},
+            "tensorflow",
+        ),
+        Format("litert", "litert", ".tflite", {"tensorflow": {}}, "litert"),
+        Format("torch", "torch", ".pt2", {"torch": {}}, "torch"),
+    )
+}
+
+
+def get_format(name: str) -> Format:
+    """A row of `FORMATS` by its name.
+
+    Raises:
+        InputError: There is none of that name.
+
+    Examples:
+        >>> get_format("onxx")
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: Unknown format 'onxx'. Did you mean 'onnx'?
+    """
+    if name not in FORMATS:
+        hint = did_you_mean(name, FORMATS) or f" There are: {', '.join(FORMATS)}."
+        raise InputError(f"Unknown format {name!r}.{hint}")
+    return FORMATS[name]
+
+
+def format_of_file(path: str | os.PathLike) -> str | None:
+    """The format of an exported file or folder, by its suffix; `None` for anything else.
+
+    Examples:
+        >>> format_of_file("model.onnx"), format_of_file("model.keras")
+        ('onnx', None)
+    """
+    path = Path(path)
+    if path.is_dir():
+        return "saved_model" if (path / "saved_model.pb").is_file() else None
+    return next((row.name for row in FORMATS.values() if row.suffix == path.suffix != ""), None)
+
+
+def check_backend(name: str) -> None:
+    """Says before any work that a format cannot be written here.
+
+    Raises:
+        InputError: The backend cannot write it; the message names one that can.
+        MissingDependencyError: A package is missing; the message has the pip line.
+    """
+    row, backend = get_format(name), keras.backend.backend()
+    if backend not in row.needs:
+        able = list(row.needs)
+        installed = [one for one in able if importlib.util.find_spec(one)]
+        hint = (
+            f"set KERAS_BACKEND={installed[0]} for this command"
+            if installed
+            else f"pip install 'keras3-resnet[{able[0]}]' and set KERAS_BACKEND={able[0]}"
+        )
+        raise InputError(
+            f"Keras on {backend} cannot write {name}; on {' or '.join(able)} it can: {hint}. "
+            "A .keras file goes from one backend to the other as it is."
+        )
+    for module, extra in row.needs[backend].items():
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(
+                f"Writing {name} on {backend} needs the package {module!r}: "
+                f'pip install "keras3-resnet[{extra}]".'
+            )
+
+
+# --- what goes along -----------------------------------------------------------------------------
+
+
+def picture_size(model: keras.Model) -> tuple[int, int, int]:
+    """`(height, width, channels)` of the pictures that a file of the model takes.
+
+    Where the model leaves a size free the file has that of its preprocessing: traced graphs hold
+    sizes in places, and a file is proven at one.
+
+    Raises:
+        InputError: Neither says a size.
+    """
+    height, width, channels = _nhwc(tuple(model.input_shape[1:]))
+    if height is None or width is None:
+        config = getattr(model, "info", {}).get("preprocess")
+        given = Preprocess.from_config(config).output_shape if config else (224, 224)
+        if None in given:
+            raise InputError(
+                f"Neither the model {model.name!r} nor its preprocessing has a size; a file needs "
+                "one: give model.info['preprocess'] a crop_size."
+            )
+        height, width = height or given[0], width or given[1]
+    return height, width, channels
+
+
+def _nhwc(shape: tuple) -> tuple:
+    last = keras.config.image_data_format() == "channels_last"
+    return shape if last else (*shape[1:], shape[0])
+
+
+def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any]:
+    """What a file says about its model, JSON-able.
+
+    Args:
+        model: With one input and one output.
+        batch_size: Of the file's input, where it is fixed.
+    """
+    height, width, channels = picture_size(model)
+    info = getattr(model, "info", {})
+    last = keras.config.image_data_format() == "channels_last"
+    inside = info.get("options", {}).get("include_preprocessing")
+    steps = ["decode to RGB"]
+    if info.get("preprocess"):
+        steps = _steps(Preprocess.from_config(info["preprocess"]), bool(inside))
+    return {
+        "name": model.name,
+        "written_by": f"keras3-resnet {package_version()}, Keras {keras.__version__} on "
+        f"{keras.backend.backend()}",
+        "input": {
+            "name": INPUT,
+            "shape": [
+                batch_size,
+                *((height, width, channels) if last else (channels, height, width)),
+            ],
+            "layout": "NHWC" if last else "NCHW",
+            "dtype": "float32",
+            "holds": "pixel values 0 to 255" if inside else "normalised pixels",
+        },
+        "output": "probabilities" if ends_in_softmax(model) else "logits",
+        "steps_before_the_model": steps,
+        "info": info,
+    }
+
+
+def _steps(preprocess: Preprocess, inside: bool) -> list[str]:
+    """What is to be done to a picture before the model gets it, in words."""
+    steps = [f"decode to {preprocess.color_mode}"]
+    if preprocess.exif:
+        steps.append("turn as EXIF says")
+    size = preprocess.resize_size
+    if isinstance(size, tuple):
+        crop = (
+            ", the largest centred window of that shape" if preprocess.crop_to_aspect_ratio else ""
+        )
+        steps.append(f"resize to {size[0]}x{size[1]} ({preprocess.interpolation}, antialias){crop}")
+    elif size is not None:
+        steps.append(
+            f"resize the short side to {size}, the long one to int({size} * long / short) "
+            f"({preprocess.interpolation}, antialias)"
+        )
+    if preprocess.crop_size is not None:
+        steps.append("centre crop to {}x{}".format(*preprocess.crop_size))
+    if inside:
+        steps.append("leave pixel values 0 to 255: the model normalises them")
+    else:
+        steps.append(f"(pixels / 255 - mean) / std, mean {preprocess.mean}, std {preprocess.std}")
+    return steps
+
+
+def to_json(description: dict[str, Any]) -> str:
+    """The description as ASCII text, so that no name in it can break a file's syntax."""
+    return json.dumps(description, ensure_ascii=True, default=str)
+
+
+def from_json(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
+    """What `to_json` wrote; empty for a file that somebody else made.
+
+    Raises:
+        InputError: There is something, but not that.
+    """
+    if not text:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"What {str(path)!r} says about its model is no JSON object.")
+    return found
+
+
+def ends_in_softmax(model: keras.Model) -> bool:
+    """Whether a model gives probabilities already."""
+    activation = getattr(model.layers[-1], "activation", None)
+    return activation is not None and activation is keras.activations.softmax
+
+
+def _all_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    found = []
+    for layer in model.layers:
+        found += _all_layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
+
+
+def _clone(model: keras.Model, make) -> keras.Model:
+    # A bare Functional model, so that any class of model can be cloned.
+    plain = keras.Model(model.input, model.output, name=model.name)
+    clone = keras.models.clone_model(plain, clone_function=make)
+    info = getattr(model, "info", {})
+    clone = ImageModel(clone.input, clone.output, name=model.name, info=info)
+    clone.set_weights(model.get_weights())
+    return clone

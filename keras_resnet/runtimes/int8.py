@@ -1,0 +1,204 @@
+"""Exported files in eight-bit integers, with ranges taken from pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_resnet.data.dataset import ImageDataset
+from keras_resnet.data.folders import find_pictures, labels_by_name
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.data.sources import picture_paths
+from keras_resnet.errors import DataError, InputError, MissingDependencyError
+from keras_resnet.inference.evaluate import evaluate
+from keras_resnet.models.files import dataset_output, model_class_names
+from keras_resnet.runtimes.onnx import _quantize_onnx
+from keras_resnet.runtimes.openvino import _quantize_openvino
+from keras_resnet.runtimes.runner import Runner
+
+# By format, the packages (import name to extra) that quantise it.
+_NEEDS = {
+    "onnx": {"onnxruntime": "onnx"},
+    "openvino": {"nncf": "int8"},
+}
+
+
+def check(name: str) -> None:
+    """Says before any work that a format cannot be quantised here.
+
+    Raises:
+        InputError: Nothing quantises that format.
+        MissingDependencyError: A package is missing; the message has the pip line.
+    """
+    if name not in _NEEDS:
+        raise InputError(f"int8 can be had in {' or '.join(_NEEDS)}, not in {name}.")
+    for module, extra in _NEEDS[name].items():
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(
+                f"int8 in {name} needs the package {module!r}: "
+                f'pip install "keras3-resnet[{extra}]".'
+            )
+
+
+def quantize(
+    path: Path, name: str, description: dict[str, Any], batches: list[np.ndarray], source: str
+) -> None:
+    """Turns an exported file into one of eight-bit weights and activations, in its place.
+
+    Args:
+        path: The float32 file.
+        name: Its format, `"onnx"` or `"openvino"`.
+        description: What it says about its model; the calibration is added.
+        batches: Inputs to take the ranges from, NHWC float32.
+        source: Where they come from, to be noted.
+    """
+    if keras.config.image_data_format() == "channels_first":
+        batches = [batch.transpose(0, 3, 1, 2) for batch in batches]
+    size = description["input"]["shape"][0]
+    if size is not None:  # a file of one batch size
+        batches = [np.repeat(batch, size, axis=0) for batch in batches]
+    description = {
+        **description,
+        "precision": "int8",
+        "calibration": {"pictures": len(batches), "folder": source},
+    }
+    if name == "onnx":
+        _quantize_onnx(path, description, batches)
+    else:
+        _quantize_openvino(path, description, batches)
+
+
+# Pictures that a file is compared on, and those that int8 is calibrated and measured with.
+_COMPARED, _CALIBRATED, _MEASURED = 16, 300, 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Report:
+    """What calibration to int8 changed.
+
+    Attributes:
+        calibrated: Pictures that the ranges were taken from.
+        count: Pictures that it was measured on.
+        apart: Whether those are others than the ones it was calibrated with.
+        before: Share that the model names right; `None` where the pictures have no labels.
+        after: Share that the int8 file names right.
+        agreement: Share for which both name the same class.
+        size_before: Bytes of the file in float32.
+    """
+
+    calibrated: int
+    count: int
+    apart: bool
+    before: float | None
+    after: float | None
+    agreement: float
+    size_before: int
+
+    def __str__(self) -> str:
+        where = "others" if self.apart else "the same pictures"
+        lines = [
+            f"int8: calibrated with {self.calibrated} pictures, measured on {self.count} {where}"
+        ]
+        if self.before is not None:
+            lines.append(
+                f"  top-1 {self.before:.2%} before, {self.after:.2%} after "
+                f"({100 * (self.after - self.before):+.2f} points)"
+            )
+        lines.append(f"  the same answer as the model for {self.agreement:.2%}")
+        return "\n".join(lines)
+
+
+def _spread(items: Sequence, count: int) -> list:
+    """At most `count` items, evenly taken."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+# --- int8 ----------------------------------------------------------------------------------------
+
+
+class _Calibration:
+    """Pictures to calibrate with, and pictures to measure on."""
+
+    def __init__(self, model: keras.Model, prepared: Preprocess, folder, pictures):
+        self.folder = Path(folder).expanduser()
+        self._prepared, self._output = prepared, dataset_output(model)
+        self._names = model_class_names(model)
+        if len(model.output_shape) != 2:
+            raise InputError(f"int8 needs a classifier; {model.name!r} has no head.")
+        paths, labels = self._labelled(self.folder)
+        chosen = set(_spread(range(len(paths)), _CALIBRATED))
+        self._calibrate = [paths[i] for i in sorted(chosen)]
+        rest = [i for i in range(len(paths)) if i not in chosen]
+        self._apart = True
+        if pictures is not None and not isinstance(pictures, np.ndarray):
+            paths, labels = self._labelled(pictures)
+            rest = range(len(paths))
+        elif len(rest) < len(chosen) // 4:  # too few to say anything
+            rest, self._apart = range(len(paths)), False
+        measured = _spread(rest, _MEASURED)
+        self._measured = [paths[i] for i in measured]
+        self._labels = None if labels is None else labels[measured]
+
+    def _labelled(self, source) -> tuple[list[str], np.ndarray | None]:
+        """Pictures with their labels, where the folder's class folders are the model's."""
+        if isinstance(source, (str, os.PathLike)):
+            try:
+                paths, labels, found = find_pictures(source)
+                return paths, labels_by_name(labels, found, self._names)
+            except (DataError, InputError):
+                pass
+        return picture_paths(source), None
+
+    def _dataset(self, paths, labels) -> ImageDataset:
+        return ImageDataset(
+            paths,
+            labels,
+            self._names,
+            shuffle=False,
+            preprocess=self._prepared,
+            output=self._output,
+        )
+
+    def batches(self) -> list[np.ndarray]:
+        """float32 inputs `(1, height, width, channels)`."""
+        dataset = self._dataset(self._calibrate, np.zeros(len(self._calibrate), np.int32))
+        found: list[np.ndarray] = []
+        for index in range(len(dataset)):
+            try:
+                images = dataset.read_batch(index).images
+            except DataError:
+                continue
+            found += [image[None].astype(np.float32) for image in images]
+        if not found:
+            raise DataError(f"None of the pictures in {str(self.folder)!r} can be read.")
+        return found
+
+    def measure(self, reference: Runner, runner: Runner, size_before: int) -> Int8Report:
+        """Both on the same pictures."""
+        labels = self._labels
+        if labels is None:
+            labels = np.zeros(len(self._measured), np.int32)
+        before = evaluate(reference, self._dataset(self._measured, labels))
+        after = evaluate(runner, self._dataset(self._measured, labels))
+        same = [
+            a["predicted"] == b["predicted"] for a, b in zip(before.rows, after.rows, strict=True)
+        ]
+        known = self._labels is not None
+        return Int8Report(
+            calibrated=len(self._calibrate),
+            count=after.count,
+            apart=self._apart,
+            before=before.top1 if known else None,
+            after=after.top1 if known else None,
+            agreement=float(np.mean(same)),
+            size_before=size_before,
+        )

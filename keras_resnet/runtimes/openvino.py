@@ -1,0 +1,97 @@
+"""OpenVINO: written, described and run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_resnet.errors import NotFoundError
+from keras_resnet.runtimes import formats
+from keras_resnet.runtimes.formats import INPUT, METADATA, to_json
+from keras_resnet.runtimes.runner import FileRunner
+
+
+class OpenVinoRunner(FileRunner):
+    """OpenVINO on an `.xml` file and the `.bin` beside it, or on an `.onnx` file."""
+
+    runtime, module, extra = "openvino", "openvino", "openvino"
+    precisions = ("float32", "bfloat16", "float16")
+
+    def _open(self, path, precision, threads):
+        import openvino as ov
+
+        weights = path.with_suffix(".bin")
+        if path.suffix == ".xml" and not weights.is_file():
+            raise NotFoundError(f"{str(weights)!r} is missing: it belongs to {path.name!r}.")
+        core = ov.Core()
+        model = core.read_model(path)
+        hints = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+        # Left alone, it computes in bfloat16 where the processor can.
+        options = {
+            "INFERENCE_PRECISION_HINT": hints[precision],
+            "INFERENCE_NUM_THREADS": str(threads),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self._model = core.compile_model(model, "CPU", options)
+        self._request = self._model.create_infer_request()
+        text = None
+        for keys in ([formats.METADATA], ["framework", formats.METADATA]):  # .xml, .onnx
+            if model.has_rt_info(keys):
+                text = str(model.get_rt_info(keys).value)
+                break
+        shapes = [
+            tuple(size.get_length() if size.is_static else None for size in port.partial_shape)
+            for port in (model.inputs[0], model.outputs[0])
+        ]
+        return text, *shapes
+
+    def _run(self, images):
+        # A copy: the request's own buffer is written over by the next batch.
+        return np.array(self._request.infer([images], share_inputs=True)[0])
+
+
+def _finish_openvino(path: Path, description: dict[str, Any]) -> None:
+    import openvino as ov
+
+    model = ov.Core().read_model(path)
+    # Keras' constants that were not folded come out as further results: the first is the model's.
+    model = ov.Model([model.get_results()[0]], model.get_parameters(), description["name"])
+    shape = [-1 if size is None else size for size in description["input"]["shape"]]
+    model.reshape({model.inputs[0]: ov.PartialShape(shape)})
+    model.inputs[0].tensor.set_names({INPUT})
+    model.outputs[0].tensor.set_names({description["output"]})
+    save_openvino(model, path, description)
+
+
+def save_openvino(model, path: Path, description: dict[str, Any]) -> None:
+    """Writes an OpenVINO model, in float32, with its description, over the file it came from."""
+    import openvino as ov
+
+    model.set_rt_info(to_json(description), METADATA)
+    # What was read lies in a mapped file: the new one is made beside it.
+    fresh = path.with_name(f"new-{path.name}")
+    ov.save_model(model, fresh, compress_to_fp16=False)
+    del model
+    os.replace(fresh.with_suffix(".bin"), path.with_suffix(".bin"))
+    os.replace(fresh, path)
+
+
+def _quantize_openvino(path: Path, description: dict[str, Any], batches: list[np.ndarray]) -> None:
+    import nncf
+    import openvino as ov
+
+    level = logging.getLogger("nncf").level
+    nncf.set_log_level(logging.ERROR)
+    try:
+        model = nncf.quantize(
+            ov.Core().read_model(path),
+            nncf.Dataset(batches),
+            subset_size=len(batches),
+        )
+    finally:
+        nncf.set_log_level(level or logging.INFO)
+    save_openvino(model, path, description)

@@ -1,0 +1,212 @@
+"""Which engine runs a model: the one asked for, a file's own, or the fastest."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError, did_you_mean
+from keras_resnet.models.files import load_model
+from keras_resnet.runtimes import formats, writing
+from keras_resnet.runtimes.litert import LiteRtRunner
+from keras_resnet.runtimes.onnx import OnnxRunner
+from keras_resnet.runtimes.openvino import OpenVinoRunner
+from keras_resnet.runtimes.runner import FileRunner, KerasRunner, Runner, Trial, relative_difference
+from keras_resnet.runtimes.saved_model import SavedModelRunner
+from keras_resnet.runtimes.torch_program import TorchRunner
+from keras_resnet.system.process import tune_process
+
+# Of the engines that take a Keras model, and those that an exported file names by itself.
+ENGINES = ("keras", "auto", "openvino", "onnxruntime", "torch")
+_OWN_RUNTIME = ("keras", "auto")
+
+
+_RUNNERS: dict[str, type[FileRunner]] = {
+    one.runtime: one
+    for one in (OnnxRunner, OpenVinoRunner, SavedModelRunner, LiteRtRunner, TorchRunner)
+}
+# What an engine can open besides its own format.
+_READS = {"openvino": ("openvino", "onnx")}
+
+
+def runtime_of(name: str) -> type[FileRunner]:
+    """What runs the files of a format.
+
+    Raises:
+        MissingDependencyError: It is not installed; the message has the pip line.
+    """
+    kind = _RUNNERS[formats.get_format(name).runtime]
+    if importlib.util.find_spec(kind.module) is None:
+        raise MissingDependencyError(
+            f"Running {name} files needs the package {kind.module!r}: "
+            f'pip install "keras3-resnet[{kind.extra}]".'
+        )
+    return kind
+
+
+def open_file(
+    path: str | os.PathLike,
+    engine: str = "auto",
+    precision: str | None = None,
+    threads: int | None = None,
+) -> FileRunner:
+    """Opens an exported file in its own runtime, or in another that reads it.
+
+    A SavedModel is a program for TensorFlow, which can read and write files, and a `.pt2` file may
+    hold pickles: open those of people you trust. The other formats hold a graph and numbers.
+
+    Args:
+        path: An `.onnx`, `.xml`, `.tflite` or `.pt2` file, or a SavedModel folder.
+        engine: `"openvino"` reads `.onnx` as well; `"auto"` and `"keras"` take the file's own.
+        precision: What it computes in; float32 by default.
+        threads: How many; those that the process may use by default.
+
+    Raises:
+        NotFoundError: There is no such file.
+        InputError: No exported file, or one that the engine does not read.
+        MissingDependencyError: The runtime is not installed.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        near = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise NotFoundError(f"No model file at {str(path)!r}.{did_you_mean(path.name, near)}")
+    kind = formats.format_of_file(path)
+    if kind is None:
+        raise InputError(f"{str(path)!r} is no exported model: {_suffixes()}.")
+    if engine in _OWN_RUNTIME:
+        engine = formats.FORMATS[kind].runtime
+    runtime_of(next(row.name for row in formats.FORMATS.values() if row.runtime == engine))
+    reads = [row.name for row in formats.FORMATS.values() if row.runtime == engine]
+    if kind not in _READS.get(engine, reads):
+        raise InputError(
+            f"The engine {engine!r} does not read {path.name!r}; without an engine's name the "
+            f"file is run by {formats.FORMATS[kind].runtime}."
+        )
+    return _RUNNERS[engine](path, precision, threads)
+
+
+def _suffixes() -> str:
+    known = [row.suffix for row in formats.FORMATS.values() if row.suffix]
+    return f"{', '.join(known)} or a SavedModel folder"
+
+
+# --- which one -----------------------------------------------------------------------------------
+
+
+def open_runner(
+    model: keras.Model | Runner | str | os.PathLike,
+    engine: str = "keras",
+    precision: str | None = None,
+) -> Runner:
+    """Makes a model ready to run.
+
+    Args:
+        model: A model, a `.keras` file, a run folder, or an exported file (`.onnx`, OpenVINO's
+            `.xml`, a SavedModel folder, `.tflite`, `.pt2`); a `Runner` is given back as it is.
+        engine: What runs it. `"keras"`: the backend, or an exported file's own runtime.
+            `"onnxruntime"`, `"openvino"`, `"torch"` (without Keras): the model is exported to a
+            temporary file for it. `"auto"`: each of these that is installed and can be had on this
+            backend is tried on eight pictures of noise, and the fastest taken.
+        precision: `"float32"`, `"bfloat16"` or `"float16"`, where the engine has it; the model's
+            own by default, and float32 in exported files.
+
+    Raises:
+        InputError: An unknown engine, one that cannot be had here, or a model without a
+            classification head.
+        MissingDependencyError: The engine is not installed; the message has the pip line.
+        NotFoundError: There is no such file.
+
+    Examples:
+        >>> from keras_resnet.zoo import create_model
+        >>> runner = open_runner(create_model("resnet20"))
+        >>> runner.log_probabilities(np.zeros((2, 32, 32, 3), "float32")).shape
+        (2, 10)
+    """
+    if engine not in ENGINES:
+        hint = did_you_mean(engine, ENGINES) or f" There are: {', '.join(ENGINES)}."
+        raise InputError(f"Unknown engine {engine!r}.{hint}")
+    if isinstance(model, Runner):
+        return model
+    tune_process()
+    if not isinstance(model, keras.Model):
+        if formats.format_of_file(Path(model).expanduser()) is not None:
+            runner = open_file(model, engine, precision)
+            _check_head(runner.model_name, runner.output_shape)
+            return runner
+        model = load_model(model)
+    _check_head(model.name, model.output_shape)
+    if engine == "keras":
+        return KerasRunner(model, precision)
+    if engine == "auto":
+        return _fastest(model, precision)
+    return _through_file(model, engine, precision)
+
+
+def _check_head(name: str, shape: tuple[int | None, ...]) -> None:
+    if len(shape) != 2:
+        raise InputError(f"The model {name!r} has no classification head: its output is {shape}.")
+
+
+def _through_file(model: keras.Model, engine: str, precision: str | None) -> FileRunner:
+    """A Keras model in another engine, by way of a temporary file, compared before it is used."""
+    row = next(row for row in formats.FORMATS.values() if row.runtime == engine)
+    # Both before the work of exporting.
+    formats.check_backend(row.name)
+    kind = runtime_of(row.name)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / f"model{row.suffix}"
+        writing.write(model, path, row.name)
+        runner = kind(path, precision)
+    images = writing.sample_input(model, 2)
+    difference = relative_difference(runner.outputs(images), KerasRunner(model).outputs(images))
+    # A wrong graph is off by its own size; half precision, by some hundredths.
+    tolerance = 1e-3 if precision in (None, "float32") and _is_float32(model) else 0.1
+    if not difference <= tolerance:
+        raise InputError(
+            f"The engine {engine!r} does not give this model's answers: they differ by "
+            f"{difference:.2g} of the largest. Use engine='keras', and please report it."
+        )
+    return runner
+
+
+def _is_float32(model: keras.Model) -> bool:
+    return writing.in_float32(model) is model
+
+
+def _fastest(model: keras.Model, precision: str | None) -> Runner:
+    images = writing.sample_input(model, 8)
+    trials, best = [], None
+    for engine in ("keras", "openvino", "onnxruntime", "torch"):
+        try:
+            if engine == "keras":
+                runner: Runner = KerasRunner(model, precision)
+            else:
+                runner = _through_file(model, engine, precision)
+        except (InputError, MissingDependencyError) as error:
+            trials.append(Trial(engine, None, str(error)))
+            continue
+        runner.outputs(images)  # the first call builds and compiles
+        seconds = _median_seconds(runner, images)
+        if best is None or seconds < min(t.seconds for t in trials if t.seconds is not None):
+            best = runner
+        trials.append(Trial(runner.name, seconds))
+    if best is None:
+        raise InputError(f"No engine can run it: {trials[0].reason}")
+    best.trials = trials
+    return best
+
+
+def _median_seconds(runner: Runner, images: np.ndarray, count: int = 5) -> float:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        runner.outputs(images)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

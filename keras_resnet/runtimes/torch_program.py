@@ -1,0 +1,56 @@
+"""torch.export's programs: described and run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from keras_resnet.runtimes import formats
+from keras_resnet.runtimes.formats import METADATA_FILE, to_json
+from keras_resnet.runtimes.runner import FileRunner
+
+
+class TorchRunner(FileRunner):
+    """torch on an exported program, a `.pt2` file; Keras is not asked."""
+
+    runtime, module, extra = "torch", "torch", "torch"
+
+    def _open(self, path, precision, threads):
+        import torch
+
+        about = {formats.METADATA_FILE: ""}
+        program = torch.export.load(path, extra_files=about)
+        self._module = program.module()
+        nodes = {node.name: node for node in program.graph.nodes}
+        names = program.graph_signature.user_inputs[0], program.graph_signature.user_outputs[0]
+        shapes = [
+            tuple(size if isinstance(size, int) else None for size in nodes[name].meta["val"].shape)
+            for name in names
+        ]
+        return about[formats.METADATA_FILE], *shapes
+
+    def _run(self, images):
+        import torch
+
+        with torch.inference_mode():
+            return self._module(torch.from_numpy(images)).numpy()
+
+
+def _finish_torch(path: Path, description: dict[str, Any]) -> None:
+    import torch
+    from torch.export.graph_signature import InputKind
+
+    program = torch.export.load(path)
+    # Keras' variables come twice: as constants, which the graph uses, and as the parameters of the
+    # module, which it does not. Without those the file has half the size.
+    nodes, inputs = {node.name: node for node in program.graph.nodes}, program.graph_signature
+    for spec in list(inputs.input_specs):
+        if spec.kind is InputKind.PARAMETER and not nodes[spec.arg.name].users:
+            program.graph.erase_node(nodes[spec.arg.name])
+            inputs.input_specs.remove(spec)
+            del program.state_dict[spec.target]
+    program.graph_module.recompile()
+    fresh = path.with_name(f"new-{path.name}")
+    torch.export.save(program, fresh, extra_files={METADATA_FILE: to_json(description)})
+    os.replace(fresh, path)

@@ -1,0 +1,165 @@
+"""Writes a model in a format."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_resnet.errors import InputError, reason_of
+from keras_resnet.runtimes.formats import (
+    FORMATS,
+    INPUT,
+    _all_layers,
+    _clone,
+    check_backend,
+    describe,
+    picture_size,
+)
+from keras_resnet.runtimes.litert import _finish_litert
+from keras_resnet.runtimes.onnx import _finish_onnx, _without_xla
+from keras_resnet.runtimes.openvino import _finish_openvino
+from keras_resnet.runtimes.saved_model import _finish_saved_model
+from keras_resnet.runtimes.torch_program import _finish_torch
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write(
+    model: keras.Model, path: str | os.PathLike, name: str, batch_size: int | None = None
+) -> dict[str, Any]:
+    """Writes a model in a format, unchecked; `export` is what users call.
+
+    Args:
+        model: With one input and one output.
+        path: With the format's suffix. Nothing is there yet.
+        name: Of the format.
+        batch_size: A fixed one; any by default.
+
+    Returns:
+        The description that went along.
+
+    Raises:
+        InputError: A model that cannot be written, or a backend that cannot.
+        MissingDependencyError: A package is missing.
+    """
+    check_backend(name)
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise InputError(
+            f"A model with one input and one output can be exported; {model.name!r} has "
+            f"{len(model.inputs)} and {len(model.outputs)}."
+        )
+    description = describe(model, batch_size)
+    model = in_float32(model)
+    if name == "onnx" and keras.backend.backend() == "tensorflow":
+        model = _without_xla(model)
+    # Keras takes another exporter of ONNX for fixed sizes; the batch is fixed afterwards.
+    batch = None if name == "onnx" else batch_size
+    signature = keras.InputSpec(shape=(batch, *description["input"]["shape"][1:]), dtype="float32")
+    signature.name = INPUT
+    options: dict[str, Any] = {}
+    if name == "torch" and batch is None:
+        import torch
+
+        options["dynamic_shapes"] = {0: torch.export.Dim("batch", min=1)}
+    try:
+        with _quiet():
+            model.export(
+                os.fspath(path),
+                format=FORMATS[name].keras_name,
+                verbose=False,
+                input_signature=[signature],
+                **options,
+            )
+            _FINISH[name](Path(path), description)
+    except OSError:  # a full disk, say
+        raise
+    except Exception as error:  # of converters, each with kinds of its own
+        raise InputError(
+            f"Keras on {keras.backend.backend()} could not write {model.name!r} as {name}: "
+            f"{reason_of(error)}"
+        ) from error
+    return description
+
+
+def in_float32(model: keras.Model) -> keras.Model:
+    """The same network with every layer in float32; the model itself where it is so already.
+
+    What runs exported files chooses its own precision, and Keras' ONNX exporter wants float32.
+    """
+    if all(layer.dtype_policy.name == "float32" for layer in _all_layers(model)):
+        return model
+
+    def recast(layer):
+        if isinstance(layer, keras.Model):
+            return in_float32(layer)
+        return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+
+    return _clone(model, recast)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the tracers' warnings, of which there are dozens and none is for the user."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("tf2onnx", "tensorflow", "torch.onnx")]
+    levels = [one.level for one in loggers]
+    # torch prints a whole graph where it cannot convert it.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for one in loggers:
+            one.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for one, level in zip(loggers, levels, strict=True):
+                one.setLevel(level)
+
+
+_FINISH = {
+    "onnx": _finish_onnx,
+    "openvino": _finish_openvino,
+    "saved_model": _finish_saved_model,
+    "litert": _finish_litert,
+    "torch": _finish_torch,
+}
+
+
+def files_of(path: Path, name: str) -> list[Path]:
+    """All that belongs to an exported model, the file that is opened last."""
+    return [path.with_suffix(".bin"), path] if name == "openvino" else [path]
+
+
+def size_of(path: Path, name: str) -> int:
+    """Bytes on disk."""
+    total = 0
+    for one in files_of(path, name):
+        inside = [p for p in one.rglob("*") if p.is_file()] if one.is_dir() else [one]
+        total += sum(p.stat().st_size for p in inside)
+    return total
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sample_input(model: keras.Model, count: int, seed: int = 0) -> np.ndarray:
+    """Noise of the shape and the range that a model takes, `(count, height, width, channels)`."""
+    shape = picture_size(model)
+    info = getattr(model, "info", {})
+    rng = np.random.default_rng(seed)
+    if info.get("options", {}).get("include_preprocessing"):
+        return rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+    return rng.standard_normal((count, *shape), dtype=np.float32)

@@ -1,0 +1,1 @@
+"""The process, the disk and the backend's devices."""

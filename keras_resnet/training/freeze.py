@@ -1,0 +1,181 @@
+"""Transfer learning: which layers train, and what that does to the batch norms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+
+import keras
+
+from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.models.files import load_model
+from keras_resnet.weights.load import load_torchvision
+
+
+@dataclasses.dataclass(frozen=True)
+class FreezeReport:
+    """What trains and what does not; `print` it.
+
+    Attributes:
+        until: The first part that trains.
+        trained: Names of the layers with weights that train.
+        frozen: Names of those that do not.
+        trained_params: Number of weights that train.
+        frozen_params: Number of weights that do not.
+        frozen_norms: Batch norms that use and keep their stored statistics.
+        training_norms: Batch norms that normalise by the batch and update their statistics.
+    """
+
+    until: str | None
+    trained: list[str]
+    frozen: list[str]
+    trained_params: int
+    frozen_params: int
+    frozen_norms: int
+    training_norms: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"Training {len(self.trained)} layers ({self.trained_params:,} weights), "
+            f"{len(self.frozen)} frozen ({self.frozen_params:,} weights)."
+        ]
+        if self.frozen_norms or self.training_norms:
+            lines.append(
+                f"Batch norms: {self.frozen_norms} frozen, which use and keep their stored "
+                f"statistics; {self.training_norms} training, which normalise by the batch and "
+                "update theirs."
+            )
+        return "\n".join(lines)
+
+
+def parts(model: keras.Model) -> list[str]:
+    """The parts that `freeze` can stop at, from the input to the head.
+
+    Examples:
+        >>> from keras_resnet import create_model
+        >>> parts(create_model("resnet18"))
+        ['conv1', 'layer1', 'layer2', 'layer3', 'layer4', 'fc']
+    """
+    found: list[str] = []
+    for layer in _weighted_layers(model):
+        part = layer.name.split("_")[0]
+        # The stem's norm belongs to the stem.
+        if part not in found and not part.startswith("bn"):
+            found.append(part)
+    return found
+
+
+def _weighted_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    return [layer for layer in model.layers if layer.weights]
+
+
+def freeze(
+    model: keras.Model, until: str | None = "head", *, freeze_norms: bool = False
+) -> FreezeReport:
+    """Freezes every layer before a part of the model, and unfreezes that part and all behind it.
+
+    The choice is kept in the layers (`trainable`), so that it outlives compiling again, saving and
+    loading; compile afterwards, as always in Keras. A frozen batch norm runs in inference mode
+    even inside `fit`: unlike a frozen one of torch in `train()`, it keeps its statistics.
+
+    Args:
+        model: The model.
+        until: `"head"` for the last layer alone, a part such as `"layer4"` or `"classifier"` (see
+            `parts`), a layer's name, or `None` to train everything.
+        freeze_norms: Freeze the batch norms behind `until` as well.
+
+    Returns:
+        What trains now.
+
+    Raises:
+        InputError: There is no such part.
+
+    Examples:
+        >>> from keras_resnet import create_model
+        >>> freeze(create_model("resnet18", num_classes=2), until="layer4").training_norms
+        5
+    """
+    layers = _weighted_layers(model)
+    first = 0 if until is None else _first_trained(layers, until)
+    for i, layer in enumerate(layers):
+        is_norm = isinstance(layer, keras.layers.BatchNormalization)
+        layer.trainable = i >= first and not (freeze_norms and is_norm)
+    norms = [x for x in layers if isinstance(x, keras.layers.BatchNormalization)]
+    trained = [x for x in layers if x.trainable]
+    frozen = [x for x in layers if not x.trainable]
+    return FreezeReport(
+        until,
+        [x.name for x in trained],
+        [x.name for x in frozen],
+        _params(trained),
+        _params(frozen),
+        sum(not x.trainable for x in norms),
+        sum(x.trainable for x in norms),
+    )
+
+
+def _first_trained(layers: list[keras.layers.Layer], until: str) -> int:
+    if until == "head":
+        return len(layers) - 1
+    for i, layer in enumerate(layers):
+        if layer.name == until or layer.name.startswith(f"{until}_"):
+            return i
+    known = [*dict.fromkeys(x.name.split("_")[0] for x in layers), "head"]
+    raise InputError(
+        f"The model has no part {until!r}.{did_you_mean(until, known)} "
+        f"Its parts: {', '.join(known)}."
+    )
+
+
+def _params(layers: list[keras.layers.Layer]) -> int:
+    statistics = ("moving_mean", "moving_variance")
+    return sum(math.prod(w.shape) for x in layers for w in x.weights if w.name not in statistics)
+
+
+def load_pretrained(model: keras.Model, source: str | os.PathLike) -> str:
+    """Loads weights under a new head: those of every layer but the last.
+
+    Args:
+        model: The model; its head stays as it is.
+        source: A tag such as `"DEFAULT"`, a torch checkpoint, or a `.keras` file of this package.
+
+    Returns:
+        One line that says what was loaded.
+
+    Raises:
+        InputError: Weights of another network.
+        NotFoundError: There is no such file.
+    """
+    text = os.path.expanduser(os.fspath(source))
+    if text.endswith(".keras"):
+        return _load_from_keras(model, text)
+    report = load_torchvision(model, text, head="skip")
+    return f"{str(report).splitlines()[0]}; {model.layers[-1].name!r} is new."
+
+
+def _load_from_keras(model: keras.Model, path: str) -> str:
+    other = load_model(path)
+    theirs, ours = _weighted_layers(other), _weighted_layers(model)
+    head = ours[-1].name
+    expected = {layer.name: _kind(layer) for layer in theirs[:-1]}
+    wanted = {layer.name: _kind(layer) for layer in ours[:-1]}
+    problems = [n for n in {**wanted, **expected} if wanted.get(n) != expected.get(n)]
+    if problems:
+        raise InputError(
+            f"The weights of {path!r} ({other.name}) do not fit {model.name}: "
+            f"{len(problems)} layers differ, the first is {problems[0]!r}."
+        )
+    sources = {layer.name: layer for layer in theirs}
+    for layer in ours[:-1]:
+        layer.set_weights(sources[layer.name].get_weights())
+    return f"{len(ours) - 1} layers from {path!r}; {head!r} is new."
+
+
+def _kind(layer: keras.layers.Layer) -> tuple:
+    """What two layers must share to mean the same by the same weights.
+
+    The strides as well: resnet50 and resnet50_v1 have weights of equal shapes.
+    """
+    shapes = [tuple(w.shape) for w in layer.weights]
+    return type(layer).__name__, shapes, getattr(layer, "strides", None)

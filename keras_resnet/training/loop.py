@@ -1,0 +1,516 @@
+"""The training loop: epochs of `model.fit` that can be killed at any instant and go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_resnet import plots
+from keras_resnet.data.dataset import ImageDataset
+from keras_resnet.errors import InputError, KerasResNetError
+from keras_resnet.recipes import Recipe
+from keras_resnet.system.device import (
+    Sender,
+    devices,
+    package_version,
+    random_state,
+    set_random_state,
+)
+from keras_resnet.training.ema import ModelEMA, adjusted_decay
+from keras_resnet.training.freeze import freeze, parts
+from keras_resnet.training.loggers import Loggers
+from keras_resnet.training.prepare import (
+    Data,
+    compile_model,
+    make_optimizer,
+    make_schedule,
+    readable_batch,
+)
+from keras_resnet.training.run_folder import Run
+
+
+class TrainingError(KerasResNetError, ArithmeticError):
+    """Training cannot go on, such as after a loss that is no number."""
+
+
+class _Interrupted(Exception):
+    """Raised between two steps after Ctrl-C or SIGTERM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a run is run, as far as it does not change the result.
+
+    Attributes:
+        say: Prints a line.
+        bar: Show Keras' progress bar.
+        jit: Compile the training step.
+        checkpoint_steps: Steps between two checkpoints; `None` for none but by time.
+        checkpoint_seconds: Seconds between two checkpoints.
+        keep: Numbered models to keep, of the best epochs.
+        callbacks: The caller's own.
+        loggers: Where each epoch's numbers go besides `history.csv`.
+    """
+
+    say: Callable[[str], None]
+    bar: bool = False
+    jit: bool = False
+    checkpoint_steps: int | None = None
+    checkpoint_seconds: float = 300.0
+    keep: int = 0
+    callbacks: Sequence[keras.callbacks.Callback] = ()
+    loggers: Loggers = dataclasses.field(default_factory=lambda: Loggers([]))
+
+
+class Loop:
+    """Epochs of `model.fit`, one call each, with everything saved that going on needs.
+
+    Args:
+        model: The model, with its first weights.
+        recipe: How to train.
+        data: What to train on.
+        run: The open run folder.
+        settings: How to run.
+    """
+
+    def __init__(
+        self, model: keras.Model, recipe: Recipe, data: Data, run: Run, settings: Settings
+    ):
+        self.model, self.recipe, self.data = model, recipe, data
+        self.run_folder, self.settings = run, settings
+        self.steps = len(data.train)
+        self.schedule = make_schedule(recipe, self.steps)
+        self.epoch, self.step = 0, 0  # what comes next
+        self.best = -math.inf
+        self.stale = 0  # epochs since the best
+        self.until = recipe.unfreeze
+        self.ema: ModelEMA | None = None
+        self.stop = threading.Event()
+        self.validating = False
+        self.saved_metrics: list[np.ndarray] | None = None
+        self.random: dict[str, np.ndarray] = {}
+        self.saved_skipped: list[tuple[str, str]] = []
+
+    def run(self) -> bool:
+        """Trains to the end; gives whether it was interrupted."""
+        self._compile(first=True)
+        if self.recipe.ema:
+            recipe = self.recipe
+            decay = adjusted_decay(
+                recipe.ema_decay, recipe.batch_size, recipe.epochs, recipe.ema_steps
+            )
+            self.ema = ModelEMA(decay, recipe.ema_steps, recipe.warmup_epochs)
+            self.ema.build(self.model)
+        if self.run_folder.resumed:
+            self._resume()
+        else:
+            # Before the first step: killed at any instant from here on, the run goes on.
+            self._save_state()
+        callbacks = _Callbacks(self)
+        with self._signals():
+            try:
+                while self.epoch < self.recipe.epochs and not self._out_of_patience():
+                    if self.stop.is_set():
+                        raise _Interrupted
+                    self._unfreeze_gradually()
+                    self._run_epoch(callbacks)
+                    if self.model.stop_training:
+                        self._note("Stopped by a callback.")
+                        break
+            except _Interrupted:
+                self._interrupted()
+                return True
+            callbacks.finish()
+        return False
+
+    def _compile(self, first: bool = False) -> None:
+        report = freeze(self.model, self.until, freeze_norms=self.recipe.freeze_norms)
+        self.settings.say(str(report))
+        before = None if first else self.model.optimizer
+        head = self.model.layers[-1].name
+        if report.trained == [head]:
+            head = None
+        optimizer = make_optimizer(self.recipe, self.schedule, head)
+        compile_model(self.model, optimizer, self.data.soft_labels, self.settings.jit)
+        if before is not None:
+            _carry_over(before, self.model.optimizer)
+
+    def _unfreeze_gradually(self) -> None:
+        """Unfreezes one part more after every `gradual` epochs."""
+        until = part_to_train(self.model, self.recipe, self.epoch)
+        if until != self.until:
+            self.until = until
+            what = f"{until} and what follows" if until else "everything"
+            self._note(f"From epoch {self.epoch + 1} on {what} trains.")
+            self._compile()
+
+    # Going on.
+
+    def _resume(self) -> None:
+        run = self.run_folder
+        progress = run.read_progress()
+        if progress["files"] != self.data.fingerprint:
+            raise InputError(
+                f"The pictures have changed since the run in {str(run.folder)!r} was started. Pass "
+                "--restart to start a new one beside it."
+            )
+        if progress["until"] != self.until:
+            self.until = progress["until"]
+            self._compile()
+        if progress["step"]:
+            # Compiled metrics are made at the first batch; testing changes no weight.
+            images, labels = readable_batch(self.data.val, 0)
+            self.model.test_on_batch(images[:1], labels[:1])
+        progress, extra = run.load_state(self.model)
+        if self.ema is not None:
+            self.ema.set_state(extra)
+        self.random = {k: v for k, v in extra.items() if k.startswith("random/")}
+        self.epoch, self.step = progress["epoch"], progress["step"]
+        self.best = -math.inf if progress["best"] is None else progress["best"]
+        self.stale = progress["stale"]
+        self.saved_skipped = [tuple(item) for item in progress["skipped"]]
+        if self.step:
+            self.saved_metrics = [
+                keras.ops.convert_to_numpy(v).copy() for v in self.model.metrics_variables
+            ]
+        if run.history:
+            self._write_views()
+        if self.epoch < self.recipe.epochs:
+            self._note(f"Going on at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps}.")
+
+    def _save_state(self) -> None:
+        progress = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": None if self.best == -math.inf else self.best,
+            "stale": self.stale,
+            "until": self.until,
+            "files": self.data.fingerprint,
+            "skipped": self.skipped(),
+        }
+        self.random = random_state()
+        averages = {} if self.ema is None else self.ema.get_state()
+        self.run_folder.save_state(self.model, progress, {**averages, **self.random})
+
+    # One epoch.
+
+    def _run_epoch(self, callbacks: _Callbacks) -> None:
+        started = time.perf_counter()
+        self.validating = False
+        batches = _EpochBatches(self.data.train, self.epoch, self.step)
+        callbacks.begin_epoch(len(batches))
+        try:
+            self.model.fit(
+                batches,
+                epochs=self.epoch + 1,
+                initial_epoch=self.epoch,
+                validation_data=_EpochBatches(self.data.val, 0, 0),
+                shuffle=False,  # the dataset has shuffled already, by the seed
+                callbacks=callbacks,
+                verbose=0,
+            )
+        except (KerasResNetError, _Interrupted):
+            raise
+        except Exception:
+            # Backends wrap what went wrong in reading a picture in errors of their own.
+            failure = self.data.train.failure or self.data.val.failure
+            if isinstance(failure, KerasResNetError):
+                raise failure from None
+            raise
+        logs = callbacks.logs
+        row = {
+            "accuracy": logs["accuracy"],
+            "loss": logs["loss"],
+            "val_accuracy": logs["val_accuracy"],
+            "val_loss": logs["val_loss"],
+            "learning_rate": self.schedule.value_at((self.epoch + 1) * self.steps - 1),
+            "seconds": time.perf_counter() - started,
+        }
+        self._record(row)
+        improved = row["val_accuracy"] > self.best
+        self.stale = 0 if improved else self.stale + 1
+        self.best = max(self.best, row["val_accuracy"])
+        with contextlib.nullcontext() if self.ema is None else self.ema.applied():
+            self._describe(row)
+            if improved:
+                self.run_folder.save_model(self.model, "best.keras")
+            self._keep_numbered()
+        self.run_folder.save_model(self.model, "last.keras")
+        self.epoch, self.step = self.epoch + 1, 0
+        self._save_state()
+        self._write_views()
+        self.settings.loggers.log(self.epoch, row)
+
+    def _record(self, row: dict[str, float]) -> None:
+        for key, value in row.items():
+            self.run_folder.history.setdefault(key, []).append(float(value))
+        self._note(
+            f"Epoch:{self.epoch + 1:2d}, Train_acc:{row['accuracy'] * 100:.1f}%, "
+            f"Train_loss:{row['loss']:.3f}, Val_acc:{row['val_accuracy'] * 100:.1f}%, "
+            f"Val_loss:{row['val_loss']:.3f}, Lr:{row['learning_rate']:.2e}, "
+            f"{row['seconds']:.1f} s"
+        )
+
+    def _describe(self, row: dict[str, float]) -> None:
+        self.model.info["training"] = {
+            "recipe": self.recipe.name,
+            "epoch": self.epoch + 1,
+            "epochs": self.recipe.epochs,
+            "val_accuracy": float(row["val_accuracy"]),
+            "val_loss": float(row["val_loss"]),
+            "train_pictures": self.data.train.num_samples,
+            "val_pictures": self.data.val.num_samples,
+            "keras_resnet": package_version(),
+            "backend": keras.backend.backend(),
+        }
+
+    def _keep_numbered(self) -> None:
+        """Saves this epoch's model under its number where it is one of the best so far."""
+        if not self.settings.keep:
+            return
+        accuracies = self.run_folder.history["val_accuracy"]
+        # Of equal ones the earlier is kept, as in best.keras.
+        ranked = sorted(range(len(accuracies)), key=lambda i: (-accuracies[i], i))
+        kept = {f"epoch-{i + 1:03d}.keras" for i in ranked[: self.settings.keep]}
+        name = f"epoch-{self.epoch + 1:03d}.keras"
+        if name in kept:
+            self.run_folder.save_model(self.model, name)
+        for path in self.run_folder.folder.glob("epoch-*.keras"):
+            if re.fullmatch(r"epoch-\d+\.keras", path.name) and path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.recipe.patience
+        if patience is None or self.stale < patience:
+            return False
+        self._note(f"Stopped early: no better validation accuracy for {patience} epochs.")
+        return True
+
+    # What a person looks at.
+
+    def _note(self, line: str) -> None:
+        self.settings.say(line)
+        self.run_folder.log(line)
+
+    def _write_views(self) -> None:
+        run = self.run_folder
+        run.write_history()
+        run.guard(lambda path: plots.curves(run.history, path), run.path("curves.png"))
+        run.write_skipped(self.skipped())
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """Unreadable pictures of both parts, those met before a run was killed too."""
+        return sorted({*self.saved_skipped, *self.data.train.skipped, *self.data.val.skipped})
+
+    # After each step.
+
+    def check_loss(self, loss: float, step: int) -> None:
+        """Raises TrainingError where the loss is no number."""
+        if math.isfinite(loss):
+            return
+        folder = str(self.run_folder.folder)
+        kept = f"last.keras of epoch {self.epoch} in {folder!r}" if self.epoch else "none yet"
+        message = (
+            f"The loss is {loss} at epoch {self.epoch + 1}, step {step}. The last good model: "
+            f"{kept}. Try a lower learning_rate, or clip_norm=1."
+        )
+        self.run_folder.log(message)
+        raise TrainingError(message)
+
+    # Ctrl-C.
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM ends the run after the step it comes in, the second at once.
+
+        In the middle of a step half of the weights would be new: such a state cannot be resumed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number, frame):
+            if self.stop.is_set():
+                raise KeyboardInterrupt
+            self.stop.set()
+            what = "the validation" if self.validating else "this step"
+            self.settings.say(f"\nStopping after {what}; once more to stop at once.")
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _interrupted(self) -> None:
+        self._save_state()
+        self.run_folder.save_model(self.model, "last.keras")
+        if self.run_folder.history:
+            self._write_views()
+        self._note(
+            f"Interrupted at epoch {self.epoch + 1}, step {self.step} of {self.steps}. "
+            "The same command goes on from here."
+        )
+
+
+def part_to_train(model: keras.Model, recipe: Recipe, epoch: int) -> str | None:
+    """The first part that trains in an epoch, counted from 0, under gradual unfreezing.
+
+    Examples:
+        >>> from keras_resnet import create_model
+        >>> from keras_resnet.recipes import get_recipe
+        >>> recipe = get_recipe("finetune").with_options(unfreeze="head", gradual=2)
+        >>> model = create_model("resnet18")
+        >>> [part_to_train(model, recipe, epoch) for epoch in (0, 1, 2, 4, 99)]
+        ['head', 'head', 'layer4', 'layer3', None]
+    """
+    start = recipe.unfreeze
+    if not recipe.gradual or start is None:
+        return start
+    back = epoch // recipe.gradual
+    if back == 0:
+        return start
+    names = parts(model)
+    first = names.index(start) if start in names else len(names) - 1
+    return names[first - back] if first > back else None
+
+
+class _EpochBatches(keras.utils.PyDataset):
+    """One epoch of a dataset from a batch on: what `fit` gets, so that any epoch can be resumed."""
+
+    def __init__(self, dataset: ImageDataset, epoch: int, start: int):
+        # Keras' own threads stay out of it: the dataset reads ahead by itself.
+        super().__init__(workers=1, use_multiprocessing=False)
+        dataset.set_epoch(epoch)
+        self.dataset, self.start = dataset, start
+        self._send = Sender()
+
+    def __len__(self) -> int:
+        return len(self.dataset) - self.start
+
+    def __getitem__(self, index: int) -> tuple:
+        return self._send(readable_batch(self.dataset, index + self.start))
+
+
+class _Callbacks(keras.callbacks.CallbackList):
+    """One list for all `fit` calls of a run, which looks at every step without waiting for it.
+
+    Keras' list turns the numbers of a step into Python's as soon as a callback wants to see it
+    end, and so waits for the device. Here the loss is looked at some steps later on an
+    accelerator; what the caller's callbacks get is unchanged.
+    """
+
+    def __init__(self, loop: Loop):
+        own = [loop.ema] if loop.ema is not None else []
+        given = list(loop.settings.callbacks)
+        super().__init__(
+            [*own, *given],
+            add_history=True,
+            add_progbar=loop.settings.bar,
+            model=loop.model,
+            verbose=int(loop.settings.bar),
+            epochs=loop.recipe.epochs,
+            steps=loop.steps,
+        )
+        self._loop = loop
+        self._heard = loop.settings.bar or any(_wants_steps(callback) for callback in given)
+        self._lag = 0 if devices()[0] == "cpu" else 16
+        self._losses: deque[tuple[int, Any]] = deque()
+        self._begun = False
+        self._first = 0
+        self._saved_at = 0.0
+        self.logs: dict[str, Any] = {}
+
+    def begin_epoch(self, steps: int) -> None:
+        """Gets ready for one call of `fit` with so many steps."""
+        self._first = self._loop.step
+        self._saved_at = time.monotonic()
+        self._losses.clear()
+        self.set_params({**self.params, "steps": steps})
+
+    def finish(self) -> None:
+        """Tells the callbacks that the whole run has ended."""
+        if self._begun:
+            super().on_train_end(self.logs)
+
+    # The caller's callbacks see one run, not one an epoch.
+
+    def on_train_begin(self, logs=None):
+        if not self._begun:
+            self._begun = True
+            super().on_train_begin(logs)
+
+    def on_train_end(self, logs=None):
+        pass
+
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        saved, self._loop.saved_metrics = self._loop.saved_metrics, None
+        if saved is not None:  # the part of the epoch before the run was killed counts
+            variables = self._loop.model.metrics_variables
+            for variable, value in zip(variables, saved, strict=True):
+                variable.assign(value)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 0:
+            # Only here: at the start of `fit` torch's data loader draws from the same numbers.
+            set_random_state(self._loop.random)
+        super().on_train_batch_begin(batch, logs)
+
+    def on_train_batch_end(self, batch, logs=None):
+        loop, settings = self._loop, self._loop.settings
+        loop.step = self._first + batch + 1
+        self._losses.append((loop.step, logs["loss"]))
+        self._look(self._lag)
+        if self._heard:
+            super().on_train_batch_end(batch, logs)
+        if loop.step == loop.steps:
+            self._look()  # a bad epoch is not to be saved
+            loop.validating = True
+            return  # the end of the epoch saves, after the validation
+        due = settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0
+        late = time.monotonic() - self._saved_at > settings.checkpoint_seconds
+        if due or late or loop.stop.is_set():
+            self._look()
+            if loop.stop.is_set():
+                raise _Interrupted
+            loop._save_state()
+            self._saved_at = time.monotonic()
+
+    def _look(self, lag: int = 0) -> None:
+        while len(self._losses) > lag:
+            step, loss = self._losses.popleft()
+            self._loop.check_loss(float(keras.ops.convert_to_numpy(loss)), step)
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        self.logs = {k: float(keras.ops.convert_to_numpy(v)) for k, v in (logs or {}).items()}
+
+
+def _wants_steps(callback: keras.callbacks.Callback) -> bool:
+    base = keras.callbacks.Callback
+    return any(
+        getattr(type(callback), name, None) is not getattr(base, name)
+        for name in ("on_batch_end", "on_train_batch_end")
+    )
+
+
+def _carry_over(before: keras.optimizers.Optimizer, after: keras.optimizers.Optimizer) -> None:
+    """Momentum and step count of the last optimizer into the next, weight by weight."""
+    old = {v.path.split("/", 1)[-1]: v for v in before.variables}
+    for variable in after.variables:
+        source = old.get(variable.path.split("/", 1)[-1])
+        if source is not None and tuple(source.shape) == tuple(variable.shape):
+            variable.assign(source)

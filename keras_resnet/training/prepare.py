@@ -1,0 +1,404 @@
+"""What a recipe makes of a folder of pictures: datasets, model, learning rates, optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_resnet.data import augment, transforms
+from keras_resnet.data.dataset import ImageDataset, check_classes, dataset_statistics
+from keras_resnet.data.folders import find_pictures, labels_by_name, split_folders, stratified_split
+from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.errors import DataError, InputError
+from keras_resnet.models.zoo import create_model
+from keras_resnet.recipes import Recipe
+from keras_resnet.training.freeze import load_pretrained
+from keras_resnet.training.optimizers import SGD
+from keras_resnet.training.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    MultiStepSchedule,
+    OneCycleSchedule,
+    Schedule,
+    StepSchedule,
+)
+from keras_resnet.variants import get_spec
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The datasets of a run.
+
+    Attributes:
+        train: Shuffled, augmented.
+        val: In order, as `evaluate` sees it.
+        test_folder: `test/`, where the folder has one.
+        names: Class names in the order of the model's outputs.
+        preprocess: Of `val`, and of every later prediction.
+        train_size: Side of the training pictures, pixels.
+        soft_labels: Whether labels are vectors (mixup, cutmix, label smoothing).
+        fingerprint: A hash of all paths, training and validation.
+    """
+
+    train: ImageDataset
+    val: ImageDataset
+    test_folder: str | None
+    names: list[str]
+    preprocess: Preprocess
+    train_size: int
+    soft_labels: bool
+    fingerprint: str
+
+
+def prepare_data(
+    directory: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    workers: int | None = None,
+    cache: str | os.PathLike | None = None,
+    exclude: Any = None,
+    strict: bool = False,
+    exif: bool = False,
+    look: bool = True,
+) -> Data:
+    """The datasets of a recipe over a folder.
+
+    Args:
+        directory: Class folders, or `train/` and `val/` (and `test/`) with class folders in them.
+        recipe: The recipe.
+        seed: Of the split, the order and the augmentation.
+        workers: Threads that read pictures.
+        cache: `"ram"` or a folder.
+        exclude: Pictures to leave out.
+        strict: Stop at a picture that cannot be read.
+        exif: Turn pictures as their EXIF orientation says.
+        look: Open pictures: decode the validation part once, to drop what cannot be read, and
+            measure mean and deviation where the recipe asks. `False` looks at names alone.
+
+    Raises:
+        NotFoundError: The directory does not exist.
+        DataError: No class folders, one class only, an empty class, no readable picture.
+        InputError: Pictures too small for the network, or classes that do not fit.
+    """
+    directory = os.path.expanduser(os.fspath(directory))
+    spec = get_spec(recipe.model)
+    size = recipe.image_size or spec.input_size
+    for name, side in (("image_size", size), ("eval_size", recipe.eval_size or size)):
+        if side < spec.min_size:
+            raise InputError(
+                f"{name}={side} is too small: {recipe.model} needs pictures of at least "
+                f"{spec.min_size}x{spec.min_size} pixels."
+            )
+    mean, std = {
+        "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+        "half": ((0.5,) * 3, (0.5,) * 3),
+        "dataset": (None, None),  # measured below, on the training pictures
+    }[recipe.normalization]
+
+    folders = split_folders(directory)
+    source = folders.get("train", directory)
+    paths, labels, names = find_pictures(source, exclude=exclude)
+    if "train" in folders and "val" in folders:
+        train_paths, train_labels = paths, labels
+        val_paths, val_labels, found = find_pictures(folders["val"], exclude=exclude)
+        val_labels = labels_by_name(
+            val_labels, found, names, "The validation folder", "the training folder"
+        )
+    else:
+        kept, held = stratified_split(labels, recipe.val_split, seed)
+        train_paths, train_labels = [paths[i] for i in kept], labels[kept]
+        val_paths, val_labels = [paths[i] for i in held], labels[held]
+    soft = bool(recipe.mixup or recipe.cutmix or recipe.label_smoothing)
+    common = {
+        "batch_size": recipe.batch_size,
+        "seed": seed,
+        "workers": workers,
+        "cache": cache if look else None,
+        "on_error": "raise" if strict else "skip",
+        "label_mode": "categorical" if soft else "int",
+    }
+    training = ImageDataset(
+        train_paths,
+        train_labels,
+        names,
+        preprocess=evaluation_preprocess(recipe, size, mean, std, exif),
+        augment=recipe_augment(recipe, size),
+        drop_last="auto",  # batch norm cannot train on one picture
+        mixup=recipe.mixup,
+        cutmix=recipe.cutmix,
+        label_smoothing=recipe.label_smoothing,
+        repeats=recipe.repeats,
+        **common,
+    )
+    check_classes(training, repr(source))
+    preprocess = evaluation_preprocess(recipe, recipe.eval_size or size, mean, std, exif)
+    if recipe.normalization == "dataset" and look:
+        plain = ImageDataset(
+            train_paths, None, preprocess=training.preprocess, shuffle=False, workers=workers
+        )
+        mean, std = dataset_statistics(plain)
+        preprocess = dataclasses.replace(preprocess, mean=mean, std=np.maximum(std, 1e-3))
+    validation = ImageDataset(
+        val_paths, val_labels, names, preprocess=preprocess, shuffle=False, **common
+    )
+    fingerprint = _fingerprint(training.file_paths, validation.file_paths)
+    if look:
+        # A last batch of which nothing can be read would otherwise end the run in its first epoch.
+        validation.verify()
+    return Data(
+        training, validation, folders.get("test"), names, preprocess, size, soft, fingerprint
+    )
+
+
+def _fingerprint(*lists: list[str]) -> str:
+    text = "\n".join("\0".join(map(os.path.abspath, paths)) for paths in lists)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def evaluation_preprocess(
+    recipe: Recipe, size: int, mean=IMAGENET_MEAN, std=IMAGENET_STD, exif: bool = False
+) -> Preprocess:
+    """How a recipe's pictures are evaluated at a size.
+
+    Examples:
+        >>> from keras_resnet.recipes import get_recipe
+        >>> preprocess = evaluation_preprocess(get_recipe("resnet_v1"), 224)
+        >>> preprocess.resize_size, preprocess.crop_size
+        (256, (224, 224))
+    """
+    # Up to 64 pixels a picture is its own crop; above, torchvision's 256 for 224.
+    if recipe.resize_exact or (size <= 64 and recipe.eval_resize is None):
+        resize, crop = (size, size), None
+    else:
+        resize, crop = recipe.eval_resize or round(size * 256 / 224), size
+    return Preprocess(resize, crop, recipe.interpolation, mean, std, exif=exif)
+
+
+def recipe_augment(recipe: Recipe, size: int) -> augment.Augment | None:
+    """The random changes of a recipe's training pictures, or `None` for none.
+
+    Examples:
+        >>> from keras_resnet.recipes import get_recipe
+        >>> [type(step).__name__ for step in recipe_augment(get_recipe("cifar"), 32).steps]
+        ['Resize', 'RandomCrop', 'RandomHorizontalFlip']
+    """
+    how = recipe.interpolation
+    crop = recipe.crop
+    if crop == "auto":
+        crop = "padded" if get_spec(recipe.model).input_size <= 64 else "random_resized"
+    changes: list[transforms.Transform] = []
+    if recipe.flip:
+        changes.append(transforms.RandomHorizontalFlip(recipe.flip))
+    if recipe.policy == "ta_wide":
+        changes.append(augment.TrivialAugmentWide(interpolation=how))
+    elif recipe.policy == "ra":
+        changes.append(augment.RandAugment(interpolation=how))
+    if recipe.color_jitter:
+        changes.append(transforms.ColorJitter(*(recipe.color_jitter,) * 3))
+    if recipe.random_erasing:
+        changes.append(transforms.RandomErasing(recipe.random_erasing))
+
+    if crop == "random_resized":
+        first = [transforms.RandomResizedCrop(size, tuple(recipe.crop_scale), interpolation=how)]
+    elif crop == "padded":
+        # He et al. 2015, section 4.2: 4 pixels on each side of 32.
+        first = [
+            transforms.Resize((size, size), how),
+            transforms.RandomCrop(size, padding=max(1, size // 8)),
+        ]
+    elif not changes:
+        return None  # the evaluation's own pixels
+    else:
+        fixed = evaluation_preprocess(recipe, size)
+        first = [transforms.Resize(fixed.resize_size, how)]
+        if fixed.crop_size:
+            first.append(transforms.CenterCrop(fixed.crop_size))
+    return augment.Augment([*first, *changes])
+
+
+# --- model ---------------------------------------------------------------------------------------
+
+_POLICIES = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
+
+
+@contextlib.contextmanager
+def _dtype_policy(precision: str) -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(_POLICIES[precision])
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def build_model(recipe: Recipe, data: Data, say: Callable[[str], None] = print) -> keras.Model:
+    """The model of a recipe, which normalises inside, with its first weights.
+
+    Raises:
+        InputError: Weights of another network.
+        NotFoundError: No such file of weights.
+    """
+    eval_size = data.preprocess.output_shape[0]
+    sides = (data.train_size,) * 2 if data.train_size == eval_size else (None, None)
+    last = keras.config.image_data_format() == "channels_last"
+    with _dtype_policy(recipe.precision):
+        model = create_model(
+            recipe.model,
+            num_classes=len(data.names),
+            input_shape=(*sides, 3) if last else (3, *sides),
+            include_preprocessing=True,
+            mean=data.preprocess.mean,
+            std=data.preprocess.std,
+            dropout=recipe.dropout,
+        )
+    if recipe.weights is None:
+        say("Weights: random (weights='DEFAULT' starts from torchvision's, where there are any).")
+    else:
+        say(f"Weights: {load_pretrained(model, recipe.weights)}")
+    # After the weights: a published file brings class names and preprocessing of its own.
+    model.info["class_names"] = list(data.names)
+    model.info["preprocess"] = data.preprocess.get_config()
+    return model
+
+
+def batch_in_data_format(batch: tuple) -> tuple:
+    """`(images, labels)` with the channels where Keras' data format wants them."""
+    images, labels = batch
+    if keras.config.image_data_format() == "channels_first":
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return images, labels
+
+
+def compile_model(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, soft_labels: bool, jit: bool = False
+) -> None:
+    """Compiles a model that gives logits, and makes the optimizer's variables.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer.
+        soft_labels: Labels are vectors, not numbers.
+        jit: Compile the step; jax always does.
+    """
+    losses = keras.losses
+    loss = losses.CategoricalCrossentropy if soft_labels else losses.SparseCategoricalCrossentropy
+    model.compile(
+        optimizer=optimizer,
+        loss=loss(from_logits=True),
+        metrics=["accuracy"],
+        # "auto" compiles on TensorFlow, where XLA's convolutions are slow on a CPU.
+        jit_compile=jit or keras.backend.backend() == "jax",
+    )
+    model.optimizer.build(model.trainable_variables)
+
+
+# --- optimizer -----------------------------------------------------------------------------------
+
+
+def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
+    """The learning rates of a recipe.
+
+    Examples:
+        >>> from keras_resnet.recipes import get_recipe
+        >>> schedule = make_schedule(get_recipe("resnet_v1"), steps_per_epoch=5004)
+        >>> [round(schedule.value_at(5004 * epoch), 6) for epoch in (0, 30, 60)]
+        [0.1, 0.01, 0.001]
+    """
+    rate, epochs = recipe.learning_rate, recipe.epochs
+    common = {
+        "steps_per_epoch": steps_per_epoch,
+        "per": recipe.schedule_per,
+        "warmup_epochs": recipe.warmup_epochs,
+        "warmup_decay": recipe.warmup_decay,
+    }
+    if recipe.schedule == "constant":
+        return ConstantSchedule(rate, **common)
+    if recipe.schedule == "step":
+        return StepSchedule(rate, recipe.step_size, recipe.gamma, **common)
+    if recipe.schedule == "multistep":
+        drops = [int(m * epochs) if m < 1 else int(m) for m in recipe.milestones]
+        return MultiStepSchedule(rate, drops, recipe.gamma, **common)
+    if recipe.schedule == "cosine":
+        return CosineSchedule(rate, epochs, **common)
+    return OneCycleSchedule(rate, epochs, steps_per_epoch)
+
+
+def make_optimizer(
+    recipe: Recipe, learning_rate: Any, head: str | None = None
+) -> keras.optimizers.Optimizer:
+    """The optimizer of a recipe.
+
+    Args:
+        recipe: The recipe.
+        learning_rate: A number, or a schedule such as `make_schedule` gives.
+        head: Name of the classification layer, which `backbone_rate` spares; `None` where the head
+            alone trains, so that there is no backbone.
+
+    Examples:
+        >>> from keras_resnet.recipes import get_recipe
+        >>> optimizer = make_optimizer(get_recipe("resnet_v1"), 0.1)
+        >>> type(optimizer).__name__, optimizer.momentum
+        ('SGD', 0.9)
+    """
+    shared = {
+        "global_clipnorm": recipe.clip_norm,
+        "gradient_accumulation_steps": recipe.accumulate if recipe.accumulate > 1 else None,
+    }
+    if recipe.optimizer == "sgd":
+        multipliers = None
+        if recipe.backbone_rate != 1 and head is not None:
+            multipliers = {rf"^(?!(.*/)?{head}/)": recipe.backbone_rate}
+        return SGD(
+            learning_rate,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+            decay_norms=recipe.norm_decay,
+            decay_biases=recipe.bias_decay,
+            rate_multipliers=multipliers,
+            **shared,
+        )
+    # torch's epsilon: Keras' is 1e-7.
+    if recipe.optimizer == "adamw":
+        optimizer = keras.optimizers.AdamW(
+            learning_rate, weight_decay=recipe.weight_decay, epsilon=1e-8, **shared
+        )
+        spared = [] if recipe.norm_decay else ["gamma", "beta"]
+        spared += [] if recipe.bias_decay else ["bias", "beta"]
+        if spared:
+            # TensorFlow hands its own variables over, which it names "dense/bias:0".
+            patterns = [rf"(^|/){name}(:\d+)?$" for name in spared]
+            optimizer.exclude_from_weight_decay(var_names=patterns)
+        return optimizer
+    if recipe.optimizer == "adam":
+        return keras.optimizers.Adam(learning_rate, epsilon=1e-8, **shared)
+    return keras.optimizers.RMSprop(learning_rate, momentum=recipe.momentum, **shared)
+
+
+def readable_batch(dataset: ImageDataset, index: int) -> tuple:
+    """Batch `index` as the model takes it, or where nothing of it can be read, the next that can.
+
+    Raises:
+        DataError: Nothing can be read at all, or the dataset is strict.
+    """
+    count = len(dataset)
+    for offset in range(count):
+        try:
+            batch = dataset[(index + offset) % count]
+        except DataError:
+            if dataset.on_error == "raise" or offset == count - 1:
+                raise
+        else:
+            dataset.failure = None
+            return batch_in_data_format(batch)
+    raise AssertionError("a dataset has a batch at least")

@@ -1,0 +1,288 @@
+"""The run folder: where it is, what is in it, and how a killed run goes on from it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_resnet.errors import InputError, KerasResNetError
+from keras_resnet.system.device import sync
+from keras_resnet.system.files import csv_line, plain_path, replace_file, write_json, write_text
+
+_STATE = "state.npz"
+# What a killed process leaves behind: files.replace_file's, and Keras' own while it saves.
+_TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}\.\w+|tmp[a-z0-9_]{8}")
+
+
+class SaveError(KerasResNetError, OSError):
+    """A file of the run could not be written; what was saved before is whole."""
+
+
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: Where it is.
+        config: What `config.json` holds.
+        history: Columns of `history.csv`, one value an epoch.
+        resumed: Whether an unfinished run was found here.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        self.folder = folder
+        self.config = config
+        self.history: dict[str, list[float]] = {}
+        self.resumed = (folder / _STATE).is_file()
+        self._lock = None
+
+    # Finding the folder.
+
+    @classmethod
+    def find(
+        cls, output: str | os.PathLike, name: str, identity: dict[str, Any], restart: bool
+    ) -> Run:
+        """The unfinished run of the same configuration, or a new folder beside those there are.
+
+        Args:
+            output: Where run folders are made.
+            name: The folder's name; `-2`, `-3` ... are added where it is taken.
+            identity: What makes two runs the same run.
+            restart: Always a new folder.
+
+        Raises:
+            InputError: The output is a file.
+        """
+        output = Path(output).expanduser()
+        if output.exists() and not output.is_dir():
+            raise InputError(f"The output {str(output)!r} is a file; a folder is needed.")
+        name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+        mark = fingerprint(identity)
+        taken = 0
+        for folder in sorted(output.iterdir()) if output.is_dir() else []:
+            match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name)
+            if not match or _is_blank(folder):
+                continue
+            taken = max(taken, int(match[1] or 1))
+            config = _read_json(folder / "config.json")
+            if not restart and config.get("fingerprint") == mark and _unfinished(folder, config):
+                return cls(folder, config)
+        folder = output / (name if taken == 0 else f"{name}-{taken + 1}")
+        return cls(folder, {**identity, "fingerprint": mark})
+
+    def open(self) -> None:
+        """Makes the folder and takes its lock.
+
+        Raises:
+            InputError: Another process is training in it, or it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 (until close)
+        except OSError as error:
+            raise InputError(f"Cannot write to {str(self.folder)!r}: {error.strerror}.") from None
+        try:
+            import fcntl
+        except ImportError:  # Windows: without the guard, not without the run
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InputError(
+                f"Another process is training in {str(self.folder)!r}. Wait for it, or pass "
+                "--restart to start a new run beside it."
+            ) from None
+        for path in self.folder.iterdir():
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+            (self.folder / ".lock").unlink(missing_ok=True)
+
+    # What is written.
+
+    def path(self, name: str) -> Path:
+        """A file of the run."""
+        return self.folder / name
+
+    def log(self, line: str) -> None:
+        """Adds a line with the time to `train.log`."""
+        self.guard(_append, self.path("train.log"), f"{time.strftime('%F %T')} {line.strip()}\n")
+
+    def write_config(self, **changes: Any) -> None:
+        """Writes `config.json` with some entries changed."""
+        self.config.update(changes)
+        self.guard(write_json, self.path("config.json"), self.config)
+
+    def write_history(self) -> None:
+        """Writes `history.csv`: a row an epoch, counted from 1."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        names = list(self.history)
+        writer.writerow(["epoch", *names])
+        count = max((len(v) for v in self.history.values()), default=0)
+        for i in range(count):
+            cells = [self.history[n][i] if i < len(self.history[n]) else "" for n in names]
+            writer.writerow([i + 1, *(f"{c:.8g}" if isinstance(c, float) else c for c in cells)])
+        self.guard(write_text, self.path("history.csv"), text.getvalue())
+
+    def write_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Writes `skipped.csv` where any picture could not be read."""
+        if skipped:
+            lines = [csv_line(["path", "reason"])]
+            lines += [csv_line([plain_path(path), reason]) for path, reason in skipped]
+            self.guard(write_text, self.path("skipped.csv"), "".join(lines))
+
+    def save_model(self, model: keras.Model, name: str) -> None:
+        """Saves the model as `name` in the folder, whole or not at all."""
+        sync(model)
+        self.guard(replace_file, self.path(name), lambda path: _save_keras(model, path))
+
+    def guard(self, write: Callable[..., Any], path: Path, *arguments: Any) -> None:
+        """Calls `write(path, ...)`, and turns a full disk into one clear sentence.
+
+        Raises:
+            SaveError: The file could not be written.
+        """
+        try:
+            write(path, *arguments)
+        except OSError as error:
+            reason = error.strerror or str(error).split("\n")[0]
+            raise SaveError(
+                f"Cannot save {path.name} in {str(self.folder)!r}: {reason}. What was saved "
+                "before is whole; make room and run the same command to go on."
+            ) from error
+
+    # The state that a killed run goes on from.
+
+    def save_state(
+        self, model: keras.Model, progress: dict[str, Any], extra: dict[str, np.ndarray]
+    ) -> None:
+        """Saves weights, optimizer, metrics, random state and progress in one file.
+
+        Args:
+            model: The compiled model.
+            progress: JSON-able: epoch, step, history and so on.
+            extra: Further arrays, such as those of a moving average.
+        """
+        sync(model)
+        arrays = {f"extra/{key}": np.asarray(value) for key, value in extra.items()}
+        for group, variables in _variables(model).items():
+            for i, variable in enumerate(variables):
+                arrays[f"{group}/{i}"] = keras.ops.convert_to_numpy(variable)
+        text = json.dumps({**progress, "history": self.history})
+        arrays["progress"] = np.frombuffer(text.encode(), np.uint8)
+        self.guard(replace_file, self.path(_STATE), lambda name: _savez(name, arrays))
+
+    def load_state(self, model: keras.Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Puts back what `save_state` saved; gives progress and the further arrays.
+
+        Raises:
+            InputError: The file does not fit the model.
+        """
+        with self._open_state() as file:
+            progress = json.loads(bytes(file["progress"]).decode())
+            self.history = progress.pop("history")
+            groups = _variables(model)
+            if progress["step"] == 0:  # they begin anew, and before the first step there are none
+                del groups["metric"]
+            for group, variables in groups.items():
+                for i, variable in enumerate(variables):
+                    key = f"{group}/{i}"
+                    if key not in file or file[key].shape != tuple(variable.shape):
+                        raise InputError(
+                            f"{str(self.path(_STATE))!r} does not fit this model at "
+                            f"{variable.path!r}; pass --restart to start again."
+                        )
+                    variable.assign(file[key])
+            extra = {k[6:]: file[k] for k in file.files if k.startswith("extra/")}
+        return progress, extra
+
+    def _open_state(self):
+        try:
+            return np.load(self.path(_STATE))
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{str(self.path(_STATE))!r} cannot be read ({error}); pass --restart to start "
+                "again."
+            ) from error
+
+    def read_progress(self) -> dict[str, Any]:
+        """How far the run in this folder came."""
+        with self._open_state() as file:
+            return json.loads(bytes(file["progress"]).decode())
+
+    def drop_state(self) -> None:
+        """Removes the state of a run that has finished."""
+        self.path(_STATE).unlink(missing_ok=True)
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """A short hash of what makes two runs the same run."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _unfinished(folder: Path, config: dict[str, Any]) -> bool:
+    # Killed before the first state was saved, a run starts anew where it was; the state goes last.
+    fresh = config.get("status") != "finished" and not (folder / "last.keras").exists()
+    return fresh or (folder / _STATE).is_file()
+
+
+def _is_blank(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a killed process left before it wrote anything."""
+    return folder.is_dir() and all(
+        path.name == ".lock" or _TEMPORARY.fullmatch(path.name) for path in folder.iterdir()
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
+    """Everything that changes in training: weights, random state, optimizer, metrics."""
+    weights = list(model.variables)
+    seen = {id(v) for v in weights}
+    metrics = [v for v in model.metrics_variables if id(v) not in seen]
+    return {"model": weights, "metric": metrics, "optimizer": list(model.optimizer.variables)}
+
+
+def _append(path: Path, line: str) -> None:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(line)
+
+
+def _save_keras(model: keras.Model, path: str) -> None:
+    try:
+        model.save(path)
+    except (RuntimeError, ValueError) as error:
+        # HDF5 words a failed write in errors of its own; the system's is behind them.
+        cause = error.__context__ or error.__cause__
+        if isinstance(cause, OSError):
+            raise cause from error
+        raise
+
+
+def _savez(name: str, arrays: dict[str, np.ndarray]) -> None:
+    with open(name, "wb") as stream:
+        np.savez(stream, **arrays)

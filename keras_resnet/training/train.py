@@ -1,0 +1,358 @@
+"""The main job: a folder of pictures in, a run folder with a good classifier out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_resnet import plots
+from keras_resnet.errors import InputError
+from keras_resnet.inference.evaluate import Evaluation, evaluate
+from keras_resnet.models.files import load_model
+from keras_resnet.models.summary import count_flops
+from keras_resnet.recipes import Recipe, get_recipe
+from keras_resnet.system.device import (
+    backend_line,
+    backend_version,
+    devices,
+    make_deterministic,
+    package_version,
+)
+from keras_resnet.system.files import printable, write_json
+from keras_resnet.system.process import tune_process
+from keras_resnet.training.loggers import Loggers
+from keras_resnet.training.loop import Loop, Settings
+from keras_resnet.training.prepare import Data, build_model, prepare_data
+from keras_resnet.training.run_folder import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `train` leaves behind; `print` it.
+
+    Attributes:
+        folder: The run folder.
+        model: The best model, as in `best.keras`; `None` before the first whole epoch.
+        history: Columns of `history.csv`, one value an epoch.
+        evaluation: The best model on the validation pictures; `None` of an interrupted run.
+        test: The same on `test/`, where the folder has one.
+        skipped: `(path, reason)` of pictures that could not be read.
+        interrupted: Ctrl-C (or SIGTERM) ended it; the same call goes on from there.
+    """
+
+    folder: Path
+    model: keras.Model | None
+    history: dict[str, list[float]]
+    evaluation: Evaluation | None = None
+    test: Evaluation | None = None
+    skipped: Sequence[tuple[str, str]] = ()
+    interrupted: bool = False
+
+    def __str__(self) -> str:
+        lines = []
+        for name, result in (("Validation", self.evaluation), ("Test", self.test)):
+            if result is not None:
+                lines += [f"{name} of the best model:", str(result), ""]
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} unreadable pictures were skipped: see skipped.csv")
+        lines.append(f"Run folder: {printable(self.folder)}")
+        return "\n".join(lines)
+
+
+def train(
+    directory: str | os.PathLike,
+    *,
+    recipe: str | Recipe = "finetune",
+    output: str | os.PathLike = "runs",
+    name: str | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    cache: str | os.PathLike | None = None,
+    exclude: Any = None,
+    strict: bool = False,
+    exif: bool = False,
+    restart: bool = False,
+    deterministic: bool = False,
+    compile: bool = False,
+    checkpoint_steps: int | None = None,
+    checkpoint_seconds: float = 300.0,
+    keep: int = 0,
+    log: str | Sequence[str] = (),
+    report: bool = True,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    dry_run: bool = False,
+    verbose: bool = True,
+    **options: Any,
+) -> TrainResult:
+    """Fits a model on an image folder and writes a run folder.
+
+    The run folder holds `best.keras` (highest validation accuracy), `last.keras`, `history.csv`,
+    `curves.png`, `batch.png` (pictures as they are fed), `class_indices.json`, `config.json`,
+    `train.log`, `skipped.csv` where pictures could not be read, and the best model's
+    `evaluation.json`, `predictions.csv` and `confusion_matrix.png`; and `report.html`, which shows
+    all of it, with `MODEL_CARD.md`. Models take pixel values and
+    normalise them inside; class names and preprocessing travel in the file.
+
+    A killed run goes on when the same call is made again: with the same weights, bit for bit on a
+    CPU where it is `deterministic`, as if it had not been killed.
+
+    Args:
+        directory: Class folders; or `train/` and `val/` (and `test/`) with class folders in them.
+        recipe: A row of `RECIPES`, or its name.
+        output: Where the run folder is made.
+        name: The run folder's name; model and directory by default. A folder of a finished or
+            different run is kept, and a new one made beside it.
+        seed: Of the split, the initial weights, the order of the pictures and their augmentation.
+        workers: Threads that read pictures; by default one a core.
+        cache: `"ram"` or a folder: keep decoded pictures.
+        exclude: Pictures to leave out: paths, or a file as `scan` writes.
+        strict: Stop at a picture that cannot be read, instead of skipping it.
+        exif: Turn pictures as their EXIF orientation says.
+        restart: Start a new run even where an unfinished one could go on.
+        deterministic: Only deterministic kernels, where the backend has a choice.
+        compile: Compile the training step (`jit_compile`); jax always does.
+        checkpoint_steps: Save the state every so many steps, besides the end of each epoch.
+        checkpoint_seconds: And after so many seconds.
+        keep: Also keep the models of so many best epochs, as `epoch-012.keras`.
+        log: `"tensorboard"`, `"wandb"`, `"mlflow"`, or several of them.
+        report: Write `report.html` and `MODEL_CARD.md` at the end.
+        callbacks: Further Keras callbacks; `stop_training` ends the run after its epoch.
+        dry_run: Say what would happen, and do nothing.
+        verbose: Print the progress.
+        **options: Fields of `Recipe` to change: `model`, `weights`, `epochs`, `batch_size`,
+            `image_size`, `learning_rate`, `val_split`, ...
+
+    Returns:
+        The `TrainResult`.
+
+    Raises:
+        NotFoundError: The directory, or a file of weights, does not exist.
+        DataError: No class folders, one class only, an empty class, no readable picture.
+        InputError: An option that cannot work.
+        MissingDependencyError: A package that `log` needs is not installed.
+        TrainingError: The loss is no number any more; the last good model is kept.
+        SaveError: The disk is full; what was saved before is whole.
+    """
+    arguments = {
+        "directory": os.path.abspath(os.path.expanduser(os.fspath(directory))),
+        "seed": seed,
+        "exif": exif,
+        "strict": strict,
+        "exclude": exclude if isinstance(exclude, (str, type(None))) else list(map(str, exclude)),
+        "workers": workers,
+        "cache": None if cache is None else os.fspath(cache),
+        "deterministic": deterministic,
+        "compile": compile,
+        "checkpoint_steps": checkpoint_steps,
+        "checkpoint_seconds": checkpoint_seconds,
+        "keep": keep,
+        "log": [log] if isinstance(log, str) else list(log),
+    }
+    _check(arguments)
+    tune_process()
+
+    def say(text: str) -> None:
+        if verbose:
+            print(text, flush=True)
+
+    recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
+    loggers = Loggers(arguments["log"])
+    data = prepare_data(
+        directory,
+        recipe,
+        seed=seed,
+        workers=workers,
+        cache=cache,
+        exclude=exclude,
+        strict=strict,
+        exif=exif,
+        look=not dry_run,
+    )
+    identity = {
+        "directory": arguments["directory"],
+        "recipe": dataclasses.asdict(recipe),
+        "seed": seed,
+        "exif": exif,
+        "backend": keras.backend.backend(),
+        "data_format": keras.config.image_data_format(),
+    }
+    name = name or f"{recipe.model}-{Path(arguments['directory']).name}"
+    run = Run.find(output, name, identity, restart)
+    say(_plan(run, recipe, data, seed))
+    if dry_run:
+        return TrainResult(run.folder, None, {})
+
+    keras.utils.set_random_seed(seed)
+    if deterministic:
+        make_deterministic()
+    model = build_model(recipe, data, say)
+    # Before the folder is made: without one readable picture there is nothing to keep.
+    samples = data.train.take_samples(min(16, recipe.batch_size))
+    run.open()
+    status = "failed"
+    try:
+        # First of all, for by it the same command finds the folder again.
+        run.write_config(
+            **_facts(recipe, data, model),
+            arguments=arguments,
+            command=list(sys.argv),
+            status="running",
+            begun=run.config.get("begun") or _now(),
+        )
+        _write_start(run, data, samples)
+        ids = loggers.start(
+            run.folder, run.folder.name, dataclasses.asdict(recipe), run.config.get("log_ids", {})
+        )
+        run.write_config(log_ids=ids)
+        settings = Settings(
+            say,
+            bar=verbose and sys.stdout.isatty(),
+            jit=compile,
+            checkpoint_steps=checkpoint_steps,
+            checkpoint_seconds=checkpoint_seconds,
+            keep=keep,
+            callbacks=tuple(callbacks),
+            loggers=loggers,
+        )
+        loop = Loop(model, recipe, data, run, settings)
+        interrupted = loop.run()
+        result = _finish(run, data, recipe, loop.skipped(), interrupted)
+        status = "interrupted" if interrupted else "finished"
+        say(f"\n{result}")
+        if result.evaluation is not None:
+            if report:
+                _report(run, result.model, say)
+            run.drop_state()  # last of all: until here the same command goes on
+        return result
+    finally:
+        loggers.finish(status)
+        run.close()
+
+
+def _check(arguments: dict[str, Any]) -> None:
+    """Raises InputError for a number that cannot work."""
+    rules = {"seed": 0, "workers": 0, "checkpoint_steps": 1, "checkpoint_seconds": 0, "keep": 0}
+    for name, least in rules.items():
+        value = arguments[name]
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}. Received: {value!r}.")
+
+
+# --- before and after ----------------------------------------------------------------------------
+
+
+def _plan(run: Run, recipe: Recipe, data: Data, seed: int) -> str:
+    verb = "Goes on in" if run.resumed else "Writes to"
+    height, width, _ = data.preprocess.output_shape
+    counts = [f"{printable(n)} {c:,}" for n, c in data.train.class_counts.items()]
+    if len(counts) > 8:
+        counts[8:] = [f"{len(counts) - 8} more"]
+    return "\n".join(
+        [
+            f"Backend: {backend_line()}",
+            f"Pictures: {data.train.num_samples:,} for training, {data.val.num_samples:,} for "
+            f"validation, {len(data.names)} classes ({', '.join(counts)})",
+            f"Model: {recipe.model}, {data.train_size}x{data.train_size} pixels in training, "
+            f"{height}x{width} in validation; recipe {recipe.name}, {recipe.epochs} epochs of "
+            f"{len(data.train):,} steps of {recipe.batch_size}, {recipe.optimizer} at "
+            f"{recipe.learning_rate:g}, seed {seed}",
+            f"{verb}: {printable(run.folder)}",
+        ]
+    )
+
+
+def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
+    backend = keras.backend.backend()
+    return {
+        "model": {
+            "variant": recipe.model,
+            "parameters": sum(math.prod(v.shape) for v in model.trainable_variables),
+            "multiply_adds": count_flops(model, data.train_size),
+            "weights": model.info.get("weights"),
+        },
+        "class_counts": {"train": data.train.class_counts, "val": data.val.class_counts},
+        "preprocess": data.preprocess.get_config(),
+        "augment": None if data.train.augment is None else data.train.augment.get_config(),
+        "devices": devices(),
+        "versions": {
+            "keras_resnet": package_version(),
+            "keras": keras.__version__,
+            backend: backend_version(),
+            "numpy": np.__version__,
+            "pillow": importlib.metadata.version("pillow"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+    }
+
+
+def _write_start(run: Run, data: Data, samples: tuple) -> None:
+    """Writes what is known before the first step: the classes, and pictures as they are fed."""
+    classes = {str(i): name for i, name in enumerate(data.names)}
+    run.guard(write_json, run.path("class_indices.json"), classes)
+    images, labels, _ = samples
+    titles = [data.names[label] for label in labels]
+    run.guard(lambda path: plots.picture_grid(images, titles, path), run.path("batch.png"))
+
+
+def _finish(
+    run: Run,
+    data: Data,
+    recipe: Recipe,
+    skipped: Sequence[tuple[str, str]],
+    interrupted: bool,
+) -> TrainResult:
+    """Evaluates the best model of a run that is through, and writes what it answers."""
+    best = run.path("best.keras")
+    model = load_model(best) if best.is_file() else None
+    if interrupted or model is None:
+        run.write_config(status="interrupted")
+        return TrainResult(run.folder, model, run.history, None, None, skipped, interrupted)
+    options: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": data.val.threads}
+    result = evaluate(model, data.val)
+    run.guard(result.save, run.folder)
+    test = None
+    if data.test_folder is not None:
+        test = evaluate(model, data.test_folder, **options)
+        run.guard(lambda folder: test.save(folder, prefix="test_"), run.folder)
+    run.write_config(
+        status="finished",
+        ended=_now(),
+        results={
+            "val_accuracy": result.top1,
+            "val_loss": result.loss,
+            "test_accuracy": None if test is None else test.top1,
+            "skipped": len(skipped),
+        },
+    )
+    return TrainResult(run.folder, model, run.history, result, test, skipped)
+
+
+def _now() -> str:
+    """The time here, with its distance from UTC."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _report(run: Run, model: keras.Model, say) -> None:
+    """Writes the report of a finished run, which no trouble in it can make unfinished."""
+    try:
+        # Not at the top: templates and figures are of no use before there is something to show.
+        from keras_resnet.reports.report import report
+
+        path = report(run.folder, model=model)
+    except (Exception, KeyboardInterrupt) as error:
+        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
+        say(f"No report ({reason}). Later: keras-resnet report {printable(run.folder)}")
+    else:
+        say(f"Report: {printable(path)}")

@@ -1,0 +1,1 @@
+"""Weight files: read without torch, mapped by rule, proven, and written back."""

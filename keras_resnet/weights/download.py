@@ -1,0 +1,267 @@
+"""Published weight files: fetched once, checked, kept."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import http.client
+import os
+import pathlib
+import shutil
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import IO
+
+import platformdirs
+
+from keras_resnet.errors import CheckpointError
+from keras_resnet.weights.published import TorchvisionWeights
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+
+_CHUNK = 1 << 20
+_ATTEMPTS = 5
+
+
+# --- Files on this machine ----------------------------------------------------------------------
+
+
+def cache_folder() -> pathlib.Path:
+    """Where downloaded weights lie: below `KERAS_RESNET_HOME`, else the platform's cache folder."""
+    home = os.environ.get("KERAS_RESNET_HOME")
+    home = pathlib.Path(home).expanduser() if home else platformdirs.user_cache_path("keras_resnet")
+    return pathlib.Path(home) / "weights"
+
+
+def _torch_cache() -> pathlib.Path:
+    # torch/hub.py, _get_torch_home.
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
+    return pathlib.Path(home).expanduser() / "hub" / "checkpoints"
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """A file's sha256 in 64 hex digits; remembered until the file changes."""
+    facts = os.stat(path)
+    return _file_sha256(os.path.abspath(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+@functools.lru_cache(maxsize=256)
+def _file_sha256(path: str, size: int, modified: int, inode: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def local_path(
+    entry: TorchvisionWeights, *, cache: str | os.PathLike | None = None
+) -> pathlib.Path | None:
+    """The file of some published weights where it is on this machine and whole; never fetched."""
+    folder = pathlib.Path(cache).expanduser() if cache else cache_folder()
+    for path in (folder / entry.file_name, _torch_cache() / entry.file_name):
+        if path.is_file() and file_sha256(path).startswith(entry.sha256_prefix):
+            return path
+    return None
+
+
+def weights_path(
+    entry: TorchvisionWeights,
+    *,
+    cache: str | os.PathLike | None = None,
+    url: str | None = None,
+    progress: bool = True,
+    timeout: float = 30.0,
+) -> pathlib.Path:
+    """The file of some published weights, downloaded if it is not here yet.
+
+    Looked for in the cache folder and in torch's; each time the sha256 is compared with the name.
+    A download goes to a `.part` file, which a later call continues, and gets its final name when
+    it is whole and right. Processes that want the same file wait for the one that fetches it.
+
+    Args:
+        entry: Out of `resolve_weights` or `registry`.
+        cache: Folder to keep it in; by default `cache_folder()`.
+        url: Where to fetch it instead of `entry.url`. The environment variable
+            `KERAS_RESNET_WEIGHTS_URL` replaces the part before the file's name for all.
+        progress: A progress bar on stderr, where that is a terminal.
+        timeout: Seconds without a byte after which a connection counts as dead.
+
+    Raises:
+        CheckpointError: The network failed (the message says what to fetch by hand, and where to
+            put it), the bytes are not the published ones, or the disk refused.
+
+    Examples:
+        >>> weights_path(resolve_weights("resnet18"))  # doctest: +SKIP
+        PosixPath('.../keras_resnet/weights/resnet18-f37072fd.pth')
+    """
+    folder = pathlib.Path(cache).expanduser() if cache else cache_folder()
+    target = folder / entry.file_name
+    found = local_path(entry, cache=folder)
+    if found is not None:
+        return found
+    base = os.environ.get("KERAS_RESNET_WEIGHTS_URL")
+    if url is None:
+        url = f"{base.rstrip('/')}/{entry.file_name}" if base else entry.url
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f"{entry.file_name}.lock"):
+            # Whoever held the lock before may have fetched it.
+            if not (target.is_file() and file_sha256(target).startswith(entry.sha256_prefix)):
+                _download(entry, url, target, progress, timeout)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write {entry.file_name} into {folder}: {error.strerror or error}. Set "
+            "KERAS_RESNET_HOME to a folder with room."
+        ) from error
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock that the system takes back when the process dies."""
+    with open(path, "a+b") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            file.seek(0)
+            while True:  # LK_LOCK gives up after ten seconds
+                with contextlib.suppress(OSError):
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                    break
+        yield  # closing the file gives the lock back
+
+
+class _NetworkError(Exception):
+    """A connection that could not be made, or that ended too early."""
+
+
+def _download(
+    entry: TorchvisionWeights, url: str, target: pathlib.Path, progress: bool, timeout: float
+) -> None:
+    part = target.with_name(f"{target.name}.part")
+    bar = _Bar(entry.file_name, progress and sys.stderr.isatty())
+    failures = 0
+    try:
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                _fetch(url, part, bar, timeout)
+                break
+            except _NetworkError as error:
+                after = part.stat().st_size if part.exists() else 0
+                # Tries that brought something do not count: a bad line gets there in the end.
+                failures = failures + 1 if after <= before else 0
+                code = getattr(error.__cause__, "code", 0)
+                permanent = 400 <= code < 500 and code not in (408, 416, 429)
+                if permanent or failures >= _ATTEMPTS:
+                    raise CheckpointError(
+                        f"Cannot download {url}: {error}. Fetch it by hand and put it at {target}."
+                    ) from error
+                time.sleep(min(0.1 * 2**failures, 2.0))
+    finally:
+        bar.close()
+    found = file_sha256(part)
+    if not found.startswith(entry.sha256_prefix):
+        size = part.stat().st_size
+        part.unlink()
+        raise CheckpointError(
+            f"{url} gave {size:,} bytes whose sha256 begins with {found[:8]}, not with "
+            f"{entry.sha256_prefix}; they were deleted. Try again, or fetch the file from "
+            f"{entry.url} by hand and put it at {target}."
+        )
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+
+
+def _fetch(url: str, part: pathlib.Path, bar: _Bar, timeout: float) -> None:
+    """Appends to the part file what is missing, or starts afresh where the server cannot."""
+    have = part.stat().st_size if part.exists() else 0
+    response = _open(url, part, have, timeout)
+    if response is None:
+        return
+    with response:
+        resumed = have and _continues(response, have)
+        have = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with open(part, "ab" if resumed else "wb") as file:
+            _copy(response, file, bar, have, total)
+
+
+def _open(url: str, part: pathlib.Path, have: int, timeout: float):
+    """The server's answer, or None where the part file is whole already."""
+    request = urllib.request.Request(url, headers={"User-Agent": "keras3-resnet"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        return urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing behind our last byte: whole, or not this file
+            if (error.headers.get("Content-Range") or "").rpartition("/")[2] == str(have):
+                return None
+            part.unlink(missing_ok=True)
+        raise _NetworkError(f"HTTP {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        raise _NetworkError(str(reason)) from error
+
+
+def _continues(response, have: int) -> bool:
+    span = response.headers.get("Content-Range", "")
+    return response.status == 206 and span.startswith(f"bytes {have}-")
+
+
+def _copy(response, file: IO[bytes], bar: _Bar, done: int, total: int | None) -> None:
+    while True:
+        try:
+            block = response.read1(_CHUNK)
+        except (OSError, http.client.HTTPException) as error:  # the connection's, not the disk's
+            raise _NetworkError(f"the connection broke at {done:,} bytes: {error}") from error
+        if not block:
+            break
+        file.write(block)
+        done += len(block)
+        bar.show(done, total)
+    if total is not None and done < total:
+        raise _NetworkError(f"the connection ended at {done:,} of {total:,} bytes")
+
+
+class _Bar:
+    """A progress bar of one line."""
+
+    def __init__(self, name: str, visible: bool):
+        self.name, self.visible, self.drawn = name, visible, False
+        self.started, self.first, self.last = time.monotonic(), None, 0.0
+
+    def show(self, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done  # what a former call fetched says nothing about the speed
+        if not self.visible or (now - self.last < 0.1 and done != total):
+            return
+        self.last = now
+        rate = (done - self.first) / max(now - self.started, 1e-3)
+        text = f"{self.name}  {done / 2**20:.1f}"
+        if total:
+            filled = "#" * int(20 * done / total)
+            left = (total - done) / rate if rate else 0
+            text += f"/{total / 2**20:.1f} MiB  [{filled:<20}] {done / total:4.0%}  {left:.0f} s"
+        else:
+            text += " MiB"
+        width = shutil.get_terminal_size().columns - 1
+        text = f"{text}  {rate / 2**20:.1f} MiB/s"
+        sys.stderr.write(f"\r{text[:width]:<{width}}")
+        sys.stderr.flush()
+        self.drawn = True
+
+    def close(self) -> None:
+        if self.drawn:
+            sys.stderr.write("\n")

@@ -1,0 +1,191 @@
+"""torchvision's published files: which there are, and how one gets onto this machine, whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.errors import InputError, did_you_mean
+
+_HERE = pathlib.Path(__file__).parent
+_TAG = re.compile(r"(default|imagenet|imagenet1k\w*)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchvisionWeights:
+    """One of torchvision's weight files.
+
+    Attributes:
+        model: The variant's name.
+        tag: `"IMAGENET1K_V1"` or `"IMAGENET1K_V2"`.
+        is_default: What `"DEFAULT"` means for the variant.
+        url: Where torchvision publishes the file.
+        file_name: Its name, which ends in the first eight hex digits of its sha256.
+        sha256_prefix: Those digits.
+        acc1: Published top-1 accuracy on ImageNet's validation set, per cent.
+        acc5: Published top-5 accuracy, per cent.
+        resize_size: Short side before the crop, pixels.
+        crop_size: Side of the centre crop, pixels.
+        interpolation: How pictures are resized.
+        mean: Means that are subtracted, in 0..1.
+        std: Standard deviations that are divided by, in 0..1.
+        num_params: Parameters.
+        gflops: Multiply-adds of one picture at `crop_size`, in units of 1e9.
+        file_size_mb: Size, MiB.
+        recipe: Name of the training recipe.
+        num_classes: Classes, ImageNet's 1000.
+    """
+
+    model: str
+    tag: str
+    is_default: bool
+    url: str
+    file_name: str
+    sha256_prefix: str
+    acc1: float
+    acc5: float
+    resize_size: int
+    crop_size: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_params: int
+    gflops: float
+    file_size_mb: float
+    recipe: str
+    num_classes: int = 1000
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The evaluation preset that the accuracies were measured with."""
+        return Preprocess(
+            resize_size=self.resize_size,
+            crop_size=self.crop_size,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+@functools.cache
+def _data() -> dict[str, Any]:
+    return json.loads((_HERE / "torchvision.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def registry() -> tuple[TorchvisionWeights, ...]:
+    """The files that torchvision publishes for the variants of this package, 18 of them.
+
+    Examples:
+        >>> [w.tag for w in registry() if w.model == "resnet50"]
+        ['IMAGENET1K_V1', 'IMAGENET1K_V2']
+    """
+    names = {field.name for field in dataclasses.fields(TorchvisionWeights)}
+    return tuple(
+        TorchvisionWeights(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in row.items()
+                if name in names
+            }
+        )
+        for row in _data()["weights"]
+    )
+
+
+@functools.cache
+def _imagenet_class_names() -> tuple[str, ...]:
+    return tuple(json.loads((_HERE / "imagenet_classes.json").read_text(encoding="utf-8")))
+
+
+def imagenet_class_names() -> list[str]:
+    """The names of ImageNet's 1000 classes, in the order of torchvision's outputs.
+
+    Examples:
+        >>> imagenet_class_names()[281:283]
+        ['tabby', 'tiger cat']
+    """
+    return list(_imagenet_class_names())
+
+
+def is_tag(text: str) -> bool:
+    """Whether a text is meant as a tag (`"DEFAULT"`, `"IMAGENET1K_V2"`) and not as a path.
+
+    Raises:
+        InputError: It is neither: no tag, no file, and without the extension of one.
+    """
+    if _TAG.fullmatch(text):
+        return True
+    if not os.path.splitext(text)[1] and not os.path.exists(os.path.expanduser(text)):
+        raise InputError(
+            f"weights={text!r} is neither a file nor one of DEFAULT, IMAGENET1K_V1 and "
+            f"IMAGENET1K_V2.{did_you_mean(text, ['default', 'imagenet1k_v1', 'imagenet1k_v2'])}"
+        )
+    return False
+
+
+def resolve_weights(variant: str, tag: str = "DEFAULT") -> TorchvisionWeights:
+    """The published file of a variant by its tag.
+
+    Args:
+        variant: A name out of `list_models()`.
+        tag: `"IMAGENET1K_V1"`, `"IMAGENET1K_V2"`, or `"DEFAULT"` (`"imagenet"` is the same) for
+            the one that torchvision recommends. Upper and lower case are the same.
+
+    Raises:
+        InputError: There is no such file for the variant, or it is a quantised one.
+
+    Examples:
+        >>> resolve_weights("resnet50").file_name
+        'resnet50-11ad3fa6.pth'
+    """
+    wanted = str(tag).upper()
+    rows = {row.tag: row for row in registry() if row.model == variant}
+    if is_quantised(tag):
+        raise InputError(
+            f"{tag!r} is quantised to 8 bits and cannot be imported. "
+            f"Use {' or '.join(rows) or 'other weights'}."
+        )
+    if not rows:
+        known = dict.fromkeys(row.model for row in registry())
+        raise InputError(
+            f"torchvision publishes no weights for {variant!r}.{did_you_mean(variant, known)} "
+            f"There are files for {', '.join(known)}."
+        )
+    if wanted in ("DEFAULT", "IMAGENET"):
+        return next(row for row in rows.values() if row.is_default)
+    if wanted not in rows:
+        near = did_you_mean(tag, ["default", *(name.lower() for name in rows)])
+        raise InputError(
+            f"{variant} has no weights {tag!r}.{near} There are: {', '.join(rows)}, DEFAULT."
+        )
+    return rows[wanted]
+
+
+def published_by_torchvision(sha256: str) -> TorchvisionWeights | None:
+    """The published file with this sha256, whatever it is called here.
+
+    torchvision writes the first eight digits into the name. Its older files of the same models
+    hold the same weights in older formats, and count as the V1 they became.
+
+    Args:
+        sha256: 64 hex digits, or at least the first eight.
+    """
+    for row in registry():
+        if sha256.startswith(row.sha256_prefix):
+            return row
+    for model, name in _data()["older_file_names_still_in_caches"].items():
+        if sha256.startswith(pathlib.Path(name).stem.rpartition("-")[2]):
+            return resolve_weights(model, "IMAGENET1K_V1")
+    return None
+
+
+def is_quantised(name: str) -> bool:
+    """Whether a file name is that of one of torchvision's 8-bit files, which cannot be imported."""
+    return name in _data()["quantized_not_importable"] or "fbgemm" in name.lower()

@@ -1,0 +1,297 @@
+"""Proves an import numerically, stage by stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from keras_resnet.errors import InputError
+from keras_resnet.variants import SPECS
+from keras_resnet.weights import reference
+from keras_resnet.weights.mapping import (
+    Shape,
+    _convs_of,
+    _info,
+    _modules,
+    _strides_of,
+    _weighted_layers,
+    expected_keys,
+)
+from keras_resnet.weights.sources import _own_head, _read_source, _Source, _to_json
+
+# --- Proof --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """How far a model is from the NumPy witness of its weights; `print` it.
+
+    Attributes:
+        model: The model's name.
+        source: Where the weights come from.
+        backend: Keras' backend that ran.
+        images: Shape of the pictures that the model was given.
+        stages: `(name, shape as torch has it, error)` in the network's order; the error is the
+            largest difference over the witness's largest magnitude.
+        tolerance: The largest error that passes.
+        first_difference: The first stage above it, or `None`.
+        head_compared: Whether the logits are among the stages.
+        strides: Where the witness's bottlenecks stride, and how that is known.
+        seconds: Time that the witness took.
+    """
+
+    model: str
+    source: str
+    backend: str
+    images: Shape
+    stages: tuple[tuple[str, Shape, float], ...]
+    tolerance: float
+    first_difference: str | None
+    head_compared: bool
+    strides: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Every stage agrees."""
+        return bool(self.stages) and self.first_difference is None
+
+    @property
+    def error(self) -> float:
+        """The largest of the stages' errors (NaN where any is)."""
+        return float(np.max([error for _, _, error in self.stages]))
+
+    def to_json(self, path: str | os.PathLike | None = None) -> str:
+        """The report as JSON text, written to `path` as well where one is given."""
+        facts = {**dataclasses.asdict(self), "passed": self.passed}
+        facts["stages"] = [
+            # JSON knows neither NaN nor infinity.
+            {"name": n, "shape": s, "error": e if np.isfinite(e) else str(e)}
+            for n, s, e in self.stages
+        ]
+        return _to_json(facts, path)
+
+    def __str__(self) -> str:
+        verdict = (
+            f"agrees to {self.error:.1e}"
+            if self.passed
+            else f"DIFFERS from {self.first_difference!r} on"
+        )
+        lines = [
+            f"{self.model} on {self.backend} and {self.source} in NumPy: {verdict} (largest "
+            f"relative difference, tolerance {self.tolerance:.0e})"
+        ]
+        width = max(len(str(shape)) for _, shape, _ in self.stages)
+        for name, shape, error in self.stages:
+            mark = "" if error <= self.tolerance else "  <-- differs"
+            lines.append(f"  {name:<12} {shape!s:<{width}}  {error:.1e}{mark}")
+        if not self.head_compared:
+            lines.append("  logits       not compared: the model has no head, or one of its own")
+        if self.strides:
+            lines.append(f"  strides      {self.strides}")
+        return "\n".join(lines)
+
+
+def verify(
+    model: keras.Model,
+    source: str | os.PathLike | Mapping[str, Any] | Any,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    images: np.ndarray | None = None,
+    tolerance: float = 1e-4,
+    key: str | None = None,
+    stride_on: Literal["1x1", "3x3"] | None = None,
+) -> VerifyReport:
+    """Compares a model with the forward pass of a state dict in plain NumPy, stage by stage.
+
+    The witness (`keras_resnet.reference`) reads the network off the state dict and shares no code
+    with the layers, the blocks or the conversion.
+
+    Args:
+        model: A model of this package's architectures, on any backend, with any head.
+        source: As for `load_torchvision`.
+        image_size: Side of the random pictures, or (height, width), where the model leaves it
+            open; by default the variant's.
+        images: Pictures to use in place of random ones, as the model takes them.
+        tolerance: Largest difference over largest magnitude that passes.
+        key: Which entry of a nested checkpoint to read.
+        stride_on: Where the source's bottlenecks stride. By default what is known of the source:
+            torchvision's files `"3x3"`, a file written here says it, a module shows it; of
+            unknown ones the model's own is taken, and the report says so.
+
+    Returns:
+        The stages' errors; `passed`, and where they first part.
+
+    Raises:
+        InputError: The state dict is of no known architecture, or pictures do not fit.
+        CheckpointError: The file cannot be read, or is refused.
+
+    Examples:
+        >>> from keras_resnet.zoo import create_model
+        >>> model = create_model("resnet20")
+        >>> verify(model, to_torchvision(model)).passed
+        True
+    """
+    if stride_on not in (None, "1x1", "3x3"):
+        raise InputError(f"stride_on must be '1x1' or '3x3', not {stride_on!r}.")
+    found = _read_source(source, key, expected_keys(model), _info(model).get("variant"))
+    if stride_on is not None:
+        found.strides, found.strides_from = stride_on, "as asked"
+    own_head = _info(model).get("weights", {}).get("head", "strict") != "strict"
+    return _verify(
+        model, found, head=not own_head, image_size=image_size, images=images, tolerance=tolerance
+    )
+
+
+def _verify(
+    model, found: _Source, *, head: bool, image_size=None, images=None, tolerance=1e-4
+) -> VerifyReport:
+    name, model = model.name, _network(model)
+    tensors = _stage_tensors(model)
+    network_input = tensors.pop("input")
+    raw = network_input is not model.inputs[0]
+    images = _test_images(model, image_size, raw) if images is None else np.asarray(images)
+    own_head = _own_head(model)
+    if not head or found.shapes.get(f"{own_head}.weight") != expected_keys(model).get(
+        f"{own_head}.weight"
+    ):
+        tensors.pop("logits", None)
+    inputs = model.inputs[0] if len(model.inputs) == 1 else model.inputs
+    taps = keras.Model(inputs, [*tensors.values(), *([network_input] if raw else [])])
+    # One run alone: jax compiles a whole network faster than its single operations, TensorFlow
+    # runs them sooner than it traces the whole.
+    eager = keras.backend.backend() == "tensorflow"
+    outputs = taps(images, training=False) if eager else taps.predict_on_batch(images)
+    outputs = keras.tree.flatten(outputs)
+    outputs = [_as_torch_has_it(model, output) for output in outputs]
+    fed = outputs.pop() if raw else _as_torch_has_it(model, images)
+
+    own = _strides_of(_convs_of(model))
+    strides, why = found.strides, found.strides_from
+    if own is None:
+        strides, why = None, ""
+    elif strides is None:
+        strides, why = own, "the model's; the source does not say"
+    started = time.perf_counter()
+    state = _witness_state(found, model, tensors)
+    known = strides if strides in ("1x1", "3x3") else None
+    witness = reference.forward(state, fed, stride_on=known)
+    seconds = time.perf_counter() - started
+    if "logits" in tensors:
+        activation = getattr(_modules(model)[own_head][0], "activation", None)
+        if activation not in (None, keras.activations.linear):
+            logits = keras.ops.convert_to_tensor(witness["logits"])
+            witness["logits"] = keras.ops.convert_to_numpy(activation(logits))
+
+    stages = tuple(
+        (stage, tuple(witness[stage].shape), _relative_error(output, witness[stage]))
+        for stage, output in zip(tensors, outputs, strict=True)
+        if stage in witness and (stage != "pool" or output.ndim == witness[stage].ndim)
+    )
+    if not stages:
+        raise InputError(f"{name} has no stage that the witness computes too.")
+    return VerifyReport(
+        model=name,
+        source=found.label,
+        backend=keras.backend.backend(),
+        images=tuple(images.shape),
+        stages=stages,
+        tolerance=float(tolerance),
+        # Not `error > tolerance`: a NaN must not pass.
+        first_difference=next((n for n, _, e in stages if not e <= tolerance), None),
+        head_compared=any(stage == "logits" for stage, _, _ in stages),
+        strides=f"on the {strides} ({why})" if strides else "",
+        seconds=round(seconds, 3),
+    )
+
+
+def _network(model: keras.Model) -> keras.Model:
+    """The model itself, or the one inside it (a backbone under a new head) that convolves."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            return _network(layer)
+        if layer.weights:
+            break
+    return model
+
+
+def _stage_tensors(model: keras.Model) -> dict[str, Any]:
+    """What the witness computes too, by its names, and the network's `input`."""
+    tensors = {"input": next(iter(_weighted_layers(model))).input}
+    for layer in model.layers:
+        stage = re.match(r"((?:layer|stage)\d+)_", layer.name)
+        if stage and "stem" not in tensors:
+            tensors["stem"] = layer.input
+        if stage:
+            tensors[stage[1]] = layer.output
+    if "stem" not in tensors:
+        pools = [x for x in model.layers if isinstance(x, keras.layers.MaxPooling2D)]
+        if pools:
+            tensors["features"] = pools[-1].output
+    for layer in model.layers:
+        if layer.name == "avgpool":
+            tensors["pool"] = layer.output
+    if _own_head(model) is not None:
+        tensors["logits"] = model.outputs[0]
+    return tensors
+
+
+def _channels_last(model: keras.Model) -> bool:
+    first = next(iter(_weighted_layers(model)))
+    return getattr(first, "data_format", "channels_last") == "channels_last"
+
+
+def _as_torch_has_it(model: keras.Model, value) -> np.ndarray:
+    array = np.asarray(keras.ops.convert_to_numpy(value), np.float32)
+    return array.transpose(0, 3, 1, 2) if array.ndim == 4 and _channels_last(model) else array
+
+
+def _test_images(model: keras.Model, image_size, raw: bool) -> np.ndarray:
+    """Random pictures: pixel values where the model prepares them, else normal deviates."""
+    last = _channels_last(model)
+    sides = list(model.input_shape[1:3] if last else model.input_shape[2:4])
+    spec = SPECS.get(_info(model).get("variant"))
+    asked = (image_size, image_size) if isinstance(image_size, int) else image_size
+    for i, side in enumerate(sides):
+        wanted = asked[i] if asked else side or (spec.input_size if spec else 224)
+        if side not in (None, wanted):
+            raise InputError(f"{model.name} takes pictures of {sides}, not of {asked}.")
+        sides[i] = wanted
+    channels = model.input_shape[3 if last else 1]
+    shape = (1, *sides, channels) if last else (1, channels, *sides)
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, shape) if raw else random.standard_normal(shape)
+    return pixels.astype(np.float32)
+
+
+def _witness_state(found: _Source, model: keras.Model, tensors) -> dict[str, np.ndarray]:
+    """The source's entries that the model has too, with a head, which the witness insists on."""
+    expected, own_head = expected_keys(model), _own_head(model)
+    linear = [k for k, v in found.shapes.items() if len(v) == 2 and k.endswith(".weight")]
+    heads = {k.rpartition(".")[0] for k in linear}
+    state = {
+        k: v for k, v in found.tensors.items() if k in expected or k.rpartition(".")[0] in heads
+    }
+    if not linear and "stem" in tensors:
+        stages = [t for name, t in tensors.items() if re.match(r"layer|stage", name)]
+        width = stages[-1].shape[3 if _channels_last(model) else 1]
+        name = own_head if own_head in ("fc", "linear") else "fc"
+        state[f"{name}.weight"] = np.zeros((1, width), np.float32)
+        state[f"{name}.bias"] = np.zeros(1, np.float32)
+    return state
+
+
+def _relative_error(ours: np.ndarray, witness: np.ndarray) -> float:
+    if ours.shape != witness.shape:
+        return float("inf")
+    difference, size = float(np.max(np.abs(ours - witness))), float(np.max(np.abs(witness)))
+    if difference == 0:
+        return 0.0
+    return difference / size if size else float("inf")
