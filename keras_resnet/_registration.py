@@ -1,9 +1,14 @@
-"""Makes `import keras_resnet` cheap, without hiding its classes from Keras.
+"""Lets Keras find this package's classes without importing Keras.
 
 Importing Keras imports a whole backend: seconds, and gigabytes on some machines. Reading a weight
 file or printing the command line's help needs none of it. But a `.keras` file with this package's
 layers must load after nothing more than `import keras_resnet`, so the modules that register
 classes are imported as soon as somebody imports Keras.
+
+That somebody may be one of those modules. So that none of them is half there at that moment, the
+folders that they and what they import live in (`layers`, `models`, `training`) begin with `import
+keras` in their `__init__.py`: whoever imports a file of theirs imports Keras first, and its
+registration is complete before the file begins.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import importlib.abc
 import importlib.util
 import sys
 
-_REGISTERING = ("layers", "models.image_model", "training.optimizers", "training.schedules")
+REGISTERING = ("layers", "models.image_model", "training.optimizers", "training.schedules")
 
 
 def register_with_keras() -> None:
@@ -25,12 +30,12 @@ def register_with_keras() -> None:
 
 
 def _import_registering() -> None:
-    for name in _REGISTERING:
+    for name in REGISTERING:
         importlib.import_module(f"keras_resnet.{name}")
 
 
 class _WhenKerasIsImported(importlib.abc.MetaPathFinder):
-    """Finds Keras where it is, and looks on when it has been imported."""
+    """Finds Keras where it is, and registers when it has been imported."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "keras":
@@ -42,9 +47,7 @@ class _WhenKerasIsImported(importlib.abc.MetaPathFinder):
 
             def execute_and_register(module):
                 execute(module)
-                # A module of ours that imports Keras goes on registering by itself.
-                if not any(f"keras_resnet.{name}" in sys.modules for name in _REGISTERING):
-                    _import_registering()
+                _import_registering()
 
             spec.loader.exec_module = execute_and_register
         return spec

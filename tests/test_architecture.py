@@ -12,7 +12,7 @@ import keras_resnet
 
 PACKAGE = pathlib.Path(keras_resnet.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
-pytestmark = pytest.mark.once
+once = pytest.mark.once
 
 # From the ground up: a file imports its own folder and those before it.
 FOLDERS = (
@@ -47,6 +47,7 @@ def users(library):
             if any(module.split(".")[0] == library for module in imports(path))}  # fmt: skip
 
 
+@once
 def test_folders_import_only_those_below():
     graph = {name: {folder(module) for module in own(path)} for name, path in FILES.items()}
     for name, below in graph.items():
@@ -56,12 +57,14 @@ def test_folders_import_only_those_below():
             assert not above, f"{name} imports {sorted(above)}"
 
 
+@once
 def test_imports_have_no_circles():
     modules = {"keras_resnet." + name[:-3].replace("/", "."): path for name, path in FILES.items()}
     graph = {name: own(path) & set(modules) - {name} for name, path in modules.items()}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+@once
 @pytest.mark.parametrize(
     "name",
     ["weights/checkpoint", "weights/reference", "data/preprocess", "variants", "errors"],
@@ -71,19 +74,23 @@ def test_reading_files_and_pixels_needs_no_keras_and_no_backend(name):
     assert not tops & {"keras", "torch", "tensorflow", "jax", "torchvision", "matplotlib"}
 
 
+@once
 def test_only_figures_import_matplotlib():
     assert users("matplotlib") == {"plots.py", "reports/figures.py"}
 
 
+@once
 def test_the_reference_shares_no_code_with_what_it_checks():
     assert {folder(name) for name in own(FILES["weights/reference.py"])} <= {"errors"}
 
 
+@once
 def test_nothing_imports_keras_internals():
     for name, path in FILES.items():
         assert not any(m.startswith("keras.src") for m in imports(path)), name
 
 
+@once
 def test_importing_the_package_imports_no_backend_and_no_keras():
     code = (
         "import sys, keras_resnet as kr; kr.read_checkpoint; kr.Preprocess; "
@@ -93,6 +100,7 @@ def test_importing_the_package_imports_no_backend_and_no_keras():
     assert out.stdout.strip() == "[]"
 
 
+@once
 @pytest.mark.parametrize("first", ["keras_resnet", "keras"])
 def test_model_files_load_after_the_import_alone(first, tmp_path):
     path = tmp_path / "m.keras"
@@ -103,6 +111,62 @@ def test_model_files_load_after_the_import_alone(first, tmp_path):
     assert out.stdout.split()[-1] == "ImageModel"
 
 
+# Each line of the arguments is run first in a process where nothing of this package is loaded, and
+# Keras is yet to be imported as far as this package can see: its submodules are there (a fork has
+# them for nothing), `keras` itself is not, and importing it runs the hook.
+FIRST_WORDS = """
+import importlib, os, sys
+import keras, matplotlib.pyplot, sklearn.metrics
+
+def alone(statement):
+    child = os.fork()
+    if child == 0:
+        try:
+            del sys.modules["keras"]
+            exec(statement)
+            import keras
+            names = "Conv2D", "BatchNormalization", "ImageModel", "SGD", "CosineSchedule"
+            find = keras.saving.get_registered_object
+            missing = [name for name in names if not find("keras_resnet>" + name)]
+            assert not missing, f"not registered: {missing}"
+        except BaseException as error:
+            print(f"{statement}: {type(error).__name__}: {error}", flush=True)
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+sys.exit(sum(alone(statement) != 0 for statement in sys.argv[1:]))
+"""
+
+
+def first_words():
+    """Every public name, those of one home together, and every module that is no name's home."""
+    homes = {}
+    for node in ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            homes[node.module or ""] = [alias.name for alias in node.names]
+    modules = {name[:-3].replace("/", ".").removesuffix(".__init__") for name in FILES}
+    return [
+        *(f"import keras_resnet as kr; {', '.join(f'kr.{n}' for n in names)}"
+          for names in homes.values()),
+        *(f"import keras_resnet.{name}" for name in sorted(modules - set(homes))),
+    ]  # fmt: skip
+
+
+def test_any_public_name_and_any_module_may_be_a_programs_first_word(backend):
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_WORDS, *first_words()], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+
+
+def test_the_builders_may_be_the_first_word_of_a_fresh_process(backend):
+    code = "import keras_resnet as kr; print(kr.conv_block.__name__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split()[-1] == "conv_block", run.stderr
+
+
+@once
 def test_public_names_exist_and_are_documented():
     for name in keras_resnet.__all__:
         assert getattr(keras_resnet, name).__doc__ or name == "RECIPES", name

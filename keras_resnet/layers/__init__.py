@@ -10,7 +10,7 @@ nothing to do (it costs about as much as fifty small tensor operations), and ker
 as torch's channels-last convolution wants them.
 """
 
-import keras  # noqa: F401 (first, so that its import hook finds no room half furnished)
+import keras  # noqa: F401 (first: see _registration.py)
 
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization, Normalize

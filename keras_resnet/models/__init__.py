@@ -1,3 +1,3 @@
 """The networks: blocks, families, and what can be made of a model."""
 
-import keras  # noqa: F401 (first, so that its import hook finds no room half furnished)
+import keras  # noqa: F401 (first: see _registration.py)
