@@ -15,7 +15,7 @@ if _BACKEND == "torch":
 _LINEAR, _RELU = keras.activations.linear, keras.activations.relu
 
 
-# Keras internals. Both are attributes read and never written; tests/test_layers.py fails where a
+# Keras internals. Both are attributes read and never written; tests/layers/test_layers.py fails where a
 # Keras release stores them elsewhere.
 
 

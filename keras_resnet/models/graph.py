@@ -48,7 +48,7 @@ def graph_steps(model: keras.Model) -> list[Step] | None:
         >>> [(type(s.layer).__name__, s.sources, s.target) for s in graph_steps(model)]
         [('Dense', (0,), 1), ('ReLU', (1,), 2)]
     """
-    # `_nodes_by_depth` is Keras' own; tests/test_graph.py fails where it is gone.
+    # `_nodes_by_depth` is Keras' own; tests/models/test_graph.py fails where it is gone.
     nodes = [
         node
         for depth in sorted(model._nodes_by_depth, reverse=True)

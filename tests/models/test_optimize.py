@@ -119,7 +119,7 @@ def test_predict_and_evaluate_run_without_norms(backend, rng):
     model = randomized(kr.create_model("resnet20", include_preprocessing=True))
     runner = KerasRunner(model)
     if backend == "torch":
-        assert runner._model is model  # which folds itself: tests/test_graph.py
+        assert runner._model is model  # which folds itself: tests/models/test_graph.py
     else:
         assert not norms_of(runner._model)
     x = rng.integers(0, 256, (2, 32, 32, 3)).astype("uint8")

@@ -1,10 +1,10 @@
 """Damages real weight files at random and reads them; run alone for a long session.
 
-    python tests/fuzz_checkpoint.py --count 20000 --seed 0
+    python tests/weights/fuzz_checkpoint.py --count 20000 --seed 0
 
 Every damaged file must end in a result or in `CheckpointError`. Another exception, a crash or a
 file that takes more than `--limit` seconds fails, and the file is kept for a closer look.
-`tests/test_checkpoint.py` runs a short session of the same.
+`tests/weights/test_checkpoint.py` runs a short session of the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 

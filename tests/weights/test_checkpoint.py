@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
 ]
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 samples = functools.cache(_samples)
 
 # A process that has this module and not the package around it, which imports Keras.

@@ -1,6 +1,6 @@
 """A run that is killed at any instant goes on as if it had not been.
 
-`python tests/test_resume.py FOLDER KILLS` is the long form: it trains once in peace and once killed
+`python tests/training/test_resume.py FOLDER KILLS` is the long form: it trains once in peace and once killed
 KILLS times, half of the times at a random moment and half in the middle of writing a file, and
 compares. pytest runs it with `KERAS_RESNET_KILLS` kills (3 by default).
 """
