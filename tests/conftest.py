@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import ctypes
+import gc
 import importlib.util
 import os
 import pathlib
+import platform
+import resource
 
 # Before keras is imported anywhere: the tests name their backend, torch unless told otherwise.
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -16,6 +20,15 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--memory-limit",
+        type=float,
+        metavar="GB",
+        help="fail the test in which the test process first takes more than this (Linux)",
+    )
 
 
 def pytest_configure(config):
@@ -33,6 +46,66 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "once" in item.keywords:
             item.add_marker(skip)
+
+
+# A model is a cycle of references: it stays until Python gets round to collecting it, and the C
+# library keeps what it took. Without the following, a test process grows to 5 GB.
+
+_LIBC = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
+_MAY_GROW = 0.25  # GB between two collections
+_kept = 0.0  # GB after the last one
+_peaks: list[float] = []  # GB, of each process of pytest-xdist
+
+
+def _resident() -> float:
+    """GB of memory that the process has now; 0 where the system does not say."""
+    try:
+        pages = pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return 0.0
+    return int(pages) * resource.getpagesize() / 1e9
+
+
+def _peak() -> float:
+    """GB of memory that the process had at most (on Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Gives memory back after a large test and after each file, when no fixture holds any more."""
+    global _kept
+    result = yield
+    last_of_file = nextitem is None or nextitem.path != item.path
+    if last_of_file or _resident() > _kept + _MAY_GROW:
+        gc.collect()
+        if _LIBC is not None:
+            _LIBC.malloc_trim(0)
+        _kept = _resident()
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _memory_limit(request):
+    limit, before = request.config.getoption("--memory-limit"), _peak()
+    yield
+    if limit and before <= limit < _peak():
+        pytest.fail(f"The test process took {_peak():.2f} GB; --memory-limit is {limit} GB.")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _peaks.append(getattr(node, "workeroutput", {}).get("peak", 0.0))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak"] = _peak()
+
+
+def pytest_terminal_summary(terminalreporter):
+    peaks = ", ".join(f"{peak:.1f} GB" for peak in _peaks or [_peak()])
+    terminalreporter.write_line(f"memory of the test processes at their peak: {peaks}")
 
 
 @pytest.fixture(scope="session")
