@@ -15,8 +15,8 @@ if _BACKEND == "torch":
 _LINEAR, _RELU = keras.activations.linear, keras.activations.relu
 
 
-# Keras internals. Both are attributes read and never written; tests/layers/test_layers.py fails where a
-# Keras release stores them elsewhere.
+# Keras internals. Both are attributes read and never written; tests/layers/test_layers.py fails
+# where a Keras release stores them elsewhere.
 
 
 def is_rematerialized(layer: keras.layers.Layer) -> bool:

@@ -409,7 +409,7 @@ def test_two_processes_do_not_write_one_output(folder, tmp_path):
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from test_predictions import Brightness
+from test_predict import Brightness
 from keras_resnet.predictions import write_predictions
 print("ready", flush=True)
 write_predictions(Brightness(), {folder!r}, {output!r}, batch_size=4,
