@@ -1,8 +1,8 @@
 """A run that is killed at any instant goes on as if it had not been.
 
-`python tests/training/test_resume.py FOLDER KILLS` is the long form: it trains once in peace and once
-killed KILLS times, half of the times at a random moment and half in the middle of writing a file,
-and compares. pytest runs it with `KERAS_RESNET_KILLS` kills (3 by default).
+`python tests/training/test_resume.py FOLDER KILLS` is the long form: it trains once in peace and
+once killed KILLS times, half at a random moment and half in the middle of writing a file, and
+compares. pytest runs it with `KERAS_RESNET_KILLS` kills (3 by default).
 """
 
 from __future__ import annotations
