@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from rounding import allowed
 
 import keras_resnet as kr
 from keras_resnet.cli import main as cli
@@ -40,15 +41,15 @@ def randomised(model, seed=0):
     return model.eval()
 
 
-def library(model, target_layer, images, classes):
-    """pytorch-grad-cam's answer for images `(n, height, width, 3)`."""
+def library(model, target_layer, images, classes, change=lambda x: x):
+    """pytorch-grad-cam's answer for images `(n, height, width, 3)`, which `change` may nudge."""
     import torch
 
     pytest.importorskip("ttach", reason="pytorch-grad-cam needs it")
     package = pytest.importorskip("pytorch_grad_cam", reason="pip install --no-deps grad-cam")
     targets = importlib.import_module("pytorch_grad_cam.utils.model_targets")
     wanted = None if classes is None else [targets.ClassifierOutputTarget(int(c)) for c in classes]
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    x = change(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     with package.GradCAM(model, [target_layer]) as cam:
         return cam(input_tensor=x, targets=wanted)
 
@@ -58,6 +59,17 @@ def difference(a, b):
     assert a.min() >= 0 and a.max() <= 1
     assert (a.std(axis=(1, 2)) > 0.01).sum() >= 2  # maps of one value would agree with anything
     return float(np.abs(a - b).max())
+
+
+def assert_the_packages(maps, theirs, layer, images, classes):
+    """Equal to pytorch-grad-cam's, as closely as its own are to each other (see `rounding.py`)."""
+    expected = library(theirs, layer, images, classes)
+    found = difference(maps, expected)
+
+    def again(change):
+        return library(theirs, layer, images, classes, change)
+
+    assert found <= allowed(1e-3, found, again, expected, difference)
 
 
 # --- against pytorch-grad-cam --------------------------------------------------------------------
@@ -96,8 +108,8 @@ def test_maps_equal_the_packages(pair, name, backend):
         pytest.skip("compiling it takes jax long; the grouped one has its graph")
     theirs, ours, images = pair(name)
     for classes in (None, [4, 0, 10]):
-        expected = library(theirs, target_of(theirs), images, classes)
-        assert difference(kr.grad_cam(ours, images, classes), expected) < 1e-3
+        maps = kr.grad_cam(ours, images, classes)
+        assert_the_packages(maps, theirs, target_of(theirs), images, classes)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +125,9 @@ def test_any_layer_can_be_looked_at(pair, name, layer, path, backend):
     if backend != "torch" and layer in ("layer2_0_downsample_1", "features_8"):
         pytest.skip("the cut is the same on every backend")
     theirs, ours, images = pair(name)
-    expected = library(theirs, theirs.get_submodule(path), images, [1, 2, 3])
     for given in (layer, ours.get_layer(layer)):
-        assert difference(kr.grad_cam(ours, images, [1, 2, 3], given), expected) < 1e-3
+        maps = kr.grad_cam(ours, images, [1, 2, 3], given)
+        assert_the_packages(maps, theirs, theirs.get_submodule(path), images, [1, 2, 3])
 
 
 def test_pictures_of_any_shape(torchvision):
@@ -236,7 +248,12 @@ def test_models_may_be_nested(pixels):
     wrapped = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255), model])
     assert difference(kr.grad_cam(wrapped, pixels, 1), expected) < 1e-4
     inner = kr.grad_cam(model, pixels / 255, 1, "layer2_0_bn2")
-    assert difference(kr.grad_cam(wrapped, pixels, 1, "layer2_0_bn2"), inner) < 1e-4
+    found = difference(kr.grad_cam(wrapped, pixels, 1, "layer2_0_bn2"), inner)
+
+    def again(change):
+        return kr.grad_cam(model, change(pixels / 255), 1, "layer2_0_bn2")
+
+    assert found <= allowed(1e-4, found, again, inner, difference)
 
     backbone = kr.create_model("resnet20", include_top=False, input_shape=(32, 32, 3))
     head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]

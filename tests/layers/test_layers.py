@@ -262,8 +262,10 @@ def test_batch_norm_shortcut_and_relu_are_torchs(
         leaves = [leaf(a) for a in arrays]
         expected = module(leaves[0])
         expected = expected + leaves[1] if with_shortcut else expected
-        expected = torch.relu(expected) if activation else expected
         cotangent = rng.normal(size=expected.shape).astype(dtype)
+        if activation:  # within a rounding error of nothing, the ReLU may open or not
+            cotangent[np.abs(expected.detach().numpy()) < 1e-5] = 0
+            expected = torch.relu(expected)
         expected_grads = torch.autograd.grad(
             (expected * torch.tensor(cotangent)).sum(), [*leaves, module.weight, module.bias]
         )

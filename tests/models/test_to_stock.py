@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from rounding import allowed
 
 from keras_resnet import to_stock
 from keras_resnet.errors import InputError
@@ -165,13 +166,24 @@ def test_twenty_training_steps_are_those_of_stock_layers(rng):
     twin = to_stock(model)
     x = rng.normal(size=(8, 16, 16, 3)).astype("float32")
     y = rng.integers(0, 10, size=8)
-    losses = []
-    for network in (model, twin):
+    start = twin.get_weights()
+
+    def trained(network, change=lambda x: x):
+        network.set_weights(start)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         network.compile(keras.optimizers.SGD(0.0001, momentum=0.9), loss)
-        losses.append([float(network.train_on_batch(x, y)) for _ in range(20)])
-    assert losses[1][-1] < 0.9 * losses[1][0], "it learns"
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
-    stock = {v.path: np.asarray(v) for v in twin.variables}
-    for variable in model.variables:
-        assert_close(np.asarray(variable), stock[variable.path], 1e-4)
+        losses = np.array([float(network.train_on_batch(change(x), y)) for _ in range(20)])
+        return losses, {v.path: np.array(v) for v in network.variables}
+
+    def difference(some, others):
+        losses = np.abs(some[0] / others[0] - 1).max()
+        weights = (
+            np.abs(some[1][k] - v).max() / max(1, np.abs(v).max()) for k, v in others[1].items()
+        )
+        return np.array([losses, max(weights)])
+
+    ours, theirs = trained(model), trained(twin)
+    assert theirs[0][-1] < 0.9 * theirs[0][0], "it learns"
+    found = difference(ours, theirs)
+    limits = allowed(1e-4, found, lambda change: trained(twin, change), theirs, difference)
+    assert (found <= limits).all(), found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 
 import keras
 import numpy as np
 import pytest
+from rounding import allowed
 
 from keras_resnet.models.zoo import create_model
 from keras_resnet.training.optimizers import SGD
@@ -35,12 +37,11 @@ def dtype(request, monkeypatch):
 def _trained(module):
     """Batch norms as in a trained network, and biases that keep most ReLUs open.
 
-    Where a ReLU's input, or the two largest of a max pooling, are within a rounding error of each
-    other, float32 falls either way, and a bias that is nothing yet moves by percents. Torchvision
-    does so against itself: AlexNet as it is initialised, 224 pixels, rate 1e-2, in channels_last
-    against contiguous memory differs by 1.2e-2 of the largest bias after twenty steps, at rate
-    1e-3 by 6e-4, and with two threads against one by 3e-3 (torch 2.13, CPU); this package differs
-    by no more. In float64 nothing falls the other way. With open ReLUs nothing does in float32.
+    Otherwise float32 falls either way at many a ReLU (see `rounding.py`). Torchvision does so
+    against itself: AlexNet as it is initialised, 224 pixels, rate 1e-2, in channels_last against
+    contiguous memory differs by 1.2e-2 of the largest bias after twenty steps, at rate 1e-3 by
+    6e-4, and with two threads against one by 3e-3 (torch 2.13, CPU); this package differs by no
+    more. In float64 nothing falls the other way. With open ReLUs only the stem's max pooling does.
     """
     import torch
 
@@ -51,6 +52,40 @@ def _trained(module):
         elif getattr(layer, "bias", None) is not None:
             torch.nn.init.uniform_(layer.bias, 1.0, 2.0)
     return module
+
+
+def _batches(size, dtype):
+    rng = np.random.default_rng(0)
+    for step in range(STEPS):
+        images = rng.standard_normal((BATCH, size, size, 3)).astype(dtype)
+        yield step, images, rng.integers(0, CLASSES, BATCH)
+
+
+def _train_torch(reference, schedule, size, dtype, change=lambda images: images):
+    """Twenty steps of torch.optim.SGD; the last loss, and the state to compare."""
+    import torch
+
+    optimizer = torch.optim.SGD(reference.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-4)
+    for step, images, labels in _batches(size, dtype):
+        optimizer.param_groups[0]["lr"] = schedule.value_at(step)
+        optimizer.zero_grad()
+        logits = reference(change(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())))
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+        loss.backward()
+        optimizer.step()
+    state = reference.state_dict().items()
+    return loss.item(), {k: v.numpy() for k, v in state if not k.endswith("num_batches_tracked")}
+
+
+def _apart(ours, theirs, start):
+    """The worst array's error by its largest value, and the distance by the way that they went."""
+    errors, apart, moved = {}, 0.0, 0.0
+    for key, expected in theirs.items():
+        errors[key] = np.abs(ours[key] - expected).max() / np.abs(expected).max()
+        apart += np.square(ours[key] - expected, dtype="float64").sum()
+        moved += np.square(start[key] - expected, dtype="float64").sum()
+    worst = max(errors, key=errors.get)
+    return worst, np.array([errors[worst], (apart / moved) ** 0.5])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
@@ -79,42 +114,32 @@ def test_twenty_steps_equal_torchvision(torchvision, backend, dtype, name, size,
     reference = _trained(reference).to(getattr(torch, dtype)).train()
     model = create_model(name, num_classes=CLASSES, input_shape=(size, size, 3), **options)
     load_torchvision(model, reference)
-    start = {k: v.clone() for k, v in reference.state_dict().items()}
+    start = {k: v.numpy().copy() for k, v in reference.state_dict().items()}
+    again = copy.deepcopy(reference) if dtype == "float32" else None
     model.compile(
         optimizer=SGD(schedule, momentum=0.9, weight_decay=1e-4),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
-    optimizer = torch.optim.SGD(reference.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-4)
-
-    rng = np.random.default_rng(0)
-    for step in range(STEPS):
-        images = rng.standard_normal((BATCH, size, size, 3)).astype(dtype)
-        labels = rng.integers(0, CLASSES, BATCH)
+    for _, images, labels in _batches(size, dtype):
         loss = model.train_on_batch(images, labels)
         model.reset_metrics()
-        optimizer.param_groups[0]["lr"] = schedule.value_at(step)
-        optimizer.zero_grad()
-        logits = reference(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
-        expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
-        expected.backward()
-        optimizer.step()
+    expected_loss, theirs = _train_torch(reference, schedule, size, dtype)
 
     loss = loss[0] if isinstance(loss, list) else loss
-    tolerance = {"float64": 1e-10, "float32": 1e-5 if backend == "torch" else 1e-4}[dtype]
     # The metric behind the loss is kept in float32.
-    assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
-    ours = to_torchvision(model)
-    errors, apart, moved = {}, 0.0, 0.0
-    for key, tensor in reference.state_dict().items():
-        if key.endswith("num_batches_tracked"):
-            continue
-        theirs = tensor.numpy()
-        errors[key] = np.abs(ours[key] - theirs).max() / np.abs(theirs).max()
-        apart += np.square(ours[key] - theirs, dtype="float64").sum()
-        moved += np.square(start[key].numpy() - theirs, dtype="float64").sum()
-    worst = max(errors, key=errors.get)
-    print(f"{name} {dtype}: {worst} {errors[worst]:.1e}, of the way {(apart / moved) ** 0.5:.1e}")
-    assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.2e}"
+    assert float(loss) == pytest.approx(expected_loss, rel=1e-4)
+    worst, found = _apart(to_torchvision(model), theirs, start)
+    print(f"{name} {dtype}: {worst} {found[0]:.1e}, of the way {found[1]:.1e}")
+    tolerance = {"float64": 1e-10, "float32": 1e-5 if backend == "torch" else 1e-4}[dtype]
     # Not because nothing happened: they are close by the measure of the way that they went, too.
-    assert apart**0.5 < 100 * tolerance * moved**0.5
+    limits = tolerance * np.array([1, 100])
+    if dtype == "float32":
+        limits = allowed(
+            limits,
+            found,
+            lambda change: _train_torch(copy.deepcopy(again), schedule, size, dtype, change)[1],
+            theirs,
+            lambda one, other: _apart(one, other, start)[1],
+        )
+    assert (found <= limits).all(), f"{worst}: {found}, allowed {limits}"
