@@ -13,7 +13,7 @@ from keras_resnet.inference import grad_cam as explain
 from keras_resnet.variants import SPECS, conv_output_size
 
 REGISTRY = json.loads(
-    (pathlib.Path(kr.__file__).parent / "torchvision.json").read_text(encoding="utf-8")
+    (pathlib.Path(kr.__file__).parent / "weights/torchvision.json").read_text(encoding="utf-8")
 )["weights"]
 PUBLISHED = {row["model"]: row for row in REGISTRY}
 # Small pictures keep the large networks cheap; alexnet_paper needs 63, torchvision's AlexNet too.

@@ -12,7 +12,7 @@ import keras_resnet
 
 pytestmark = pytest.mark.once
 
-FOLDER = pathlib.Path(keras_resnet.__file__).parent
+FOLDER = pathlib.Path(keras_resnet.__file__).parent / "weights"
 REGISTRY = json.loads((FOLDER / "torchvision.json").read_text(encoding="utf-8"))
 WEIGHTS = REGISTRY["weights"]
 MODELS = list(dict.fromkeys(entry["model"] for entry in WEIGHTS))
