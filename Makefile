@@ -1,6 +1,8 @@
 # These commands do everything from nothing but Python 3.11+ and make:
 #   make demo [BACKEND=torch|tensorflow|jax]     the main job on real handwritten digits
-#   make test                                    ruff, tests on three backends, doctests, examples
+#   make quick                                   lint, types, the fast tests on torch: two minutes
+#   make test                                    lint, types, tests on three backends, doctests
+#   make test-long                               all of it, kills and fuzzing in hundreds: hours
 #   make docs                                    the site of docs/, into site/
 #   make bench [ROWS="train infer"]              speed and memory beside others'; some 12 minutes
 PYTHON ?= python3
@@ -16,11 +18,11 @@ ifeq ($(filter $(BACKEND),$(BACKENDS)),)
 $(error BACKEND must be one of $(BACKENDS), not "$(BACKEND)")
 endif
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo quick test test-long lint format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -43,6 +45,12 @@ demo: $(VENV)/installed-$(BACKEND)
 test: $(VENV)/installed-test
 	BIN=$(BIN) sh tests/run.sh
 
+quick: $(VENV)/installed-test
+	BIN=$(BIN) sh tests/run.sh quick
+
+test-long: $(VENV)/installed-test
+	BIN=$(BIN) sh tests/run.sh long
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -58,4 +66,4 @@ docs: $(VENV)/installed-test
 	@echo "Open site/index.html"
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis demo site
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis demo site

@@ -36,16 +36,20 @@ def pytest_configure(config):
         "markers",
         "once: does not depend on the Keras backend, so runs under KERAS_BACKEND=torch alone",
     )
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; not in `make quick`")
+    config.addinivalue_line(
+        "markers", "long: takes minutes; runs where KERAS_RESNET_LONG=1, as in `make test-long`"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    if os.environ["KERAS_BACKEND"] == "torch":
-        return
-    skip = pytest.mark.skip(reason="independent of the backend; run once, under torch")
+    once = pytest.mark.skip(reason="independent of the backend; run once, under torch")
+    long = pytest.mark.skip(reason="long: make test-long, or KERAS_RESNET_LONG=1")
     for item in items:
-        if "once" in item.keywords:
-            item.add_marker(skip)
+        if "once" in item.keywords and os.environ["KERAS_BACKEND"] != "torch":
+            item.add_marker(once)
+        if "long" in item.keywords and not os.environ.get("KERAS_RESNET_LONG"):
+            item.add_marker(long)
 
 
 # A model is a cycle of references: it stays until Python gets round to collecting it, and the C

@@ -1,25 +1,53 @@
 #!/bin/sh
 # Everything that must pass: `make test` calls this, and so does .ci/run.
-# BIN is the virtual environment's folder of programs; ONLY=torch runs one backend.
+#   sh tests/run.sh          all of it; ONLY=torch runs one backend
+#   sh tests/run.sh quick    lint, types and the fast tests on torch
+#   sh tests/run.sh long     all of it, with the tests marked `long`, and long fuzzing
+# BIN is the virtual environment's folder of programs.
 set -eu
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
+how=${1:-all}
 # Two test processes share the cores; threads inside each would fight over them.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2
 export MPLBACKEND=Agg
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 workers=$(( cores < 2 ? 1 : cores > 4 ? 4 : cores ))
 
+tests_on() { # BACKEND [options of pytest]
+    echo "== tests on $1"
+    backend=$1
+    shift
+    # No second life for a process that dies: pytest-xdist waits for ever for the rest of its file.
+    KERAS_BACKEND=$backend "$BIN/python" -m pytest -q -n "$workers" --dist loadfile \
+        --max-worker-restart 0 --memory-limit 3 tests "$@"
+}
+
 echo "== ruff"
 "$BIN/ruff" check .
 "$BIN/ruff" format --check .
 
+echo "== mypy"
+"$BIN/mypy"
+
+if [ "$how" = quick ]; then
+    tests_on torch -m "not slow"
+    exit
+fi
+if [ "$how" = long ]; then
+    export KERAS_RESNET_LONG=1 KERAS_RESNET_KILLS=30
+fi
+
 for backend in ${ONLY:-torch tensorflow jax}; do
-    echo "== tests on $backend"
-    # No second life for a process that dies: pytest-xdist waits for ever for the rest of its file.
-    KERAS_BACKEND=$backend "$BIN/python" -m pytest -q -n "$workers" --dist loadfile \
-        --max-worker-restart 0 tests
+    tests_on "$backend"
 done
 
 echo "== doctests"
 KERAS_BACKEND=torch "$BIN/python" -m pytest -q --doctest-modules keras_resnet
+
+if [ "$how" = long ]; then
+    echo "== fuzzing"
+    for seed in 0 1; do
+        (ulimit -v 8000000 && "$BIN/python" tests/weights/fuzz_checkpoint.py --count 20000 --seed $seed)
+    done
+fi
