@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 
 class KerasResNetError(Exception):
@@ -68,3 +71,85 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(name).lower(), [str(k) for k in known], n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Checks an argument that must be one of a few values.
+
+    Raises:
+        InputError: It is none of them; the message names near ones.
+
+    Examples:
+        >>> one_of("pooling", 7, (None, "avg", "max"))
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: pooling must be one of None, 'avg', 'max'. Received: 7.
+    """
+    allowed = list(allowed)
+    # By identity but for text: 1 is no True, and an array equals nothing as a whole.
+    if not (value in allowed if isinstance(value, str) else any(value is a for a in allowed)):
+        near = did_you_mean(value, (a for a in allowed if isinstance(a, str)))
+        raise _refused(name, f"one of {', '.join(map(repr, allowed))}", value, near)
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """Checks an argument that must be a whole number; gives it as an `int`.
+
+    Raises:
+        InputError: It is no whole number, or is below `least`.
+
+    Examples:
+        >>> whole("epochs", 0, least=1)
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: epochs must be a whole number of at least 1. Received: 0.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise _refused(name, f"a whole number of at least {least}", value)
+    return number
+
+
+def between(name: str, value: Any, low: float, high: float = math.inf, *, ends: str = "[]") -> None:
+    """Checks an argument that must be a number within bounds.
+
+    Args:
+        name: The argument's.
+        value: What was given.
+        low: The lower bound.
+        high: The upper bound; none by default.
+        ends: As in mathematics: `"["` and `"]"` where a bound itself is allowed, `"("` and `")"`
+            where it is not.
+
+    Raises:
+        InputError: It is no number, or out of bounds.
+
+    Examples:
+        >>> between("dropout", 1.0, 0, 1, ends="[)")
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: dropout must be in [0, 1). Received: 1.0.
+        >>> between("learning_rate", 0.0, 0, ends="(]")
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: learning_rate must be above 0. Received: 0.0.
+    """
+    try:  # a nan is within no bounds
+        fits = low <= value <= high
+        fits = fits and not (
+            (value == low and ends[0] == "(") or (value == high and ends[1] == ")")
+        )
+    except (TypeError, ValueError):  # no number, or several
+        fits = False
+    if not fits:
+        rule = f"in {ends[0]}{low}, {high}{ends[1]}"
+        if high == math.inf:
+            rule = f"{'at least' if ends[0] == '[' else 'above'} {low}"
+        raise _refused(name, rule, value)
+
+
+def _refused(name: str, rule: str, value: Any, hint: str = "") -> InputError:
+    return InputError(f"{name} must be {rule}. Received: {value!r}.{hint}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from keras_resnet.data.folders import find_pictures, labels_by_name
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import picture_paths
 from keras_resnet.errors import DataError, InputError, MissingDependencyError
-from keras_resnet.inference.evaluate import evaluate
 from keras_resnet.models.files import dataset_output, model_class_names
 from keras_resnet.runtimes.onnx import _quantize_onnx
 from keras_resnet.runtimes.openvino import _quantize_openvino
@@ -158,47 +157,47 @@ class _Calibration:
                 pass
         return picture_paths(source), None
 
-    def _dataset(self, paths, labels) -> ImageDataset:
-        return ImageDataset(
-            paths,
-            labels,
-            self._names,
-            shuffle=False,
-            preprocess=self._prepared,
-            output=self._output,
-        )
-
     def batches(self) -> list[np.ndarray]:
         """float32 inputs `(1, height, width, channels)`."""
-        dataset = self._dataset(self._calibrate, np.zeros(len(self._calibrate), np.int32))
-        found: list[np.ndarray] = []
-        for index in range(len(dataset)):
-            try:
-                images = dataset.read_batch(index).images
-            except DataError:
-                continue
-            found += [image[None].astype(np.float32) for image in images]
+        found = [
+            image[None].astype(np.float32)
+            for images, _ in self._readable(self._calibrate)
+            for image in images
+        ]
         if not found:
-            raise DataError(f"None of the pictures in {str(self.folder)!r} can be read.")
+            raise DataError(f"None of the images in {str(self.folder)!r} can be read.")
         return found
 
+    def _readable(self, paths: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batches of the images that can be read, with their numbers."""
+        labels = np.zeros(len(paths), np.int32)
+        dataset = ImageDataset(
+            paths, labels, self._names, shuffle=False, preprocess=self._prepared,
+            output=self._output,
+        )  # fmt: skip
+        for index in range(len(dataset)):
+            try:
+                batch = dataset.read_batch(index)
+            except DataError:  # nothing of this batch
+                continue
+            yield batch.images, batch.indices
+
     def measure(self, reference: Runner, runner: Runner, size_before: int) -> Int8Report:
-        """Both on the same pictures."""
-        labels = self._labels
-        if labels is None:
-            labels = np.zeros(len(self._measured), np.int32)
-        before = evaluate(reference, self._dataset(self._measured, labels))
-        after = evaluate(runner, self._dataset(self._measured, labels))
-        same = [
-            a["predicted"] == b["predicted"] for a, b in zip(before.rows, after.rows, strict=True)
+        """Compares both on the same images."""
+        found = [
+            (indices, reference.outputs(images).argmax(1), runner.outputs(images).argmax(1))
+            for images, indices in self._readable(self._measured)
         ]
-        known = self._labels is not None
+        if not found:
+            raise DataError(f"None of the {len(self._measured)} images to measure can be read.")
+        indices, before, after = map(np.concatenate, zip(*found, strict=True))
+        labels = None if self._labels is None else self._labels[indices]
         return Int8Report(
             calibrated=len(self._calibrate),
-            count=after.count,
+            count=len(indices),
             apart=self._apart,
-            before=before.top1 if known else None,
-            after=after.top1 if known else None,
-            agreement=float(np.mean(same)),
+            before=None if labels is None else float(np.mean(before == labels)),
+            after=None if labels is None else float(np.mean(after == labels)),
+            agreement=float(np.mean(before == after)),
             size_before=size_before,
         )
