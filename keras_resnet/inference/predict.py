@@ -30,8 +30,8 @@ from keras_resnet.inference.prediction_files import (
     Prediction,
     PredictionWriter,
     check_output,
+    csv_lines,
     errors_path,
-    to_csv,
 )
 from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
 from keras_resnet.runtimes.runner import Runner
@@ -375,8 +375,8 @@ def write_predictions(
     identity = _identity(runner, preprocess, top, min(batch_size, total))
     started = time.monotonic()
     writer = PredictionWriter(path, top, identity, batch_size, restart)
-    writer.open(pictures)
     try:
+        writer.open(pictures)
         if progress is not None:
             progress(Progress(writer.done, total, writer.unreadable))
         rest = itertools.islice(iter(pictures), writer.done, None)
@@ -419,7 +419,7 @@ def _identity(runner: Runner, preprocess: Preprocess, top: int, batch_size: int)
         "top": top,
         "preprocess": preprocess.get_config(),
         "class names": hashlib.sha256(names.encode()).hexdigest()[:16],
-        "model's answer to a test picture": [float(v) for v in logs],
+        "model's prediction for a test image": [float(v) for v in logs],
     }
 
 
@@ -431,7 +431,8 @@ def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike)
     """
     path = Path(path)
     if path.suffix == ".csv":
-        write_text(path, to_csv(predictions, max([1, *(len(p.classes) for p in predictions)])))
+        top = max([1, *(len(p.classes) for p in predictions)])
+        write_text(path, "".join(csv_lines(predictions, top)))
     elif path.suffix == ".json":
         write_text(path, json.dumps([p.to_dict() for p in predictions], indent=2) + "\n")
     elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
