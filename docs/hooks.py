@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import html
 
-from keras_resnet.cli import build_parser
+from keras_resnet.cli.main import build_parser
 
 
 def on_page_markdown(markdown, page, **_):

@@ -210,7 +210,7 @@ def test_the_reference_has_every_public_name_once():
     text = "\n".join(
         path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs/reference").glob("*.md"))
     )
-    listed = re.findall(r"^::: keras_resnet\.\w+\.(\w+)$", text, re.MULTILINE)
+    listed = re.findall(r"^::: keras_resnet\.(?:\w+\.)*(\w+)$", text, re.MULTILINE)
     listed += re.findall(r"`(\w+)`", text.partition("### Builders by name")[2].partition("## ")[0])
     listed.remove("create_model")  # named where the builders' arguments are
     modules = set(re.findall(r"`kr\.(\w+)`", text))
@@ -263,7 +263,7 @@ def test_the_site_asks_no_other_address_for_anything(site):
 def test_the_reference_shows_signatures_docstrings_and_every_command(site):
     for name in ("create_model", "conv_block", "load_torchvision", "train", "grad_cam", "SGD"):
         assert any(
-            re.search(rf'id="keras_resnet\.\w+\.{name}"', page.read_text(encoding="utf-8"))
+            re.search(rf'id="keras_resnet\.(?:\w+\.)*{name}"', page.read_text(encoding="utf-8"))
             for page in (site / "reference").glob("*.html")
         ), name
     models = (site / "reference" / "models.html").read_text(encoding="utf-8")
@@ -278,7 +278,7 @@ def test_the_reference_shows_signatures_docstrings_and_every_command(site):
 
 def test_examples_are_where_doctest_finds_them():
     """`Example:` would be set as prose by mkdocstrings."""
-    for path in (ROOT / "keras_resnet").glob("*.py"):
+    for path in (ROOT / "keras_resnet").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
                 lines = (ast.get_docstring(node) or "").splitlines()
