@@ -34,7 +34,7 @@ import sys, types
 package = types.ModuleType("keras_resnet")  # without the package's imports of Keras
 package.__path__ = [ROOT + "/keras_resnet"]
 sys.modules["keras_resnet"] = package
-from keras_resnet.checkpoint import read_checkpoint
+from keras_resnet.weights.checkpoint import read_checkpoint
 read = lambda path: read_checkpoint(path).values()
 """,
     "torch.load(mmap=True)": """
@@ -56,10 +56,10 @@ IMPORTERS = {
 import os
 os.environ["KERAS_BACKEND"] = "torch"
 import keras_resnet as kr
-from keras_resnet import hub
+from keras_resnet.weights import download
 model = kr.ResNet50()
 def load(path):
-    hub._file_sha256.cache_clear()  # it is remembered for a file that has not changed
+    download._file_sha256.cache_clear()  # it is remembered for a file that has not changed
     kr.load_torchvision(model, path)
 """,
     "torch.load(mmap=True) + load_state_dict": """

@@ -137,7 +137,7 @@ def fuse(steps: list[Step]) -> list[Step | Fused]:
     Each joined step stands where the last of its layers stood; dropouts are gone.
 
     Examples:
-        >>> from keras_resnet.zoo import create_model
+        >>> from keras_resnet import create_model
         >>> steps = graph_steps(create_model("resnet18"))
         >>> len(steps), len(fuse(steps))
         (43, 23)

@@ -35,7 +35,8 @@ def optimize_for_inference(
     Outputs agree to 1e-5 of the largest; `model` stays as it is, and nothing is shared with it. The
     result is a Functional model like any other: save it, export it, run it. It is meant for
     inference: trained on, it would train without batch norm. On torch, a model of this package
-    folds itself while it predicts (see `keras_resnet.graph`), and gains nothing more by this.
+    folds itself while it predicts (see `keras_resnet.models.graph`), and gains nothing more by
+    this.
 
     Args:
         model: A built Functional model with one input and one output. Its convolutions keep their
@@ -52,7 +53,7 @@ def optimize_for_inference(
         InputError: An unknown precision, or a graph of another kind.
 
     Examples:
-        >>> from keras_resnet.zoo import create_model
+        >>> from keras_resnet import create_model
         >>> model = optimize_for_inference(create_model("resnet20"))
         >>> any(isinstance(l, keras.layers.BatchNormalization) for l in model.layers)
         False
@@ -190,7 +191,7 @@ def to_stock(model: keras.Model, name: str | None = None) -> keras.Model:
         InputError: The model is not Functional.
 
     Examples:
-        >>> from keras_resnet.zoo import create_model
+        >>> from keras_resnet import create_model
         >>> stock = to_stock(create_model("resnet20"))
         >>> {type(layer).__module__.split(".")[0] for layer in stock.layers}
         {'keras'}

@@ -124,7 +124,7 @@ def open_runner(
         NotFoundError: There is no such file.
 
     Examples:
-        >>> from keras_resnet.zoo import create_model
+        >>> from keras_resnet import create_model
         >>> runner = open_runner(create_model("resnet20"))
         >>> runner.log_probabilities(np.zeros((2, 32, 32, 3), "float32")).shape
         (2, 10)

@@ -41,7 +41,7 @@ class SGD(keras.optimizers.Optimizer):
     averages trainable weights only; `keras_resnet.training.ema.ModelEMA` averages all.
 
     Args:
-        learning_rate: a number, a `LearningRateSchedule` (see `keras_resnet.schedules`) or a
+        learning_rate: a number, a `LearningRateSchedule` (see `training.schedules`) or a
             callable without arguments.
         momentum: factor of the buffer; 0 keeps no buffer.
         dampening: part of the gradient kept out of the buffer.

@@ -111,7 +111,7 @@ def verify(
 ) -> VerifyReport:
     """Compares a model with the forward pass of a state dict in plain NumPy, stage by stage.
 
-    The witness (`keras_resnet.reference`) reads the network off the state dict and shares no code
+    The witness (`weights.reference`) reads the network off the state dict and shares no code
     with the layers, the blocks or the conversion.
 
     Args:
@@ -134,7 +134,7 @@ def verify(
         CheckpointError: The file cannot be read, or is refused.
 
     Examples:
-        >>> from keras_resnet.zoo import create_model
+        >>> from keras_resnet import create_model
         >>> model = create_model("resnet20")
         >>> verify(model, to_torchvision(model)).passed
         True

@@ -31,7 +31,7 @@ def test_share_of_a_container(tmp_path):
 PROGRAM = """
 import os, resource
 import numpy as np
-from keras_resnet import process
+from keras_resnet.system import process
 process.tune_process()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

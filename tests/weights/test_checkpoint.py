@@ -910,7 +910,7 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
 
 MEASURE = """
 import json, os, resource, sys, time
-from keras_resnet.checkpoint import inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.errors import CheckpointError
 def peak(mark="VmHWM"):
     # The kernel's high-water mark of this process; getrusage's would include its parent's.
@@ -997,13 +997,13 @@ def test_torch_is_never_imported(tmp_path, shared):
             if name.partition(".")[0] in ("torch", "tensorflow", "jax", "keras", "safetensors"):
                 raise AssertionError(f"imports {name}")
     sys.meta_path.insert(0, Ban())
-    from keras_resnet import checkpoint
+    from keras_resnet.weights import checkpoint, writing
     for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
         arrays = checkpoint.read_checkpoint(path)
         str(checkpoint.inspect_checkpoint(path))
         arrays = {k: v for k, v in arrays.items() if v.dtype.name != "complex64"}
-        checkpoint.write_checkpoint(path.with_suffix(".pt"), arrays)
-        checkpoint.write_checkpoint(path.with_suffix(".safetensors"), arrays)
+        writing.write_checkpoint(path.with_suffix(".pt"), arrays)
+        writing.write_checkpoint(path.with_suffix(".safetensors"), arrays)
     print("torch" in sys.modules)
     """
     assert alone(script, tmp_path).strip() == "False"
@@ -1015,7 +1015,7 @@ def test_reading_costs_the_tensors_and_touches_only_what_is_used(tmp_path, saver
     path = tmp_path / "large.pth"
     SAVERS[saver]({f"w{i}": torch.full((1024, 1024), float(i)) for i in range(25)}, path)
     script = """
-    from keras_resnet.checkpoint import inspect_checkpoint, read_checkpoint
+    from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
     def peak():
         with open("/proc/self/status") as file:
             return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
