@@ -19,11 +19,11 @@ from .data.augment import (
     TrivialAugmentWide as TrivialAugmentWide,
 )
 from .data.dataset import ImageDataset as ImageDataset
-from .data.dataset import dataset_statistics as dataset_statistics
 from .data.directory import image_dataset_from_directory as image_dataset_from_directory
 from .data.preprocess import Preprocess as Preprocess
 from .data.scan import ScanReport as ScanReport
 from .data.scan import scan as scan
+from .data.statistics import dataset_statistics as dataset_statistics
 from .data.transforms import (
     ColorJitter as ColorJitter,
 )

@@ -1,7 +1,7 @@
-"""Random changes of training pictures with torchvision's semantics.
+"""Random changes of training images with torchvision's semantics.
 
 Every transform is two functions: `sample(height, width, rng)` draws its parameters from a NumPy
-generator, `apply(picture, parameters)` uses them. Given equal parameters, `apply` gives the pixels
+generator, `apply(image, parameters)` uses them. Given equal parameters, `apply` gives the pixels
 that torchvision gives for a Pillow image (torchvision/transforms/functional.py, autoaugment.py,
 v2/_augment.py); the distributions of the parameters are torchvision's too, its random stream is
 not. `Augment` chains them; `Mix` (mixup and cutmix) works on whole batches.
@@ -19,17 +19,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from keras_resnet.data.transforms import (
-    Picture,
+    AnyImage,
     RandomErasing,
     RandomHorizontalFlip,
     RandomResizedCrop,
     Transform,
-    _brightness,
-    _contrast,
-    _image,
-    _resample,
-    _saturation,
-    _sharpness,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    adjust_sharpness,
+    as_image,
+    resample_filter,
 )
 from keras_resnet.errors import InputError
 
@@ -37,7 +37,7 @@ from keras_resnet.errors import InputError
 
 
 def _affine(
-    picture: Image.Image,
+    image: Image.Image,
     translate: tuple[float, float],
     shear: tuple[float, float],
     center: tuple[float, float],
@@ -61,61 +61,61 @@ def _affine(
     matrix[5] += matrix[3] * (-cx - tx) + matrix[4] * (-cy - ty)
     matrix[2] += cx
     matrix[5] += cy
-    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
 
 
 def apply_operation(
-    picture: Image.Image, name: str, magnitude: float, resample: int, fill: float | None = None
+    image: Image.Image, name: str, magnitude: float, resample: int, fill: float | None = None
 ) -> Image.Image:
     """Applies one named operation; torchvision/transforms/autoaugment.py `_apply_op`.
 
     Args:
-        picture: a Pillow image of mode RGB or L.
+        image: a Pillow image of mode RGB or L.
         name: `"ShearX"`, `"TranslateY"`, `"Rotate"`, `"Posterize"`, ...
         magnitude: in the operation's own unit, sign included.
         resample: a Pillow resampling filter for the geometric operations.
-        fill: the value of pixels from outside the picture; None is 0.
+        fill: the value of pixels from outside the image; None is 0.
     """
-    bands = len(picture.getbands())
+    bands = len(image.getbands())
     value = int(fill or 0)
     fill = value if bands == 1 else (value,) * bands
     # torchvision goes by degrees and back, and so do the last bits of the angle.
     angle = math.radians(math.degrees(math.atan(magnitude)))
-    centre = (picture.width * 0.5, picture.height * 0.5)
+    centre = (image.width * 0.5, image.height * 0.5)
     shift = int(magnitude)
     match name:
         case "Identity":
-            return picture
+            return image
         case "ShearX":
-            return _affine(picture, (0, 0), (angle, 0.0), (0, 0), resample, fill)
+            return _affine(image, (0, 0), (angle, 0.0), (0, 0), resample, fill)
         case "ShearY":
-            return _affine(picture, (0, 0), (0.0, angle), (0, 0), resample, fill)
+            return _affine(image, (0, 0), (0.0, angle), (0, 0), resample, fill)
         case "TranslateX":
-            return _affine(picture, (shift, 0), (0.0, 0.0), centre, resample, fill)
+            return _affine(image, (shift, 0), (0.0, 0.0), centre, resample, fill)
         case "TranslateY":
-            return _affine(picture, (0, shift), (0.0, 0.0), centre, resample, fill)
+            return _affine(image, (0, shift), (0.0, 0.0), centre, resample, fill)
         case "Rotate":
-            return picture.rotate(magnitude, resample, fillcolor=fill)
+            return image.rotate(magnitude, resample, fillcolor=fill)
         case "Brightness":
-            return _brightness(picture, 1.0 + magnitude)
+            return adjust_brightness(image, 1.0 + magnitude)
         case "Color":
-            return _saturation(picture, 1.0 + magnitude)
+            return adjust_saturation(image, 1.0 + magnitude)
         case "Contrast":
-            return _contrast(picture, 1.0 + magnitude)
+            return adjust_contrast(image, 1.0 + magnitude)
         case "Sharpness":
-            return _sharpness(picture, 1.0 + magnitude)
+            return adjust_sharpness(image, 1.0 + magnitude)
         case "Posterize":
-            return ImageOps.posterize(picture, int(magnitude))
+            return ImageOps.posterize(image, int(magnitude))
         case "Solarize":
-            return ImageOps.solarize(picture, magnitude)
+            return ImageOps.solarize(image, magnitude)
         case "AutoContrast":
-            return ImageOps.autocontrast(picture)
+            return ImageOps.autocontrast(image)
         case "Equalize":
-            return ImageOps.equalize(picture)
+            return ImageOps.equalize(image)
     raise InputError(f"There is no operation {name!r}.")
 
 
-@functools.lru_cache(maxsize=64)  # pictures of one size share it; it is only read
+@functools.lru_cache(maxsize=64)  # images of one size share it; it is only read
 def _space(
     bins: int, shear: float, shift: tuple[float, float], degrees: float, colour: float, bits: int
 ) -> dict[str, tuple[np.ndarray | None, bool]]:
@@ -154,7 +154,7 @@ class TrivialAugmentWide(Transform):
     Attributes:
         num_magnitude_bins: strengths an operation can have.
         interpolation: of the geometric operations; torchvision's recipes use `"bilinear"`.
-        fill: the value of pixels from outside the picture; None is black.
+        fill: the value of pixels from outside the image; None is black.
     """
 
     num_magnitude_bins: int = 31
@@ -164,7 +164,7 @@ class TrivialAugmentWide(Transform):
     def __post_init__(self) -> None:
         """Checks the arguments."""
         _bins(self.num_magnitude_bins)
-        _resample(self.interpolation)
+        resample_filter(self.interpolation)
 
     def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
         """Operations, their magnitudes, and whether their sign is drawn."""
@@ -174,9 +174,9 @@ class TrivialAugmentWide(Transform):
         """Draws [(operation, magnitude)]."""
         return [_draw(self.space(height, width), None, rng)]
 
-    def apply(self, picture: Picture, parameters: Iterable[tuple[str, float]]) -> Image.Image:
+    def apply(self, image: AnyImage, parameters: Iterable[tuple[str, float]]) -> Image.Image:
         """Applies the operations in order."""
-        return _apply_all(self, picture, parameters)
+        return _apply_all(self, image, parameters)
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,11 @@ class RandAugment(Transform):
     """Random operations at one strength (Cubuk et al. 2019, arXiv 1909.13719).
 
     Attributes:
-        num_ops: operations a picture.
+        num_ops: operations an image.
         magnitude: their strength, 0 to num_magnitude_bins - 1.
         num_magnitude_bins: strengths an operation can have.
         interpolation: of the geometric operations; torchvision's recipes use `"bilinear"`.
-        fill: the value of pixels from outside the picture; None is black.
+        fill: the value of pixels from outside the image; None is black.
     """
 
     num_ops: int = 2
@@ -200,10 +200,11 @@ class RandAugment(Transform):
     def __post_init__(self) -> None:
         """Checks the arguments."""
         _bins(self.num_magnitude_bins)
-        _resample(self.interpolation)
+        resample_filter(self.interpolation)
         if not 0 <= self.magnitude < self.num_magnitude_bins:
             raise InputError(
-                f"magnitude must lie in 0..{self.num_magnitude_bins - 1}, got {self.magnitude!r}."
+                f"magnitude must lie in 0..{self.num_magnitude_bins - 1}. "
+                f"Received: {self.magnitude!r}."
             )
 
     def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
@@ -216,9 +217,9 @@ class RandAugment(Transform):
         space = self.space(height, width)
         return [_draw(space, self.magnitude, rng) for _ in range(self.num_ops)]
 
-    def apply(self, picture: Picture, parameters: Iterable[tuple[str, float]]) -> Image.Image:
+    def apply(self, image: AnyImage, parameters: Iterable[tuple[str, float]]) -> Image.Image:
         """Applies the operations in order."""
-        return _apply_all(self, picture, parameters)
+        return _apply_all(self, image, parameters)
 
 
 def _draw(
@@ -234,25 +235,25 @@ def _draw(
 
 def _apply_all(
     transform: TrivialAugmentWide | RandAugment,
-    picture: Picture,
+    image: AnyImage,
     operations: Iterable[tuple[str, float]],
 ) -> Image.Image:
-    picture = _image(picture)
-    resample = _resample(transform.interpolation)
+    image = as_image(image)
+    resample = resample_filter(transform.interpolation)
     for name, magnitude in operations:
-        picture = apply_operation(picture, name, magnitude, resample, transform.fill)
-    return picture
+        image = apply_operation(image, name, magnitude, resample, transform.fill)
+    return image
 
 
 class Augment:
-    """A chain of transforms: (picture, generator) to uint8 pixels.
+    """A chain of transforms: (image, generator) to uint8 pixels.
 
     Args:
         steps: transforms, or their configs, in order. A `RandomErasing` stands last; the dataset
             applies it after normalisation.
 
     Attributes:
-        steps: those that change the picture itself.
+        steps: those that change the image itself.
         erasing: the `RandomErasing`, or None.
 
     Examples:
@@ -268,18 +269,18 @@ class Augment:
         built = [Transform.from_config(s) if isinstance(s, dict) else s for s in steps]
         wrong = [s for s in built if not isinstance(s, Transform)]
         if wrong:
-            raise InputError(f"Augment takes transforms, got {wrong[0]!r}.")
+            raise InputError(f"Augment takes transforms. Received: {wrong[0]!r}.")
         erasing = [s for s in built if isinstance(s, RandomErasing)]
         if erasing and (len(erasing) > 1 or built[-1] is not erasing[0]):
             raise InputError("RandomErasing acts after normalisation: give one, as the last step.")
         self.erasing = erasing[0] if erasing else None
         self.steps = tuple(built[: len(built) - len(erasing)])
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> np.ndarray:
-        """Returns the changed picture, uint8 (height, width, channels), without the erasing."""
+    def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
+        """Returns the changed image, uint8 (height, width, channels), without the erasing."""
         for step in self.steps:
-            picture = step(picture, rng)
-        pixels = np.asarray(picture)
+            image = step(image, rng)
+        pixels = np.asarray(image)
         return pixels[..., None] if pixels.ndim == 2 else pixels
 
     @property
@@ -342,7 +343,7 @@ def training_augment(
     elif policy == "ra":
         steps.append(RandAugment(magnitude=magnitude, interpolation=interpolation))
     elif policy is not None:
-        raise InputError(f"policy must be None, 'ta_wide' or 'ra', got {policy!r}.")
+        raise InputError(f"policy must be None, 'ta_wide' or 'ra'. Received: {policy!r}.")
     if erasing > 0:
         steps.append(RandomErasing(erasing))
     return Augment(steps)
@@ -368,7 +369,7 @@ class Mix:
         """Checks the arguments."""
         if min(self.mixup, self.cutmix) < 0 or max(self.mixup, self.cutmix) == 0:
             raise InputError(
-                f"mixup and cutmix are alphas of at least 0, one of them positive, got "
+                f"mixup and cutmix are alphas of at least 0, one of them positive. Received: "
                 f"{self.mixup!r} and {self.cutmix!r}."
             )
 
@@ -377,7 +378,7 @@ class Mix:
     ) -> tuple[str, float, tuple[int, int, int, int] | None]:
         """Draws ("mixup", share, None) or ("cutmix", share, (left, top, right, bottom)).
 
-        The share is that of the picture that stays; for cutmix it is that of the actual box.
+        The fraction is that of the image that stays; for cutmix it is that of the actual box.
         """
         cut = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
         alpha = self.cutmix if cut else self.mixup
@@ -465,4 +466,4 @@ def repeated_augmentation(
 
 def _bins(count: int) -> None:
     if not isinstance(count, int) or count < 2:
-        raise InputError(f"num_magnitude_bins must be an int of at least 2, got {count!r}.")
+        raise InputError(f"num_magnitude_bins must be an int of at least 2. Received: {count!r}.")

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.data.folders import _flat_pictures, find_pictures, stratified_split
+from keras_resnet.data.folders import find_pictures, flat_images, stratified_split
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import InputError, did_you_mean
 
@@ -50,20 +50,20 @@ def image_dataset_from_directory(
     """Reads a folder with one subfolder a class, with Keras' arguments and torchvision's pixels.
 
     Args:
-        directory: holds the class folders; pictures may lie in nested folders inside them. Hidden
+        directory: holds the class folders; images may lie in nested folders inside them. Hidden
             files and folders are ignored.
-        labels: `"inferred"` from the folders, None for pictures alone (any folder), or one int a
+        labels: `"inferred"` from the folders, None for images alone (any folder), or one int a
             file, in the order of the sorted paths.
         label_mode: `"int"`, `"categorical"` (one-hot), `"binary"` or None.
         class_names: the class folders to take, in the order of their labels; all, sorted as text
             ('1', '10', '2'), by default.
         color_mode: `"rgb"`, `"grayscale"` or `"rgba"`.
-        batch_size: pictures a batch.
+        batch_size: images a batch.
         image_size: (height, width), or one int for both, to resize to; exclusive with
-            `preprocess`. Without either, pictures are resized to 256 and cropped to 224.
+            `preprocess`. Without either, images are resized to 256 and cropped to 224.
         shuffle: a new order each epoch; False keeps that of `file_paths`.
         seed: of order and augmentation; None draws one (kept in `.seed`).
-        validation_split: the share of each class to hold out, 0 to 1. The split depends on the
+        validation_split: the fraction of each class to hold out, 0 to 1. The split depends on the
             seed and the files alone (seed None splits as seed 0).
         subset: `"training"`, `"validation"` or `"both"` (a pair), with `validation_split`. The
             validation part is neither shuffled, augmented, mixed, smoothed nor cut.
@@ -72,23 +72,23 @@ def image_dataset_from_directory(
         crop_to_aspect_ratio: with `image_size`, cut instead of distorting.
         data_format: `"channels_last"` or `"channels_first"`; None is that of Keras' configuration.
         preprocess: the `Preprocess` that evaluates the model.
-        augment: called with (picture, generator), gives the uint8 picture; then `preprocess` only
+        augment: called with (image, generator), gives the uint8 image; then `preprocess` only
             normalises. See `augment.Augment`.
         workers: threads that read batches ahead; None takes the processor's cores, at most 8.
-        cache: `"ram"` or a folder: keep what was decoded (finished pictures where nothing is
+        cache: `"ram"` or a folder: keep what was decoded (finished images where nothing is
             random).
         output: `"uint8"` (values 0..255, for a model that preprocesses) or `"float32"`
             (normalised by `preprocess`).
-        on_error: `"skip"` leaves an unreadable picture out and lists it in `.skipped`; `"raise"`
+        on_error: `"skip"` leaves an unreadable image out and lists it in `.skipped`; `"raise"`
             stops.
-        exif: turn pictures as their EXIF orientation says.
+        exif: turn images as their EXIF orientation says.
         exclude: files to leave out: a list of paths, or a file as `scan` writes.
         drop_last: True drops a last batch that is not full; `"auto"` drops it only where it holds
-            one picture, on which batch norm cannot train. Evaluation keeps all (False).
+            one image, on which batch norm cannot train. Evaluation keeps all (False).
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of cutmix, 0 for none; with both, one of the two for each batch.
         label_smoothing: 0 to 1; as mixing, it makes labels one-hot floats.
-        repeats: repeated augmentation: each picture that many times in a row, in an epoch of
+        repeats: repeated augmentation: each image that many times in a row, in an epoch of
             unchanged length.
         verify: decode every file once now, and drop what cannot be read.
 
@@ -97,7 +97,7 @@ def image_dataset_from_directory(
 
     Raises:
         NotFoundError: the folder does not exist.
-        DataError: no class folder, an empty class folder, no picture.
+        DataError: no class folder, an empty class folder, no image.
         InputError: an argument that cannot work.
 
     Examples:
@@ -118,10 +118,13 @@ def image_dataset_from_directory(
     else:
         _check_no_conflict(preprocess, image_size, color_mode, crop_to_aspect_ratio, exif)
     if isinstance(labels, str) and labels != "inferred":
-        raise InputError(f"labels must be 'inferred', None or a list of ints, got {labels!r}.")
+        raise InputError(
+            f"labels must be 'inferred', None or a list of ints. Received: {labels!r}."
+        )
     if (validation_split is None) != (subset is None):
         raise InputError(
-            f"validation_split and subset go together, got {validation_split!r} and {subset!r}."
+            f"validation_split and subset go together. "
+            f"Received: {validation_split!r} and {subset!r}."
         )
     directory = os.fspath(directory)
     if isinstance(labels, str):
@@ -129,7 +132,7 @@ def image_dataset_from_directory(
             directory, class_names, follow_links=follow_links, exclude=exclude
         )
     else:
-        paths = _flat_pictures(directory, follow_links, exclude)
+        paths = flat_images(directory, follow_links, exclude)
         numbers, names = (None, None) if labels is None else (labels, class_names)
     if label_mode is None:
         numbers = None
@@ -160,7 +163,7 @@ def image_dataset_from_directory(
         return ImageDataset(paths, numbers, names, **training)
     if subset not in ("training", "validation", "both"):
         raise InputError(
-            f"subset must be 'training', 'validation' or 'both', got {subset!r}."
+            f"subset must be 'training', 'validation' or 'both'. Received: {subset!r}."
             f"{did_you_mean(subset, ['training', 'validation', 'both'])}"
         )
     kept, held = stratified_split(

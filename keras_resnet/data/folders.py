@@ -1,7 +1,8 @@
-"""Folders of pictures: what is in them, which class each belongs to, and how they are split."""
+"""Folders of images: what is in them, which class each belongs to, and how they are split."""
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 from collections import Counter
@@ -17,8 +18,11 @@ IMG_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif",
 )  # fmt: skip
 
-# What a random number is for; part of its seed, so that streams do not overlap.
-_ORDER, _PICTURE, _MIX, _SPLIT = range(4)
+
+class Stream(enum.IntEnum):
+    """What a random number is for; part of its seed, so that streams do not overlap."""
+
+    ORDER, IMAGE, MIX, SPLIT = range(4)
 
 
 # --- finding the files ---------------------------------------------------------------------------
@@ -31,7 +35,7 @@ def find_pictures(
     follow_links: bool = False,
     exclude: str | os.PathLike | Iterable[str] | None = None,
 ) -> tuple[list[str], np.ndarray, list[str]]:
-    """Lists the pictures of a folder that has one subfolder a class.
+    """Lists the images of a folder that has one subfolder a class.
 
     Classes are the sorted folder names, files are in the order of torchvision's `ImageFolder`.
 
@@ -40,7 +44,7 @@ def find_pictures(
 
     Raises:
         NotFoundError: the folder does not exist.
-        DataError: it is a file, or has no class folder, an empty one, or no picture.
+        DataError: it is a file, or has no class folder, an empty one, or no image.
         InputError: class_names that are not there.
     """
     directory = existing_folder(directory)
@@ -52,7 +56,7 @@ def find_pictures(
     if not found:
         here = [entry.name for entry in os.scandir(directory) if entry.is_file()]
         raise DataError(
-            f"{directory!r} has no class folder: it must hold one folder of pictures a class. "
+            f"{directory!r} has no class folder: it must hold one folder of images a class. "
             f"It holds {_extension_counts(here)}."
         )
     if class_names is None:
@@ -77,26 +81,27 @@ def find_pictures(
         labels += [label] * len(files)
     if not paths or len(empty) == len(class_names):
         raise DataError(
-            f"{directory!r} holds no picture in its class folders {_listed(class_names)}. "
-            f"They hold {_extension_counts(other)}; pictures end in {', '.join(IMG_EXTENSIONS)}."
+            f"{directory!r} holds no image in its class folders {listed(class_names)}. "
+            f"They hold {_extension_counts(other)}; images end in {', '.join(IMG_EXTENSIONS)}."
         )
     if empty:
         raise DataError(
-            f"{directory!r} has class folders without a picture: {_listed(empty)}. Fill or delete "
-            f"them, or name the others with class_names. Pictures end in "
+            f"{directory!r} has class folders without an image: {listed(empty)}. Fill or delete "
+            f"them, or name the others with class_names. Images end in "
             f"{', '.join(IMG_EXTENSIONS)}."
         )
     return paths, np.asarray(labels, np.int32), list(class_names)
 
 
-def _flat_pictures(directory: str, follow_links: bool, exclude: Any) -> list[str]:
+def flat_images(directory: str, follow_links: bool, exclude: Any) -> list[str]:
+    """Lists the images anywhere below a folder, or raises DataError that says what is there."""
     directory = existing_folder(directory)
     files, other = walk_pictures(directory, follow_links)
     excluded = _excluded(directory, exclude)
     files = [path for path in files if os.path.abspath(path) not in excluded]
     if not files:
         raise DataError(
-            f"{directory!r} holds no picture. It holds {_extension_counts(other)}; pictures end "
+            f"{directory!r} holds no image. It holds {_extension_counts(other)}; images end "
             f"in {', '.join(IMG_EXTENSIONS)}."
         )
     return files
@@ -115,7 +120,7 @@ def existing_folder(directory: str | os.PathLike) -> str:
 
 
 def walk_pictures(folder: str, follow_links: bool) -> tuple[list[str], list[str]]:
-    """Pictures and other files below a folder, in torchvision's order, without hidden ones."""
+    """Images and other files below a folder, in torchvision's order, without hidden ones."""
     pictures, other = [], []
     for root, _, names in sorted(os.walk(folder, followlinks=follow_links)):
         if _hidden(folder, root):
@@ -127,7 +132,7 @@ def walk_pictures(folder: str, follow_links: bool) -> tuple[list[str], list[str]
 
 
 def picture_folders(folder: str) -> list[str]:
-    """The folders below a folder that hold pictures themselves, in the order of `walk_pictures`.
+    """The folders below a folder that hold images themselves, in the order of `walk_pictures`.
 
     File names are looked at and forgotten: memory grows with folders, not with files.
     """
@@ -139,13 +144,13 @@ def picture_folders(folder: str) -> list[str]:
 
 
 def pictures_in(folder: str) -> list[str]:
-    """Names of the pictures in a folder itself, sorted."""
+    """Names of the images in a folder itself, sorted."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if is_picture(e.name) and not e.is_dir())
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file is taken for a picture, by its name."""
+    """Whether a file is taken for an image, by its name."""
     return not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
 
 
@@ -158,7 +163,8 @@ def _extension_counts(names: Iterable[str]) -> str:
     return ", ".join(f"{n} {ext}" for ext, n in counts.most_common(8)) or "no file"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in quotes for a message, the first ten of many."""
     shown = ", ".join(repr(name) for name in names[:10])
     return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
@@ -192,11 +198,11 @@ def stratified_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits positions into a kept and a held-out part, class by class.
 
-    Of a class with n pictures `round(n * share)` are held out, at least one and at most n - 1; a
-    class with one picture keeps it.
+    Of a class with n images `round(n * share)` are held out, at least one and at most n - 1; a
+    class with one image keeps it.
 
     Args:
-        labels: one int a picture, or a number of pictures without labels.
+        labels: one int an image, or a number of images without labels.
         share: to hold out, between 0 and 1.
         seed: of the choice.
 
@@ -204,22 +210,23 @@ def stratified_split(
         Two sorted int arrays.
     """
     if isinstance(share, bool) or not 0 < share < 1:
-        raise InputError(f"validation_split must lie between 0 and 1, got {share!r}.")
+        raise InputError(f"validation_split must lie between 0 and 1. Received: {share!r}.")
     labels = np.zeros(labels, np.int32) if isinstance(labels, int) else np.asarray(labels)
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         count = min(max(round(len(members) * share), 1), len(members) - 1)
-        order = _generator(seed, _SPLIT, int(label)).permutation(len(members))
+        order = generator(seed, Stream.SPLIT, int(label)).permutation(len(members))
         held[members[order[:count]]] = True
     if not held.any():
         raise DataError(
-            f"validation_split={share} leaves nothing to validate on: every class has one picture."
+            f"validation_split={share} leaves nothing to validate on: every class has one image."
         )
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _generator(*key: int) -> np.random.Generator:
+def generator(*key: int) -> np.random.Generator:
+    """A stream of random numbers of its own for every key."""
     # PCG64 and SeedSequence are fixed across NumPy versions and platforms.
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 

@@ -1,4 +1,4 @@
-"""Pictures to model input: decode, resize, crop and normalise with torchvision's results.
+"""Images to model input: decode, resize, crop and normalise with torchvision's results.
 
 The order and the arithmetic are those of torchvision's evaluation presets
 (torchvision/transforms/_presets.py `ImageClassification`, functional.py `resize` and
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keras_resnet.data.reading import PILLOW_MODES, Source, _converted, _to_array, load
+from keras_resnet.data.reading import PILLOW_MODES, Source, converted, load, to_array
 from keras_resnet.errors import DataError, InputError, did_you_mean
 
 # torchvision/transforms/_presets.py, `ImageClassification`.
@@ -40,19 +40,19 @@ INTERPOLATIONS = {
 class Preprocess:
     """Resize, centre crop and normalise, equal to torchvision's evaluation presets.
 
-    Calling it gives the model's input; `pixels` gives the uint8 picture before normalisation,
+    Calling it gives the model's input; `pixels` gives the uint8 image before normalisation,
     equal to torchvision's to the bit (Resize with antialias and CenterCrop on a Pillow image).
 
     Attributes:
         resize_size: an int for the short side (the long one becomes `int(size * long / short)`),
             (height, width) for both, or None for no resize.
-        crop_size: the centre crop, an int or (height, width), padded with black where the picture
+        crop_size: the centre crop, an int or (height, width), padded with black where the image
             is smaller; None for no crop.
         interpolation: `"bilinear"`, `"bicubic"`, `"nearest"`, `"box"`, `"hamming"`, `"lanczos"`;
             all but nearest with antialias, as Pillow resizes.
         mean: per channel, for pixels in 0..1; None subtracts nothing.
         std: per channel; None divides by nothing. With both None values are pixels / 255.
-        exif: turn pictures as their EXIF orientation says; torchvision does not.
+        exif: turn images as their EXIF orientation says; torchvision does not.
         color_mode: `"rgb"`, `"grayscale"` or `"rgba"`: 3, 1 or 4 channels.
         crop_to_aspect_ratio: before a (height, width) resize cut the largest centred window of
             that shape, so that nothing is distorted.
@@ -62,8 +62,8 @@ class Preprocess:
 
     Examples:
         >>> preprocess = Preprocess(resize_size=256, crop_size=224)
-        >>> picture = np.zeros((300, 400, 3), np.uint8)
-        >>> preprocess.pixels(picture).shape, preprocess(picture).dtype
+        >>> image = np.zeros((300, 400, 3), np.uint8)
+        >>> preprocess.pixels(image).shape, preprocess(image).dtype
         ((224, 224, 3), dtype('float32'))
         >>> Preprocess.from_config(preprocess.get_config()) == preprocess
         True
@@ -83,23 +83,24 @@ class Preprocess:
         store = object.__setattr__
         if self.color_mode not in PILLOW_MODES:
             raise InputError(
-                f"color_mode must be one of {sorted(PILLOW_MODES)}, got {self.color_mode!r}."
+                f"color_mode must be one of {sorted(PILLOW_MODES)}. Received: {self.color_mode!r}."
             )
         store(self, "resize_size", _size("resize_size", self.resize_size))
         crop = _size("crop_size", self.crop_size)
         store(self, "crop_size", (crop, crop) if isinstance(crop, int) else crop)
         if self.interpolation not in INTERPOLATIONS:
             raise InputError(
-                f"interpolation must be one of {sorted(INTERPOLATIONS)}, got "
+                f"interpolation must be one of {sorted(INTERPOLATIONS)}. Received: "
                 f"{self.interpolation!r}.{did_you_mean(self.interpolation, INTERPOLATIONS)}"
             )
         for name in ("mean", "std"):
             store(self, name, self._per_channel(name, getattr(self, name)))
         if self.std is not None and min(self.std) <= 0:
-            raise InputError(f"std must be positive, got {self.std}.")
+            raise InputError(f"std must be positive. Received: {self.std}.")
         if self.crop_to_aspect_ratio and not isinstance(self.resize_size, tuple):
             raise InputError(
-                f"crop_to_aspect_ratio needs resize_size=(height, width), got {self.resize_size!r}."
+                f"crop_to_aspect_ratio needs resize_size=(height, width). "
+                f"Received: {self.resize_size!r}."
             )
         store(self, "exif", bool(self.exif))
         store(self, "crop_to_aspect_ratio", bool(self.crop_to_aspect_ratio))
@@ -113,7 +114,7 @@ class Preprocess:
         if values.shape != (self.channels,) or not np.isfinite(values).all():
             raise InputError(
                 f"{name} must be one finite number a channel ({self.channels} for color_mode="
-                f"{self.color_mode!r}) or None, got {value!r}."
+                f"{self.color_mode!r}) or None. Received: {value!r}."
             )
         return tuple(float(v) for v in values)
 
@@ -124,12 +125,12 @@ class Preprocess:
 
     @property
     def output_shape(self) -> tuple[int | None, int | None, int]:
-        """(height, width, channels); None for a side that depends on the picture."""
+        """(height, width, channels); None for a side that depends on the image."""
         size = self.crop_size or self.resize_size
         return (*(size if isinstance(size, tuple) else (None, None)), self.channels)
 
     def __call__(self, image: Source | Image.Image | np.ndarray) -> np.ndarray:
-        """Returns the model's input for one picture.
+        """Returns the model's input for one image.
 
         Args:
             image: a path, bytes, a Pillow image, or a uint8 array (height, width[, channels]).
@@ -138,42 +139,42 @@ class Preprocess:
             float32, (height, width, channels), normalised.
 
         Raises:
-            DataError: the picture cannot be read.
+            DataError: the image cannot be read.
             InputError: an array of another type or shape.
         """
         return self.normalize(self.pixels(image))
 
     def pixels(self, image: Source | Image.Image | np.ndarray) -> np.ndarray:
-        """Returns the resized and cropped picture before normalisation.
+        """Returns the resized and cropped image before normalisation.
 
         Returns:
             uint8, (height, width, channels), equal to torchvision's to the bit.
         """
-        picture = self._picture(image)
+        loaded = self._loaded(image)
         if self.crop_to_aspect_ratio:
-            picture = _crop_to_ratio(picture, self.resize_size)
+            loaded = _crop_to_ratio(loaded, self.resize_size)
         if self.resize_size is not None:
-            picture = resize_image(picture, self.resize_size, INTERPOLATIONS[self.interpolation])
+            loaded = resize_image(loaded, self.resize_size, INTERPOLATIONS[self.interpolation])
         if self.crop_size is not None:
-            picture = _center_crop(picture, self.crop_size)
-        return _to_array(picture)
+            loaded = crop_centre(loaded, self.crop_size)
+        return to_array(loaded)
 
-    def _picture(self, image: Source | Image.Image | np.ndarray) -> Image.Image:
+    def _loaded(self, image: Source | Image.Image | np.ndarray) -> Image.Image:
         if isinstance(image, Image.Image):
             if image.mode == PILLOW_MODES[self.color_mode] and not self.exif:
                 return image
-            return _converted(image, self.exif, self.color_mode)
+            return converted(image, self.exif, self.color_mode)
         if not isinstance(image, np.ndarray):
             image = load(image, exif=self.exif, color_mode=self.color_mode)
             if isinstance(image, Image.Image):
                 return image
-        return _converted(image_from_array(image), False, self.color_mode)
+        return converted(image_from_array(image), False, self.color_mode)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """Returns (pixels / 255 - mean) / std, in float32 as torch computes it.
 
         Args:
-            pixels: uint8, (..., height, width, channels): one picture or a batch. float32 values
+            pixels: uint8, (..., height, width, channels): one image or a batch. float32 values
                 in 0..255 (a mixed batch) are taken as well.
 
         Returns:
@@ -182,10 +183,11 @@ class Preprocess:
         pixels = np.asarray(pixels)
         if pixels.ndim < 2 or pixels.shape[-1] != self.channels:
             raise InputError(
-                f"normalize takes (..., height, width, {self.channels}), got shape {pixels.shape}."
+                f"normalize takes (..., height, width, {self.channels}). "
+                f"Received: shape {pixels.shape}."
             )
         # One row of width * channels values at a time, as NumPy is slow where the last axis has 3,
-        # and picture by picture, which stay in the processor's cache between the operations.
+        # and image by image, which stay in the processor's cache between the operations.
         rows = pixels.reshape(-1, *pixels.shape[-3:-2], pixels.shape[-2] * pixels.shape[-1])
         out = np.empty(rows.shape, np.float32)
         operations = [
@@ -223,15 +225,16 @@ def image_from_array(pixels: np.ndarray) -> Image.Image:
     """Returns a Pillow image of a uint8 array (height, width), or with 1, 3 or 4 channels."""
     if pixels.dtype != np.uint8:
         raise InputError(
-            f"A picture given as an array must be uint8 with values 0 to 255, got {pixels.dtype}."
+            f"An image given as an array must be uint8 with values 0 to 255. "
+            f"Received: {pixels.dtype}."
         )
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     gray, coloured = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[-1] in (3, 4)
     if 0 in pixels.shape or not (gray or coloured):
         raise InputError(
-            f"A picture given as an array is (height, width) or (height, width, 1, 3 or 4), got "
-            f"shape {pixels.shape}."
+            f"An image given as an array is (height, width) or (height, width, 1, 3 or 4). "
+            f"Received: shape {pixels.shape}."
         )
     return Image.fromarray(np.ascontiguousarray(pixels))
 
@@ -243,20 +246,20 @@ def _size(name: str, value: Any) -> int | tuple[int, int] | None:
     positive = all(isinstance(s, int | np.integer) and s is not True and s > 0 for s in sides)
     if not positive or isinstance(value, str) or len(sides) not in (1, 2):
         raise InputError(
-            f"{name} must be a positive int, a (height, width) pair or None, got {value!r}."
+            f"{name} must be a positive int, a (height, width) pair or None. Received: {value!r}."
         )
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def resize_image(picture: Image.Image, size: int | tuple[int, int], resample: int) -> Image.Image:
+def resize_image(image: Image.Image, size: int | tuple[int, int], resample: int) -> Image.Image:
     """Resizes to (height, width), or the short side to an int and the long one truncated.
 
     The arithmetic of torchvision/transforms/functional.py `_compute_resized_output_size`.
 
     Raises:
-        DataError: a picture so narrow that the result would be a decompression bomb.
+        DataError: an image so narrow that the result would be a decompression bomb.
     """
-    width, height = picture.size
+    width, height = image.size
     if isinstance(size, tuple):
         new_height, new_width = size
     elif width <= height:
@@ -266,33 +269,33 @@ def resize_image(picture: Image.Image, size: int | tuple[int, int], resample: in
     limit = Image.MAX_IMAGE_PIXELS
     if limit and new_width * new_height > 2 * limit:
         raise DataError(
-            f"A picture of {width} x {height} would become {new_width} x {new_height} pixels at "
-            f"resize_size={size}; give resize_size=(height, width), or leave the picture out."
+            f"An image of {width} x {height} would become {new_width} x {new_height} pixels at "
+            f"resize_size={size}; give resize_size=(height, width), or leave the image out."
         )
     if (new_width, new_height) == (width, height):
-        return picture
-    return picture.resize((new_width, new_height), resample)
+        return image
+    return image.resize((new_width, new_height), resample)
 
 
-def _center_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def crop_centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """torchvision/transforms/functional.py `center_crop`: the offset is rounded, half to even."""
     crop_height, crop_width = size
-    width, height = picture.size
+    width, height = image.size
     if crop_width > width or crop_height > height:
         wide, high = max(crop_width - width, 0), max(crop_height - height, 0)
         border = (wide // 2, high // 2, (wide + 1) // 2, (high + 1) // 2)
-        picture = ImageOps.expand(picture, border=border, fill=0)
-        width, height = picture.size
+        image = ImageOps.expand(image, border=border, fill=0)
+        width, height = image.size
         if (width, height) == (crop_width, crop_height):
-            return picture
+            return image
     top, left = round((height - crop_height) / 2.0), round((width - crop_width) / 2.0)
-    return picture.crop((left, top, left + crop_width, top + crop_height))
+    return image.crop((left, top, left + crop_width, top + crop_height))
 
 
-def _crop_to_ratio(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _crop_to_ratio(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The largest centred window with the shape of (height, width), as Keras cuts it."""
-    width, height = picture.size
+    width, height = image.size
     crop_height = max(1, min(height, int(width * size[0] / size[1])))
     crop_width = max(1, min(width, int(height * size[1] / size[0])))
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    return picture.crop((left, top, left + crop_width, top + crop_height))
+    return image.crop((left, top, left + crop_width, top + crop_height))

@@ -1,11 +1,17 @@
-"""An image file as pixels: Pillow's, or simplejpeg's where it gives the same."""
+"""Image files as pixels, kept and read ahead: Pillow's, or simplejpeg's where it gives the same."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
+import logging
 import os
+import threading
 import warnings
-from typing import IO
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,23 +24,25 @@ except ImportError:  # Pillow decodes the same pixels, more slowly
     simplejpeg = None
 
 
+logger = logging.getLogger("keras_resnet")
+
 PILLOW_MODES = {"rgb": "RGB", "grayscale": "L", "rgba": "RGBA"}
 
 Source = str | os.PathLike | bytes | IO[bytes]
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
-# Pictures of 90 to 180 million pixels are read, as torchvision reads them; Pillow's warning about
+# Images of 90 to 180 million pixels are read, as torchvision reads them; Pillow's warning about
 # each would tear the progress bar. A filter, because warnings.catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np.ndarray:
-    """Decodes a picture to the pixels of torchvision's `Image.open(f).convert("RGB")`.
+    """Decodes an image to the pixels of torchvision's `Image.open(f).convert("RGB")`.
 
     Args:
         source: a path, the file's bytes, or a binary file object.
-        exif: turn the picture as its EXIF orientation says; torchvision does not.
+        exif: turn the image as its EXIF orientation says; torchvision does not.
         color_mode: `"rgb"`, `"grayscale"` or `"rgba"`.
 
     Returns:
@@ -42,7 +50,7 @@ def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np
         the first frame.
 
     Raises:
-        DataError: the file is no picture, or an unreadable one; the message names it and says why.
+        DataError: the file is no image, or an unreadable one; the message names it and says why.
         NotFoundError: the path does not exist.
 
     Examples:
@@ -52,8 +60,8 @@ def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np
         >>> decode(file.getvalue()).shape
         (2, 3, 3)
     """
-    picture = load(source, exif=exif, color_mode=color_mode)
-    return picture if isinstance(picture, np.ndarray) else _to_array(picture)
+    image = load(source, exif=exif, color_mode=color_mode)
+    return image if isinstance(image, np.ndarray) else to_array(image)
 
 
 def load(
@@ -66,38 +74,41 @@ def load(
         that of `color_mode`.
     """
     if color_mode not in PILLOW_MODES:
-        raise InputError(f"color_mode must be one of {sorted(PILLOW_MODES)}, got {color_mode!r}.")
+        raise InputError(
+            f"color_mode must be one of {sorted(PILLOW_MODES)}. Received: {color_mode!r}."
+        )
     name, data = _read(source)
     if not data:
-        raise DataError(f"{name} cannot be read as a picture: the file is empty (0 bytes).")
+        raise DataError(f"{name} cannot be read as an image: the file is empty (0 bytes).")
     if color_mode == "rgb":
         pixels = _decode_jpeg(data, exif)
         if pixels is not None:
             return pixels
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return _converted(picture, exif, color_mode)
+        with Image.open(io.BytesIO(data)) as image:
+            return converted(image, exif, color_mode)
     except UnidentifiedImageError:
         raise DataError(
-            f"{name} cannot be read as a picture: its first bytes {data[:8]!r} belong to no "
+            f"{name} cannot be read as an image: its first bytes {data[:8]!r} belong to no "
             f"format that Pillow knows."
         ) from None
     except MemoryError:
-        raise DataError(f"{name} cannot be read as a picture: not enough memory.") from None
+        raise DataError(f"{name} cannot be read as an image: not enough memory.") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise DataError(f"{name} cannot be read as a picture: {reason}") from error
+        raise DataError(f"{name} cannot be read as an image: {reason}") from error
 
 
 def _read(source: Source) -> tuple[str, bytes]:
-    """Returns how to call the picture in a message, and its bytes."""
+    """Returns how to call the image in a message, and its bytes."""
     if isinstance(source, bytes | bytearray | memoryview):
-        return f"a picture of {len(source)} bytes", bytes(source)
+        return f"an image of {len(source)} bytes", bytes(source)
     if hasattr(source, "read"):
         return repr(getattr(source, "name", "a file object")), source.read()
     if not isinstance(source, str | os.PathLike):
         raise InputError(
-            f"A picture is given as a path, bytes or a binary file, got {type(source).__name__}."
+            f"An image is given as a path, bytes or a binary file. "
+            f"Received: {type(source).__name__}."
         )
     path = os.fspath(source)
     name = repr(path)  # file names may hold newlines; one message stays one line
@@ -107,7 +118,7 @@ def _read(source: Source) -> tuple[str, bytes]:
     except FileNotFoundError:
         raise NotFoundError(f"{name} does not exist.") from None
     except IsADirectoryError:
-        raise DataError(f"{name} is a folder, not a picture.") from None
+        raise DataError(f"{name} is a folder, not an image.") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{name} cannot be opened: {error}") from error
 
@@ -116,7 +127,7 @@ def _decode_jpeg(data: bytes, exif: bool) -> np.ndarray | None:
     """Decodes an ordinary, complete JPEG with simplejpeg; None leaves it to Pillow.
 
     simplejpeg gives Pillow's pixels for YCbCr and gray files. Anything else (CMYK, a missing end
-    marker, data that libjpeg has to mend, a turned or a huge picture) goes to Pillow, so that a
+    marker, data that libjpeg has to mend, a turned or a huge image) goes to Pillow, so that a
     file is read, or refused, alike with and without simplejpeg.
     """
     if simplejpeg is None or data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
@@ -127,32 +138,173 @@ def _decode_jpeg(data: bytes, exif: bool) -> np.ndarray | None:
         if colorspace not in ("YCbCr", "Gray") or (limit and height * width > limit):
             return None
         if exif:
-            with Image.open(io.BytesIO(data)) as picture:
-                if picture.getexif().get(_ORIENTATION, 1) != 1:
+            with Image.open(io.BytesIO(data)) as image:
+                if image.getexif().get(_ORIENTATION, 1) != 1:
                     return None
         return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
     except Exception:  # Pillow decides, and words the error
         return None
 
 
-def _converted(picture: Image.Image, exif: bool, color_mode: str = "rgb") -> Image.Image:
+def converted(image: Image.Image, exif: bool, color_mode: str = "rgb") -> Image.Image:
+    """A Pillow image turned as EXIF says, if wanted, and in the mode of `color_mode`."""
     if exif:
-        picture = ImageOps.exif_transpose(picture)
+        image = ImageOps.exif_transpose(image)
     mode = PILLOW_MODES[color_mode]
-    if (
-        picture.mode == "P"
-        and isinstance(picture.info.get("transparency"), bytes)
-        and mode == "RGB"
-    ):
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes) and mode == "RGB":
         # The pixels are the same without it; with it Pillow warns about every such file.
-        picture = picture.copy()
-        del picture.info["transparency"]
-    if mode == "L":  # by way of RGB, as a colour picture that is made gray later
-        return picture.convert("RGB").convert("L")
-    picture.load()
-    return picture.convert(mode)
+        image = image.copy()
+        del image.info["transparency"]
+    if mode == "L":  # by way of RGB, as a colour image that is made gray later
+        return image.convert("RGB").convert("L")
+    image.load()
+    return image.convert(mode)
 
 
-def _to_array(picture: Image.Image) -> np.ndarray:
-    pixels = np.array(picture)  # a copy: what Pillow lends is read-only
+def to_array(image: Image.Image) -> np.ndarray:
+    """A Pillow image as a uint8 array (height, width, channels) of its own."""
+    pixels = np.array(image)  # a copy: what Pillow lends is read-only
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+class ImageCache:
+    """Decoded images that are kept: in memory, in a folder, or not at all.
+
+    A file in the folder is named after the image's path, size and time and how it was made, so
+    that a changed image or another way to prepare it makes a new one.
+
+    Args:
+        place: None, `"ram"` or a folder, which is made if it is missing.
+
+    Raises:
+        DataError: the folder cannot be made.
+    """
+
+    def __init__(self, place: str | None):
+        self._kept: dict[str, np.ndarray] = {}
+        self._place = place
+        self._failed = threading.Event()
+        if place not in (None, "ram"):
+            try:
+                os.makedirs(place, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"The cache folder cannot be made: {error}") from error
+
+    def __bool__(self) -> bool:
+        """Whether anything is kept."""
+        return self._place is not None
+
+    def get(self, path: str, make: Callable[[str], np.ndarray], how: str) -> np.ndarray:
+        """What `make(path)` gives, made once; `how` says in what way it is made."""
+        if self._place is None:
+            return make(path)
+        if self._place == "ram":
+            if path not in self._kept:
+                self._kept[path] = make(path)
+            return self._kept[path]
+        file = os.path.join(self._place, self._key(path, how) + ".npy")
+        try:
+            return np.load(file)
+        except (OSError, ValueError):  # not there, or cut off while it was written
+            pixels = make(path)
+        partial = f"{file}.{os.getpid()}.{threading.get_ident()}"
+        try:
+            with open(partial, "wb") as stream:
+                np.save(stream, pixels)
+            os.replace(partial, file)
+        except OSError as error:  # a full disk costs the cache, not the run
+            if not self._failed.is_set():
+                self._failed.set()
+                logger.warning("The cache %r takes no more images: %s", self._place, error)
+            with contextlib.suppress(OSError):
+                os.remove(partial)
+        return pixels
+
+    @staticmethod
+    def _key(path: str, how: str) -> str:
+        try:
+            state = os.stat(path)
+        except OSError:
+            raise NotFoundError(f"{path!r} does not exist.") from None
+        key = (os.path.abspath(path), state.st_size, state.st_mtime_ns, how)
+        return hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class ReadAhead:
+    """Numbered batches made by threads before they are asked for, while they come in order.
+
+    Args:
+        threads: How many; 0 makes each batch in the caller's thread, when it is asked for.
+    """
+
+    def __init__(self, threads: int):
+        self._pool = ThreadPoolExecutor(threads, "keras_resnet-data") if threads else None
+        self._lock = threading.Lock()
+        self.waiting: dict[tuple[Any, int], Future] = {}
+        self._last: tuple[Any, int] | None = None
+
+    def get(
+        self,
+        epoch: Any,
+        index: int,
+        parts: Callable[[int], Sequence[Callable[[], list]]],
+        join: Callable[[int, list], Any],
+        *,
+        count: int,
+        depth: int,
+    ) -> Any:
+        """Batch `index`, from those that wait or made now.
+
+        Args:
+            epoch: Batches of another one are thrown away.
+            index: Of `count` batches; where it follows the last one, more are begun.
+            parts: Gives the pieces of work of a batch; each makes a list.
+            join: Makes a batch of its number and all its lists in one.
+            count: Batches in the epoch.
+            depth: How many may wait.
+
+        Raises:
+            Exception: What a piece of work raised; of several, the first piece's.
+        """
+        if self._pool is None:
+            return join(index, [item for work in parts(index) for item in work()])
+        with self._lock:
+            for key in [key for key in self.waiting if key[0] != epoch]:
+                self.waiting.pop(key).cancel()
+            batch = self.waiting.pop((epoch, index), None) or self._begin(index, parts, join)
+            if index == 0 or self._last == (epoch, index - 1):  # asked for in order
+                for following in range(index + 1, min(index + 1 + depth, count)):
+                    key = (epoch, following)
+                    if key not in self.waiting and len(self.waiting) < depth:
+                        self.waiting[key] = self._begin(following, parts, join)
+            self._last = (epoch, index)
+        return batch.result()
+
+    def _begin(self, index: int, parts: Callable, join: Callable) -> Future:
+        """Hands a batch to the threads, which put it together as they finish its last part."""
+        pieces = parts(index)
+        made: list[list | Exception] = [[] for _ in pieces]
+        batch, missing, lock = Future(), len(pieces), threading.Lock()
+
+        def work(number: int) -> None:
+            nonlocal missing
+            if not batch.cancelled():
+                try:
+                    made[number] = pieces[number]()
+                except Exception as error:
+                    made[number] = error
+            with lock:
+                missing -= 1
+                last = missing == 0
+            if last and batch.set_running_or_notify_cancel():
+                try:
+                    for part in made:  # of several errors that of the first image
+                        if isinstance(part, Exception):
+                            raise part
+                    batch.set_result(join(index, [item for part in made for item in part]))
+                except Exception as error:
+                    batch.set_exception(error)
+
+        for number in range(len(pieces)):
+            self._pool.submit(work, number)
+        return batch

@@ -1,7 +1,7 @@
-"""A look at a picture folder before training: what is broken, double, mislabelled or lopsided.
+"""A look at an image folder before training: what is broken, double, mislabelled or lopsided.
 
-`scan` reads every picture once and deletes nothing; its report prints as a table, writes JSON, a
-sheet of the worst pictures, and a list of files for `exclude=` of `image_dataset_from_directory`.
+`scan` reads every image once and deletes nothing; its report prints as a table, writes JSON, a
+sheet of the worst images, and a list of files for `exclude=` of `image_dataset_from_directory`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from keras_resnet.data.dataset import default_threads
 from keras_resnet.data.folders import IMG_EXTENSIONS, existing_folder, walk_pictures
 from keras_resnet.data.reading import load
 from keras_resnet.errors import DataError, KerasResNetError
+from keras_resnet.system.process import default_threads
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 TRAINING_SPLITS = ("train", "training")
@@ -30,7 +30,7 @@ TRAINING_SPLITS = ("train", "training")
 # What a file of each Pillow format is commonly called.
 EXTENSIONS_OF = {
     "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),  # a JPEG with further pictures behind the first, as phones write
+    "MPO": (".jpg", ".jpeg"),  # a JPEG with further images behind the first, as phones write
     "PNG": (".png",),
     "PPM": (".ppm", ".pgm"),
     "BMP": (".bmp",),
@@ -48,21 +48,21 @@ class ScanReport:
 
     Attributes:
         directory: that was scanned.
-        pictures: files with a picture's extension.
-        class_counts: {split: {class: readable pictures}}; the split is "" without train/ and val/.
+        images: files with an image's extension.
+        class_counts: {split: {class: readable images}}; the split is "" without train/ and val/.
         imbalance: {split: largest class / smallest class}.
         unreadable: (path, reason).
         wrong_extensions: (path, format that it really is).
         exact_duplicates: groups of files with the same bytes (SHA-256).
         near_duplicates: (path, path, distance): perceptual hashes that differ in few of 128 bits.
-        across_splits: (path, path, "exact" or "near"): the same picture in two splits.
-        label_conflicts: (path, path, "exact" or "near"): the same picture in two classes.
+        across_splits: (path, path, "exact" or "near"): the same image in two splits.
+        label_conflicts: (path, path, "exact" or "near"): the same image in two classes.
         other_files: {extension: files} that are not read.
-        formats: {format: pictures}.
-        modes: {Pillow mode: pictures}.
-        rotated: pictures whose EXIF orientation asks for a turn.
+        formats: {format: images}.
+        modes: {Pillow mode: images}.
+        rotated: images whose EXIF orientation asks for a turn.
         sizes: smallest, median and largest width, height and width / height.
-        smallest: paths of the pictures with the fewest pixels.
+        smallest: paths of the images with the fewest pixels.
         mean: of each RGB channel over all pixels, in 0..1.
         std: the same.
     """
@@ -94,7 +94,7 @@ class ScanReport:
         """A table, with the first few files of every kind of trouble."""
         below = os.path.relpath(self.directory)
         shown = self.directory if below.startswith(os.pardir) else below
-        lines = [f"{shown!r}: {self.pictures} pictures"]
+        lines = [f"{shown!r}: {self.pictures} images"]
         for split, counts in self.class_counts.items():
             total = sum(counts.values())
             ratio = self.imbalance[split]
@@ -135,8 +135,8 @@ class ScanReport:
             ("extension and content differ", self.wrong_extensions),
             ("groups with the same bytes", self.exact_duplicates),
             ("pairs that look alike", self.near_duplicates),
-            ("the same picture in two splits", self.across_splits),
-            ("the same picture in two classes", self.label_conflicts),
+            ("the same image in two splits", self.across_splits),
+            ("the same image in two classes", self.label_conflicts),
         ]
 
     def _short(self, part: Any) -> str:
@@ -149,7 +149,7 @@ class ScanReport:
 
         Unreadable ones; of equal files all but one; of files equal across splits the training
         copies, so that the validation set stays as it is; every copy of a file that lies in two
-        classes of the training split. Pictures that merely look alike stay.
+        classes of the training split. Images that merely look alike stay.
         """
         out = {path for path, _ in self.unreadable}
         for group in self.exact_duplicates:
@@ -178,11 +178,11 @@ class ScanReport:
         return _place(self.directory, path, self.class_counts)[1]
 
     def save_sheet(self, path: str | os.PathLike, limit: int = 60) -> int:
-        """Draws the worst pictures with their trouble and name; returns how many there are.
+        """Draws the worst images with their trouble and name; returns how many there are.
 
         Args:
-            path: of the picture to write; its extension says the format.
-            limit: pictures at most, shared among the kinds of trouble.
+            path: of the image to write; its extension says the format.
+            limit: images at most, shared among the kinds of trouble.
 
         Raises:
             DataError: the file cannot be written.
@@ -234,16 +234,16 @@ class ScanReport:
 def scan(
     directory: str | os.PathLike, *, threshold: int = 6, workers: int | None = None
 ) -> ScanReport:
-    """Reads every picture below a folder once and reports what may spoil training on it.
+    """Reads every image below a folder once and reports what may spoil training on it.
 
     Args:
-        directory: class folders, or train/, val/ and test/ with class folders inside, or pictures.
+        directory: class folders, or train/, val/ and test/ with class folders inside, or images.
         threshold: bits of 128 in which the perceptual hashes of near duplicates differ at most.
         workers: threads; None takes the processor's cores, at most 8.
 
     Raises:
         NotFoundError: the folder does not exist.
-        DataError: it is a file, or holds no picture.
+        DataError: it is a file, or holds no image.
 
     Examples:
         >>> import pathlib, tempfile
@@ -259,7 +259,7 @@ def scan(
     paths, other = walk_pictures(directory, False)
     if not paths:
         raise DataError(
-            f"{directory!r} holds no picture: {len(other)} other files. Pictures end in "
+            f"{directory!r} holds no image: {len(other)} other files. Images end in "
             f"{', '.join(IMG_EXTENSIONS)}."
         )
     with ThreadPoolExecutor(workers or default_threads(), "keras_resnet-scan") as pool:
@@ -276,7 +276,7 @@ def scan(
 
 
 def _look(path: str) -> dict[str, Any] | str:
-    """Everything to know about one picture; the reason where it cannot be read."""
+    """Everything to know about one image; the reason where it cannot be read."""
     try:
         pixels = load(path)
         with open(path, "rb") as file:
@@ -287,25 +287,25 @@ def _look(path: str) -> dict[str, Any] | str:
         return str(error)
     except Exception as error:  # a file that changed since, or EXIF data that Pillow cannot read
         return f"{path!r} cannot be read: {type(error).__name__}: {error}"
-    picture = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
     planes = np.asarray(pixels).reshape(-1, 3).T
     return {
         "sha256": hashlib.sha256(data).digest(),
-        "hash": _difference_hash(picture),
+        "hash": _difference_hash(image),
         "format": kind,
         "mode": mode,
         "turned": turn in range(2, 9),
-        "size": picture.size,
+        "size": image.size,
         "counts": np.stack([np.bincount(plane, minlength=256) for plane in planes]),
     }
 
 
-def _difference_hash(picture: Image.Image) -> np.ndarray:
+def _difference_hash(image: Image.Image) -> np.ndarray:
     """128 bits: whether brightness rises to the right and downwards, on a grid of 9 x 9.
 
     The gradient hash of Krawetz ("Kind of Like That", hackerfactor.com, 2013), in both directions.
     """
-    grid = np.asarray(picture.convert("L").resize((9, 9), Image.Resampling.BOX), np.int16)
+    grid = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BOX), np.int16)
     right = grid[:8, 1:] > grid[:8, :-1]
     down = grid[1:, :8] > grid[:-1, :8]
     return np.concatenate([right.ravel(), down.ravel()])
@@ -326,7 +326,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _count_classes(report: ScanReport, paths: Sequence[str], readable: Sequence[str]) -> None:
-    """Counts readable pictures; a class of which none can be read counts 0."""
+    """Counts readable images; a class of which none can be read counts 0."""
     counts: dict[str, dict[str, int]] = defaultdict(dict)
     for path in paths:
         split, name = _place(report.directory, path, SPLITS)

@@ -12,18 +12,18 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from keras_resnet.data.preprocess import (
     INTERPOLATIONS,
-    _center_crop,
+    crop_centre,
     image_from_array,
     resize_image,
 )
 from keras_resnet.errors import InputError, did_you_mean
 
-Picture = Image.Image | np.ndarray
+AnyImage = Image.Image | np.ndarray
 
 
 @dataclass(frozen=True)
 class Transform:
-    """A random change of one picture: `sample` draws parameters, `apply` uses them."""
+    """A random change of one image: `sample` draws parameters, `apply` uses them."""
 
     by_name: ClassVar[dict[str, type[Transform]]] = {}
 
@@ -33,16 +33,16 @@ class Transform:
         Transform.by_name[cls.__name__] = cls
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> Any:
-        """Draws the parameters for a picture of this size."""
+        """Draws the parameters for an image of this size."""
         raise NotImplementedError
 
-    def apply(self, picture: Picture, parameters: Any) -> Image.Image:
-        """Returns the changed picture."""
+    def apply(self, image: AnyImage, parameters: Any) -> Image.Image:
+        """Returns the changed image."""
         raise NotImplementedError
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: AnyImage, rng: np.random.Generator) -> Image.Image:
         """Draws parameters and applies them."""
-        return self.apply(picture, self.sample(*_height_width(picture), rng))
+        return self.apply(image, self.sample(*_height_width(image), rng))
 
     def get_config(self) -> dict[str, Any]:
         """Returns the name and the arguments as plain JSON types."""
@@ -82,14 +82,14 @@ class Resize(Transform):
         """Checks the arguments."""
         size = self.size if isinstance(self.size, int) else _pair("size", self.size)
         self._store(size=size)
-        _resample(self.interpolation)
+        resample_filter(self.interpolation)
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> None:
         """Draws nothing."""
 
-    def apply(self, picture: Picture, parameters: None = None) -> Image.Image:
-        """Returns the picture resized as `Preprocess` does."""
-        return resize_image(_image(picture), self.size, _resample(self.interpolation))
+    def apply(self, image: AnyImage, parameters: None = None) -> Image.Image:
+        """Returns the image resized as `Preprocess` does."""
+        return resize_image(as_image(image), self.size, resample_filter(self.interpolation))
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class CenterCrop(Transform):
     def sample(self, height: int, width: int, rng: np.random.Generator) -> None:
         """Draws nothing."""
 
-    def apply(self, picture: Picture, parameters: None = None) -> Image.Image:
-        """Returns the centre of the picture."""
-        return _center_crop(_image(picture), self.size)
+    def apply(self, image: AnyImage, parameters: None = None) -> Image.Image:
+        """Returns the centre of the image."""
+        return crop_centre(as_image(image), self.size)
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop(Transform):
-    """A random part of the picture, resized to `size` (Szegedy et al. 2015, section 6).
+    """A random part of the image, resized to `size` (Szegedy et al. 2015, section 6).
 
     Attributes:
         size: of the result, an int or (height, width).
@@ -130,8 +130,8 @@ class RandomResizedCrop(Transform):
 
     Examples:
         >>> crop = RandomResizedCrop(224)
-        >>> picture = Image.new("RGB", (500, 400))
-        >>> crop(picture, np.random.default_rng(0)).size
+        >>> image = Image.new("RGB", (500, 400))
+        >>> crop(image, np.random.default_rng(0)).size
         (224, 224)
     """
 
@@ -147,7 +147,7 @@ class RandomResizedCrop(Transform):
             scale=_limits("scale", self.scale, 0, 1),
             ratio=_limits("ratio", self.ratio, 1e-6, math.inf),
         )
-        _resample(self.interpolation)
+        resample_filter(self.interpolation)
 
     def sample(
         self, height: int, width: int, rng: np.random.Generator
@@ -170,14 +170,14 @@ class RandomResizedCrop(Transform):
             w = round(height * max(self.ratio))
         return (height - h) // 2, (width - w) // 2, h, w
 
-    def apply(self, picture: Picture, parameters: tuple[int, int, int, int]) -> Image.Image:
+    def apply(self, image: AnyImage, parameters: tuple[int, int, int, int]) -> Image.Image:
         """Cuts (top, left, height, width) out and resizes it."""
         top, left, height, width = parameters
-        if isinstance(picture, np.ndarray):  # only what is used is handed to Pillow
-            part = image_from_array(picture[top : top + height, left : left + width])
+        if isinstance(image, np.ndarray):  # only what is used is handed to Pillow
+            part = image_from_array(image[top : top + height, left : left + width])
         else:
-            part = picture.crop((left, top, left + width, top + height))
-        return resize_image(part, self.size, _resample(self.interpolation))
+            part = image.crop((left, top, left + width, top + height))
+        return resize_image(part, self.size, resample_filter(self.interpolation))
 
 
 @dataclass(frozen=True)
@@ -194,20 +194,20 @@ class RandomHorizontalFlip(Transform):
         """Draws whether to mirror."""
         return bool(rng.random() < self.p)
 
-    def apply(self, picture: Picture, parameters: bool) -> Image.Image:
-        """Mirrors the picture if told so."""
-        picture = _image(picture)
-        return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if parameters else picture
+    def apply(self, image: AnyImage, parameters: bool) -> Image.Image:
+        """Mirrors the image if told so."""
+        image = as_image(image)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if parameters else image
 
 
 @dataclass(frozen=True)
 class RandomCrop(Transform):
-    """A random window of `size` out of the padded picture (He et al. 2015, section 4.2).
+    """A random window of `size` out of the padded image (He et al. 2015, section 4.2).
 
     Attributes:
         size: of the window, an int or (height, width).
         padding: black (`fill`) pixels on every side first: 4 for CIFAR.
-        pad_if_needed: pad smaller pictures up to `size` instead of refusing them.
+        pad_if_needed: pad smaller images up to `size` instead of refusing them.
         fill: the value of the padding.
     """
 
@@ -220,7 +220,7 @@ class RandomCrop(Transform):
         """Checks the arguments."""
         self._store(size=_pair("size", self.size))
         if not isinstance(self.padding, int) or self.padding < 0:
-            raise InputError(f"padding must be an int of at least 0, got {self.padding!r}.")
+            raise InputError(f"padding must be an int of at least 0. Received: {self.padding!r}.")
 
     def _border(self, height: int, width: int) -> tuple[int, int, int]:
         """Pixels added at both sides by `padding`, then above and below, then left and right."""
@@ -231,27 +231,27 @@ class RandomCrop(Transform):
         return self.padding, more[0], more[1]
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
-        """Draws (top, left) in the padded picture."""
+        """Draws (top, left) in the padded image."""
         padding, more_height, more_width = self._border(height, width)
         rows = height + 2 * (padding + more_height) - self.size[0]
         columns = width + 2 * (padding + more_width) - self.size[1]
         if rows < 0 or columns < 0:
             raise InputError(
-                f"RandomCrop of {self.size} (height, width) from a picture of {(height, width)} "
+                f"RandomCrop of {self.size} (height, width) from an image of {(height, width)} "
                 f"with padding {padding}: resize first, or give pad_if_needed=True."
             )
         return int(rng.integers(rows + 1)), int(rng.integers(columns + 1))
 
-    def apply(self, picture: Picture, parameters: tuple[int, int]) -> Image.Image:
+    def apply(self, image: AnyImage, parameters: tuple[int, int]) -> Image.Image:
         """Pads, and cuts the window at (top, left)."""
-        picture = _image(picture)
-        padding, more_height, more_width = self._border(picture.height, picture.width)
-        fill = self.fill if len(picture.getbands()) == 1 else (self.fill,) * len(picture.getbands())
+        image = as_image(image)
+        padding, more_height, more_width = self._border(image.height, image.width)
+        fill = self.fill if len(image.getbands()) == 1 else (self.fill,) * len(image.getbands())
         border = (padding + more_width, padding + more_height)
         if any(border):
-            picture = ImageOps.expand(picture, border=border, fill=fill)
+            image = ImageOps.expand(image, border=border, fill=fill)
         top, left = parameters
-        return picture.crop((left, top, left + self.size[1], top + self.size[0]))
+        return image.crop((left, top, left + self.size[1], top + self.size[0]))
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class ColorJitter(Transform):
             low, high = (-0.5, 0.5) if name == "hue" else (0.0, math.inf)
             if isinstance(value, int | float):
                 if value < 0:
-                    raise InputError(f"{name} must not be negative, got {value!r}.")
+                    raise InputError(f"{name} must not be negative. Received: {value!r}.")
                 value = (centre - value, centre + value)
                 value = (max(value[0], 0.0), value[1]) if centre else value
             self._store(**{name: _limits(name, value, low, high)})
@@ -291,43 +291,47 @@ class ColorJitter(Transform):
         return order, tuple(float(rng.uniform(*pair)) for pair in limits)
 
     def apply(
-        self, picture: Picture, parameters: tuple[Sequence[int], Sequence[float]]
+        self, image: AnyImage, parameters: tuple[Sequence[int], Sequence[float]]
     ) -> Image.Image:
         """Applies the four changes in the order drawn."""
-        picture = _image(picture)
+        image = as_image(image)
         limits = (self.brightness, self.contrast, self.saturation, self.hue)
-        changes = (_brightness, _contrast, _saturation, _hue)
+        changes = (adjust_brightness, adjust_contrast, adjust_saturation, _hue)
         order, values = parameters
         for i in order:
             nothing = 0.0 if i == 3 else 1.0
             if limits[i] != (nothing, nothing):
-                picture = changes[i](picture, values[i])
-        return picture
+                image = changes[i](image, values[i])
+        return image
 
 
-def _brightness(picture: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Brightness(picture).enhance(factor)
+def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Blends an image with black; 1 leaves it as it is."""
+    return ImageEnhance.Brightness(image).enhance(factor)
 
 
-def _contrast(picture: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Contrast(picture).enhance(factor)
+def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Blends an image with its mean gray; 1 leaves it as it is."""
+    return ImageEnhance.Contrast(image).enhance(factor)
 
 
-def _saturation(picture: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Color(picture).enhance(factor)
+def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
+    """Blends an image with its gray version; 1 leaves it as it is."""
+    return ImageEnhance.Color(image).enhance(factor)
 
 
-def _sharpness(picture: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Sharpness(picture).enhance(factor)
+def adjust_sharpness(image: Image.Image, factor: float) -> Image.Image:
+    """Blends an image with its smoothed version; 1 leaves it as it is."""
+    return ImageEnhance.Sharpness(image).enhance(factor)
 
 
-def _hue(picture: Image.Image, shift: float) -> Image.Image:
+def _hue(image: Image.Image, shift: float) -> Image.Image:
     """torchvision/transforms/_functional_pil.py `adjust_hue`: the hue byte wraps around."""
-    if picture.mode == "L":
-        return picture
-    hue, saturation, value = picture.convert("HSV").split()
+    if image.mode == "L":
+        return image
+    hue, saturation, value = image.convert("HSV").split()
     turned = np.array(hue) + np.int32(shift * 255).astype(np.uint8)
-    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert(picture.mode)
+    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert(image.mode)
 
 
 @dataclass(frozen=True)
@@ -374,37 +378,51 @@ class RandomErasing(Transform):
 
     def apply(
         self,
-        picture: np.ndarray,
+        image: np.ndarray,
         parameters: tuple[int, int, int, int] | None,
         value: Any = None,
     ) -> np.ndarray:
         """Returns a copy of the array (height, width, channels) with the rectangle overwritten."""
-        picture = np.array(picture)
+        image = np.array(image)
         if parameters is not None:
             top, left, height, width = parameters
-            picture[top : top + height, left : left + width] = (
-                self.value if value is None else value
-            )
-        return picture
+            image[top : top + height, left : left + width] = self.value if value is None else value
+        return image
+
+    def value_in(self, preprocess: Any, output: str) -> np.ndarray:
+        """What erased pixels hold: `value` is in normalised units, as in torchvision.
+
+        Args:
+            preprocess: Of the images.
+            output: `"float32"` for normalised images, `"uint8"` for pixel values.
+        """
+        if output == "float32":
+            return np.full(preprocess.channels, self.value, np.float32)
+        mean = 0.0 if preprocess.mean is None else preprocess.mean
+        std = 1.0 if preprocess.std is None else np.asarray(preprocess.std)
+        pixels = np.clip(np.round((self.value * std + mean) * 255), 0, 255)
+        return np.broadcast_to(pixels, preprocess.channels).astype(np.uint8)
 
 
 # --- small checks --------------------------------------------------------------------------------
 
 
-def _height_width(picture: Picture) -> tuple[int, int]:
-    if isinstance(picture, np.ndarray):
-        return picture.shape[0], picture.shape[1]
-    return picture.height, picture.width
+def _height_width(image: AnyImage) -> tuple[int, int]:
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    return image.height, image.width
 
 
-def _image(picture: Picture) -> Image.Image:
-    return image_from_array(picture) if isinstance(picture, np.ndarray) else picture
+def as_image(image: AnyImage) -> Image.Image:
+    """A Pillow image of what may be an array."""
+    return image_from_array(image) if isinstance(image, np.ndarray) else image
 
 
-def _resample(name: str) -> int:
+def resample_filter(name: str) -> int:
+    """Pillow's filter of a name as torchvision has it, or InputError."""
     if name not in INTERPOLATIONS:
         raise InputError(
-            f"interpolation must be one of {sorted(INTERPOLATIONS)}, got {name!r}."
+            f"interpolation must be one of {sorted(INTERPOLATIONS)}. Received: {name!r}."
             f"{did_you_mean(name, INTERPOLATIONS)}"
         )
     return INTERPOLATIONS[name]
@@ -413,7 +431,7 @@ def _resample(name: str) -> int:
 def _pair(name: str, value: Any) -> tuple[int, int]:
     sides = (value, value) if isinstance(value, int) else tuple(value)
     if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
-        raise InputError(f"{name} must be a positive int or (height, width), got {value!r}.")
+        raise InputError(f"{name} must be a positive int or (height, width). Received: {value!r}.")
     return sides
 
 
@@ -421,11 +439,12 @@ def _limits(name: str, value: Any, least: float, most: float) -> tuple[float, fl
     low, high = (float(v) for v in value)
     if not least <= low <= high <= most:
         raise InputError(
-            f"{name} must be (low, high) with {least} <= low <= high <= {most}, got {value!r}."
+            f"{name} must be (low, high) with {least} <= low <= high <= {most}. "
+            f"Received: {value!r}."
         )
     return low, high
 
 
 def _probability(p: float) -> None:
     if not 0 <= p <= 1:
-        raise InputError(f"p must be a probability from 0 to 1, got {p!r}.")
+        raise InputError(f"p must be a probability from 0 to 1. Received: {p!r}.")

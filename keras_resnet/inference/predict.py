@@ -22,7 +22,6 @@ import keras
 import numpy as np
 
 from keras_resnet import plots
-from keras_resnet.data.dataset import default_threads
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Pictures, Sources
 from keras_resnet.errors import DataError, InputError, NotFoundError
@@ -37,6 +36,7 @@ from keras_resnet.models.files import dataset_output, model_class_names, model_p
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.files import printable, write_text
+from keras_resnet.system.process import default_threads
 from keras_resnet.system.progress import Progress
 
 _AHEAD_BYTES = 256 * 2**20  # pictures that wait for the model, at most (a batch always may)

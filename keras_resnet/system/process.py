@@ -64,6 +64,11 @@ def available_cores() -> int:
     return max(1, math.ceil(share))
 
 
+def default_threads() -> int:
+    """Threads that read images: the cores that this process may use, at most 8."""
+    return min(8, available_cores())
+
+
 def cgroup_cores(root: Path) -> float:
     """The share of processor time that a control group allows, in cores; infinity for no limit.
 

@@ -13,9 +13,11 @@ import keras
 import numpy as np
 
 from keras_resnet.data import augment, transforms
-from keras_resnet.data.dataset import ImageDataset, check_classes, dataset_statistics
+from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures, labels_by_name, split_folders, stratified_split
+from keras_resnet.data.labels import check_classes
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.data.statistics import dataset_statistics
 from keras_resnet.errors import DataError, InputError
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import Recipe
@@ -140,7 +142,7 @@ def prepare_data(
         repeats=recipe.repeats,
         **common,
     )
-    check_classes(training, repr(source))
+    check_classes(training.class_counts, repr(source))
     preprocess = evaluation_preprocess(recipe, recipe.eval_size or size, mean, std, exif)
     if recipe.normalization == "dataset" and look:
         plain = ImageDataset(

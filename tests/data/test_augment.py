@@ -34,7 +34,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Smooth and noisy pictures of odd sizes; smooth ones tell interpolations apart."""
+    """Smooth and noisy images of odd sizes; smooth ones tell interpolations apart."""
     rng = np.random.default_rng(1)
     made = []
     for height, width in ((96, 128), (75, 50), (33, 200), (32, 32)):
@@ -48,7 +48,7 @@ def same(ours, theirs, message=""):
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), err_msg=message)
 
 
-# --- one picture ----------------------------------------------------------------------------------
+# --- one image ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
@@ -171,7 +171,7 @@ def test_every_operation_and_magnitude_gives_torchvisions_pixels(
 ):
     from torchvision.transforms import InterpolationMode, autoaugment
 
-    resample = transforms._resample(interpolation)
+    resample = transforms.resample_filter(interpolation)
     theirs = getattr(autoaugment, kind)()
     for number, picture in enumerate(pictures[::3]):
         size = (picture.height, picture.width)

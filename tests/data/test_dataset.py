@@ -16,10 +16,12 @@ from PIL import Image
 
 from keras_resnet.data import dataset as data
 from keras_resnet.data.augment import Augment, training_augment
-from keras_resnet.data.dataset import ImageDataset, check_classes, dataset_statistics
+from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.directory import image_dataset_from_directory as from_directory
 from keras_resnet.data.folders import find_pictures
+from keras_resnet.data.labels import check_classes
 from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.data.statistics import dataset_statistics
 from keras_resnet.data.transforms import RandomCrop, RandomErasing, RandomResizedCrop
 from keras_resnet.errors import DataError, InputError, NotFoundError
 
@@ -35,7 +37,7 @@ def picture(seed, size=(24, 32), kind="PNG"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three classes of 5, 6 and 7 pictures, one of them in a nested folder."""
+    """Three classes of 5, 6 and 7 images, one of them in a nested folder."""
     seed = 0
     for name, count in (("ants", 5), ("bees", 6), ("cats", 7)):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -148,7 +150,7 @@ def test_labels_given_or_none(folder):
     assert given.class_names == ["0", "1"] and given.class_counts == {"0": 10, "1": 9}
     bare = from_directory(folder, labels=None, image_size=8, batch_size=19)
     assert isinstance(bare[0], np.ndarray) and bare.labels is None
-    with pytest.raises(InputError, match="one int a picture"):
+    with pytest.raises(InputError, match="one int an image"):
         from_directory(folder, labels=[0, 1])
 
 
@@ -454,7 +456,7 @@ def test_folders_that_cannot_be_used_say_why(folder, tmp_path):
         from_directory(folder / "bees")
     (folder / "dogs").mkdir()
     (folder / "wolves").mkdir()
-    with pytest.raises(DataError, match="without a picture: 'dogs', 'wolves'"):
+    with pytest.raises(DataError, match="without an image: 'dogs', 'wolves'"):
         from_directory(folder)
     bare = tmp_path / "bare"
     for name in ("a", "b"):
@@ -466,9 +468,9 @@ def test_folders_that_cannot_be_used_say_why(folder, tmp_path):
 
 @once
 def test_one_class_is_refused_where_a_classifier_is_trained(folder):
-    check_classes(from_directory(folder))
+    check_classes(from_directory(folder).class_counts)
     with pytest.raises(DataError, match=r"one class only.*'ants'"):
-        check_classes(from_directory(folder, class_names=["ants"]))
+        check_classes(from_directory(folder, class_names=["ants"]).class_counts)
 
 
 @once
@@ -501,12 +503,12 @@ def test_arguments_that_cannot_work_are_named(folder, arguments, message):
         from_directory(folder, **arguments)
 
 
-# --- bad pictures ---------------------------------------------------------------------------------
+# --- bad images ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def damaged(folder):
-    """The folder with one broken picture of every kind among the good ones."""
+    """The folder with one broken image of every kind among the good ones."""
     whole = picture(0, (64, 64), "JPEG")
     broken = {
         "empty.jpg": b"",
@@ -564,7 +566,8 @@ def test_verify_drops_them_before_the_first_batch(damaged):
     assert {os.path.basename(path) for path, _ in dataset.skipped} == broken
     assert [len(x) for x, _ in dataset] == [8, 8, 4]
     for i, path in enumerate(dataset.file_paths):
-        np.testing.assert_array_equal(dataset._cached[i], dataset.preprocess.pixels(path))
+        kept = dataset._cache.get(path, pytest.fail, "decoded once is enough")
+        np.testing.assert_array_equal(kept, dataset.preprocess.pixels(path))
         assert dataset.class_names[dataset.labels[i]] in path
 
 
@@ -582,7 +585,7 @@ def test_a_batch_without_any_readable_picture_is_an_error_that_says_what_to_do(f
     for path in (folder / "ants").iterdir():
         path.write_bytes(b"")
     dataset = from_directory(folder, image_size=8, batch_size=5, shuffle=False)
-    with pytest.raises(DataError, match=r"None of the 5 pictures of batch 0.*verify=True"):
+    with pytest.raises(DataError, match=r"None of the 5 images of batch 0.*verify=True"):
         dataset[0]
     assert isinstance(dataset.failure, DataError)
     assert len(from_directory(folder, image_size=8, verify=True).file_paths) == 14
@@ -706,12 +709,12 @@ def test_asking_out_of_order_gives_the_same_batches(folder):
 def test_following_batches_are_read_ahead_within_their_limit(folder):
     dataset = everything(folder, workers=1, batch_size=1)
     dataset[0]
-    assert len(dataset._ahead) == dataset._batches_ahead() == 4
+    assert len(dataset._ahead.waiting) == dataset._batches_ahead() == 4
     dataset[1]
-    assert sorted(index for _, index in dataset._ahead) == [2, 3, 4, 5]
+    assert sorted(index for _, index in dataset._ahead.waiting) == [2, 3, 4, 5]
     dataset.set_epoch(1)
     dataset[7]  # not in order: nothing is read ahead, and the past epoch is forgotten
-    assert not dataset._ahead
+    assert not dataset._ahead.waiting
 
 
 @once

@@ -238,7 +238,7 @@ def bad_files(rng):
     yield "truncated.jpg", whole[: len(whole) // 2], "truncated"
     yield "truncated.png", png[: len(png) // 2], "cannot be read"
     yield "header only.jpg", whole[:20], "cannot be read"
-    yield "text.png", b"this is not a picture", "no format"
+    yield "text.png", b"this is not an image", "no format"
     yield "zeros.gif", bytes(1000), "no format"
     yield "page.jpg", b"<html>404</html>", "no format"
 

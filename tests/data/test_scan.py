@@ -23,7 +23,7 @@ def smooth(seed, size=(90, 70)):
 
 @pytest.fixture
 def folder(tmp_path):
-    """train/ and val/ with two classes of different pictures each."""
+    """train/ and val/ with two classes of different images each."""
     seed = 0
     for split, count in (("train", 8), ("val", 3)):
         for name in ("ants", "bees"):
@@ -166,5 +166,5 @@ def test_photographs_have_few_look_alikes(shared):
 def test_folders_that_cannot_be_scanned(tmp_path):
     with pytest.raises(NotFoundError):
         scan(tmp_path / "gone")
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="no image"):
         scan(tmp_path)

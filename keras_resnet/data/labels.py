@@ -1,0 +1,58 @@
+"""Labels of images: checked, and in the form that a loss wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from keras_resnet.data.folders import listed
+from keras_resnet.errors import DataError, InputError
+
+
+def checked_labels(
+    labels: Sequence[int] | None, class_names: Sequence[str] | None, count: int
+) -> tuple[np.ndarray | None, list[str]]:
+    """Labels as int32 `(count,)`, and the name of each; numbers where no names are given.
+
+    Raises:
+        InputError: Another number of labels, no ints, or one that has no name.
+    """
+    names = [] if class_names is None else [str(name) for name in class_names]
+    if labels is None:
+        return None, names
+    labels = np.asarray(labels)
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"labels must be one int an image ({count}). Received: {labels.dtype} of shape "
+            f"{labels.shape}."
+        )
+    if not names:
+        names = [str(i) for i in range(int(labels.max()) + 1)]
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise InputError(
+            f"labels must lie in 0..{len(names) - 1} (classes {listed(names)}). "
+            f"Received: {labels.min()}..{labels.max()}."
+        )
+    return labels.astype(np.int32), names
+
+
+def encoded(labels: np.ndarray, mode: str, classes: int) -> np.ndarray:
+    """Labels `(n,)` as `"int"`, or float32: `"categorical"` (one-hot) or `"binary"` `(n, 1)`."""
+    if mode == "categorical":
+        one_hot = np.zeros((len(labels), classes), np.float32)
+        one_hot[np.arange(len(labels)), labels] = 1
+        return one_hot
+    if mode == "binary":
+        return labels.astype(np.float32)[:, None]
+    return labels
+
+
+def check_classes(class_counts: Mapping[str, int], where: str = "The dataset") -> None:
+    """Raises DataError unless there are images of two classes at least."""
+    present = [name for name, count in class_counts.items() if count]
+    if len(present) < 2:
+        raise DataError(
+            f"{where} has images of one class only ({listed(present)}); a classifier needs two "
+            f"or more class folders."
+        )
