@@ -63,6 +63,16 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=True, default=str) + "\n")
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file; bytes that are no UTF-8 stay what they are, as in file names.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON.
+    """
+    return json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
+
+
 def printable(text: Any) -> str:
     r"""Text with control characters and those that turn the writing direction made visible.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -19,7 +20,14 @@ import numpy as np
 
 from keras_resnet.errors import InputError, KerasResNetError
 from keras_resnet.system.device import sync
-from keras_resnet.system.files import csv_line, plain_path, replace_file, write_json, write_text
+from keras_resnet.system.files import (
+    csv_line,
+    plain_path,
+    read_json,
+    replace_file,
+    write_json,
+    write_text,
+)
 
 _STATE = "state.npz"
 # What a killed process leaves behind: files.replace_file's, and Keras' own while it saves.
@@ -75,7 +83,7 @@ class Run:
             if not match or _is_blank(folder):
                 continue
             taken = max(taken, int(match[1] or 1))
-            config = _read_json(folder / "config.json")
+            config = _read_config(folder)
             if not restart and config.get("fingerprint") == mark and _unfinished(folder, config):
                 return cls(folder, config)
         folder = output / (name if taken == 0 else f"{name}-{taken + 1}")
@@ -252,11 +260,11 @@ def _is_blank(folder: Path) -> bool:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def _read_config(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        config = read_json(folder / "config.json")
+        return config if isinstance(config, dict) else {}
+    return {}
 
 
 def _variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
