@@ -24,7 +24,7 @@ from keras_resnet.system.files import printable, replace_file
 _TRAIN, _VAL = "#1f6feb", "#d9480f"
 
 
-def _text(name: object, width: int = 24) -> str:
+def label_text(name: object, width: int = 24) -> str:
     """A name as matplotlib shall draw it: one short line, and no `$...$` read as a formula."""
     return textwrap.shorten(printable(name), width, placeholder="...").replace("$", r"\$")
 
@@ -136,7 +136,7 @@ def picture_grid(
             vmax=255,
             interpolation="nearest" if len(image) < 64 else None,
         )
-        axes.set_title("\n".join(_text(line, 30) for line in title.split("\n")), fontsize=9)
+        axes.set_title("\n".join(label_text(line, 30) for line in title.split("\n")), fontsize=9)
     return _save(figure, path)
 
 
@@ -163,7 +163,7 @@ def confusion_matrix(matrix: Any, class_names: Sequence[str], path: str | os.Pat
     shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=axes, fraction=0.046, label="Share of the true class")
-    names = [_text(name) for name in class_names]
+    names = [label_text(name) for name in class_names]
     if count <= 60:
         axes.set_xticks(range(count), names, rotation=45, ha="right", fontsize=8)
         axes.set_yticks(range(count), names, fontsize=8)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from keras_resnet.inference.calibration import Calibration, accuracy_interval
-from keras_resnet.plots import _text
+from keras_resnet.plots import label_text
 
 # --- for a web page ------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ def lines_svg(
     Args:
         series: Values one an epoch, the colour's number from 1, and the dash (of `DASHES`' kind).
         key: Unique in the page.
-        percent: Values are shares.
+        percent: Values are fractions.
         mark: An epoch (from 1) and its value, to be marked and written out.
 
     Returns:
@@ -146,7 +146,7 @@ def lines_svg(
 
 
 def reliability_svg(result: Calibration, key: str) -> str:
-    """Draws how often answers of each confidence are right, and how many there are, for a page.
+    """Draws how often predictions of each confidence are right, and how many there are, for a page.
 
     Returns:
         An `<svg>` element, coloured as `lines_svg`'s.
@@ -176,7 +176,7 @@ def reliability_svg(result: Calibration, key: str) -> str:
     top.set(ylim=(0, 1), xlim=(0, 1), ylabel="Right")
     top.yaxis.set_major_formatter(percent)
     bottom.bar(middle, result.counts, width * 0.88, color=ROLES["muted"], alpha=0.6)
-    bottom.set(xlabel="Confidence", ylabel="Pictures")
+    bottom.set(xlabel="Confidence", ylabel="Images")
     bottom.xaxis.set_major_formatter(percent)
     bottom.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3, min_n_ticks=1))
     return _svg(figure, key)
@@ -197,16 +197,16 @@ def confusion_svg(matrix: np.ndarray, class_names: Sequence[str], key: str) -> s
     figure, axes = _page_axes(7.2, 7.2)
     axes.grid(False)
     totals = matrix.sum(axis=1, keepdims=True)
-    shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
+    fractions = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
     # One blue for both modes, more or less transparent: few mistakes must be seen, hence the root.
     pixels = np.empty((count, count, 4))
     pixels[..., :3] = (0.24, 0.49, 0.92)
-    pixels[..., 3] = np.sqrt(shares)
+    pixels[..., 3] = np.sqrt(fractions)
     axes.imshow(pixels, interpolation="nearest", aspect="equal")
     axes.spines[:].set_visible(True)
     axes.set(xlabel="Predicted class", ylabel="True class")
     if count <= 40:
-        names, size = [_text(name, 18) for name in class_names], 9 if count <= 24 else 7
+        names, size = [label_text(name, 18) for name in class_names], 9 if count <= 24 else 7
         axes.set_xticks(range(count), names, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(count), names)
         axes.tick_params(labelsize=size)
