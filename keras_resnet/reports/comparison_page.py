@@ -1,61 +1,61 @@
-"""What a page shows of several runs side by side, as the template wants it."""
+"""What `compare.html` shows of several runs side by side besides their records."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
-
-from markupsafe import Markup
 
 from keras_resnet.inference.calibration import paired_p_value
 from keras_resnet.reports import figures as plots
-from keras_resnet.reports.run_facts import Answers, RunFacts, same_pictures
-from keras_resnet.reports.wording import (
-    NOTHING,
-    as_decimal,
-    as_duration,
-    as_percent,
-    as_setting,
-    counted,
-    is_number,
-    listed,
-    name,
-    plain,
-)
+from keras_resnet.reports.origin import ABOUT
+from keras_resnet.reports.run_facts import Results, RunFacts, same_images
+
+
+class Row(NamedTuple):
+    """One run of the comparison.
+
+    Attributes:
+        run: Its record.
+        label: Its name, unlike the others'.
+        link: The URL of its own report where that is near, else `None`.
+        results: Its results on the part that all have, or else the ones that count; or `None`.
+        best: The columns in which no other run is better.
+    """
+
+    run: RunFacts
+    label: str
+    link: str | None
+    results: Results | None
+    best: set[str]
 
 
 def comparison(runs: list[RunFacts], path: Path) -> dict[str, Any]:
     """Everything that `compare.html`, to be written at `path`, shows of several runs."""
-    part = next((p for p in ("test", "validation") if all(p in r.answers for r in runs)), None)
-    answers = [run.answers[part] if part else run.main for run in runs]
+    part = next((p for p in ("test", "validation") if all(p in r.results for r in runs)), None)
+    results = [run.results[part] if part else run.main for run in runs]
     labels = _labels(runs)
-    scored = [(a.top1, -i) for i, a in enumerate(answers) if a is not None]
-    best = -max(scored)[1] if scored else None
-    same = part is not None and same_pictures(runs, part)
-    context: dict[str, Any] = {
-        "runs": runs,
-        "title": f"Comparison of {len(runs)} runs",
-        "heading": listed(labels, 4),
-        "lead": _comparison_lead(runs, answers, best, labels, part),
-        "findings": _comparison_findings(answers, part, same),
-        "results_text": "The best value of each column is marked.",
-        **_results(runs, answers, labels, path),
-        "charts": _overlaid(runs, labels),
-        "pairs": _paired(answers, best, labels) if same else [],
-        "pairs_text": "Every run against the one with the highest accuracy, on the same pictures.",
-        **_class_comparison(answers, labels),
-        **_differences(runs, labels),
-        "missing": [(label, "; ".join(r.missing)) for label, r in zip(labels, runs, strict=True)
-                    if r.missing],
-    }  # fmt: skip
-    anchors = [("results", "Results", True), ("training", "Training", context["charts"]),
-               ("pairs", "Chance", context["pairs"]), ("classes", "Classes", context["class_rows"]),
-               ("settings", "Settings", True)]  # fmt: skip
-    context["sections"] = [(anchor, text) for anchor, text, there in anchors if there]
-    return context
+    best = _best_columns(results)
+    rows = [
+        Row(run, label, _link(run, path), *found)
+        for run, label, *found in zip(runs, labels, results, best, strict=True)
+    ]
+    known = [row for row in rows if row.results]
+    winner = max(known, key=lambda row: row.results.top1, default=None)
+    same = part is not None and same_images(runs, part)
+    return {
+        "part": part,
+        "rows": rows,
+        "winner": winner,
+        "same": same,
+        "single_images": all(row.results.rows for row in known),
+        "charts": _overlaid(rows),
+        "pairs": _paired(rows, winner) if same else [],
+        "classes": _classes(results),
+        **_differences(runs),
+    }
 
 
 def _labels(runs: list[RunFacts]) -> list[str]:
@@ -66,160 +66,94 @@ def _labels(runs: list[RunFacts]) -> list[str]:
     return [os.path.join(*run.folder.resolve().parts[-2:]) for run in runs]
 
 
-def _comparison_lead(runs, answers, best, labels, part) -> Markup:
-    if best is None:
-        return Markup("None of these runs has been evaluated yet.")
-    where = f"on the {part} pictures" if part else "each on its own pictures"
-    return Markup("{} has the highest accuracy {}: {}.").format(
-        name(labels[best]), where, as_percent(answers[best].top1)
-    )
-
-
-def _comparison_findings(answers, part, same) -> list[tuple[str, Markup]]:
-    if part is None:
-        return [("warn", Markup("Not every run was evaluated on the same part of its data: their "
-                                "accuracies are not comparable."))]  # fmt: skip
-    if not same and all(a.rows for a in answers):
-        return [("warn", Markup("The runs were not evaluated on the same pictures: a difference "
-                                "may come from those."))]  # fmt: skip
-    return []
-
-
-def _results(runs, answers, labels, path: Path) -> dict[str, Any]:
-    head = ["Run", "Accuracy", "95% interval", "Loss", "F1", "Calibration error", "Best epoch",
-            "Epochs", "Time", "Parameters", "Status"]  # fmt: skip
-    columns = {
-        1: [a.top1 if a else None for a in answers],
-        3: [-a.loss if a and a.loss is not None else None for a in answers],
-        4: [a.macro_f1 if a else None for a in answers],
-        5: [-a.calibration.error if a and a.calibration else None for a in answers],
-    }
-    rows = []
-    for i, (run, a) in enumerate(zip(runs, answers, strict=True)):
-        parameters = run.model.get("parameters")
-        row: list[Any] = [
-            _linked(run, labels[i], path),
-            as_percent(a.top1) if a else NOTHING,
-            "{} to {}".format(*map(as_percent, a.interval)) if a else NOTHING,
-            as_decimal(a.loss) if a else NOTHING,
-            as_decimal(a.macro_f1) if a else NOTHING,
-            as_percent(a.calibration.error) if a and a.calibration else NOTHING,
-            run.best_epoch or NOTHING,
-            run.epochs or NOTHING,
-            as_duration(run.seconds),
-            f"{parameters:,}" if is_number(parameters) else NOTHING,
-            run.status,
-        ]
-        for column, values in columns.items():
-            known = [v for v in values if v is not None]
-            if len(known) > 1 and values[i] == max(known):
-                row[column] = Markup('<span class="best">{}</span>').format(row[column])
-        rows.append(row)
-    return {"head": head, "rows": rows}
-
-
-def _linked(run: RunFacts, label: str, path: Path) -> Markup:
-    """The run's name, leading to its own report where that is near."""
+def _link(run: RunFacts, path: Path) -> str | None:
     target = run.folder / "report.html"
     if not target.is_file():
-        return name(label)
+        return None
     relative = os.path.relpath(target.resolve(), path.resolve().parent)
-    link = quote(relative.replace(os.sep, "/").encode("utf-8", "surrogateescape"))
-    return Markup('<a href="{}">{}</a>').format(f"./{link}", name(label))
+    return "./" + quote(relative.replace(os.sep, "/").encode("utf-8", "surrogateescape"))
 
 
-def _overlaid(runs: list[RunFacts], labels: list[str]) -> list[dict[str, Any]]:
+def _best_columns(results: list[Results | None]) -> list[set[str]]:
+    """By run: the columns whose best value is its own."""
+    columns = {
+        "top1": [r and r.top1 for r in results],
+        "loss": [None if r is None or r.loss is None else -r.loss for r in results],
+        "f1": [r and r.macro_f1 for r in results],
+        "calibration": [r and r.calibration and -r.calibration.error for r in results],
+    }
+    found: list[set[str]] = [set() for _ in results]
+    for column, values in columns.items():
+        known = [value for value in values if value is not None]
+        for i, value in enumerate(values):
+            if len(known) > 1 and value == max(known):
+                found[i].add(column)
+    return found
+
+
+def _overlaid(rows: list[Row]) -> list[dict[str, Any]]:
+    """By chart: the drawing, its legend, and where each line ends."""
     charts = []
-    for key, title, percent in (
-        ("val_accuracy", "Validation accuracy", True), ("val_loss", "Validation loss", False),
-        ("accuracy", "Training accuracy", True), ("loss", "Training loss", False),
+    for key, title in (
+        ("val_accuracy", "Validation accuracy"), ("val_loss", "Validation loss"),
+        ("accuracy", "Training accuracy"), ("loss", "Training loss"),
     ):  # fmt: skip
         series, legend, ends = [], [], []
-        for i, run in enumerate(runs):
-            values = run.history.get(key, [])
+        for i, row in enumerate(rows):
+            values = row.run.history.get(key, [])
             if not any(map(math.isfinite, values)):
                 continue
             dash = plots.DASHES[i % len(plots.DASHES)]
             series.append((values, i + 1, dash))
             pattern = "" if dash == "-" else " ".join(str(2 * v) for v in dash[1])
-            legend.append(("line", f"s{i % 8 + 1}", pattern, name(labels[i])))
-            shown = as_percent(values[-1]) if percent else as_decimal(values[-1])
-            ends.append(f"{plain(labels[i])} ends at {shown}")
+            legend.append(("line", f"s{i % 8 + 1}", pattern, row.label))
+            ends.append((row.label, values[-1]))
         if series:
+            percent = key.endswith("accuracy")
+            svg = plots.lines_svg(series, key, percent=percent)
             charts.append(
-                {
-                    "title": title,
-                    "alt": f"{title} over the epochs: {'; '.join(ends)}.",
-                    "svg": Markup(plots.lines_svg(series, key, percent=percent)),
-                    "square": False,
-                    "legend": legend,
-                    "note": "",
-                }
+                {"title": title, "percent": percent, "svg": svg, "legend": legend, "ends": ends}
             )
     return charts
 
 
-def _paired(answers: list[Answers], best: int, labels: list[str]) -> list[list[Any]]:
-    def right(a: Answers) -> dict[tuple[str, ...], bool]:
-        return {Path(r["path"]).parts[-2:]: r["true"] == r["predicted"] for r in a.rows}
+def _paired(rows: list[Row], winner: Row) -> list[dict[str, Any]]:
+    """Every other run against the best: how many images both, one or none gets right."""
 
-    first, rows = right(answers[best]), []
-    for i, a in enumerate(answers):
-        if i == best:
+    def right(row: Row) -> dict[tuple[str, ...], bool]:
+        return {Path(r["path"]).parts[-2:]: r["true"] == r["predicted"] for r in row.results.rows}
+
+    first, found = right(winner), []
+    for row in rows:
+        if row is winner:
             continue
-        other = right(a)
+        other = right(row)
         both = sum(first[k] and other[k] for k in first)
         alone = sum(other[k] and not first[k] for k in first)
         best_alone = sum(first[k] and not other[k] for k in first)
+        counts = [both, alone, best_alone, len(first) - both - alone - best_alone]
         p = paired_p_value(alone, best_alone)
-        neither = len(first) - both - alone - best_alone
-        shown = f"{p:.3f}" if p >= 0.001 else "below 0.001"
-        rows.append(
-            [name(labels[i]), *(f"{n:,}" for n in (both, alone, best_alone, neither)), shown]
-        )
-    return rows
+        found.append({"label": row.label, "counts": counts, "p": p})
+    return found
 
 
-def _class_comparison(answers, labels: list[str]) -> dict[str, Any]:
-    scores = [{r["name"]: r["f1"] for r in a.per_class if r["count"]} if a else {} for a in answers]
-    names = list(dict.fromkeys(n for s in scores for n in s))
-    if not names or len(names) > 200 or sum(map(bool, scores)) < 2:
-        return {"class_head": [], "class_rows": []}
-    rows = []
-    for label in names:
-        values = [s.get(label) for s in scores]
-        top = max(v for v in values if v is not None)
-        cells = [
-            Markup('<span class="best">{}</span>').format(as_decimal(v))
-            if v == top
-            else as_decimal(v)
-            for v in values
-        ]
-        rows.append([name(label), *cells])
-    return {"class_head": ["Class", *map(name, labels)], "class_rows": rows}
+def _classes(results: list[Results | None]) -> dict[str, list[float | None]]:
+    """By class: the F1 of every run, where at least two say it."""
+    scores = [{row["name"]: row["f1"] for row in r.occurring} if r else {} for r in results]
+    names = list(dict.fromkeys(name for of_run in scores for name in of_run))
+    if len(names) > 200 or sum(map(bool, scores)) < 2:
+        return {}
+    return {name: [of_run.get(name) for of_run in scores] for name in names}
 
 
-def _differences(runs: list[RunFacts], labels: list[str]) -> dict[str, Any]:
+def _differences(runs: list[RunFacts]) -> dict[str, Any]:
+    """The settings that differ, each with its value in every run; and how many there are."""
     settings = []
     for run in runs:
         own = {k: run.config.get(k) for k in ("directory", "seed", "exif", "backend")}
-        versions = run.config.get("versions")
-        own.update({f"version of {k}": v for k, v in versions.items()}
-                   if isinstance(versions, dict) else {})  # fmt: skip
-        settings.append(
-            {**{k: v for k, v in run.recipe.items() if k not in ("source", "aim")}, **own}
-        )
-    keys = list(dict.fromkeys(k for s in settings for k in s))
-    rows = [
-        [name(key.replace("_", " ").capitalize()), *(as_setting(s.get(key)) for s in settings)]
-        for key in keys
-        if any(s.get(key) != settings[0].get(key) for s in settings)
-    ]
-    text = (
-        f"{counted(len(rows), 'setting')} of {len(keys)}." if rows else "No setting is different."
-    )
-    return {
-        "setting_head": ["Setting", *map(name, labels)],
-        "setting_rows": rows,
-        "settings_text": text if rows else "No setting is different.",
-    }
+        own |= {f"version of {k}": v for k, v in run.config.get("versions", {}).items()}
+        settings.append({**{k: v for k, v in run.recipe.items() if k not in ABOUT[1:]}, **own})
+    keys = list(dict.fromkeys(k for of_run in settings for k in of_run))
+    found = {key: [of_run.get(key) for of_run in settings] for key in keys}
+    changed = {k: values for k, values in found.items() if any(v != values[0] for v in values)}
+    return {"settings": changed, "settings_count": len(keys)}

@@ -9,20 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, pass_eval_context
+from jinja2.nodes import EvalContext
 
 from keras_resnet.errors import InputError
 from keras_resnet.reports.comparison_page import comparison
-from keras_resnet.reports.run_facts import Answers, RunFacts, read_run
+from keras_resnet.reports.run_files import read_run
 from keras_resnet.reports.run_page import run_context
-from keras_resnet.reports.wording import (
-    Markdown,
-    as_decimal,
-    as_markdown,
-    as_percent,
-    as_time,
-    name,
-)
+from keras_resnet.reports.wording import FILTERS, Markdown, as_markdown, as_time
 from keras_resnet.system.device import package_version
 from keras_resnet.system.files import write_text
 
@@ -38,7 +32,7 @@ def report(
     """Writes what a person wants to see of a run, or of several side by side, as one HTML file.
 
     Of one run: headline figures, curves, confusion matrix, every class, the most confident
-    mistakes and the least certain pictures with Grad-CAM over them, reliability, data, settings,
+    mistakes and the least certain images with Grad-CAM over them, reliability, data, settings,
     the weights' origin, versions, and how to use the model; and `MODEL_CARD.md` beside it, in
     which the part between `<!-- yours -->` and `<!-- end of yours -->` is yours and is kept. Of
     several runs: their results, curves, differences, and whether those are more than chance.
@@ -84,14 +78,21 @@ def report(
     return path
 
 
-def _environment(**options) -> Environment:
-    loader = PackageLoader("keras_resnet.reports", "templates")
-    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, **options)
+@pass_eval_context
+def _finalize(context: EvalContext, value: Any) -> Any:
+    """What becomes of a value: HTML escapes by itself, in Markdown it is done here."""
+    return value if context.autoescape else as_markdown(value)
 
 
 def _render(template: str, **context: Any) -> str:
-    environment = _environment(autoescape=True)
-    environment.filters.update(name=name, percent=as_percent)
+    environment = Environment(
+        loader=PackageLoader("keras_resnet.reports", "templates"),
+        autoescape=lambda name: name is None or name.endswith(".html"),
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters.update(FILTERS)
     made = {"when": as_time(datetime.now()), "version": package_version()}
     return environment.get_template(template).render(made=made, **context)
 
@@ -104,7 +105,7 @@ _OWN_TEXT = """## Intended use
 
 ## Limits
 
-*Which pictures was it not trained on? Who could be harmed by a wrong answer, and what then?*
+*Which images was it not trained on? Who could be harmed by a wrong prediction, and what then?*
 """
 
 
@@ -116,33 +117,4 @@ def _write_card(path: Path, context: dict[str, Any]) -> None:
         own = match[1] if match else own
     except OSError:
         pass
-    # Every value is escaped by itself, as autoescape does for HTML.
-    environment = _environment(autoescape=False, finalize=as_markdown)
-    environment.filters.update(percent=as_percent, decimal=as_decimal)
-    run: RunFacts = context["run"]
-    answers: Answers | None = context["answers"]
-    text = environment.get_template("MODEL_CARD.md").render(
-        run=run,
-        answers=answers,
-        calibration=answers.calibration if answers else None,
-        names=run.class_names,
-        counts=run.class_counts,
-        lead=context["lead"],
-        findings=context["findings"],
-        weights=context["weights_rows"],
-        settings=context["setting_rows"],
-        changed=context["recipe_changed"],
-        versions=context["version_rows"],
-        skipped=len(context["skipped"]),
-        usage=Markdown(_fenced("python", context["usage"]["python"])) if context["usage"] else "",
-        command=Markdown(_fenced("sh", context["command"])) if context["command"] else "",
-        own=Markdown(own),
-    )
-    write_text(path, text)
-
-
-def _fenced(language: str, text: str) -> str:
-    """A code block whose fence is longer than any in the text."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
+    write_text(path, _render("MODEL_CARD.md", own=Markdown(own), **context))

@@ -1,16 +1,13 @@
-"""What a run folder says of itself, read as far as it is there: for reports of any run."""
+"""The one record of a run, and what follows from it; `run_files` reads it from a run folder."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import json
+import functools
 import math
 import os
-import re
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,28 +15,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean
 from keras_resnet.inference.calibration import Calibration, accuracy_interval, calibration
-
-# A folder with one of these is a run's, or what `evaluate --output` wrote.
-_MARKS = ("config.json", "history.csv", "evaluation.json", "test_evaluation.json", "best.keras")
-PARTS = {"test": "test_", "validation": ""}  # the part, and the prefix of its files
 
 
 @dataclasses.dataclass
-class Answers:
-    """What a model answered about one part of the data.
+class Results:
+    """What a model predicted of one part of the data, and how much of it is right.
 
     Attributes:
         part: `"validation"` or `"test"`.
-        count: Pictures.
-        top1: Share that is right.
-        top5: Share whose true class is among the five most probable, or `None`.
+        count: Images.
+        top1: Fraction that is right.
+        top5: Fraction whose true class is among the five most probable, or `None`.
         loss: Mean cross-entropy, nats, or `None`.
         class_names: In the order of `confusion`.
         per_class: As of `Evaluation`.
         confusion: Counts `(classes, classes)`, rows are true classes, or `None`.
-        rows: A dict a picture: `path`, `true`, `predicted`, `probability`, `true_probability`.
+        rows: A dict an image: `path`, `true`, `predicted`, `probability`, `true_probability`.
         skipped: `(path, reason)`.
     """
 
@@ -68,12 +60,22 @@ class Answers:
         return self.class_names[int(totals.argmax())], float(totals.max() / totals.sum())
 
     @property
-    def macro_f1(self) -> float | None:
-        """The mean F1 of the classes that occur."""
-        scores = [row["f1"] for row in self.per_class if row["count"]]
-        return sum(scores) / len(scores) if scores else None
+    def chance_loss(self) -> float | None:
+        """The loss of a model that knows nothing."""
+        return math.log(len(self.class_names)) if len(self.class_names) > 1 else None
 
     @property
+    def occurring(self) -> list[dict[str, Any]]:
+        """The rows of `per_class` whose class has images."""
+        return [row for row in self.per_class if row["count"]]
+
+    @property
+    def macro_f1(self) -> float | None:
+        """The mean F1 of the classes that occur."""
+        scores = [row["f1"] for row in self.occurring]
+        return sum(scores) / len(scores) if scores else None
+
+    @functools.cached_property
     def calibration(self) -> Calibration | None:
         """Confidence against accuracy."""
         if not self.rows:
@@ -84,7 +86,7 @@ class Answers:
         )
 
     def confusions(self, limit: int = 8) -> list[tuple[str, str, int, float]]:
-        """The most frequent mistakes: true class, predicted class, count, share of the class."""
+        """The most frequent mistakes: true and predicted class, count, fraction of the class."""
         if self.confusion is None:
             return []
         totals = self.confusion.sum(axis=1)
@@ -97,16 +99,17 @@ class Answers:
             if wrong[i, j]
         ]
 
-    def confident_mistakes(self, limit: int) -> list[dict[str, Any]]:
-        """Wrong answers, the surest first."""
+    @property
+    def mistakes(self) -> list[dict[str, Any]]:
+        """The rows whose prediction is wrong, the surest first."""
         wrong = [row for row in self.rows if row["true"] != row["predicted"]]
-        return sorted(wrong, key=lambda row: -row["probability"])[:limit]
+        return sorted(wrong, key=lambda row: -row["probability"])
 
-    def least_certain(self, limit: int, but: Iterable[str] = ()) -> list[dict[str, Any]]:
-        """Answers of any kind, the least sure first, without some paths."""
-        but = set(but)
-        rows = [row for row in self.rows if row["path"] not in but]
-        return sorted(rows, key=lambda row: row["probability"])[:limit]
+    def least_certain(self, but: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+        """The rows, right or wrong, without some of them; the least sure first."""
+        paths = {row["path"] for row in but}
+        rows = [row for row in self.rows if row["path"] not in paths]
+        return sorted(rows, key=lambda row: row["probability"])
 
 
 @dataclasses.dataclass
@@ -115,11 +118,11 @@ class RunFacts:
 
     Attributes:
         folder: Where it is.
-        config: What `config.json` holds.
+        config: What `config.json` holds, without values of a wrong kind.
         info: What the best model says of itself: `ImageModel.info`.
-        history: Columns of `history.csv`.
-        answers: By part, `"test"` before `"validation"`.
-        skipped: `(path, reason)` of pictures that could not be read.
+        history: Columns of `history.csv`, all of one length.
+        results: By part, `"test"` before `"validation"`.
+        skipped: `(path, reason)` of images that could not be read.
         files: Name and bytes of the model files.
         missing: Sentences on what a finished run would have and this one lacks.
         begun: The first time in `train.log`, or where `config.json` says it.
@@ -130,7 +133,7 @@ class RunFacts:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    answers: dict[str, Answers] = dataclasses.field(default_factory=dict)
+    results: dict[str, Results] = dataclasses.field(default_factory=dict)
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     missing: list[str] = dataclasses.field(default_factory=list)
@@ -145,58 +148,92 @@ class RunFacts:
     @property
     def status(self) -> str:
         """`finished`, `interrupted`, `running`, or `unknown`."""
-        status = self.config.get("status")
-        return status if isinstance(status, str) else "unknown"
+        return self.config.get("status", "unknown")
 
     @property
-    def main(self) -> Answers | None:
-        """The answers that count: of the test pictures where there are any."""
-        return next(iter(self.answers.values()), None)
+    def main(self) -> Results | None:
+        """The results that count: of the test images where there are any."""
+        return next(iter(self.results.values()), None)
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The recipe's fields as they were used."""
-        return _dict(self.config.get("recipe"))
+        return self.config.get("recipe", {})
 
     @property
     def model(self) -> dict[str, Any]:
         """What `config.json` says of the model: `parameters`, `weights` and so on."""
-        return _dict(self.config.get("model"))
+        return self.config.get("model", {})
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Versions of the libraries, and the devices."""
+        devices = self.config.get("devices")
+        more = {} if devices is None else {"Device": devices}
+        return {**self.config.get("versions", {}), **more}
 
     @property
     def variant(self) -> str | None:
         """The model's name in the table."""
-        for known in (self.model, self.info):
-            if isinstance(known.get("variant"), str):
-                return known["variant"]
-        return self.recipe.get("model")
+        said = self.model.get("variant"), self.info.get("variant"), self.recipe.get("model")
+        return next((name for name in said if isinstance(name, str)), None)
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        """The pixel path's settings."""
+        return self.config.get("preprocess") or _dict(self.info.get("preprocess"))
+
+    @property
+    def augmentation(self) -> list[str]:
+        """Names of the augmentation's steps."""
+        steps = self.config.get("augment", {}).get("steps")
+        steps = steps if isinstance(steps, list) else []
+        return [str(step.get("name")) for step in steps if isinstance(step, dict)]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """What the model says of the file that it started from: `source`, `sha256` and so on."""
+        return _dict(self.info.get("weights") or self.model.get("weights"))
+
+    @property
+    def command(self) -> list[str]:
+        """The words of the command line that trained it, behind the program's."""
+        given = [str(word) for word in self.config.get("command", ())][1:]
+        return given if given[:1] == ["train"] else []
 
     @property
     def class_counts(self) -> dict[str, dict[str, int]]:
-        """Pictures of each class, by part."""
+        """Images of each class, by part."""
         counts = {}
-        for part, given in _dict(self.config.get("class_counts")).items():
+        for part, given in self.config.get("class_counts", {}).items():
             kept = {str(k): v for k, v in _dict(given).items() if isinstance(v, int)}
             if kept:
                 counts[{"train": "training", "val": "validation"}.get(part, part)] = kept
-        test = self.answers.get("test")
-        if test is not None:
-            counts["test"] = {row["name"]: row["count"] for row in test.per_class}
-        if "validation" not in counts and "validation" in self.answers:
-            rows = self.answers["validation"].per_class
-            counts["validation"] = {row["name"]: row["count"] for row in rows}
+        for part, results in self.results.items():
+            if part == "test" or part not in counts:
+                counts[part] = {row["name"]: row["count"] for row in results.per_class}
         return counts
+
+    @property
+    def training_counts(self) -> dict[str, int]:
+        """Training images of each class."""
+        return self.class_counts.get("training", {})
 
     @property
     def class_names(self) -> list[str]:
         """Names in the order of the model's outputs, as far as anything says them."""
-        for answers in self.answers.values():
-            if answers.class_names:
-                return answers.class_names
+        for results in self.results.values():
+            if results.class_names:
+                return results.class_names
         names = self.info.get("class_names")
         if isinstance(names, list):
             return [str(n) for n in names]
-        return list(next(iter(self.class_counts.values()), {}))
+        return list(dict.fromkeys(n for counts in self.class_counts.values() for n in counts))
+
+    @property
+    def all_skipped(self) -> list[tuple[str, str]]:
+        """`(path, reason)` of images that training or the evaluation could not read."""
+        return sorted({*self.skipped, *(self.main.skipped if self.main else ())})
 
     @property
     def epochs(self) -> int:
@@ -215,37 +252,33 @@ class RunFacts:
         values = [v for v in self.history.get("seconds", ()) if math.isfinite(v)]
         return sum(values) if values else None
 
-    def picture(self, path: str) -> str | None:
-        """Where a picture of the answers is now, or `None`.
+    def image(self, path: str) -> str | None:
+        """Where an image of the results is now, or `None`.
 
         Paths are written as training was called with them, maybe from another working directory.
         """
         if os.path.isfile(path):
             return path
-        directory = self.config.get("directory")
-        if isinstance(directory, str):
-            parts = Path(path).parts
-            for i in range(1, len(parts)):
-                candidate = os.path.join(directory, *parts[i:])
-                if os.path.isfile(candidate):
-                    return candidate
+        parts = Path(path).parts if "directory" in self.config else ()
+        for i in range(1, len(parts)):
+            candidate = os.path.join(self.config["directory"], *parts[i:])
+            if os.path.isfile(candidate):
+                return candidate
         return None
 
-    def picture_sizes(self, limit: int = 2000) -> dict[str, tuple[int, int, int]] | None:
-        """Smallest, median and largest width and height of the evaluated pictures, as stored.
+    def image_sizes(self, limit: int = 2000) -> dict[str, tuple[int, int, int]] | None:
+        """Smallest, median and largest width and height of the evaluated images, as stored.
 
         Only the headers are read.
         """
-        if self.main is None:
-            return None
         sizes = []
-        for row in self.main.rows[:limit]:
-            path = self.picture(row["path"])
+        for row in self.main.rows[:limit] if self.main else ():
+            path = self.image(row["path"])
             if path is None:
                 continue
-            # Pillow raises many kinds, and unreadable pictures are no news here.
-            with contextlib.suppress(Exception), Image.open(path) as picture:
-                sizes.append(picture.size)
+            # Pillow raises many kinds, and unreadable images are no news here.
+            with contextlib.suppress(Exception), Image.open(path) as image:
+                sizes.append(image.size)
         if not sizes:
             return None
         found = {}
@@ -254,183 +287,11 @@ class RunFacts:
         return {**found, "count": (len(sizes),) * 3}
 
 
-def read_run(folder: str | os.PathLike) -> RunFacts:
-    """Reads a run folder; what is missing or damaged is left out and said in `missing`.
-
-    Args:
-        folder: As `train` writes it, finished or not; or as `evaluate --output` does.
-
-    Raises:
-        NotFoundError: There is no such folder; a near name is suggested.
-        InputError: It is a file, or no run folder.
-    """
-    folder = Path(folder).expanduser()
-    _check(folder)
-    facts = RunFacts(folder)
-    facts.config = _dict(_json(folder / "config.json", facts.missing))
-    facts.info = _model_info(folder)
-    facts.history = _history(folder / "history.csv", facts.missing)
-    for part, prefix in PARTS.items():
-        answers = _answers(folder, part, prefix, facts.missing)
-        if answers is not None:
-            facts.answers[part] = answers
-    if not facts.answers:
-        facts.missing.append("no evaluation: no evaluation.json")
-    facts.skipped = _pairs(folder / "skipped.csv")
-    facts.files = {
-        p.name: p.stat().st_size for p in sorted(folder.glob("*.keras")) if p.name[0] != "."
-    }
-    if not facts.files:
-        facts.missing.append("no model file: neither best.keras nor last.keras")
-    facts.begun, facts.ended = _times(folder / "train.log")
-    facts.begun = _time(facts.config.get("begun")) or facts.begun
-    facts.ended = _time(facts.config.get("ended")) or facts.ended
-    return facts
-
-
-def _check(folder: Path) -> None:
-    if not folder.exists():
-        near = os.listdir(folder.parent) if folder.parent.is_dir() else []
-        raise NotFoundError(f"No run folder at {str(folder)!r}.{did_you_mean(folder.name, near)}")
-    if not folder.is_dir():
-        inside = any((folder.parent / name).exists() for name in _MARKS)
-        hint = f" Its folder is one: {str(folder.parent)!r}." if inside else ""
-        raise InputError(f"{str(folder)!r} is a file; a run folder is needed.{hint}")
-    if not any((folder / name).exists() for name in _MARKS):
-        below = sorted(
-            p for p in folder.iterdir() if p.is_dir() and any((p / n).exists() for n in _MARKS)
-        )
-        hint = " It has none of: " + ", ".join(_MARKS) + "."
-        if below:
-            listed = ", ".join(repr(str(p)) for p in below[:6])
-            hint = f" There are run folders in it: {listed}{' ...' if len(below) > 6 else ''}."
-        raise InputError(f"{str(folder)!r} is no run folder.{hint}")
-
-
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _json(path: Path, missing: list[str]) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except FileNotFoundError:
-        if path.name == "config.json":
-            missing.append("no config.json: how it was trained is not known")
-    except (OSError, ValueError):
-        missing.append(f"{path.name} cannot be read")
-    return None
-
-
-def _model_info(folder: Path) -> dict[str, Any]:
-    """`ImageModel.info` out of the model file, without loading the model."""
-    for name in ("best.keras", "last.keras"):
-        try:
-            with zipfile.ZipFile(folder / name) as file:
-                found = json.loads(file.read("config.json"))
-            return _dict(_dict(_dict(found).get("config")).get("info"))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            continue
-    return {}
-
-
-def _table(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _number(text: Any) -> float:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _history(path: Path, missing: list[str]) -> dict[str, list[float]]:
-    try:
-        rows = _table(path)
-    except FileNotFoundError:
-        missing.append("no history.csv: not one epoch is through")
-        return {}
-    except (OSError, csv.Error):
-        missing.append("history.csv cannot be read")
-        return {}
-    names = [name for name in (rows[0] if rows else ()) if name and name != "epoch"]
-    return {name: [_number(row.get(name)) for row in rows] for name in names}
-
-
-def _answers(folder: Path, part: str, prefix: str, missing: list[str]) -> Answers | None:
-    found = _dict(_json(folder / f"{prefix}evaluation.json", missing))
-    count, top1 = found.get("count"), found.get("top1")
-    if not isinstance(count, int) or count < 1 or not isinstance(top1, float | int):
-        return None
-    names = [str(name) for name in found.get("class_names") or ()]
-    per_class = [
-        {
-            "name": str(row["name"]),
-            "count": int(row.get("count") or 0),
-            **{k: _number(row.get(k)) for k in ("precision", "recall", "f1")},
-        }
-        for row in found.get("per_class") or ()
-        if isinstance(row, dict) and "name" in row
-    ]
-    try:
-        confusion = np.asarray(found.get("confusion"), int)
-    except (TypeError, ValueError):
-        confusion = np.zeros(0, int)
-    try:
-        rows = [
-            {**row, **{k: _number(row[k]) for k in ("probability", "true_probability")}}
-            for row in _table(folder / f"{prefix}predictions.csv")
-        ]
-        rows = [row for row in rows if math.isfinite(row["probability"])]
-    except (OSError, KeyError, csv.Error):
-        missing.append(f"no {prefix}predictions.csv: single pictures and confidence are left out")
-        rows = []
-    top5, loss = _number(found.get("top5")), _number(found.get("loss"))
-    return Answers(
-        part,
-        count,
-        float(top1),
-        top5 if math.isfinite(top5) else None,
-        None if math.isnan(loss) else loss,
-        names,
-        per_class,
-        confusion if names and confusion.shape == (len(names),) * 2 else None,
-        rows,
-        [tuple(map(str, pair)) for pair in found.get("skipped") or () if len(pair) == 2],
-    )
-
-
-def _pairs(path: Path) -> list[tuple[str, str]]:
-    try:
-        return [(row["path"], row["reason"]) for row in _table(path)]
-    except (OSError, KeyError, csv.Error):
-        return []
-
-
-def _time(text: Any) -> datetime | None:
-    """A time of `config.json`, as the clock on the wall showed it."""
-    with contextlib.suppress(TypeError, ValueError):
-        return datetime.fromisoformat(text).replace(tzinfo=None)
-    return None
-
-
-def _times(path: Path) -> tuple[datetime | None, datetime | None]:
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None, None
-    found = re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ", text, re.MULTILINE)
-    if not found:
-        return None, None
-    try:
-        return tuple(datetime.fromisoformat(found[i]) for i in (0, -1))
-    except ValueError:
-        return None, None
-
-
-def same_pictures(runs: Sequence[RunFacts], part: str) -> bool:
-    """Whether all runs were evaluated on the same pictures, by class folder and name."""
-    seen = [{tuple(Path(row["path"]).parts[-2:]) for row in run.answers[part].rows} for run in runs]
+def same_images(runs: Sequence[RunFacts], part: str) -> bool:
+    """Whether all runs were evaluated on the same images, by class folder and name."""
+    seen = [{Path(row["path"]).parts[-2:] for row in run.results[part].rows} for run in runs]
     return bool(seen[0]) and all(other == seen[0] for other in seen[1:])

@@ -1,9 +1,11 @@
-"""Numbers, times and names as people read them, in a page and in Markdown."""
+"""Numbers, times and names as people read them: the filters of the templates."""
 
 from __future__ import annotations
 
+import html
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -26,7 +28,7 @@ def plain(text: Any) -> str:
 
 
 def as_percent(value: Any) -> str:
-    """A share, with one digit; with two where one would round it to nothing or to all.
+    """A fraction, with one digit; with two where one would round it to nothing or to all.
 
     Examples:
         >>> as_percent(0.5556), as_percent(0.9997), as_percent(1.0)
@@ -53,8 +55,8 @@ def counted(number: int, noun: str) -> str:
     """A number and what it counts.
 
     Examples:
-        >>> counted(1, "class"), counted(1200, "picture")
-        ('1 class', '1,200 pictures')
+        >>> counted(1, "class"), counted(1200, "image")
+        ('1 class', '1,200 images')
     """
     plural = {"class": "classes"}.get(noun, f"{noun}s")
     return f"{number:,} {noun if number == 1 else plural}"
@@ -117,14 +119,72 @@ def listed(names: Sequence[str], limit: int = 5) -> Markup:
     return Markup(" and ").join(filter(None, [Markup(", ").join(shown[:-1]), *shown[-1:]]))
 
 
-def bar(share: float, second: bool = False) -> Markup:
-    """A bar under a number of a table, for the eye alone."""
-    kind = "bar second" if second else "bar"
-    return Markup(
-        '<span class="{}" aria-hidden="true"><span style="width:{:.1f}%"></span></span>'
-    ).format(kind, 100 * share if is_number(share) else 0)
+def as_integer(value: Any) -> str:
+    """A count, its thousands apart."""
+    return f"{value:,}" if is_number(value) else NOTHING
 
 
-def plain_lines(text: str) -> str:
-    """`plain`, line by line."""
-    return "\n".join(plain(line) for line in text.split("\n"))
+def as_width(fraction: Any) -> str:
+    """A fraction as a length in CSS, in percent without the sign."""
+    return f"{100 * fraction:.2f}" if is_number(fraction) else "0"
+
+
+def as_scientific(value: Any) -> str:
+    """A number by its power of ten."""
+    return f"{value:.2e}" if is_number(value) else NOTHING
+
+
+def as_code(text: Any) -> Markup:
+    """A text to be copied, for a page."""
+    return Markup("<code>{}</code>").format(plain(text))
+
+
+def as_label(key: str) -> str:
+    """The name of a setting as the head of its row.
+
+    Examples:
+        >>> as_label("weight_decay")
+        'Weight decay'
+    """
+    return plain(key.replace("_", " ").capitalize())
+
+
+def as_shell(words: Sequence[Any]) -> str:
+    """Words as one types them in a terminal."""
+    return plain(shlex.join(map(str, words)))
+
+
+def as_python(text: Any) -> str:
+    """A text as Python code has it."""
+    return plain(repr(str(text)))
+
+
+def fenced(text: str, language: str) -> Markdown:
+    """Code out of a page as a block of Markdown, whose fence is longer than any in the code."""
+    text = html.unescape(text)
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markdown(f"{fence}{language}\n{text}\n{fence}")
+
+
+FILTERS = {
+    "code": as_code,
+    "counted": counted,
+    "decimal": as_decimal,
+    "duration": as_duration,
+    "fenced": fenced,
+    "integer": as_integer,
+    "label": as_label,
+    "listed": listed,
+    "markdown": Markdown,
+    "name": name,
+    "percent": as_percent,
+    "plain": plain,
+    "python": as_python,
+    "scientific": as_scientific,
+    "setting": as_setting,
+    "shell": as_shell,
+    "size": as_size,
+    "time": as_time,
+    "width": as_width,
+}

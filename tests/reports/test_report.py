@@ -22,8 +22,9 @@ from keras_resnet.errors import InputError, NotFoundError
 from keras_resnet.inference.calibration import accuracy_interval, calibration, paired_p_value
 from keras_resnet.inference.evaluate import Evaluation
 from keras_resnet.reports import figures as plots
+from keras_resnet.reports import findings as rules
 from keras_resnet.reports import report as reporting
-from keras_resnet.reports.run_facts import read_run
+from keras_resnet.reports.run_files import read_run
 from keras_resnet.reports.wording import as_markdown
 
 HOSTILE = [
@@ -166,7 +167,7 @@ def test_calibration_agrees_with_scikit_learn(answers):
 
 
 @pytest.mark.once
-def test_calibration_of_edges_and_of_one_answer():
+def test_calibration_of_edges_and_of_one_prediction():
     assert calibration([0.0, 1.0], [False, True]).error == 0
     assert calibration([1.0], [False]).error == 1
     edges = np.linspace(0, 1, 16)
@@ -205,14 +206,14 @@ def test_the_page_shows_what_the_files_say(tmp_path):
     error = calibration([float(r["probability"]) for r in rows],
                         [r["true"] == r["predicted"] for r in rows]).error  # fmt: skip
     for text in (
-        f"{data['top1']:.1%}", f"{data['loss']:.3f}", f"{error:.1%}", "160 validation pictures",
-        f"{np.mean([r['f1'] for r in data['per_class']]):.3f}", f"{len(wrong)} pictures of 160",
+        f"{data['top1']:.1%}", f"{data['loss']:.3f}", f"{error:.1%}", "160 validation images",
+        f"{np.mean([r['f1'] for r in data['per_class']]):.3f}", f"{len(wrong)} images of 160",
         "269,267", "finetune", "24 training", "best validation accuracy at epoch 2",
         "cannot be read: cat", "KERAS_BACKEND=torch keras-resnet train ant --name bee",
         "10:00", "3.15.1",
     ):  # fmt: skip
         assert text in found.text, text
-    # The surest of the wrong answers, in order.
+    # The surest of the wrong predictions, in order.
     surest = sorted(wrong, key=lambda r: -float(r["probability"]))[:12]
     shown = [found.text.index(pathlib.Path(r["path"]).name) for r in surest]
     assert shown == sorted(shown)
@@ -223,16 +224,14 @@ def test_the_page_shows_what_the_files_say(tmp_path):
 
 
 @pytest.mark.once
-def test_test_pictures_count_more_than_validation_pictures(tmp_path):
+def test_test_images_count_more_than_validation_images(tmp_path):
     folder = make_run(tmp_path / "run")
     make_run(folder, seed=5, prefix="test_")
     found = page_of(kr.report(folder))
     first, second = (json.loads((folder / f"{p}evaluation.json").read_text())["top1"]
                      for p in ("", "test_"))  # fmt: skip
-    assert f"Accuracy {second:.1%} of 160 test pictures" in found.text
-    assert (
-        f"{first:.1%} on the validation pictures, {second:.1%} on the test pictures" in found.text
-    )
+    assert f"Accuracy {second:.1%} of 160 test images" in found.text
+    assert f"{first:.1%} on the validation images, {second:.1%} on the test images" in found.text
 
 
 # --- hostile names -------------------------------------------------------------------------------
@@ -312,7 +311,7 @@ def test_markdown_renders_names_as_they_are():
     ("gone", "said"),
     [
         (["evaluation.json"], "no evaluation"),
-        (["predictions.csv"], "single pictures and confidence are left out"),
+        (["predictions.csv"], "single images and confidence are left out"),
         (["history.csv"], "not one epoch is through"),
         (["config.json"], "how it was trained is not known"),
         (["evaluation.json", "predictions.csv", "history.csv"], "no evaluation"),
@@ -351,6 +350,28 @@ def test_wrong_kinds_of_values_cost_only_their_own_part(tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(
+    "wrong",
+    [{"skipped": [1]}, {"class_names": 3}, {"per_class": [{"name": "ant"}]}, {"confusion": "x"},
+     {"top1": "x"}, {"top5": "x", "loss": "x"}],
+)  # fmt: skip
+def test_wrong_kinds_of_results_cost_only_their_own_part(tmp_path, wrong):
+    path = make_run(tmp_path / "run") / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    assert "finetune" in assert_harmless(kr.report(path.parent)).text
+
+
+@pytest.mark.once
+def test_every_rule_has_its_sentence():
+    code = pathlib.Path(rules.__file__).read_text(encoding="utf-8")
+    said = (pathlib.Path(rules.__file__).parent / "templates" / "sentences.html").read_text(
+        encoding="utf-8"
+    )
+    named = re.findall(r'Finding\(\s*(?:"\w+"|kind), "(\w+)"', code)
+    assert len(named) >= 10 and all(f"{{% macro {rule}(" in said for rule in named)
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
 def test_numbers_that_are_none(tmp_path, value):
     folder = make_run(tmp_path / "run")
@@ -369,7 +390,7 @@ def test_a_folder_of_evaluate_alone_gets_a_report(tmp_path):
     folder = make_run(tmp_path / "run")
     for name in ("config.json", "history.csv"):
         (folder / name).unlink()
-    assert "160 validation pictures" in page_of(kr.report(folder)).text
+    assert "160 validation images" in page_of(kr.report(folder)).text
 
 
 @pytest.mark.once
@@ -394,18 +415,18 @@ def test_what_a_person_wrote_into_the_card_stays(tmp_path):
 
 
 @pytest.mark.once
-def test_pictures_are_found_from_another_folder(tmp_path):
+def test_images_are_found_from_another_folder(tmp_path):
     data = tmp_path / "photos"
     folder = make_run(tmp_path / "run", directory=str(data))
-    row = read_run(folder).main.confident_mistakes(1)[0]
-    assert read_run(folder).picture(row["path"]) is None
+    row = read_run(folder).main.mistakes[0]
+    assert read_run(folder).image(row["path"]) is None
     path = tmp_path / row["path"]
     path.parent.mkdir(parents=True)
     Image.new("RGB", (300, 200), (10, 200, 30)).save(path)
     facts = read_run(folder)
-    assert pathlib.Path(facts.picture(row["path"])).samefile(path)
-    assert facts.picture_sizes() == {"width": (300,) * 3, "height": (200,) * 3, "count": (1,) * 3}
-    found = page_of(kr.report(folder))  # no model file: the picture alone
+    assert pathlib.Path(facts.image(row["path"])).samefile(path)
+    assert facts.image_sizes() == {"width": (300,) * 3, "height": (200,) * 3, "count": (1,) * 3}
+    found = page_of(kr.report(folder))  # no model file: the image alone
     pictures = [v for v in found.values("src") if v.startswith("data:image/jpeg")]
     assert len(pictures) == 1
     with Image.open(io.BytesIO(base64.b64decode(pictures[0].split(",")[1]))) as picture:
@@ -430,7 +451,7 @@ def test_runs_side_by_side(tmp_path):
     assert "./one/report.html" in found.values("href")
     scores = {f.name: json.loads((f / "evaluation.json").read_text())["top1"] for f in (one, two)}
     best = max(scores, key=scores.get)
-    assert f"{best} has the highest accuracy on the validation pictures: {scores[best]:.1%}" in (
+    assert f"{best} has the highest accuracy on the validation images: {scores[best]:.1%}" in (
         found.text
     )
     assert "Learning rate" in found.text and "0.25" in found.text
@@ -444,11 +465,11 @@ def test_runs_side_by_side(tmp_path):
 
 
 @pytest.mark.once
-def test_runs_on_other_pictures_are_not_compared_picture_by_picture(tmp_path):
+def test_runs_on_other_images_are_not_compared_image_by_image(tmp_path):
     one = make_run(tmp_path / "one")
     two = make_run(tmp_path / "two", names=("x", "y"))
     found = page_of(kr.report([one, two]))
-    assert "not evaluated on the same pictures" in found.text
+    assert "not evaluated on the same images" in found.text
     assert "McNemar" not in found.text
     (two / "evaluation.json").unlink()
     assert "their accuracies are not comparable" in page_of(kr.report([one, two])).text
@@ -555,7 +576,7 @@ def test_train_leaves_a_report_with_heat_maps(trained):
     assert (result.folder / "MODEL_CARD.md").is_file() and "<b>bee" in found.text
     wrong = sum(r["true"] != r["predicted"] for r in result.evaluation.rows)
     views = [v for v in found.values("alt") if "heat map" in v]
-    # The mistakes for both classes, the others for the answer.
+    # The mistakes for both classes, the others for the prediction.
     assert len(views) == 2 * wrong + min(8, 8 - wrong) and len(views) > 0
     assert "not where it was" not in found.text and "Without Grad-CAM" not in found.text
     assert keras.__version__ in found.text and keras.backend.backend() in found.text
