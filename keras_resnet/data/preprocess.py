@@ -24,6 +24,9 @@ from keras_resnet.errors import DataError, InputError, did_you_mean
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Up to this side, in pixels, an image is its own crop, as CIFAR's are.
+SMALL = 64
+
 # torchvision.transforms.InterpolationMode names and what they mean for a Pillow image.
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -77,6 +80,24 @@ class Preprocess:
     exif: bool = False
     color_mode: str = "rgb"
     crop_to_aspect_ratio: bool = False
+
+    @classmethod
+    def for_size(cls, size: int, resize: int | None = None, **options: Any) -> Preprocess:
+        """How images are evaluated at a side: as torchvision's, resized to 256 for a crop of 224.
+
+        Args:
+            size: The side, pixels; up to 64 the image is resized to it, and nothing is cropped.
+            resize: The short side before the crop, in place of 256/224 of the side.
+            **options: Further attributes.
+
+        Examples:
+            >>> at = Preprocess.for_size(176)
+            >>> at.resize_size, at.crop_size
+            (201, (176, 176))
+        """
+        if size <= SMALL and resize is None:
+            return cls((size, size), None, **options)
+        return cls(resize or round(size * 256 / 224), size, **options)
 
     def __post_init__(self) -> None:
         """Checks every field, and stores each in one form, so that equal means equal."""

@@ -13,8 +13,9 @@ from typing import Any
 import keras
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean
+from keras_resnet.errors import InputError, NotFoundError, did_you_mean, reason_of
 from keras_resnet.models.zoo import create_model
+from keras_resnet.system.device import image_shape
 from keras_resnet.system.files import replace_file
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
@@ -155,7 +156,6 @@ def _model_for(
     spec = get_spec(variant)
     stem = next(iter(info.tensors.values()))[0]
     channels = stem[1] if len(stem) == 4 else 3
-    last = keras.config.image_data_format() == "channels_last"
     size = spec.input_size
     options = {"include_preprocessing": inside}
     if inside and preprocess is not None:
@@ -164,7 +164,7 @@ def _model_for(
         variant,
         num_classes=classes.get(variant) or spec.num_classes,
         include_top=classes.get(variant, 0) is not None,
-        input_shape=(size, size, channels) if last else (channels, size, size),
+        input_shape=image_shape(size, size, channels),
         **options,
     )
 
@@ -178,13 +178,7 @@ def _describe(model: keras.Model, class_names, preprocess, lines: list[str]) -> 
         model.info["class_names"] = list(class_names)
     if preprocess is None and "preprocess" not in model.info:
         size = SPECS[model.info["variant"]].input_size
-        whole = size <= 64
-        preprocess = Preprocess(
-            (size, size) if whole else round(size * 256 / 224),
-            None if whole else size,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-        )
+        preprocess = Preprocess.for_size(size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         lines.append(
             "Preprocessing: the file does not say; assumed "
             f"{size}x{size} and ImageNet's mean and deviation (--image-size, --mean, --std)."
@@ -231,7 +225,7 @@ def load_model(path: str | os.PathLike) -> keras.Model:
     try:
         return keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras raises a dozen kinds for a damaged file
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         raise InputError(f"{str(path)!r} cannot be loaded as a Keras model: {reason}") from error
 
 

@@ -56,6 +56,19 @@ def backend_line() -> str:
     return f"{name} on {', '.join(devices())}, Keras {keras.__version__}"
 
 
+def in_data_format(images: np.ndarray) -> np.ndarray:
+    """A batch `(n, height, width, channels)` in the order of Keras' data format."""
+    if keras.config.image_data_format() == "channels_first":
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return images
+
+
+def image_shape(height: int | None, width: int | None, channels: int) -> tuple[int | None, ...]:
+    """The shape of an image in the order of Keras' data format."""
+    last = keras.config.image_data_format() == "channels_last"
+    return (height, width, channels) if last else (channels, height, width)
+
+
 def make_deterministic() -> None:
     """Asks the backend for deterministic kernels, where it has a choice."""
     backend = keras.backend.backend()

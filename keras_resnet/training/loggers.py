@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean
+from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean, reason_of
 
 logger = logging.getLogger("keras_resnet")
 
@@ -192,7 +192,7 @@ class Loggers:
         try:
             return do(self._loggers[key])
         except Exception as error:  # whatever a service raises: the training goes on
-            reason = str(error).split("\n")[0] or type(error).__name__
+            reason = reason_of(error)
             logger.warning("Logging to %s stopped: %s", key, reason)
             del self._loggers[key]
             return None

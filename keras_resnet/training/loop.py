@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import re
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import keras
-import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.errors import InputError, KerasResNetError
 from keras_resnet.recipes import Recipe
-from keras_resnet.system.device import (
-    Sender,
-    devices,
-    package_version,
-    random_state,
-    set_random_state,
+from keras_resnet.system.device import Sender, package_version, random_state
+from keras_resnet.training.callbacks import (
+    Interrupted,
+    Position,
+    RunCallbacks,
+    Settings,
+    TrainingError,
 )
 from keras_resnet.training.ema import ModelEMA, adjusted_decay
 from keras_resnet.training.freeze import freeze, parts
-from keras_resnet.training.loggers import Loggers
 from keras_resnet.training.prepare import (
     Data,
     compile_model,
@@ -38,39 +34,6 @@ from keras_resnet.training.prepare import (
     readable_batch,
 )
 from keras_resnet.training.run_folder import Run
-
-
-class TrainingError(KerasResNetError, ArithmeticError):
-    """Training cannot go on, such as after a loss that is no number."""
-
-
-class _Interrupted(Exception):
-    """Raised between two steps after Ctrl-C or SIGTERM."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a run is run, as far as it does not change the result.
-
-    Attributes:
-        say: Prints a line.
-        bar: Show Keras' progress bar.
-        jit: Compile the training step.
-        checkpoint_steps: Steps between two checkpoints; `None` for none but by time.
-        checkpoint_seconds: Seconds between two checkpoints.
-        keep: Numbered models to keep, of the best epochs.
-        callbacks: The caller's own.
-        loggers: Where each epoch's numbers go besides `history.csv`.
-    """
-
-    say: Callable[[str], None]
-    bar: bool = False
-    jit: bool = False
-    checkpoint_steps: int | None = None
-    checkpoint_seconds: float = 300.0
-    keep: int = 0
-    callbacks: Sequence[keras.callbacks.Callback] = ()
-    loggers: Loggers = dataclasses.field(default_factory=lambda: Loggers([]))
 
 
 class Loop:
@@ -91,16 +54,12 @@ class Loop:
         self.run_folder, self.settings = run, settings
         self.steps = len(data.train)
         self.schedule = make_schedule(recipe, self.steps)
-        self.epoch, self.step = 0, 0  # what comes next
+        self.at = Position(self.steps)
         self.best = -math.inf
         self.stale = 0  # epochs since the best
         self.until = recipe.unfreeze
         self.ema: ModelEMA | None = None
-        self.stop = threading.Event()
-        self.validating = False
-        self.saved_metrics: list[np.ndarray] | None = None
-        self.random: dict[str, np.ndarray] = {}
-        self.saved_skipped: list[tuple[str, str]] = []
+        self._skipped_before: list[tuple[str, str]] = []
 
     def run(self) -> bool:
         """Trains to the end; gives whether it was interrupted."""
@@ -117,18 +76,26 @@ class Loop:
         else:
             # Before the first step: killed at any instant from here on, the run goes on.
             self._save_state()
-        callbacks = _Callbacks(self)
+        callbacks = RunCallbacks(
+            self.model,
+            self.at,
+            self.settings,
+            epochs=self.recipe.epochs,
+            first=[] if self.ema is None else [self.ema],
+            save=self._save_state,
+            check_loss=self._check_loss,
+        )
         with self._signals():
             try:
-                while self.epoch < self.recipe.epochs and not self._out_of_patience():
-                    if self.stop.is_set():
-                        raise _Interrupted
+                while self.at.epoch < self.recipe.epochs and not self._out_of_patience():
+                    if self.at.stop.is_set():
+                        raise Interrupted
                     self._unfreeze_gradually()
                     self._run_epoch(callbacks)
                     if self.model.stop_training:
                         self._note("Stopped by a callback.")
                         break
-            except _Interrupted:
+            except Interrupted:
                 self._interrupted()
                 return True
             callbacks.finish()
@@ -148,11 +115,11 @@ class Loop:
 
     def _unfreeze_gradually(self) -> None:
         """Unfreezes one part more after every `gradual` epochs."""
-        until = part_to_train(self.model, self.recipe, self.epoch)
+        until = part_to_train(self.model, self.recipe, self.at.epoch)
         if until != self.until:
             self.until = until
             what = f"{until} and what follows" if until else "everything"
-            self._note(f"From epoch {self.epoch + 1} on {what} trains.")
+            self._note(f"From epoch {self.at.epoch + 1} on {what} trains.")
             self._compile()
 
     # Going on.
@@ -175,52 +142,54 @@ class Loop:
         progress, extra = run.load_state(self.model)
         if self.ema is not None:
             self.ema.set_state(extra)
-        self.random = {k: v for k, v in extra.items() if k.startswith("random/")}
-        self.epoch, self.step = progress["epoch"], progress["step"]
+        self.at.random = {k: v for k, v in extra.items() if k.startswith("random/")}
+        self.at.epoch, self.at.step = progress["epoch"], progress["step"]
         self.best = -math.inf if progress["best"] is None else progress["best"]
         self.stale = progress["stale"]
-        self.saved_skipped = [tuple(item) for item in progress["skipped"]]
-        if self.step:
-            self.saved_metrics = [
+        self._skipped_before = [tuple(item) for item in progress["skipped"]]
+        if self.at.step:
+            self.at.metrics = [
                 keras.ops.convert_to_numpy(v).copy() for v in self.model.metrics_variables
             ]
         if run.history:
             self._write_views()
-        if self.epoch < self.recipe.epochs:
-            self._note(f"Going on at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps}.")
+        if self.at.epoch < self.recipe.epochs:
+            self._note(
+                f"Going on at epoch {self.at.epoch + 1}, step {self.at.step + 1} of {self.steps}."
+            )
 
     def _save_state(self) -> None:
         progress = {
-            "epoch": self.epoch,
-            "step": self.step,
+            "epoch": self.at.epoch,
+            "step": self.at.step,
             "best": None if self.best == -math.inf else self.best,
             "stale": self.stale,
             "until": self.until,
             "files": self.data.fingerprint,
             "skipped": self.skipped(),
         }
-        self.random = random_state()
+        self.at.random = random_state()
         averages = {} if self.ema is None else self.ema.get_state()
-        self.run_folder.save_state(self.model, progress, {**averages, **self.random})
+        self.run_folder.save_state(self.model, progress, {**averages, **self.at.random})
 
     # One epoch.
 
-    def _run_epoch(self, callbacks: _Callbacks) -> None:
+    def _run_epoch(self, callbacks: RunCallbacks) -> None:
         started = time.perf_counter()
-        self.validating = False
-        batches = _EpochBatches(self.data.train, self.epoch, self.step)
+        self.at.validating = False
+        batches = _EpochBatches(self.data.train, self.at.epoch, self.at.step)
         callbacks.begin_epoch(len(batches))
         try:
             self.model.fit(
                 batches,
-                epochs=self.epoch + 1,
-                initial_epoch=self.epoch,
+                epochs=self.at.epoch + 1,
+                initial_epoch=self.at.epoch,
                 validation_data=_EpochBatches(self.data.val, 0, 0),
                 shuffle=False,  # the dataset has shuffled already, by the seed
                 callbacks=callbacks,
                 verbose=0,
             )
-        except (KerasResNetError, _Interrupted):
+        except (KerasResNetError, Interrupted):
             raise
         except Exception:
             # Backends wrap what went wrong in reading a picture in errors of their own.
@@ -234,7 +203,7 @@ class Loop:
             "loss": logs["loss"],
             "val_accuracy": logs["val_accuracy"],
             "val_loss": logs["val_loss"],
-            "learning_rate": self.schedule.value_at((self.epoch + 1) * self.steps - 1),
+            "learning_rate": self.schedule.value_at((self.at.epoch + 1) * self.steps - 1),
             "seconds": time.perf_counter() - started,
         }
         self._record(row)
@@ -247,16 +216,16 @@ class Loop:
                 self.run_folder.save_model(self.model, "best.keras")
             self._keep_numbered()
         self.run_folder.save_model(self.model, "last.keras")
-        self.epoch, self.step = self.epoch + 1, 0
+        self.at.epoch, self.at.step = self.at.epoch + 1, 0
         self._save_state()
         self._write_views()
-        self.settings.loggers.log(self.epoch, row)
+        self.settings.loggers.log(self.at.epoch, row)
 
     def _record(self, row: dict[str, float]) -> None:
         for key, value in row.items():
             self.run_folder.history.setdefault(key, []).append(float(value))
         self._note(
-            f"Epoch:{self.epoch + 1:2d}, Train_acc:{row['accuracy'] * 100:.1f}%, "
+            f"Epoch:{self.at.epoch + 1:2d}, Train_acc:{row['accuracy'] * 100:.1f}%, "
             f"Train_loss:{row['loss']:.3f}, Val_acc:{row['val_accuracy'] * 100:.1f}%, "
             f"Val_loss:{row['val_loss']:.3f}, Lr:{row['learning_rate']:.2e}, "
             f"{row['seconds']:.1f} s"
@@ -265,7 +234,7 @@ class Loop:
     def _describe(self, row: dict[str, float]) -> None:
         self.model.info["training"] = {
             "recipe": self.recipe.name,
-            "epoch": self.epoch + 1,
+            "epoch": self.at.epoch + 1,
             "epochs": self.recipe.epochs,
             "val_accuracy": float(row["val_accuracy"]),
             "val_loss": float(row["val_loss"]),
@@ -283,7 +252,7 @@ class Loop:
         # Of equal ones the earlier is kept, as in best.keras.
         ranked = sorted(range(len(accuracies)), key=lambda i: (-accuracies[i], i))
         kept = {f"epoch-{i + 1:03d}.keras" for i in ranked[: self.settings.keep]}
-        name = f"epoch-{self.epoch + 1:03d}.keras"
+        name = f"epoch-{self.at.epoch + 1:03d}.keras"
         if name in kept:
             self.run_folder.save_model(self.model, name)
         for path in self.run_folder.folder.glob("epoch-*.keras"):
@@ -311,18 +280,18 @@ class Loop:
 
     def skipped(self) -> list[tuple[str, str]]:
         """Unreadable pictures of both parts, those met before a run was killed too."""
-        return sorted({*self.saved_skipped, *self.data.train.skipped, *self.data.val.skipped})
+        return sorted({*self._skipped_before, *self.data.train.skipped, *self.data.val.skipped})
 
     # After each step.
 
-    def check_loss(self, loss: float, step: int) -> None:
+    def _check_loss(self, loss: float, step: int) -> None:
         """Raises TrainingError where the loss is no number."""
         if math.isfinite(loss):
             return
         folder = str(self.run_folder.folder)
-        kept = f"last.keras of epoch {self.epoch} in {folder!r}" if self.epoch else "none yet"
+        kept = f"last.keras of epoch {self.at.epoch} in {folder!r}" if self.at.epoch else "none yet"
         message = (
-            f"The loss is {loss} at epoch {self.epoch + 1}, step {step}. The last good model: "
+            f"The loss is {loss} at epoch {self.at.epoch + 1}, step {step}. The last good model: "
             f"{kept}. Try a lower learning_rate, or clip_norm=1."
         )
         self.run_folder.log(message)
@@ -341,10 +310,10 @@ class Loop:
             return
 
         def handle(number, frame):
-            if self.stop.is_set():
+            if self.at.stop.is_set():
                 raise KeyboardInterrupt
-            self.stop.set()
-            what = "the validation" if self.validating else "this step"
+            self.at.stop.set()
+            what = "the validation" if self.at.validating else "this step"
             self.settings.say(f"\nStopping after {what}; once more to stop at once.")
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -360,7 +329,7 @@ class Loop:
         if self.run_folder.history:
             self._write_views()
         self._note(
-            f"Interrupted at epoch {self.epoch + 1}, step {self.step} of {self.steps}. "
+            f"Interrupted at epoch {self.at.epoch + 1}, step {self.at.step} of {self.steps}. "
             "The same command goes on from here."
         )
 
@@ -402,109 +371,6 @@ class _EpochBatches(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple:
         return self._send(readable_batch(self.dataset, index + self.start))
-
-
-class _Callbacks(keras.callbacks.CallbackList):
-    """One list for all `fit` calls of a run, which looks at every step without waiting for it.
-
-    Keras' list turns the numbers of a step into Python's as soon as a callback wants to see it
-    end, and so waits for the device. Here the loss is looked at some steps later on an
-    accelerator; what the caller's callbacks get is unchanged.
-    """
-
-    def __init__(self, loop: Loop):
-        own = [loop.ema] if loop.ema is not None else []
-        given = list(loop.settings.callbacks)
-        super().__init__(
-            [*own, *given],
-            add_history=True,
-            add_progbar=loop.settings.bar,
-            model=loop.model,
-            verbose=int(loop.settings.bar),
-            epochs=loop.recipe.epochs,
-            steps=loop.steps,
-        )
-        self._loop = loop
-        self._heard = loop.settings.bar or any(_wants_steps(callback) for callback in given)
-        self._lag = 0 if devices()[0] == "cpu" else 16
-        self._losses: deque[tuple[int, Any]] = deque()
-        self._begun = False
-        self._first = 0
-        self._saved_at = 0.0
-        self.logs: dict[str, Any] = {}
-
-    def begin_epoch(self, steps: int) -> None:
-        """Gets ready for one call of `fit` with so many steps."""
-        self._first = self._loop.step
-        self._saved_at = time.monotonic()
-        self._losses.clear()
-        self.set_params({**self.params, "steps": steps})
-
-    def finish(self) -> None:
-        """Tells the callbacks that the whole run has ended."""
-        if self._begun:
-            super().on_train_end(self.logs)
-
-    # The caller's callbacks see one run, not one an epoch.
-
-    def on_train_begin(self, logs=None):
-        if not self._begun:
-            self._begun = True
-            super().on_train_begin(logs)
-
-    def on_train_end(self, logs=None):
-        pass
-
-    def on_epoch_begin(self, epoch, logs=None):
-        super().on_epoch_begin(epoch, logs)
-        saved, self._loop.saved_metrics = self._loop.saved_metrics, None
-        if saved is not None:  # the part of the epoch before the run was killed counts
-            variables = self._loop.model.metrics_variables
-            for variable, value in zip(variables, saved, strict=True):
-                variable.assign(value)
-
-    def on_train_batch_begin(self, batch, logs=None):
-        if batch == 0:
-            # Only here: at the start of `fit` torch's data loader draws from the same numbers.
-            set_random_state(self._loop.random)
-        super().on_train_batch_begin(batch, logs)
-
-    def on_train_batch_end(self, batch, logs=None):
-        loop, settings = self._loop, self._loop.settings
-        loop.step = self._first + batch + 1
-        self._losses.append((loop.step, logs["loss"]))
-        self._look(self._lag)
-        if self._heard:
-            super().on_train_batch_end(batch, logs)
-        if loop.step == loop.steps:
-            self._look()  # a bad epoch is not to be saved
-            loop.validating = True
-            return  # the end of the epoch saves, after the validation
-        due = settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0
-        late = time.monotonic() - self._saved_at > settings.checkpoint_seconds
-        if due or late or loop.stop.is_set():
-            self._look()
-            if loop.stop.is_set():
-                raise _Interrupted
-            loop._save_state()
-            self._saved_at = time.monotonic()
-
-    def _look(self, lag: int = 0) -> None:
-        while len(self._losses) > lag:
-            step, loss = self._losses.popleft()
-            self._loop.check_loss(float(keras.ops.convert_to_numpy(loss)), step)
-
-    def on_epoch_end(self, epoch, logs=None):
-        super().on_epoch_end(epoch, logs)
-        self.logs = {k: float(keras.ops.convert_to_numpy(v)) for k, v in (logs or {}).items()}
-
-
-def _wants_steps(callback: keras.callbacks.Callback) -> bool:
-    base = keras.callbacks.Callback
-    return any(
-        getattr(type(callback), name, None) is not getattr(base, name)
-        for name in ("on_batch_end", "on_train_batch_end")
-    )
 
 
 def _carry_over(before: keras.optimizers.Optimizer, after: keras.optimizers.Optimizer) -> None:

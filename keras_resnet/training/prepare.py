@@ -16,11 +16,12 @@ from keras_resnet.data import augment, transforms
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures, labels_by_name, split_folders, stratified_split
 from keras_resnet.data.labels import check_classes
-from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
 from keras_resnet.data.statistics import dataset_statistics
 from keras_resnet.errors import DataError, InputError
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import Recipe
+from keras_resnet.system.device import image_shape, in_data_format
 from keras_resnet.training.freeze import load_pretrained
 from keras_resnet.training.optimizers import SGD
 from keras_resnet.training.schedules import (
@@ -32,6 +33,12 @@ from keras_resnet.training.schedules import (
     StepSchedule,
 )
 from keras_resnet.variants import get_spec
+
+_NORMALIZATIONS = {
+    "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+    "half": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
+    "dataset": {"mean": None, "std": None},  # measured, on the training images
+}
 
 # --- data ----------------------------------------------------------------------------------------
 
@@ -93,33 +100,15 @@ def prepare_data(
         InputError: Pictures too small for the network, or classes that do not fit.
     """
     directory = os.path.expanduser(os.fspath(directory))
-    spec = get_spec(recipe.model)
-    size = recipe.image_size or spec.input_size
-    for name, side in (("image_size", size), ("eval_size", recipe.eval_size or size)):
-        if side < spec.min_size:
-            raise InputError(
-                f"{name}={side} is too small: {recipe.model} needs pictures of at least "
-                f"{spec.min_size}x{spec.min_size} pixels."
-            )
-    mean, std = {
-        "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-        "half": ((0.5,) * 3, (0.5,) * 3),
-        "dataset": (None, None),  # measured below, on the training pictures
-    }[recipe.normalization]
-
+    size = recipe.image_size or get_spec(recipe.model).input_size
+    eval_size = recipe.eval_size or size
+    _check_sizes(recipe.model, image_size=size, eval_size=eval_size)
+    options = {"exif": exif, **_NORMALIZATIONS[recipe.normalization]}
     folders = split_folders(directory)
-    source = folders.get("train", directory)
-    paths, labels, names = find_pictures(source, exclude=exclude)
-    if "train" in folders and "val" in folders:
-        train_paths, train_labels = paths, labels
-        val_paths, val_labels, found = find_pictures(folders["val"], exclude=exclude)
-        val_labels = labels_by_name(
-            val_labels, found, names, "The validation folder", "the training folder"
-        )
-    else:
-        kept, held = stratified_split(labels, recipe.val_split, seed)
-        train_paths, train_labels = [paths[i] for i in kept], labels[kept]
-        val_paths, val_labels = [paths[i] for i in held], labels[held]
+    if "train" not in folders:
+        folders |= {"train": directory}
+        folders.pop("val", None)
+    parts, names = _find_parts(folders, recipe.val_split, seed, exclude)
     soft = bool(recipe.mixup or recipe.cutmix or recipe.label_smoothing)
     common = {
         "batch_size": recipe.batch_size,
@@ -130,36 +119,72 @@ def prepare_data(
         "label_mode": "categorical" if soft else "int",
     }
     training = ImageDataset(
-        train_paths,
-        train_labels,
+        *parts["train"],
         names,
-        preprocess=evaluation_preprocess(recipe, size, mean, std, exif),
+        preprocess=evaluation_preprocess(recipe, size, **options),
         augment=recipe_augment(recipe, size),
-        drop_last="auto",  # batch norm cannot train on one picture
+        drop_last="auto",  # batch norm cannot train on one image
         mixup=recipe.mixup,
         cutmix=recipe.cutmix,
         label_smoothing=recipe.label_smoothing,
         repeats=recipe.repeats,
         **common,
     )
-    check_classes(training.class_counts, repr(source))
-    preprocess = evaluation_preprocess(recipe, recipe.eval_size or size, mean, std, exif)
+    check_classes(training.class_counts, repr(folders["train"]))
+    preprocess = evaluation_preprocess(recipe, eval_size, **options)
     if recipe.normalization == "dataset" and look:
-        plain = ImageDataset(
-            train_paths, None, preprocess=training.preprocess, shuffle=False, workers=workers
-        )
-        mean, std = dataset_statistics(plain)
-        preprocess = dataclasses.replace(preprocess, mean=mean, std=np.maximum(std, 1e-3))
-    validation = ImageDataset(
-        val_paths, val_labels, names, preprocess=preprocess, shuffle=False, **common
-    )
-    fingerprint = _fingerprint(training.file_paths, validation.file_paths)
+        preprocess = dataclasses.replace(preprocess, **_measured(training, workers))
+    validation = ImageDataset(*parts["val"], names, preprocess=preprocess, shuffle=False, **common)
     if look:
         # A last batch of which nothing can be read would otherwise end the run in its first epoch.
         validation.verify()
     return Data(
-        training, validation, folders.get("test"), names, preprocess, size, soft, fingerprint
+        training,
+        validation,
+        folders.get("test"),
+        names,
+        preprocess,
+        size,
+        soft,
+        _fingerprint(training.file_paths, validation.file_paths),
     )
+
+
+def _check_sizes(variant: str, **sizes: int) -> None:
+    least = get_spec(variant).min_size
+    for name, side in sizes.items():
+        if side < least:
+            raise InputError(
+                f"{name}={side} is too small: {variant} needs images of at least {least}x{least} "
+                "pixels."
+            )
+
+
+def _find_parts(
+    folders: dict[str, str], val_split: float, seed: int, exclude: Any
+) -> tuple[dict[str, tuple[list[str], np.ndarray]], list[str]]:
+    """Paths and labels of the training and the validation images, and the class names."""
+    paths, labels, names = find_pictures(folders["train"], exclude=exclude)
+    if "val" in folders:
+        val_paths, val_labels, found = find_pictures(folders["val"], exclude=exclude)
+        val_labels = labels_by_name(
+            val_labels, found, names, "The validation folder", "the training folder"
+        )
+        return {"train": (paths, labels), "val": (val_paths, val_labels)}, names
+    kept, held = stratified_split(labels, val_split, seed)
+    parts = {"train": kept, "val": held}
+    return {
+        part: ([paths[i] for i in those], labels[those]) for part, those in parts.items()
+    }, names
+
+
+def _measured(training: ImageDataset, workers: int | None) -> dict[str, np.ndarray]:
+    """Mean and deviation of the training images as they are, not augmented."""
+    plain = ImageDataset(
+        training.file_paths, None, preprocess=training.preprocess, shuffle=False, workers=workers
+    )
+    mean, std = dataset_statistics(plain)
+    return {"mean": mean, "std": np.maximum(std, 1e-3)}
 
 
 def _fingerprint(*lists: list[str]) -> str:
@@ -167,10 +192,8 @@ def _fingerprint(*lists: list[str]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def evaluation_preprocess(
-    recipe: Recipe, size: int, mean=IMAGENET_MEAN, std=IMAGENET_STD, exif: bool = False
-) -> Preprocess:
-    """How a recipe's pictures are evaluated at a size.
+def evaluation_preprocess(recipe: Recipe, size: int, **options: Any) -> Preprocess:
+    """How a recipe's images are evaluated at a size; options as `Preprocess` takes them.
 
     Examples:
         >>> from keras_resnet.recipes import get_recipe
@@ -178,12 +201,10 @@ def evaluation_preprocess(
         >>> preprocess.resize_size, preprocess.crop_size
         (256, (224, 224))
     """
-    # Up to 64 pixels a picture is its own crop; above, torchvision's 256 for 224.
-    if recipe.resize_exact or (size <= 64 and recipe.eval_resize is None):
-        resize, crop = (size, size), None
-    else:
-        resize, crop = recipe.eval_resize or round(size * 256 / 224), size
-    return Preprocess(resize, crop, recipe.interpolation, mean, std, exif=exif)
+    options["interpolation"] = recipe.interpolation
+    if recipe.resize_exact:
+        return Preprocess((size, size), None, **options)
+    return Preprocess.for_size(size, recipe.eval_resize, **options)
 
 
 def recipe_augment(recipe: Recipe, size: int) -> augment.Augment | None:
@@ -197,7 +218,7 @@ def recipe_augment(recipe: Recipe, size: int) -> augment.Augment | None:
     how = recipe.interpolation
     crop = recipe.crop
     if crop == "auto":
-        crop = "padded" if get_spec(recipe.model).input_size <= 64 else "random_resized"
+        crop = "padded" if get_spec(recipe.model).input_size <= SMALL else "random_resized"
     changes: list[transforms.Transform] = []
     if recipe.flip:
         changes.append(transforms.RandomHorizontalFlip(recipe.flip))
@@ -252,12 +273,11 @@ def build_model(recipe: Recipe, data: Data, say: Callable[[str], None] = print) 
     """
     eval_size = data.preprocess.output_shape[0]
     sides = (data.train_size,) * 2 if data.train_size == eval_size else (None, None)
-    last = keras.config.image_data_format() == "channels_last"
     with _dtype_policy(recipe.precision):
         model = create_model(
             recipe.model,
             num_classes=len(data.names),
-            input_shape=(*sides, 3) if last else (3, *sides),
+            input_shape=image_shape(*sides, 3),
             include_preprocessing=True,
             mean=data.preprocess.mean,
             std=data.preprocess.std,
@@ -271,14 +291,6 @@ def build_model(recipe: Recipe, data: Data, say: Callable[[str], None] = print) 
     model.info["class_names"] = list(data.names)
     model.info["preprocess"] = data.preprocess.get_config()
     return model
-
-
-def batch_in_data_format(batch: tuple) -> tuple:
-    """`(images, labels)` with the channels where Keras' data format wants them."""
-    images, labels = batch
-    if keras.config.image_data_format() == "channels_first":
-        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    return images, labels
 
 
 def compile_model(
@@ -396,11 +408,11 @@ def readable_batch(dataset: ImageDataset, index: int) -> tuple:
     count = len(dataset)
     for offset in range(count):
         try:
-            batch = dataset[(index + offset) % count]
+            images, labels = dataset[(index + offset) % count]
         except DataError:
             if dataset.on_error == "raise" or offset == count - 1:
                 raise
         else:
             dataset.failure = None
-            return batch_in_data_format(batch)
+            return in_data_format(images), labels
     raise AssertionError("a dataset has a batch at least")

@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError, KerasResNetError
+from keras_resnet.errors import InputError, KerasResNetError, reason_of
 from keras_resnet.system.device import sync
 from keras_resnet.system.files import (
     csv_line,
@@ -171,7 +171,7 @@ class Run:
         try:
             write(path, *arguments)
         except OSError as error:
-            reason = error.strerror or str(error).split("\n")[0]
+            reason = error.strerror or reason_of(error)
             raise SaveError(
                 f"Cannot save {path.name} in {str(self.folder)!r}: {reason}. What was saved "
                 "before is whole; make room and run the same command to go on."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import math
 import os
@@ -17,7 +18,7 @@ import keras
 import numpy as np
 
 from keras_resnet import plots
-from keras_resnet.errors import InputError
+from keras_resnet.errors import between, reason_of, whole
 from keras_resnet.inference.evaluate import Evaluation, evaluate
 from keras_resnet.models.files import load_model
 from keras_resnet.models.summary import count_flops
@@ -31,8 +32,9 @@ from keras_resnet.system.device import (
 )
 from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.process import tune_process
+from keras_resnet.training.callbacks import Settings
 from keras_resnet.training.loggers import Loggers
-from keras_resnet.training.loop import Loop, Settings
+from keras_resnet.training.loop import Loop
 from keras_resnet.training.prepare import Data, build_model, prepare_data
 from keras_resnet.training.run_folder import Run
 
@@ -146,28 +148,34 @@ def train(
     """
     arguments = {
         "directory": os.path.abspath(os.path.expanduser(os.fspath(directory))),
-        "seed": seed,
+        "seed": whole("seed", seed, 0),
         "exif": exif,
         "strict": strict,
         "exclude": exclude if isinstance(exclude, (str, type(None))) else list(map(str, exclude)),
-        "workers": workers,
+        "workers": None if workers is None else whole("workers", workers, 0),
         "cache": None if cache is None else os.fspath(cache),
         "deterministic": deterministic,
         "compile": compile,
         "checkpoint_steps": checkpoint_steps,
         "checkpoint_seconds": checkpoint_seconds,
-        "keep": keep,
+        "keep": whole("keep", keep, 0),
         "log": [log] if isinstance(log, str) else list(log),
     }
-    _check(arguments)
+    if checkpoint_steps is not None:
+        whole("checkpoint_steps", checkpoint_steps, 1)
+    between("checkpoint_seconds", checkpoint_seconds, 0)
     tune_process()
-
-    def say(text: str) -> None:
-        if verbose:
-            print(text, flush=True)
-
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
-    loggers = Loggers(arguments["log"])
+    settings = Settings(
+        say=functools.partial(print, flush=True) if verbose else lambda line: None,
+        bar=verbose and sys.stdout.isatty(),
+        jit=compile,
+        checkpoint_steps=checkpoint_steps,
+        checkpoint_seconds=checkpoint_seconds,
+        keep=keep,
+        callbacks=tuple(callbacks),
+        loggers=Loggers(arguments["log"]),
+    )
     data = prepare_data(
         directory,
         recipe,
@@ -189,15 +197,26 @@ def train(
     }
     name = name or f"{recipe.model}-{Path(arguments['directory']).name}"
     run = Run.find(output, name, identity, restart)
-    say(_plan(run, recipe, data, seed))
+    settings.say(_plan(run, recipe, data, seed))
     if dry_run:
         return TrainResult(run.folder, None, {})
-
     keras.utils.set_random_seed(seed)
     if deterministic:
         make_deterministic()
-    model = build_model(recipe, data, say)
-    # Before the folder is made: without one readable picture there is nothing to keep.
+    return _train(run, recipe, data, settings, arguments, report)
+
+
+def _train(
+    run: Run,
+    recipe: Recipe,
+    data: Data,
+    settings: Settings,
+    arguments: dict[str, Any],
+    with_report: bool,
+) -> TrainResult:
+    """Trains in a run folder, and evaluates and reports what came of it."""
+    model = build_model(recipe, data, settings.say)
+    # Before the folder is made: without one readable image there is nothing to keep.
     samples = data.train.take_samples(min(16, recipe.batch_size))
     run.open()
     status = "failed"
@@ -211,42 +230,23 @@ def train(
             begun=run.config.get("begun") or _now(),
         )
         _write_start(run, data, samples)
-        ids = loggers.start(
+        ids = settings.loggers.start(
             run.folder, run.folder.name, dataclasses.asdict(recipe), run.config.get("log_ids", {})
         )
         run.write_config(log_ids=ids)
-        settings = Settings(
-            say,
-            bar=verbose and sys.stdout.isatty(),
-            jit=compile,
-            checkpoint_steps=checkpoint_steps,
-            checkpoint_seconds=checkpoint_seconds,
-            keep=keep,
-            callbacks=tuple(callbacks),
-            loggers=loggers,
-        )
         loop = Loop(model, recipe, data, run, settings)
         interrupted = loop.run()
         result = _finish(run, data, recipe, loop.skipped(), interrupted)
         status = "interrupted" if interrupted else "finished"
-        say(f"\n{result}")
+        settings.say(f"\n{result}")
         if result.evaluation is not None:
-            if report:
-                _report(run, result.model, say)
+            if with_report:
+                _report(run, result.model, settings.say)
             run.drop_state()  # last of all: until here the same command goes on
         return result
     finally:
-        loggers.finish(status)
+        settings.loggers.finish(status)
         run.close()
-
-
-def _check(arguments: dict[str, Any]) -> None:
-    """Raises InputError for a number that cannot work."""
-    rules = {"seed": 0, "workers": 0, "checkpoint_steps": 1, "checkpoint_seconds": 0, "keep": 0}
-    for name, least in rules.items():
-        value = arguments[name]
-        if value is not None and value < least:
-            raise InputError(f"{name} must be at least {least}. Received: {value!r}.")
 
 
 # --- before and after ----------------------------------------------------------------------------
@@ -352,7 +352,8 @@ def _report(run: Run, model: keras.Model, say) -> None:
 
         path = report(run.folder, model=model)
     except (Exception, KeyboardInterrupt) as error:
-        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
-        say(f"No report ({reason}). Later: keras-resnet report {printable(run.folder)}")
+        say(
+            f"No report ({printable(reason_of(error))}). Later: keras-resnet report {printable(run.folder)}"
+        )
     else:
         say(f"Report: {printable(path)}")

@@ -22,7 +22,7 @@ from keras_resnet.errors import InputError
 from keras_resnet.inference.evaluate import evaluate
 from keras_resnet.inference.predict import predict
 from keras_resnet.models.files import load_model
-from keras_resnet.training import loop
+from keras_resnet.training import callbacks as run_callbacks
 from keras_resnet.training.train import train
 
 TINY = {
@@ -350,7 +350,7 @@ def test_bad_folders_get_one_line(tmp_path, capsys):
         (["--gradual", "1"], "--unfreeze head"),
         (["--weights", "no-such.pth"], "no-such.pth"),
         (["--log", "tensorbord"], "Did you mean 'tensorboard'?"),
-        (["--checkpoint-steps", "0"], "checkpoint_steps must be at least 1"),
+        (["--checkpoint-steps", "0"], "checkpoint_steps must be a whole number of at least 1"),
         (["--normalization", "imagnet"], "Did you mean 'imagenet'?"),
     ],
 )
@@ -412,7 +412,7 @@ def test_two_processes_do_not_train_in_one_folder(pictures, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "some GPU"])
 def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, monkeypatch, device):
     # On an accelerator the loss is looked at some steps later, and the step is named all the same.
-    monkeypatch.setattr(loop, "devices", lambda: [device])
+    monkeypatch.setattr(run_callbacks, "devices", lambda: [device])
 
     class Poison(keras.callbacks.Callback):
         """After one good epoch a weight becomes no number."""
@@ -422,7 +422,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, m
                 kernel = self.model.get_layer("linear").kernel
                 kernel.assign(np.full(kernel.shape, np.nan))
 
-    from keras_resnet.training.loop import TrainingError
+    from keras_resnet.training.callbacks import TrainingError
 
     with pytest.raises(TrainingError, match=r"nan at epoch 2, step 1\..*last.keras of epoch 1"):
         train(

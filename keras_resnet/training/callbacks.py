@@ -1,0 +1,196 @@
+"""Keras' callbacks of a run: one list for all its calls of `fit`, which looks at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_resnet.errors import KerasResNetError
+from keras_resnet.system.device import devices, set_random_state
+from keras_resnet.training.loggers import Loggers
+
+
+class TrainingError(KerasResNetError, ArithmeticError):
+    """Training cannot go on, such as after a loss that is no number."""
+
+
+class Interrupted(Exception):
+    """Raised between two steps after Ctrl-C or SIGTERM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a run is run, as far as it does not change the result.
+
+    Attributes:
+        say: Prints a line.
+        bar: Show Keras' progress bar.
+        jit: Compile the training step.
+        checkpoint_steps: Steps between two checkpoints; `None` for none but by time.
+        checkpoint_seconds: Seconds between two checkpoints.
+        keep: Numbered models to keep, of the best epochs.
+        callbacks: The caller's own.
+        loggers: Where each epoch's numbers go besides `history.csv`.
+    """
+
+    say: Callable[[str], None]
+    bar: bool = False
+    jit: bool = False
+    checkpoint_steps: int | None = None
+    checkpoint_seconds: float = 300.0
+    keep: int = 0
+    callbacks: Sequence[keras.callbacks.Callback] = ()
+    loggers: Loggers = dataclasses.field(default_factory=lambda: Loggers([]))
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is, as its loop and its callbacks both see and move it.
+
+    Attributes:
+        steps: Steps of an epoch.
+        epoch: The epoch that comes next, or is under way.
+        step: Its step that comes next.
+        validating: Whether its steps are done.
+        stop: Set where the run shall end after the step under way.
+        metrics: Those of an epoch that was cut, until the epoch goes on.
+        random: What draws random numbers outside Keras' variables, as last saved.
+    """
+
+    steps: int
+    epoch: int = 0
+    step: int = 0
+    validating: bool = False
+    stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+    metrics: list[np.ndarray] | None = None
+    random: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+class RunCallbacks(keras.callbacks.CallbackList):
+    """One list for all `fit` calls of a run, which looks at every step without waiting for it.
+
+    Keras' list turns the numbers of a step into Python's as soon as a callback wants to see it
+    end, and so waits for the device. Here the loss is looked at some steps later on an
+    accelerator; what the caller's callbacks get is unchanged.
+
+    Args:
+        model: The model.
+        at: Where the run is.
+        settings: How it is run.
+        epochs: Of the whole run.
+        first: Callbacks before the caller's.
+        save: Saves the state of the run.
+        check_loss: Called with the loss of every step and the step's number.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        at: Position,
+        settings: Settings,
+        *,
+        epochs: int,
+        first: Sequence[keras.callbacks.Callback],
+        save: Callable[[], None],
+        check_loss: Callable[[float, int], None],
+    ):
+        super().__init__(
+            [*first, *settings.callbacks],
+            add_history=True,
+            add_progbar=settings.bar,
+            model=model,
+            verbose=int(settings.bar),
+            epochs=epochs,
+            steps=at.steps,
+        )
+        self._run_model, self._at, self._settings = model, at, settings
+        self._save, self._check_loss = save, check_loss
+        self._heard = settings.bar or any(map(_wants_steps, settings.callbacks))
+        self._lag = 0 if devices()[0] == "cpu" else 16
+        self._losses: deque[tuple[int, Any]] = deque()
+        self._begun = False
+        self._first = 0
+        self._saved_at = 0.0
+        self.logs: dict[str, Any] = {}
+
+    def begin_epoch(self, steps: int) -> None:
+        """Gets ready for one call of `fit` with so many steps."""
+        self._first = self._at.step
+        self._saved_at = time.monotonic()
+        self._losses.clear()
+        self.set_params({**self.params, "steps": steps})
+
+    def finish(self) -> None:
+        """Tells the callbacks that the whole run has ended."""
+        if self._begun:
+            super().on_train_end(self.logs)
+
+    def on_train_begin(self, logs=None):
+        """Begins the run, at the first of its calls of `fit`."""
+        if not self._begun:
+            self._begun = True
+            super().on_train_begin(logs)
+
+    def on_train_end(self, logs=None):
+        """Does nothing: `finish` ends the run."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Begins an epoch, or goes on with one that was cut."""
+        super().on_epoch_begin(epoch, logs)
+        saved, self._at.metrics = self._at.metrics, None
+        if saved is not None:  # the part of the epoch before the run was killed counts
+            for variable, value in zip(self._run_model.metrics_variables, saved, strict=True):
+                variable.assign(value)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Begins a step."""
+        if batch == 0:
+            # Only here: at the start of `fit` torch's data loader draws from the same numbers.
+            set_random_state(self._at.random)
+        super().on_train_batch_begin(batch, logs)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Looks at a step, and saves or ends the run where it is time to."""
+        at, settings = self._at, self._settings
+        at.step = self._first + batch + 1
+        self._losses.append((at.step, logs["loss"]))
+        self._look(self._lag)
+        if self._heard:
+            super().on_train_batch_end(batch, logs)
+        if at.step == at.steps:
+            self._look()  # a bad epoch is not to be saved
+            at.validating = True
+            return  # the end of the epoch saves, after the validation
+        due = settings.checkpoint_steps and at.step % settings.checkpoint_steps == 0
+        late = time.monotonic() - self._saved_at > settings.checkpoint_seconds
+        if due or late or at.stop.is_set():
+            self._look()
+            if at.stop.is_set():
+                raise Interrupted
+            self._save()
+            self._saved_at = time.monotonic()
+
+    def _look(self, lag: int = 0) -> None:
+        while len(self._losses) > lag:
+            step, loss = self._losses.popleft()
+            self._check_loss(float(keras.ops.convert_to_numpy(loss)), step)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Keeps the epoch's numbers."""
+        super().on_epoch_end(epoch, logs)
+        self.logs = {k: float(keras.ops.convert_to_numpy(v)) for k, v in (logs or {}).items()}
+
+
+def _wants_steps(callback: keras.callbacks.Callback) -> bool:
+    base = keras.callbacks.Callback
+    return any(
+        getattr(type(callback), name, None) is not getattr(base, name)
+        for name in ("on_batch_end", "on_train_batch_end")
+    )
