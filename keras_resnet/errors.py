@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import operator
 from collections.abc import Iterable
@@ -71,6 +72,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(name).lower(), [str(k) for k in known], n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def require(package: str, extra: str, purpose: str) -> None:
+    """Says before any work that an optional package is not installed.
+
+    Args:
+        package: What is imported.
+        extra: The extra of this package that brings it.
+        purpose: What needs it, the beginning of a sentence.
+
+    Raises:
+        MissingDependencyError: It is not there; the message has the pip line.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(
+            f'{purpose} needs the package {package!r}: pip install "keras3-resnet[{extra}]".'
+        )
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:

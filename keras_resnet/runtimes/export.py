@@ -15,14 +15,17 @@ import numpy as np
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.data.sources import picture_paths
-from keras_resnet.errors import DataError, InputError, NotFoundError, VerificationError
+from keras_resnet.errors import DataError, InputError, NotFoundError, VerificationError, whole
 from keras_resnet.models.files import dataset_output, load_model, model_preprocess
 from keras_resnet.runtimes import formats, writing
 from keras_resnet.runtimes import int8 as quantization
-from keras_resnet.runtimes.int8 import _COMPARED, Int8Report, _Calibration, _spread
+from keras_resnet.runtimes.int8 import Int8Images, Int8Report, spread
 from keras_resnet.runtimes.runner import KerasRunner, Runner, relative_difference
 from keras_resnet.runtimes.select import open_file, runtime_of
 from keras_resnet.system.files import printable
+
+# Images that a file is compared on.
+_COMPARED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,41 +157,29 @@ def export(
     if int8 is not None:
         quantization.check(name)
     _check_target(path, name)
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size must be at least 1. Received: {batch_size}.")
+    if batch_size is not None:
+        whole("batch_size", batch_size, 1)
     if isinstance(model, (str, os.PathLike)):
-        if formats.format_of_file(Path(model).expanduser()) is not None:
-            raise InputError(
-                f"{str(model)!r} is an exported file already; export the .keras file it came from."
-            )
-        model = load_model(model)
+        model = _load(model)
     notes: list[str] = []
     prepared = _preprocess_for(model, notes)
     images, shown = _images(model, prepared, pictures) if verify else (None, "")
-    calibration = None if int8 is None else _Calibration(model, prepared, int8, pictures)
-    if None in model.input_shape[1:]:
-        height, width, _ = formats.picture_size(model)
-        notes.append(f"The model takes pictures of any size; the file takes {height}x{width}.")
-    plain = writing.in_float32(model)
-    if plain is not model:
-        notes.append(
-            f"The model computes in {_policies(model)}; file and comparison are in float32."
-        )
-    folder = Path(tempfile.mkdtemp(prefix=".exporting-", dir=path.parent))
-    try:
-        staged = folder / path.name
+    calibration = None if int8 is None else Int8Images(model, prepared, int8, pictures)
+    plain = _as_written(model, notes)
+    with tempfile.TemporaryDirectory(
+        prefix=".exporting-", dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        staged = Path(folder) / path.name
         description = writing.write(plain, staged, name, batch_size)
         before = writing.size_of(staged, name)
         if calibration is not None:
             quantization.quantize(
                 staged, name, description, calibration.batches(), str(calibration.folder)
             )
-        runner, comparisons, int8_report = None, [], None
-        if verify or calibration is not None:
-            runner = open_file(staged)
-            reference = KerasRunner(plain, optimize=False)
-        if verify:
-            comparisons = _compare(runner, reference, images)
+        reference = KerasRunner(plain, optimize=False)
+        runner = open_file(staged) if verify or calibration is not None else None
+        comparisons = _compare(runner, reference, images) if verify else []
+        int8_report = None
         if calibration is not None:
             int8_report = calibration.measure(reference, runner, before)
         report = ExportReport(
@@ -210,11 +201,29 @@ def export(
                 f"The {name} file does not answer as the model does, and is not kept.", report
             )
         del runner  # Windows does not move what is open
-        for one in writing.files_of(staged, name):
+        for one in formats.FORMATS[name].runner.files(staged):
             _publish(one, path.with_name(one.name))
-    finally:
-        writing.remove(folder)
     return report
+
+
+def _load(path: str | os.PathLike) -> keras.Model:
+    if formats.format_of_file(Path(path).expanduser()) is not None:
+        raise InputError(
+            f"{str(path)!r} is an exported file already; export the .keras file it came from."
+        )
+    return load_model(path)
+
+
+def _as_written(model: keras.Model, notes: list[str]) -> keras.Model:
+    """The model that the file is made of, and what differs in it."""
+    if None in model.input_shape[1:]:
+        height, width, _ = formats.input_size(model)
+        notes.append(f"The model takes images of any size; the file takes {height}x{width}.")
+    plain = writing.in_float32(model)
+    if plain is not model:
+        policies = " and ".join(sorted({layer.dtype_policy.name for layer in model.layers}))
+        notes.append(f"The model computes in {policies}; file and comparison are in float32.")
+    return plain
 
 
 def default_path(model: str | os.PathLike, format: str) -> Path:
@@ -253,17 +262,13 @@ def _format_for(path: Path, name: str | None) -> str:
 def _check_target(path: Path, name: str) -> None:
     if not path.parent.is_dir():
         raise NotFoundError(f"The folder {str(path.parent)!r} does not exist.")
-    if name != "saved_model":
+    if formats.FORMATS[name].suffix:
         if path.is_dir():
             raise InputError(f"{str(path)!r} is a folder; {name} is written as a file.")
     elif path.is_file() or (
         path.is_dir() and any(path.iterdir()) and formats.format_of_file(path) != name
     ):
-        raise InputError(f"{str(path)!r} is there, and is no SavedModel: it is left alone.")
-
-
-def _policies(model: keras.Model) -> str:
-    return " and ".join(sorted({layer.dtype_policy.name for layer in model.layers}))
+        raise InputError(f"{str(path)!r} is there, and is no {name}: it is left alone.")
 
 
 def _version(module: str) -> str:
@@ -298,7 +303,7 @@ def _publish(staged: Path, target: Path) -> None:
 def _preprocess_for(model: keras.Model, notes: list[str]) -> Preprocess:
     if getattr(model, "info", {}).get("preprocess"):
         return model_preprocess(model)
-    height, width, channels = formats.picture_size(model)
+    height, width, channels = formats.input_size(model)
     modes = {1: "grayscale", 3: "rgb", 4: "rgba"}
     if channels not in modes:
         return Preprocess((height, width), None)  # pictures= must be a batch
@@ -314,7 +319,7 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
     """A batch of the model's input, and what it shows."""
     if isinstance(pictures, np.ndarray):
         return pictures, f"{len(pictures)} given inputs"
-    channels = formats.picture_size(model)[2]
+    channels = formats.input_size(model)[2]
     if channels != prepared.channels:
         raise InputError(
             f"The model takes {channels} channels, pictures are read with {prepared.channels}: "
@@ -326,7 +331,7 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
         sources = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
         shown = "photographs of scikit-learn"
     else:
-        sources = _spread(picture_paths(pictures), _COMPARED)
+        sources = spread(picture_paths(pictures), _COMPARED)
         shown = "given pictures"
     found, reason = [], None
     for source in sources:

@@ -7,6 +7,7 @@ free batch, one output, and beside the graph everything that `predict` needs, as
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -16,9 +17,8 @@ from typing import Any
 import keras
 
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean
-from keras_resnet.models.image_model import ImageModel
-from keras_resnet.system.device import package_version
+from keras_resnet.errors import InputError, did_you_mean, require
+from keras_resnet.system.device import image_shape, package_version
 
 # The name under which a file keeps what is known about its model.
 METADATA = "keras_resnet"
@@ -35,50 +35,50 @@ class Format:
         keras_name: What `keras.Model.export` calls it.
         suffix: Of its files; `""` for a folder.
         needs: By backend that can write it, the packages (import name to extra) that takes.
-        runtime: What runs it.
+        home: The file in this folder whose `Runner` finishes, describes and runs it.
     """
 
     name: str
     keras_name: str
     suffix: str
     needs: dict[str, dict[str, str]]
-    runtime: str
+    home: str
+
+    @property
+    def runner(self) -> Any:
+        """The class that finishes and runs the files: a subclass of `runner.FileRunner`."""
+        return importlib.import_module(f"keras_resnet.runtimes.{self.home}").Runner
 
 
 # Left out, with Keras 3.15: on jax, OpenVINO (its converter knows no XlaCallModule, which jax2tf
 # writes) and ONNX (by jax2onnx, with 50 packages more); on torch, SavedModel (by torch_xla, and
 # Keras' call of torch.export fails) and LiteRT (by litert-torch, for one batch size alone).
-FORMATS = {
-    row.name: row
-    for row in (
-        Format(
-            "onnx",
-            "onnx",
-            ".onnx",
-            {
-                "torch": {"onnx": "onnx"},
-                "tensorflow": {"onnx": "onnx", "tf2onnx": "onnx"},
-            },
-            "onnxruntime",
-        ),
-        Format(
-            "openvino",
-            "openvino",
-            ".xml",
-            {"torch": {"openvino": "openvino"}, "tensorflow": {"openvino": "openvino"}},
-            "openvino",
-        ),
-        Format(
-            "saved_model",
-            "tf_saved_model",
-            "",
-            {"tensorflow": {}, "jax": {"tensorflow": "tensorflow"}},
-            "tensorflow",
-        ),
-        Format("litert", "litert", ".tflite", {"tensorflow": {}}, "litert"),
-        Format("torch", "torch", ".pt2", {"torch": {}}, "torch"),
-    )
-}
+_ROWS = (
+    Format(
+        "onnx",
+        "onnx",
+        ".onnx",
+        {"torch": {"onnx": "onnx"}, "tensorflow": {"onnx": "onnx", "tf2onnx": "onnx"}},
+        home="onnx",
+    ),
+    Format(
+        "openvino",
+        "openvino",
+        ".xml",
+        {"torch": {"openvino": "openvino"}, "tensorflow": {"openvino": "openvino"}},
+        home="openvino",
+    ),
+    Format(
+        "saved_model",
+        "tf_saved_model",
+        "",
+        {"tensorflow": {}, "jax": {"tensorflow": "tensorflow"}},
+        home="saved_model",
+    ),
+    Format("litert", "litert", ".tflite", {"tensorflow": {}}, home="litert"),
+    Format("torch", "torch", ".pt2", {"torch": {}}, home="torch_program"),
+)
+FORMATS = {row.name: row for row in _ROWS}
 
 
 def get_format(name: str) -> Format:
@@ -132,18 +132,14 @@ def check_backend(name: str) -> None:
             f"Keras on {backend} cannot write {name}; on {' or '.join(able)} it can: {hint}. "
             "A .keras file goes from one backend to the other as it is."
         )
-    for module, extra in row.needs[backend].items():
-        if importlib.util.find_spec(module) is None:
-            raise MissingDependencyError(
-                f"Writing {name} on {backend} needs the package {module!r}: "
-                f'pip install "keras3-resnet[{extra}]".'
-            )
+    for package, extra in row.needs[backend].items():
+        require(package, extra, f"Writing {name} on {backend}")
 
 
 # --- what goes along -----------------------------------------------------------------------------
 
 
-def picture_size(model: keras.Model) -> tuple[int, int, int]:
+def input_size(model: keras.Model) -> tuple[int, int, int]:
     """`(height, width, channels)` of the pictures that a file of the model takes.
 
     Where the model leaves a size free the file has that of its preprocessing: traced graphs hold
@@ -152,7 +148,9 @@ def picture_size(model: keras.Model) -> tuple[int, int, int]:
     Raises:
         InputError: Neither says a size.
     """
-    height, width, channels = _nhwc(tuple(model.input_shape[1:]))
+    first = keras.config.image_data_format() == "channels_first"
+    shape = model.input_shape[1:]
+    height, width, channels = (*shape[1:], shape[0]) if first else shape
     if height is None or width is None:
         config = getattr(model, "info", {}).get("preprocess")
         given = Preprocess.from_config(config).output_shape if config else (224, 224)
@@ -165,11 +163,6 @@ def picture_size(model: keras.Model) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def _nhwc(shape: tuple) -> tuple:
-    last = keras.config.image_data_format() == "channels_last"
-    return shape if last else (*shape[1:], shape[0])
-
-
 def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any]:
     """What a file says about its model, JSON-able.
 
@@ -177,9 +170,8 @@ def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any
         model: With one input and one output.
         batch_size: Of the file's input, where it is fixed.
     """
-    height, width, channels = picture_size(model)
+    first = keras.config.image_data_format() == "channels_first"
     info = getattr(model, "info", {})
-    last = keras.config.image_data_format() == "channels_last"
     inside = info.get("options", {}).get("include_preprocessing")
     steps = ["decode to RGB"]
     if info.get("preprocess"):
@@ -190,11 +182,8 @@ def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any
         f"{keras.backend.backend()}",
         "input": {
             "name": INPUT,
-            "shape": [
-                batch_size,
-                *((height, width, channels) if last else (channels, height, width)),
-            ],
-            "layout": "NHWC" if last else "NCHW",
+            "shape": [batch_size, *image_shape(*input_size(model))],
+            "layout": "NCHW" if first else "NHWC",
             "dtype": "float32",
             "holds": "pixel values 0 to 255" if inside else "normalised pixels",
         },
@@ -255,20 +244,3 @@ def ends_in_softmax(model: keras.Model) -> bool:
     """Whether a model gives probabilities already."""
     activation = getattr(model.layers[-1], "activation", None)
     return activation is not None and activation is keras.activations.softmax
-
-
-def _all_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    found = []
-    for layer in model.layers:
-        found += _all_layers(layer) if isinstance(layer, keras.Model) else [layer]
-    return found
-
-
-def _clone(model: keras.Model, make) -> keras.Model:
-    # A bare Functional model, so that any class of model can be cloned.
-    plain = keras.Model(model.input, model.output, name=model.name)
-    clone = keras.models.clone_model(plain, clone_function=make)
-    info = getattr(model, "info", {})
-    clone = ImageModel(clone.input, clone.output, name=model.name, info=info)
-    clone.set_weights(model.get_weights())
-    return clone

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,17 +15,14 @@ from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures, labels_by_name
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import picture_paths
-from keras_resnet.errors import DataError, InputError, MissingDependencyError
+from keras_resnet.errors import DataError, InputError, require
 from keras_resnet.models.files import dataset_output, model_class_names
-from keras_resnet.runtimes.onnx import _quantize_onnx
-from keras_resnet.runtimes.openvino import _quantize_openvino
+from keras_resnet.runtimes.formats import FORMATS
 from keras_resnet.runtimes.runner import Runner
+from keras_resnet.system.device import in_data_format
 
-# By format, the packages (import name to extra) that quantise it.
-_NEEDS = {
-    "onnx": {"onnxruntime": "onnx"},
-    "openvino": {"nncf": "int8"},
-}
+# Images that ranges are taken from, and that the result is measured on.
+_CALIBRATED, _MEASURED = 300, 2000
 
 
 def check(name: str) -> None:
@@ -36,14 +32,11 @@ def check(name: str) -> None:
         InputError: Nothing quantises that format.
         MissingDependencyError: A package is missing; the message has the pip line.
     """
-    if name not in _NEEDS:
-        raise InputError(f"int8 can be had in {' or '.join(_NEEDS)}, not in {name}.")
-    for module, extra in _NEEDS[name].items():
-        if importlib.util.find_spec(module) is None:
-            raise MissingDependencyError(
-                f"int8 in {name} needs the package {module!r}: "
-                f'pip install "keras3-resnet[{extra}]".'
-            )
+    able = {row.name: row.runner.quantizers for row in FORMATS.values() if row.runner.quantizers}
+    if name not in able:
+        raise InputError(f"int8 can be had in {' or '.join(able)}. Received: {name!r}.")
+    for package, extra in able[name].items():
+        require(package, extra, f"int8 in {name}")
 
 
 def quantize(
@@ -58,8 +51,7 @@ def quantize(
         batches: Inputs to take the ranges from, NHWC float32.
         source: Where they come from, to be noted.
     """
-    if keras.config.image_data_format() == "channels_first":
-        batches = [batch.transpose(0, 3, 1, 2) for batch in batches]
+    batches = [in_data_format(batch) for batch in batches]
     size = description["input"]["shape"][0]
     if size is not None:  # a file of one batch size
         batches = [np.repeat(batch, size, axis=0) for batch in batches]
@@ -68,14 +60,7 @@ def quantize(
         "precision": "int8",
         "calibration": {"pictures": len(batches), "folder": source},
     }
-    if name == "onnx":
-        _quantize_onnx(path, description, batches)
-    else:
-        _quantize_openvino(path, description, batches)
-
-
-# Pictures that a file is compared on, and those that int8 is calibrated and measured with.
-_COMPARED, _CALIBRATED, _MEASURED = 16, 300, 2000
+    FORMATS[name].runner.quantize(path, description, batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,36 +99,40 @@ class Int8Report:
         return "\n".join(lines)
 
 
-def _spread(items: Sequence, count: int) -> list:
+def spread(items: Sequence, count: int) -> list:
     """At most `count` items, evenly taken."""
     if len(items) <= count:
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
 
 
-# --- int8 ----------------------------------------------------------------------------------------
+class Int8Images:
+    """Images to calibrate with, and images to measure on.
 
+    Args:
+        model: The classifier.
+        prepared: How its images are prepared.
+        folder: The images to calibrate with; those of them that are not used are measured on.
+        images: Others to measure on.
+    """
 
-class _Calibration:
-    """Pictures to calibrate with, and pictures to measure on."""
-
-    def __init__(self, model: keras.Model, prepared: Preprocess, folder, pictures):
+    def __init__(self, model: keras.Model, prepared: Preprocess, folder, images=None):
         self.folder = Path(folder).expanduser()
         self._prepared, self._output = prepared, dataset_output(model)
         self._names = model_class_names(model)
         if len(model.output_shape) != 2:
             raise InputError(f"int8 needs a classifier; {model.name!r} has no head.")
         paths, labels = self._labelled(self.folder)
-        chosen = set(_spread(range(len(paths)), _CALIBRATED))
+        chosen = set(spread(range(len(paths)), _CALIBRATED))
         self._calibrate = [paths[i] for i in sorted(chosen)]
         rest = [i for i in range(len(paths)) if i not in chosen]
         self._apart = True
-        if pictures is not None and not isinstance(pictures, np.ndarray):
-            paths, labels = self._labelled(pictures)
+        if images is not None and not isinstance(images, np.ndarray):
+            paths, labels = self._labelled(images)
             rest = range(len(paths))
         elif len(rest) < len(chosen) // 4:  # too few to say anything
             rest, self._apart = range(len(paths)), False
-        measured = _spread(rest, _MEASURED)
+        measured = spread(rest, _MEASURED)
         self._measured = [paths[i] for i in measured]
         self._labels = None if labels is None else labels[measured]
 

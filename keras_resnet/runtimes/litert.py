@@ -7,15 +7,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.runtimes import formats
 from keras_resnet.runtimes.formats import METADATA_FILE, to_json
 from keras_resnet.runtimes.runner import FileRunner
 
 
-class LiteRtRunner(FileRunner):
+class Runner(FileRunner):
     """LiteRT on a `.tflite` file."""
 
     runtime, module, extra = "litert", "ai_edge_litert", "litert"
+    reads = ("litert",)
 
     def _open(self, path, precision, threads):
         from ai_edge_litert.interpreter import Interpreter
@@ -25,8 +25,8 @@ class LiteRtRunner(FileRunner):
         text = None
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if formats.METADATA_FILE in archive.namelist():
-                    text = archive.read(formats.METADATA_FILE).decode("utf-8")
+                if METADATA_FILE in archive.namelist():
+                    text = archive.read(METADATA_FILE).decode("utf-8")
         shapes = [
             tuple(None if size == -1 else int(size) for size in ports[0]["shape_signature"])
             for ports in (
@@ -45,11 +45,12 @@ class LiteRtRunner(FileRunner):
         self._interpreter.invoke()
         return self._interpreter.get_tensor(self._interpreter.get_output_details()[0]["index"])
 
-
-def _finish_litert(path: Path, description: dict[str, Any]) -> None:
-    # As TensorFlow Lite's own metadata: a zip archive behind the model, which `unzip` opens.
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(METADATA_FILE, to_json(description))
-        names = description["info"].get("class_names")
-        if names and not any("\n" in name for name in names):
-            archive.writestr("labels.txt", "\n".join(names) + "\n")
+    @staticmethod
+    def finish(path: Path, description: dict[str, Any]) -> None:
+        """Puts the description behind the model."""
+        # As in TensorFlow Lite's own metadata: a zip archive behind the model, which `unzip` opens.
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(METADATA_FILE, to_json(description))
+            names = description["info"].get("class_names")
+            if names and not any("\n" in name for name in names):
+                archive.writestr("labels.txt", "\n".join(names) + "\n")

@@ -6,21 +6,24 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 
 from keras_resnet.layers.conv import Conv2D
-from keras_resnet.runtimes import formats
-from keras_resnet.runtimes.formats import INPUT, METADATA, _all_layers, _clone, to_json
-from keras_resnet.runtimes.runner import FileRunner, _sizes
+from keras_resnet.runtimes.formats import INPUT, METADATA, to_json
+from keras_resnet.runtimes.runner import FileRunner, sizes
+from keras_resnet.runtimes.writing import all_layers, clone
 
 
-class OnnxRunner(FileRunner):
+class Runner(FileRunner):
     """ONNX Runtime on an `.onnx` file."""
 
     runtime, module, extra = "onnxruntime", "onnxruntime", "onnx"
+    fixes_batch = True  # Keras takes another exporter for fixed sizes
+    reads = ("onnx",)
+    quantizers: ClassVar = {"onnxruntime": "onnx"}
 
     def _open(self, path, precision, threads):
         import onnxruntime
@@ -33,11 +36,89 @@ class OnnxRunner(FileRunner):
         )
         given, answer = self._session.get_inputs()[0], self._session.get_outputs()[0]
         self._input = given.name
-        text = self._session.get_modelmeta().custom_metadata_map.get(formats.METADATA)
-        return text, _sizes(given.shape), _sizes(answer.shape)
+        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA)
+        return text, sizes(given.shape), sizes(answer.shape)
 
     def _run(self, images):
         return self._session.run(None, {self._input: images})[0]
+
+    @staticmethod
+    def prepare(model: keras.Model) -> keras.Model:
+        """The network without calls of XLA, on TensorFlow."""
+        return _without_xla(model) if keras.backend.backend() == "tensorflow" else model
+
+    @staticmethod
+    def finish(path: Path, description: dict[str, Any]) -> None:
+        """Names input and output, sets the batch, and writes the description into the file."""
+        import onnx
+
+        model = onnx.load(path)
+        graph = model.graph
+        # tf2onnx makes inputs of constants that a function captured, and folds them away later.
+        used = {name for node in graph.node for name in node.input}
+        for value in [value for value in graph.input if value.name not in used]:
+            graph.input.remove(value)
+        (given,) = graph.input
+        answer = graph.output[0]
+        renamed = {given.name: INPUT, answer.name: description["output"]}
+        for node in graph.node:
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+            node.output[:] = [renamed.get(name, name) for name in node.output]
+        batch = description["input"]["shape"][0]
+        for value in (given, answer):
+            value.name = renamed[value.name]
+            size = value.type.tensor_type.shape.dim[0]
+            size.Clear()
+            if batch is None:
+                size.dim_param = "batch"
+            else:
+                size.dim_value = batch
+        del graph.value_info[:]  # of the old names and sizes; a runtime finds its own
+        describe_onnx(model, description)
+        onnx.save(model, path)
+
+    @staticmethod
+    def quantize(path: Path, description: dict[str, Any], batches: list[np.ndarray]) -> None:
+        """Quantises by ONNX Runtime."""
+        import onnx
+        from onnxruntime.quantization import (
+            CalibrationDataReader,
+            QuantFormat,
+            QuantType,
+            quantize_static,
+        )
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(CalibrationDataReader):
+            def __init__(self):
+                self._batches = iter(batches)
+
+            def get_next(self):
+                batch = next(self._batches, None)
+                return None if batch is None else {INPUT: batch}
+
+        folded, fresh = path.with_name("folded.onnx"), path.with_name("int8.onnx")
+        # The root logger is told to run this first, which it does here.
+        logging.getLogger().addFilter(_no_advice)
+        try:
+            # Batch norms go into the convolutions, so that their ranges are those of one operation.
+            quant_pre_process(os.fspath(path), os.fspath(folded), skip_symbolic_shape=True)
+            quantize_static(
+                os.fspath(folded),
+                os.fspath(fresh),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+        finally:
+            logging.getLogger().removeFilter(_no_advice)
+        model = onnx.load(fresh)
+        describe_onnx(model, description)
+        folded.unlink()
+        fresh.unlink()
+        onnx.save(model, path)
 
 
 def _without_xla(model: keras.Model) -> keras.Model:
@@ -46,7 +127,7 @@ def _without_xla(model: keras.Model) -> keras.Model:
     Keras compiles them with XLA, as TensorFlow cannot run them on a CPU; tf2onnx finds a call of a
     function there and leaves it in the file. Written and not run, they may be what they are.
     """
-    if not any(getattr(layer, "groups", 1) > 1 for layer in _all_layers(model)):
+    if not any(getattr(layer, "groups", 1) > 1 for layer in all_layers(model)):
         return model
     import tensorflow as tf
 
@@ -73,36 +154,7 @@ def _without_xla(model: keras.Model) -> keras.Model:
             return GroupedConv2D.from_config(layer.get_config())
         return type(layer).from_config(layer.get_config())
 
-    return _clone(model, plain)
-
-
-def _finish_onnx(path: Path, description: dict[str, Any]) -> None:
-    import onnx
-
-    model = onnx.load(path)
-    graph = model.graph
-    # tf2onnx makes inputs of constants that a function captured, and folds them away afterwards.
-    used = {name for node in graph.node for name in node.input}
-    for value in [value for value in graph.input if value.name not in used]:
-        graph.input.remove(value)
-    (given,) = graph.input
-    answer = graph.output[0]
-    renamed = {given.name: INPUT, answer.name: description["output"]}
-    for node in graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-    batch = description["input"]["shape"][0]
-    for value in (given, answer):
-        value.name = renamed[value.name]
-        size = value.type.tensor_type.shape.dim[0]
-        size.Clear()
-        if batch is None:
-            size.dim_param = "batch"
-        else:
-            size.dim_value = batch
-    del graph.value_info[:]  # of the old names and sizes; a runtime finds its own
-    describe_onnx(model, description)
-    onnx.save(model, path)
+    return clone(model, plain)
 
 
 def describe_onnx(model, description: dict[str, Any]) -> None:
@@ -116,48 +168,6 @@ def describe_onnx(model, description: dict[str, Any]) -> None:
     onnx.helper.set_model_props(model, properties)
     model.doc_string = "; ".join(description["steps_before_the_model"])
     model.producer_name = description["written_by"]
-
-
-def _quantize_onnx(path: Path, description: dict[str, Any], batches: list[np.ndarray]) -> None:
-    import onnx
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        def __init__(self):
-            self._batches = iter(batches)
-
-        def get_next(self):
-            batch = next(self._batches, None)
-            return None if batch is None else {formats.INPUT: batch}
-
-    folded, fresh = path.with_name("folded.onnx"), path.with_name("int8.onnx")
-    # The root logger is told to run this first, which it does here.
-    logging.getLogger().addFilter(_no_advice)
-    try:
-        # Batch norms go into the convolutions, so that their ranges are those of one operation.
-        quant_pre_process(os.fspath(path), os.fspath(folded), skip_symbolic_shape=True)
-        quantize_static(
-            os.fspath(folded),
-            os.fspath(fresh),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
-    finally:
-        logging.getLogger().removeFilter(_no_advice)
-    model = onnx.load(fresh)
-    describe_onnx(model, description)
-    folded.unlink()
-    fresh.unlink()
-    onnx.save(model, path)
 
 
 def _no_advice(record: logging.LogRecord) -> bool:

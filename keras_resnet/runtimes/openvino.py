@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from keras_resnet.errors import NotFoundError
-from keras_resnet.runtimes import formats
 from keras_resnet.runtimes.formats import INPUT, METADATA, to_json
 from keras_resnet.runtimes.runner import FileRunner
 
 
-class OpenVinoRunner(FileRunner):
+class Runner(FileRunner):
     """OpenVINO on an `.xml` file and the `.bin` beside it, or on an `.onnx` file."""
 
     runtime, module, extra = "openvino", "openvino", "openvino"
+    reads = ("openvino", "onnx")
+    quantizers: ClassVar = {"nncf": "int8"}
     precisions = ("float32", "bfloat16", "float16")
 
     def _open(self, path, precision, threads):
@@ -39,7 +40,7 @@ class OpenVinoRunner(FileRunner):
         self._model = core.compile_model(model, "CPU", options)
         self._request = self._model.create_infer_request()
         text = None
-        for keys in ([formats.METADATA], ["framework", formats.METADATA]):  # .xml, .onnx
+        for keys in ([METADATA], ["framework", METADATA]):  # .xml, .onnx
             if model.has_rt_info(keys):
                 text = str(model.get_rt_info(keys).value)
                 break
@@ -53,18 +54,42 @@ class OpenVinoRunner(FileRunner):
         # A copy: the request's own buffer is written over by the next batch.
         return np.array(self._request.infer([images], share_inputs=True)[0])
 
+    @staticmethod
+    def finish(path: Path, description: dict[str, Any]) -> None:
+        """Leaves one result, names input and output, and writes the description."""
+        import openvino as ov
 
-def _finish_openvino(path: Path, description: dict[str, Any]) -> None:
-    import openvino as ov
+        model = ov.Core().read_model(path)
+        # Keras' constants that were not folded come out as further results, behind the model's.
+        model = ov.Model([model.get_results()[0]], model.get_parameters(), description["name"])
+        shape = [-1 if size is None else size for size in description["input"]["shape"]]
+        model.reshape({model.inputs[0]: ov.PartialShape(shape)})
+        model.inputs[0].tensor.set_names({INPUT})
+        model.outputs[0].tensor.set_names({description["output"]})
+        save_openvino(model, path, description)
 
-    model = ov.Core().read_model(path)
-    # Keras' constants that were not folded come out as further results: the first is the model's.
-    model = ov.Model([model.get_results()[0]], model.get_parameters(), description["name"])
-    shape = [-1 if size is None else size for size in description["input"]["shape"]]
-    model.reshape({model.inputs[0]: ov.PartialShape(shape)})
-    model.inputs[0].tensor.set_names({INPUT})
-    model.outputs[0].tensor.set_names({description["output"]})
-    save_openvino(model, path, description)
+    @staticmethod
+    def quantize(path: Path, description: dict[str, Any], batches: list[np.ndarray]) -> None:
+        """Quantises by NNCF."""
+        import nncf
+        import openvino as ov
+
+        level = logging.getLogger("nncf").level
+        nncf.set_log_level(logging.ERROR)
+        try:
+            model = nncf.quantize(
+                ov.Core().read_model(path),
+                nncf.Dataset(batches),
+                subset_size=len(batches),
+            )
+        finally:
+            nncf.set_log_level(level or logging.INFO)
+        save_openvino(model, path, description)
+
+    @staticmethod
+    def files(path: Path) -> list[Path]:
+        """The weights, and the graph that wants them."""
+        return [path.with_suffix(".bin"), path]
 
 
 def save_openvino(model, path: Path, description: dict[str, Any]) -> None:
@@ -78,20 +103,3 @@ def save_openvino(model, path: Path, description: dict[str, Any]) -> None:
     del model
     os.replace(fresh.with_suffix(".bin"), path.with_suffix(".bin"))
     os.replace(fresh, path)
-
-
-def _quantize_openvino(path: Path, description: dict[str, Any], batches: list[np.ndarray]) -> None:
-    import nncf
-    import openvino as ov
-
-    level = logging.getLogger("nncf").level
-    nncf.set_log_level(logging.ERROR)
-    try:
-        model = nncf.quantize(
-            ov.Core().read_model(path),
-            nncf.Dataset(batches),
-            subset_size=len(batches),
-        )
-    finally:
-        nncf.set_log_level(level or logging.INFO)
-    save_openvino(model, path, description)

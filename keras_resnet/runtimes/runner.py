@@ -11,17 +11,18 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError, NotFoundError, reason_of
+from keras_resnet.errors import InputError, NotFoundError, one_of, reason_of
 from keras_resnet.models.graph import graph_steps
 from keras_resnet.models.rebuild import optimize_for_inference
 from keras_resnet.models.torch_graph import DirectGraph
 from keras_resnet.runtimes import formats
 from keras_resnet.runtimes.formats import ends_in_softmax
+from keras_resnet.system.device import in_data_format
 from keras_resnet.system.process import available_cores
 
 
@@ -69,7 +70,7 @@ class Runner(abc.ABC):
         Args:
             images: As `outputs` takes them.
         """
-        return _logarithms(self.outputs(images), self.gives_probabilities)
+        return logarithms(self.outputs(images), self.gives_probabilities)
 
 
 class KerasRunner(Runner):
@@ -90,9 +91,7 @@ class KerasRunner(Runner):
         self._model = _for_inference(model, precision) if optimize else model
 
     def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
-        if keras.config.image_data_format() == "channels_first":
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        return np.asarray(self._model.predict_on_batch(images))
+        return np.asarray(self._model.predict_on_batch(in_data_format(images)))
 
 
 def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:
@@ -108,7 +107,7 @@ def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:
 
 
 class FileRunner(Runner):
-    """Runs an exported file; a subclass a runtime.
+    """Finishes and runs the files of a format: all that is known of it but its row of `FORMATS`.
 
     Args:
         path: The file, or SavedModel's folder.
@@ -124,6 +123,34 @@ class FileRunner(Runner):
     module: str  # what is imported
     extra: str  # of this package, for pip
     precisions: tuple[str, ...] = ("float32",)
+    reads: tuple[str, ...]  # the formats
+    fixes_batch: bool = False  # `finish` does; the exporter leaves the batch free
+    quantizers: ClassVar[dict[str, str]] = {}  # what int8 needs, import name to extra
+
+    @staticmethod
+    def prepare(model: keras.Model) -> keras.Model:
+        """The same network as the exporter can read it."""
+        return model
+
+    @staticmethod
+    def options(batch_size: int | None) -> dict[str, Any]:
+        """Options of Keras' exporter, besides the signature."""
+        return {}
+
+    @staticmethod
+    @abc.abstractmethod
+    def finish(path: Path, description: dict[str, Any]) -> None:
+        """Names input and output of what Keras wrote, and writes the description into it."""
+
+    @staticmethod
+    def quantize(path: Path, description: dict[str, Any], batches: list[np.ndarray]) -> None:
+        """Turns a file into one of int8, in its place, with ranges taken from the batches."""
+        raise NotImplementedError
+
+    @staticmethod
+    def files(path: Path) -> list[Path]:
+        """All that belongs to an exported model, the file that is opened last."""
+        return [path]
 
     def __init__(
         self,
@@ -132,11 +159,7 @@ class FileRunner(Runner):
         threads: int | None = None,
     ):
         path = Path(path)
-        if precision not in (None, *self.precisions):
-            raise InputError(
-                f"{self.runtime} computes in {' or '.join(self.precisions)}. "
-                f"Received: {precision!r}."
-            )
+        one_of(f"The precision of {self.runtime}", precision, (None, *self.precisions))
         self.name = (
             self.runtime if precision in (None, "float32") else f"{self.runtime}, {precision}"
         )
@@ -187,7 +210,8 @@ class FileRunner(Runner):
         return np.concatenate(found)
 
 
-def _sizes(shape) -> tuple[int | None, ...]:
+def sizes(shape: Sequence[Any]) -> tuple[int | None, ...]:
+    """A shape with `None` for what is no number."""
     return tuple(size if isinstance(size, int) else None for size in shape)
 
 
@@ -227,15 +251,8 @@ class Trial:
     reason: str | None = None
 
 
-def log_probabilities(model: keras.Model, outputs: np.ndarray) -> np.ndarray:
-    """Natural logarithms of the class probabilities, float64 `(n, classes)`, from outputs.
-
-    Logits go through a log-softmax; a model that ends in softmax gives probabilities already.
-    """
-    return _logarithms(outputs, ends_in_softmax(model))
-
-
-def _logarithms(outputs: np.ndarray, probabilities: bool) -> np.ndarray:
+def logarithms(outputs: np.ndarray, probabilities: bool) -> np.ndarray:
+    """Natural logarithms of class probabilities, float64, from logits or from probabilities."""
     outputs = np.asarray(outputs, np.float64)
     if probabilities:
         return np.log(np.clip(outputs, 1e-12, 1.0))

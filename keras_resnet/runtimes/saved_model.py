@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.runtimes import formats
 from keras_resnet.runtimes.formats import METADATA_FILE, to_json
 from keras_resnet.runtimes.runner import FileRunner
 
 
-class SavedModelRunner(FileRunner):
+class Runner(FileRunner):
     """TensorFlow on a SavedModel folder."""
 
     runtime, module, extra = "tensorflow", "tensorflow", "tensorflow"
+    reads = ("saved_model",)
 
     def _open(self, path, precision, threads):
         import tensorflow as tf
@@ -24,7 +24,7 @@ class SavedModelRunner(FileRunner):
         (given,) = function.structured_input_signature[1].values()
         (answer,) = function.structured_outputs.values()
         self._function, self._input = function, given.name
-        about = path / "assets.extra" / formats.METADATA_FILE
+        about = path / "assets.extra" / METADATA_FILE
         text = about.read_text(encoding="utf-8") if about.is_file() else None
         return text, tuple(given.shape), tuple(answer.shape)
 
@@ -34,9 +34,10 @@ class SavedModelRunner(FileRunner):
         (answer,) = self._function(**{self._input: tf.constant(images)}).values()
         return answer.numpy()
 
-
-def _finish_saved_model(path: Path, description: dict[str, Any]) -> None:
-    # TensorFlow's place for files that are not the graph's.
-    extra = path / "assets.extra"
-    extra.mkdir(exist_ok=True)
-    (extra / METADATA_FILE).write_text(to_json(description), encoding="ascii")
+    @staticmethod
+    def finish(path: Path, description: dict[str, Any]) -> None:
+        """Puts the description beside the graph."""
+        # TensorFlow's place for files that are not the graph's.
+        extra = path / "assets.extra"
+        extra.mkdir(exist_ok=True)
+        (extra / METADATA_FILE).write_text(to_json(description), encoding="ascii")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import statistics
 import tempfile
@@ -12,28 +11,21 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError, did_you_mean
+from keras_resnet.errors import (
+    InputError,
+    MissingDependencyError,
+    NotFoundError,
+    did_you_mean,
+    require,
+)
 from keras_resnet.models.files import load_model
 from keras_resnet.runtimes import formats, writing
-from keras_resnet.runtimes.litert import LiteRtRunner
-from keras_resnet.runtimes.onnx import OnnxRunner
-from keras_resnet.runtimes.openvino import OpenVinoRunner
 from keras_resnet.runtimes.runner import FileRunner, KerasRunner, Runner, Trial, relative_difference
-from keras_resnet.runtimes.saved_model import SavedModelRunner
-from keras_resnet.runtimes.torch_program import TorchRunner
 from keras_resnet.system.process import tune_process
 
 # Of the engines that take a Keras model, and those that an exported file names by itself.
 ENGINES = ("keras", "auto", "openvino", "onnxruntime", "torch")
 _OWN_RUNTIME = ("keras", "auto")
-
-
-_RUNNERS: dict[str, type[FileRunner]] = {
-    one.runtime: one
-    for one in (OnnxRunner, OpenVinoRunner, SavedModelRunner, LiteRtRunner, TorchRunner)
-}
-# What an engine can open besides its own format.
-_READS = {"openvino": ("openvino", "onnx")}
 
 
 def runtime_of(name: str) -> type[FileRunner]:
@@ -42,13 +34,14 @@ def runtime_of(name: str) -> type[FileRunner]:
     Raises:
         MissingDependencyError: It is not installed; the message has the pip line.
     """
-    kind = _RUNNERS[formats.get_format(name).runtime]
-    if importlib.util.find_spec(kind.module) is None:
-        raise MissingDependencyError(
-            f"Running {name} files needs the package {kind.module!r}: "
-            f'pip install "keras3-resnet[{kind.extra}]".'
-        )
+    kind = formats.get_format(name).runner
+    require(kind.module, kind.extra, f"Running {name} files")
     return kind
+
+
+def _format_of_engine(engine: str) -> str:
+    """The format that an engine takes a Keras model in."""
+    return next(name for name, row in formats.FORMATS.items() if row.runner.runtime == engine)
 
 
 def open_file(
@@ -80,16 +73,13 @@ def open_file(
     kind = formats.format_of_file(path)
     if kind is None:
         raise InputError(f"{str(path)!r} is no exported model: {_suffixes()}.")
-    if engine in _OWN_RUNTIME:
-        engine = formats.FORMATS[kind].runtime
-    runtime_of(next(row.name for row in formats.FORMATS.values() if row.runtime == engine))
-    reads = [row.name for row in formats.FORMATS.values() if row.runtime == engine]
-    if kind not in _READS.get(engine, reads):
+    runner = runtime_of(kind if engine in _OWN_RUNTIME else _format_of_engine(engine))
+    if kind not in runner.reads:
         raise InputError(
             f"The engine {engine!r} does not read {path.name!r}; without an engine's name the "
-            f"file is run by {formats.FORMATS[kind].runtime}."
+            f"file is run by {formats.FORMATS[kind].runner.runtime}."
         )
-    return _RUNNERS[engine](path, precision, threads)
+    return runner(path, precision, threads)
 
 
 def _suffixes() -> str:
@@ -156,13 +146,13 @@ def _check_head(name: str, shape: tuple[int | None, ...]) -> None:
 
 def _through_file(model: keras.Model, engine: str, precision: str | None) -> FileRunner:
     """A Keras model in another engine, by way of a temporary file, compared before it is used."""
-    row = next(row for row in formats.FORMATS.values() if row.runtime == engine)
+    name = _format_of_engine(engine)
     # Both before the work of exporting.
-    formats.check_backend(row.name)
-    kind = runtime_of(row.name)
+    formats.check_backend(name)
+    kind = runtime_of(name)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / f"model{row.suffix}"
-        writing.write(model, path, row.name)
+        path = Path(folder) / f"model{formats.FORMATS[name].suffix}"
+        writing.write(model, path, name)
         runner = kind(path, precision)
     images = writing.sample_input(model, 2)
     difference = relative_difference(runner.outputs(images), KerasRunner(model).outputs(images))
@@ -183,7 +173,7 @@ def _is_float32(model: keras.Model) -> bool:
 def _fastest(model: keras.Model, precision: str | None) -> Runner:
     images = writing.sample_input(model, 8)
     trials, best = [], None
-    for engine in ("keras", "openvino", "onnxruntime", "torch"):
+    for engine in (one for one in ENGINES if one != "auto"):
         try:
             if engine == "keras":
                 runner: Runner = KerasRunner(model, precision)

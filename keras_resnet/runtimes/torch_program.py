@@ -6,20 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.runtimes import formats
 from keras_resnet.runtimes.formats import METADATA_FILE, to_json
 from keras_resnet.runtimes.runner import FileRunner
 
 
-class TorchRunner(FileRunner):
+class Runner(FileRunner):
     """torch on an exported program, a `.pt2` file; Keras is not asked."""
 
     runtime, module, extra = "torch", "torch", "torch"
+    reads = ("torch",)
 
     def _open(self, path, precision, threads):
         import torch
 
-        about = {formats.METADATA_FILE: ""}
+        about = {METADATA_FILE: ""}
         program = torch.export.load(path, extra_files=about)
         self._module = program.module()
         nodes = {node.name: node for node in program.graph.nodes}
@@ -28,7 +28,7 @@ class TorchRunner(FileRunner):
             tuple(size if isinstance(size, int) else None for size in nodes[name].meta["val"].shape)
             for name in names
         ]
-        return about[formats.METADATA_FILE], *shapes
+        return about[METADATA_FILE], *shapes
 
     def _run(self, images):
         import torch
@@ -36,21 +36,30 @@ class TorchRunner(FileRunner):
         with torch.inference_mode():
             return self._module(torch.from_numpy(images)).numpy()
 
+    @staticmethod
+    def finish(path: Path, description: dict[str, Any]) -> None:
+        """Drops what is stored twice, and writes the description."""
+        import torch
+        from torch.export.graph_signature import InputKind
 
-def _finish_torch(path: Path, description: dict[str, Any]) -> None:
-    import torch
-    from torch.export.graph_signature import InputKind
+        program = torch.export.load(path)
+        # Keras' variables come twice: as constants, which the graph uses, and as the parameters of
+        # the module, which it does not. Without those the file has half the size.
+        nodes, inputs = {node.name: node for node in program.graph.nodes}, program.graph_signature
+        for spec in list(inputs.input_specs):
+            if spec.kind is InputKind.PARAMETER and not nodes[spec.arg.name].users:
+                program.graph.erase_node(nodes[spec.arg.name])
+                inputs.input_specs.remove(spec)
+                del program.state_dict[spec.target]
+        program.graph_module.recompile()
+        fresh = path.with_name(f"new-{path.name}")
+        torch.export.save(program, fresh, extra_files={METADATA_FILE: to_json(description)})
+        os.replace(fresh, path)
 
-    program = torch.export.load(path)
-    # Keras' variables come twice: as constants, which the graph uses, and as the parameters of the
-    # module, which it does not. Without those the file has half the size.
-    nodes, inputs = {node.name: node for node in program.graph.nodes}, program.graph_signature
-    for spec in list(inputs.input_specs):
-        if spec.kind is InputKind.PARAMETER and not nodes[spec.arg.name].users:
-            program.graph.erase_node(nodes[spec.arg.name])
-            inputs.input_specs.remove(spec)
-            del program.state_dict[spec.target]
-    program.graph_module.recompile()
-    fresh = path.with_name(f"new-{path.name}")
-    torch.export.save(program, fresh, extra_files={METADATA_FILE: to_json(description)})
-    os.replace(fresh, path)
+    @staticmethod
+    def options(batch_size: int | None) -> dict[str, Any]:
+        """Leaves the batch free."""
+        import torch
+
+        free = {"dynamic_shapes": {0: torch.export.Dim("batch", min=1)}}
+        return free if batch_size is None else {}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,8 @@ import keras
 import numpy as np
 
 from keras_resnet.errors import InputError, reason_of
-from keras_resnet.runtimes.formats import (
-    FORMATS,
-    INPUT,
-    _all_layers,
-    _clone,
-    check_backend,
-    describe,
-    picture_size,
-)
-from keras_resnet.runtimes.litert import _finish_litert
-from keras_resnet.runtimes.onnx import _finish_onnx, _without_xla
-from keras_resnet.runtimes.openvino import _finish_openvino
-from keras_resnet.runtimes.saved_model import _finish_saved_model
-from keras_resnet.runtimes.torch_program import _finish_torch
-
-# --- writing -------------------------------------------------------------------------------------
+from keras_resnet.models.image_model import ImageModel
+from keras_resnet.runtimes.formats import FORMATS, INPUT, check_backend, describe, input_size
 
 
 def write(
@@ -58,27 +46,21 @@ def write(
         )
     description = describe(model, batch_size)
     model = in_float32(model)
-    if name == "onnx" and keras.backend.backend() == "tensorflow":
-        model = _without_xla(model)
-    # Keras takes another exporter of ONNX for fixed sizes; the batch is fixed afterwards.
-    batch = None if name == "onnx" else batch_size
+    row, kind = FORMATS[name], FORMATS[name].runner
+    model = kind.prepare(model)
+    batch = None if kind.fixes_batch else batch_size
     signature = keras.InputSpec(shape=(batch, *description["input"]["shape"][1:]), dtype="float32")
     signature.name = INPUT
-    options: dict[str, Any] = {}
-    if name == "torch" and batch is None:
-        import torch
-
-        options["dynamic_shapes"] = {0: torch.export.Dim("batch", min=1)}
     try:
         with _quiet():
             model.export(
                 os.fspath(path),
-                format=FORMATS[name].keras_name,
+                format=row.keras_name,
                 verbose=False,
                 input_signature=[signature],
-                **options,
+                **kind.options(batch),
             )
-            _FINISH[name](Path(path), description)
+            kind.finish(Path(path), description)
     except OSError:  # a full disk, say
         raise
     except Exception as error:  # of converters, each with kinds of its own
@@ -94,7 +76,7 @@ def in_float32(model: keras.Model) -> keras.Model:
 
     What runs exported files chooses its own precision, and Keras' ONNX exporter wants float32.
     """
-    if all(layer.dtype_policy.name == "float32" for layer in _all_layers(model)):
+    if all(layer.dtype_policy.name == "float32" for layer in all_layers(model)):
         return model
 
     def recast(layer):
@@ -102,14 +84,32 @@ def in_float32(model: keras.Model) -> keras.Model:
             return in_float32(layer)
         return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
 
-    return _clone(model, recast)
+    return clone(model, recast)
+
+
+def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers of a model and of the models in it."""
+    found = []
+    for layer in model.layers:
+        found += all_layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
+
+
+def clone(
+    model: keras.Model, make: Callable[[keras.layers.Layer], keras.layers.Layer]
+) -> keras.Model:
+    """The same network with the same weights, out of the layers that `make` gives for its own."""
+    # A bare Functional model, so that any class of model can be cloned.
+    plain = keras.Model(model.input, model.output, name=model.name)
+    copy = keras.models.clone_model(plain, clone_function=make)
+    copy = ImageModel(copy.input, copy.output, name=model.name, info=getattr(model, "info", {}))
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 @contextlib.contextmanager
 def _quiet():
     """Without the tracers' warnings, of which there are dozens and none is for the user."""
-    import logging
-
     loggers = [logging.getLogger(name) for name in ("tf2onnx", "tensorflow", "torch.onnx")]
     levels = [one.level for one in loggers]
     # torch prints a whole graph where it cannot convert it.
@@ -124,24 +124,10 @@ def _quiet():
                 one.setLevel(level)
 
 
-_FINISH = {
-    "onnx": _finish_onnx,
-    "openvino": _finish_openvino,
-    "saved_model": _finish_saved_model,
-    "litert": _finish_litert,
-    "torch": _finish_torch,
-}
-
-
-def files_of(path: Path, name: str) -> list[Path]:
-    """All that belongs to an exported model, the file that is opened last."""
-    return [path.with_suffix(".bin"), path] if name == "openvino" else [path]
-
-
 def size_of(path: Path, name: str) -> int:
     """Bytes on disk."""
     total = 0
-    for one in files_of(path, name):
+    for one in FORMATS[name].runner.files(path):
         inside = [p for p in one.rglob("*") if p.is_file()] if one.is_dir() else [one]
         total += sum(p.stat().st_size for p in inside)
     return total
@@ -157,7 +143,7 @@ def remove(path: Path) -> None:
 
 def sample_input(model: keras.Model, count: int, seed: int = 0) -> np.ndarray:
     """Noise of the shape and the range that a model takes, `(count, height, width, channels)`."""
-    shape = picture_size(model)
+    shape = input_size(model)
     info = getattr(model, "info", {})
     rng = np.random.default_rng(seed)
     if info.get("options", {}).get("include_preprocessing"):

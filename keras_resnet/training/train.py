@@ -353,7 +353,8 @@ def _report(run: Run, model: keras.Model, say) -> None:
         path = report(run.folder, model=model)
     except (Exception, KeyboardInterrupt) as error:
         say(
-            f"No report ({printable(reason_of(error))}). Later: keras-resnet report {printable(run.folder)}"
+            f"No report ({printable(reason_of(error))}). "
+            f"Later: keras-resnet report {printable(run.folder)}"
         )
     else:
         say(f"Report: {printable(path)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 
@@ -20,7 +21,7 @@ from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.models.rebuild import optimize_for_inference, to_stock
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes import export as exporting
-from keras_resnet.runtimes import int8, runner, select
+from keras_resnet.runtimes import int8, select
 from keras_resnet.runtimes import writing as formats
 from keras_resnet.runtimes.export import export
 from keras_resnet.runtimes.formats import FORMATS
@@ -71,7 +72,7 @@ def needs(name):
     """Skips where a format's packages are missing."""
     for module in FORMATS[name].needs[BACKEND]:
         pytest.importorskip(module)
-    pytest.importorskip(select._RUNNERS[FORMATS[name].runtime].module)
+    pytest.importorskip(FORMATS[name].runner.module)
 
 
 def target(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -239,7 +240,7 @@ def test_engines_take_a_model_and_auto_measures(model, pictures):
     images = formats.sample_input(model, 3)
     expected = KerasRunner(model).outputs(images)
     for name in WRITABLE:
-        runtime = FORMATS[name].runtime
+        runtime = FORMATS[name].runner.runtime
         if runtime in select.ENGINES:
             needs(name)
             runner = open_runner(model, runtime)
@@ -328,7 +329,7 @@ def test_an_onnx_file_of_somebody_else_runs_with_a_preprocess(pictures, tmp_path
 
 @pytest.mark.once
 def test_what_is_missing_is_said_before_any_work(model, tmp_path, monkeypatch):
-    find = runner.importlib.util.find_spec
+    find = importlib.util.find_spec
     for missing, call in {
         "onnx": lambda: export(model, tmp_path / "m.onnx"),
         "onnxruntime": lambda: export(model, tmp_path / "m.onnx"),
@@ -354,7 +355,7 @@ def test_what_is_missing_is_said_before_any_work(model, tmp_path, monkeypatch):
         ("m.onnx", {"format": "saved_model"}, "looks like a file"),
         ("m.onnx", {"format": "onxx"}, "Did you mean 'onnx'"),
         ("m.onnx", {"batch_size": 0}, "at least 1"),
-        ("m.pt2", {"int8": "."}, "int8 can be had in onnx or openvino"),
+        ("m.pt2", {"int8": "."}, "int8 can be had in onnx or openvino. Received: 'torch'"),
         ("folder.onnx", {}, "is a folder"),
     ],
 )
