@@ -131,8 +131,10 @@ def whole(name: str, value: Any, least: int) -> int:
     return number
 
 
-def between(name: str, value: Any, low: float, high: float = math.inf, *, ends: str = "[]") -> None:
-    """Checks an argument that must be a number within bounds.
+def between(
+    name: str, value: Any, low: float, high: float = math.inf, *, ends: str = "[]"
+) -> float:
+    """Checks an argument that must be a number within bounds; gives it as a `float`.
 
     Args:
         name: The argument's.
@@ -167,6 +169,7 @@ def between(name: str, value: Any, low: float, high: float = math.inf, *, ends: 
         if high == math.inf:
             rule = f"{'at least' if ends[0] == '[' else 'above'} {low}"
         raise _refused(name, rule, value)
+    return float(value)
 
 
 def _refused(name: str, rule: str, value: Any, hint: str = "") -> InputError:

@@ -6,7 +6,7 @@ import dataclasses
 import textwrap
 from typing import Any
 
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.errors import InputError, between, did_you_mean, one_of, whole
 from keras_resnet.variants import get_spec
 
 _CHOICES = {
@@ -135,26 +135,19 @@ class Recipe:
     def __post_init__(self):
         get_spec(self.model)
         for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise InputError(
-                    f"{name} must be one of {', '.join(map(str, allowed))}. Received: {value!r}."
-                    f"{did_you_mean(str(value), map(str, allowed))}"
-                )
+            one_of(name, getattr(self, name), allowed)
         for name in ("epochs", "batch_size", "accumulate", "repeats", "ema_steps", "step_size"):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
-                        "a whole number of at least 1")  # fmt: skip
+            whole(name, getattr(self, name), 1)
         for name in ("image_size", "eval_size", "eval_resize", "patience"):
-            value = getattr(self, name)
-            self._check(name, value is None or (isinstance(value, int) and value >= 1),
-                        "a whole number of at least 1")  # fmt: skip
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 1)
         for name in ("flip", "random_erasing", "label_smoothing"):
-            self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        self._check("val_split", 0 < self.val_split < 1, "above 0 and below 1")
-        self._check("learning_rate", self.learning_rate > 0, "positive")
+            between(name, getattr(self, name), 0, 1)
+        between("val_split", self.val_split, 0, 1, ends="()")
+        for name in ("learning_rate", "backbone_rate"):
+            between(name, getattr(self, name), 0, ends="(]")
         for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "gradual"):
-            self._check(name, getattr(self, name) >= 0, "zero or more")
-        self._check("backbone_rate", self.backbone_rate > 0, "positive")
+            between(name, getattr(self, name), 0)
         if self.weight_decay and self.optimizer not in ("sgd", "adamw"):
             raise InputError(
                 f"weight_decay={self.weight_decay:g} needs optimizer 'sgd' or 'adamw', not "
@@ -172,10 +165,6 @@ class Recipe:
         if self.warmup_epochs >= self.epochs:
             # A short trial of a long recipe: keep the warm-up's share.
             object.__setattr__(self, "warmup_epochs", 0 if self.epochs == 1 else 1)
-
-    def _check(self, name: str, good: bool, rule: str) -> None:
-        if not good:
-            raise InputError(f"{name} must be {rule}. Received: {getattr(self, name)!r}.")
 
     def with_options(self, **options: Any) -> Recipe:
         """The recipe with some fields changed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from typing import Literal
+from typing import ClassVar, Literal
 
 from keras_resnet.errors import InputError, did_you_mean
 
@@ -34,7 +34,10 @@ class ResNetSpec:
         input_size: Height and width that the variant was designed for, pixels.
         num_classes: Classes of the data set that the variant was designed for.
         min_size: The smallest height and width that it takes, pixels.
+        dropout: Rate of the dropout in the head.
         source: Where the variant is described.
+        hidden: Only for those who know its name.
+        family: The file in `models/` that builds it.
     """
 
     name: str
@@ -56,7 +59,10 @@ class ResNetSpec:
     input_size: int = 224
     num_classes: int = 1000
     min_size: int = 1
+    dropout: float = 0.0
     source: str = "torchvision/models/resnet.py"
+    hidden: bool = False
+    family: ClassVar[str] = "resnet"
 
     def filters(self, stage: int) -> tuple[int, ...]:
         """Filters of the convolutions in a block of the stage (counted from 0)."""
@@ -102,7 +108,10 @@ class AlexNetSpec:
         input_size: Height and width that the variant was designed for, pixels.
         num_classes: Classes of the data set that the variant was designed for.
         min_size: The smallest height and width that it takes, pixels.
+        dropout: Rate of the dropout in the head.
         source: Where the variant is described.
+        hidden: Only for those who know its name.
+        family: The file in `models/` that builds it.
     """
 
     name: str
@@ -113,11 +122,15 @@ class AlexNetSpec:
     input_size: int = 224
     num_classes: int = 1000
     min_size: int = 63
+    dropout: float = 0.5
     source: str = "torchvision/models/alexnet.py"
-    head: str = dataclasses.field(init=False)
+    hidden: bool = False
+    family: ClassVar[str] = "alexnet"
 
-    def __post_init__(self):
-        object.__setattr__(self, "head", self.dense[-1])
+    @property
+    def head(self) -> str:
+        """Name of the classification layer."""
+        return self.dense[-1]
 
 
 def _cifar(depth: int) -> ResNetSpec:
@@ -178,6 +191,16 @@ SPECS: dict[str, ResNetSpec | AlexNetSpec] = {
         _cifar(56),
         _cifar(110),
         ResNetSpec(
+            "resnet_tiny",
+            blocks=(1, 1),
+            widths=(8, 16),
+            stem="cifar",
+            input_size=16,
+            num_classes=10,
+            source="for tests: torchvision's names and blocks, 5,266 weights",
+            hidden=True,
+        ),
+        ResNetSpec(
             "resnet34_cifar10",
             blocks=(3, 4, 6, 3),
             shortcut="bare_projection",
@@ -236,6 +259,8 @@ SPECS: dict[str, ResNetSpec | AlexNetSpec] = {
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the variants that match a shell pattern, in the table's order.
 
+    `"resnet_tiny"`, which is for tests, is listed where exactly that is asked for.
+
     Args:
         pattern: As in a shell: `*` and `?`; without either, a part of the name.
 
@@ -245,7 +270,8 @@ def list_models(pattern: str = "*") -> list[str]:
     """
     if not any(c in pattern for c in "*?["):
         pattern = f"*{pattern}*"
-    return [name for name in SPECS if fnmatch.fnmatchcase(name, pattern.lower())]
+    found = [name for name in SPECS if fnmatch.fnmatchcase(name, pattern.lower())]
+    return [name for name in found if not SPECS[name].hidden or pattern == f"*{name}*"]
 
 
 def get_spec(name: str) -> ResNetSpec | AlexNetSpec:

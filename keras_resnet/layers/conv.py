@@ -6,31 +6,34 @@ import keras
 from keras import ops
 
 from keras_resnet.layers.torch_call import (
-    _BACKEND,
-    _TORCH_DTYPES,
-    _activate,
-    _DirectCall,
+    BACKEND,
+    TORCH_DTYPES,
+    DirectCall,
+    activate,
     torch_value,
 )
 
-if _BACKEND == "torch":
+if BACKEND == "torch":
     import torch
     import torch.nn.functional as F
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """A number for both directions, or two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _spatial_axes(data_format: str) -> tuple[int, int]:
+def spatial_axes(data_format: str) -> tuple[int, int]:
+    """Axes of height and width in a batch."""
     return (1, 2) if data_format == "channels_last" else (2, 3)
 
 
-def _paddings(data_format: str, pad: tuple[int, int]) -> list[tuple[int, int]]:
-    paddings = [(0, 0)] * 4
-    for axis, size in zip(_spatial_axes(data_format), pad, strict=True):
-        paddings[axis] = (size, size)
-    return paddings
+def paddings(data_format: str, pad: tuple[int, int]) -> list[tuple[int, int]]:
+    """What `ops.pad` is told for a batch whose height and width are padded on both sides."""
+    result = [(0, 0)] * 4
+    for axis, size in zip(spatial_axes(data_format), pad, strict=True):
+        result[axis] = (size, size)
+    return result
 
 
 def _ohwi(initializer):
@@ -50,7 +53,7 @@ def _ohwi(initializer):
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
-class Conv2D(_DirectCall, keras.layers.Conv2D):
+class Conv2D(DirectCall, keras.layers.Conv2D):
     """`keras.layers.Conv2D` that owns its symmetric zero padding.
 
     torch pads both sides alike; Keras' `padding="same"` pads the far side more at stride 2, so
@@ -70,7 +73,7 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
 
     def __init__(self, filters, kernel_size, *args, pad: int | tuple[int, int] = 0, **kwargs):
         super().__init__(filters, kernel_size, *args, **kwargs)
-        self.pad = _pair(pad)
+        self.pad = pair(pad)
         if any(self.pad) and self.padding != "valid":
             raise ValueError(f"pad={pad} needs padding='valid'. Received: {self.padding!r}.")
 
@@ -80,7 +83,7 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
         super().build(input_shape)
 
     def add_weight(self, shape=None, initializer=None, *args, name=None, **kwargs):
-        if _BACKEND == "torch":
+        if BACKEND == "torch":
             # `call` casts to the input's dtype itself, whatever policy the model around it has.
             kwargs["autocast"] = False
             if name == "kernel":
@@ -89,7 +92,7 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
 
     def compute_output_shape(self, input_shape):
         shape = list(input_shape)
-        for axis, size in zip(_spatial_axes(self.data_format), self.pad, strict=True):
+        for axis, size in zip(spatial_axes(self.data_format), self.pad, strict=True):
             if shape[axis] is not None:
                 shape[axis] += 2 * size
         return super().compute_output_shape(tuple(shape))
@@ -98,7 +101,7 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
         return shape[self._channel_axis] == self._channels
 
     def call(self, inputs):
-        if _BACKEND != "torch":
+        if BACKEND != "torch":
             return super().call(inputs)
         # Views, not copies: NHWC memory under an NCHW name is torch's channels_last.
         if self.data_format == "channels_last":
@@ -108,7 +111,7 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
     def torch_nchw(self, x):
         """What `call` does on torch, on maps in torch's order whatever the data format."""
         if not x.is_floating_point():
-            x = x.to(_TORCH_DTYPES[self.compute_dtype])
+            x = x.to(TORCH_DTYPES[self.compute_dtype])
         dtype = x.dtype
         kernel = torch_value(self.kernel, dtype).permute(3, 2, 0, 1)
         bias = None if self.bias is None else torch_value(self.bias, dtype)
@@ -117,7 +120,7 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
             x, pad = self._same(x)
         y = F.conv2d(x, kernel, bias, self.strides, pad, self.dilation_rate, self.groups)
         # In place: the convolution's gradient needs its inputs, not its output.
-        return _activate(self.activation, y)
+        return activate(self.activation, y)
 
     def _same(self, x):
         """The input padded for Keras' `"same"`, and the padding left to the convolution."""
@@ -133,13 +136,18 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
         sides = (width // 2, width - width // 2, height // 2, height - height // 2)
         return F.pad(x, sides), (0, 0)
 
+    @property
+    def pads_as_same(self) -> bool:
+        """Whether `pad` is Keras' `"same"`, which is symmetric at stride 1."""
+        same = tuple(
+            (k - 1) * d / 2 for k, d in zip(self.kernel_size, self.dilation_rate, strict=True)
+        )
+        return any(self.pad) and self.strides == (1, 1) and self.pad == same
+
     def convolution_op(self, inputs, kernel):
         if not any(self.pad):
             return super().convolution_op(inputs, kernel)
-        same = tuple((k - 1) * d / 2 for k, d in zip(self.kernel_size, self.dilation_rate,
-                                                     strict=True))  # fmt: skip
-        if self.strides == (1, 1) and self.pad == same:
-            # At stride 1 "same" is symmetric, and saves a pass over memory.
+        if self.pads_as_same:  # which saves a pass over memory
             return ops.conv(
                 inputs,
                 kernel,
@@ -148,9 +156,7 @@ class Conv2D(_DirectCall, keras.layers.Conv2D):
                 dilation_rate=self.dilation_rate,
                 data_format=self.data_format,
             )
-        return super().convolution_op(
-            ops.pad(inputs, _paddings(self.data_format, self.pad)), kernel
-        )
+        return super().convolution_op(ops.pad(inputs, paddings(self.data_format, self.pad)), kernel)
 
     def get_config(self):
         return {**super().get_config(), "pad": self.pad}

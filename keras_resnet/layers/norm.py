@@ -8,23 +8,23 @@ import keras
 from keras import ops
 
 from keras_resnet.layers.torch_call import (
-    _BACKEND,
-    _TORCH_DTYPES,
-    _activate,
-    _DirectCall,
+    BACKEND,
+    TORCH_DTYPES,
+    DirectCall,
+    activate,
     in_stateless_scope,
     is_plain,
 )
 
-if _BACKEND == "torch":
+if BACKEND == "torch":
     import torch
     import torch.nn.functional as F
-elif _BACKEND == "tensorflow":
+elif BACKEND == "tensorflow":
     import tensorflow as tf
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
-class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
+class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
     """Batch norm with torch's defaults and variance rule, an optional shortcut and activation.
 
     Called on `x`, or on `[x, shortcut]`, it gives `activation(normalised(x) + shortcut)`: the end
@@ -101,7 +101,7 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
         self._check(x.shape)
         training = bool(training) and self.trainable
         if self._is_fusible(x, training):
-            if _BACKEND == "torch":
+            if BACKEND == "torch":
                 if self.axis == 1:
                     return self.torch_nchw(x, shortcut, training)
                 shortcut = None if shortcut is None else shortcut.permute(0, 3, 1, 2)
@@ -112,7 +112,7 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
             y = self._portable_call(x, training)
         if shortcut is not None:
             y = ops.add(y, shortcut)
-        return _activate(self.activation, y)
+        return activate(self.activation, y)
 
     @property
     def is_of_maps(self) -> bool:
@@ -123,12 +123,12 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
         """Whether the backend has one kernel for this input."""
         if len(x.shape) != 4 or self.synchronized:
             return False
-        if _BACKEND == "torch":
+        if BACKEND == "torch":
             # Of a single value torch knows no unbiased variance.
             return x.is_floating_point() and not (training and x.numel() == self._channels)
         # TensorFlow's kernel computes in float32, and on a CPU with the channels last.
         return (
-            _BACKEND == "tensorflow"
+            BACKEND == "tensorflow"
             and self.axis in (-1, 3)
             and keras.backend.standardize_dtype(x.dtype) in ("float32", "bfloat16", "float16")
         )
@@ -157,12 +157,12 @@ class BatchNormalization(_DirectCall, keras.layers.BatchNormalization):
         # In place: the norm's gradient needs its input, not its output, and nobody else has it.
         if shortcut is not None:
             y = y.add_(shortcut)
-        return _activate(self.activation, y)
+        return activate(self.activation, y)
 
     def _nchw_by_keras(self, x, shortcut):
         orders = ((0, 2, 3, 1), (0, 3, 1, 2)) if self.axis in (-1, 3) else ((0, 1, 2, 3),) * 2
         y = self._portable_call(x.permute(orders[0]), True).permute(orders[1])
-        return _activate(self.activation, y if shortcut is None else y + shortcut)
+        return activate(self.activation, y if shortcut is None else y + shortcut)
 
     def _tensorflow_call(self, x, training: bool):
         ones, zeros = tf.ones((self._channels,)), tf.zeros((self._channels,))
@@ -267,9 +267,9 @@ class Normalize(keras.layers.Layer):
         return ops.cast((ops.cast(inputs, dtype) / 255 - mean) / std, self.compute_dtype)
 
     def _constant(self, values, inputs, dtype):
-        if _BACKEND == "torch":
+        if BACKEND == "torch":
             # Filled on the device: to copy them there would wait for it.
-            like = {"dtype": _TORCH_DTYPES[dtype], "device": inputs.device}
+            like = {"dtype": TORCH_DTYPES[dtype], "device": inputs.device}
             constant = torch.stack([torch.full((), value, **like) for value in values])
         else:
             constant = ops.convert_to_tensor(values, dtype)
@@ -277,7 +277,7 @@ class Normalize(keras.layers.Layer):
 
     def torch_nchw(self, x):
         """What `call` does on torch, on maps in torch's order whatever the data format."""
-        dtype = _TORCH_DTYPES[keras.backend.result_type(self.compute_dtype, "float32")]
+        dtype = TORCH_DTYPES[keras.backend.result_type(self.compute_dtype, "float32")]
         key = dtype, x.device
         constants = self._constants.get(key)
         if constants is None:
@@ -291,7 +291,7 @@ class Normalize(keras.layers.Layer):
                 self._constants[key] = constants
         mean, std = constants
         y = torch.div(x.to(dtype), 255).sub_(mean).div_(std)
-        return y.to(_TORCH_DTYPES[self.compute_dtype])
+        return y.to(TORCH_DTYPES[self.compute_dtype])
 
     def get_config(self):
         return {

@@ -7,16 +7,16 @@ import math
 import keras
 from keras import ops
 
-from keras_resnet.layers.conv import _paddings, _pair, _spatial_axes
-from keras_resnet.layers.torch_call import _BACKEND, _DirectCall
+from keras_resnet.layers.conv import paddings, pair, spatial_axes
+from keras_resnet.layers.torch_call import BACKEND, DirectCall
 from keras_resnet.variants import conv_output_size
 
-if _BACKEND == "torch":
+if BACKEND == "torch":
     import torch.nn.functional as F
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
-class MaxPooling2D(_DirectCall, keras.layers.MaxPooling2D):
+class MaxPooling2D(DirectCall, keras.layers.MaxPooling2D):
     """`keras.layers.MaxPooling2D` that owns its symmetric padding, by minus infinity as torch's.
 
     Args:
@@ -33,7 +33,7 @@ class MaxPooling2D(_DirectCall, keras.layers.MaxPooling2D):
 
     def __init__(self, pool_size=2, strides=None, *args, pad: int | tuple[int, int] = 0, **kwargs):
         super().__init__(pool_size, strides, *args, **kwargs)
-        self.pad = _pair(pad)
+        self.pad = pair(pad)
         if any(self.pad) and self.padding != "valid":
             raise ValueError(f"pad={pad} needs padding='valid'. Received: {self.padding!r}.")
         if any(2 * p > size for p, size in zip(self.pad, self.pool_size, strict=True)):
@@ -46,7 +46,7 @@ class MaxPooling2D(_DirectCall, keras.layers.MaxPooling2D):
         if self.padding != "valid":
             return super().compute_output_shape(input_shape)
         shape = list(input_shape)
-        for i, axis in enumerate(_spatial_axes(self.data_format)):
+        for i, axis in enumerate(spatial_axes(self.data_format)):
             if shape[axis] is not None:
                 shape[axis] = conv_output_size(
                     shape[axis], self.pool_size[i], self.strides[i], self.pad[i]
@@ -56,13 +56,13 @@ class MaxPooling2D(_DirectCall, keras.layers.MaxPooling2D):
         return tuple(shape)
 
     def call(self, inputs):
-        if _BACKEND == "torch" and self.padding == "valid":
+        if BACKEND == "torch" and self.padding == "valid":
             if self.data_format == "channels_last":
                 return self.torch_nchw(inputs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return self.torch_nchw(inputs)
         if any(self.pad):
             lowest = -math.inf
-            inputs = ops.pad(inputs, _paddings(self.data_format, self.pad), constant_values=lowest)
+            inputs = ops.pad(inputs, paddings(self.data_format, self.pad), constant_values=lowest)
         return super().call(inputs)
 
     def torch_nchw(self, x):
@@ -92,7 +92,7 @@ class ZeroPaddedShortcut(keras.layers.Layer):
     def __init__(self, filters, strides=1, data_format=None, **kwargs):
         super().__init__(**kwargs)
         self.filters = int(filters)
-        self.strides = _pair(strides)
+        self.strides = pair(strides)
         self.data_format = data_format or keras.config.image_data_format()
 
     @property
@@ -109,7 +109,7 @@ class ZeroPaddedShortcut(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         shape = list(input_shape)
         shape[self._channel_axis] = self.filters
-        for axis, stride in zip(_spatial_axes(self.data_format), self.strides, strict=True):
+        for axis, stride in zip(spatial_axes(self.data_format), self.strides, strict=True):
             if shape[axis] is not None:
                 shape[axis] = conv_output_size(shape[axis], 1, stride)
         return tuple(shape)
@@ -118,9 +118,9 @@ class ZeroPaddedShortcut(keras.layers.Layer):
         (a, b), last = self.strides, self.data_format == "channels_last"
         x = inputs[:, ::a, ::b, :] if last else inputs[:, :, ::a, ::b]
         missing = self.filters - inputs.shape[self._channel_axis]
-        paddings = [(0, 0)] * 4
-        paddings[self._channel_axis] = (missing // 2, missing - missing // 2)
-        return ops.pad(x, paddings)
+        sides = [(0, 0)] * 4
+        sides[self._channel_axis] = (missing // 2, missing - missing // 2)
+        return ops.pad(x, sides)
 
     def torch_nchw(self, x):
         """What `call` does, on maps in torch's order whatever the data format."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import keras
 
-_BACKEND = keras.backend.backend()
-_TORCH_DTYPES = {}
-if _BACKEND == "torch":
+BACKEND = keras.backend.backend()
+TORCH_DTYPES = {}
+if BACKEND == "torch":
     import torch
 
-    _TORCH_DTYPES = {
+    TORCH_DTYPES = {
         name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")
     }
 _LINEAR, _RELU = keras.activations.linear, keras.activations.relu
@@ -45,7 +45,7 @@ def in_stateless_scope() -> bool:
         return scope.original_scope is not None
 
 
-class _DirectCall:
+class DirectCall:
     """On torch, skips `Layer.__call__` where it has nothing to do.
 
     What it does for a built layer called on tensors of its own dtype, of the right shape and
@@ -55,7 +55,7 @@ class _DirectCall:
     _takes_training = False
 
     def __call__(self, *args, **kwargs):
-        if _BACKEND == "torch" and self._nothing_to_prepare(args, kwargs):
+        if BACKEND == "torch" and self._nothing_to_prepare(args, kwargs):
             if not self._takes_training:
                 kwargs = {}
             return torch.nn.Module.__call__(self, *args, **kwargs)
@@ -77,7 +77,7 @@ class _DirectCall:
                 return False
         elif self._takes_training:  # inherited from the layer around this one, which Keras knows
             return False
-        dtype = _TORCH_DTYPES.get(self.compute_dtype)
+        dtype = TORCH_DTYPES.get(self.compute_dtype)
         for x in args[0] if type(args[0]) in (list, tuple) else args:
             if not (
                 isinstance(x, torch.Tensor)
@@ -119,10 +119,10 @@ def torch_value(variable, dtype):
     return value if value.dtype is dtype else value.to(dtype)
 
 
-def _activate(activation, x):
+def activate(activation, x):
     """The activation of a tensor that the calling layer made, so that ReLU may overwrite it."""
     if activation is None or activation is _LINEAR:
         return x
-    if _BACKEND == "torch" and activation is _RELU:
+    if BACKEND == "torch" and activation is _RELU:
         return torch.relu_(x)
     return activation(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 
+from keras_resnet.errors import InputError
 from keras_resnet.layers.pool import MaxPooling2D
 from keras_resnet.models.blocks import (
     apply_drawn,
@@ -30,6 +31,11 @@ def features(x, spec: AlexNetSpec):
 
 def head(x, spec: AlexNetSpec, num_classes: int, dropout: float, activation: str | None):
     """Features -> logits: three fully connected layers with dropout around the hidden ones."""
+    if not spec.adaptive and None in x.shape[1:]:
+        raise InputError(
+            f"{spec.name} flattens its feature map, so its input needs a fixed size. "
+            f"Received one that gives a map of {x.shape[1:]}."
+        )
     if spec.adaptive:
         x = keras.layers.AdaptiveAveragePooling2D((6, 6), name="avgpool")(x)
     if channel_axis() == 3:

@@ -9,7 +9,7 @@ from typing import Literal
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, one_of
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.layers.pool import ZeroPaddedShortcut
@@ -241,18 +241,14 @@ def conv_block(
     prefix = name or block_name(stage, block)
     strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
     _, _, (first, second) = layer_names(prefix, layout)
+    one_of("shortcut", shortcut, ("projection", "zero_padding", "bare_projection"))
     if shortcut == "projection":
         side = conv(x, filters[-1], 1, strides=strides, use_bias=use_bias, init=init, name=first)
         side = norm(side, name=second)
     elif shortcut == "zero_padding":
         side = ZeroPaddedShortcut(filters[-1], strides, name=f"{prefix}_shortcut")(x)
-    elif shortcut == "bare_projection":
+    else:  # "bare_projection"
         side = conv(x, filters[-1], 1, strides=strides, use_bias=True, init=init, name=first)
-    else:
-        raise InputError(
-            "shortcut must be 'projection', 'zero_padding' or 'bare_projection'. "
-            f"Received: {shortcut!r}."
-        )
     return _residual(
         x, side, kernel_size, filters, prefix, strides, stride_on, groups, use_bias,
         relu_before_add, layout, init,
@@ -261,20 +257,19 @@ def conv_block(
 
 def layer_names(prefix: str, layout: str) -> tuple[list[str], list[str], list[str]]:
     """Names of a block's convolutions, norms and shortcut, as its reference implementation's."""
+    one_of("layout", layout, ("torchvision", "sequential"))
     if layout == "torchvision":
         names = (
             [f"conv{i}" for i in (1, 2, 3)],
             [f"bn{i}" for i in (1, 2, 3)],
             ["downsample_0", "downsample_1"],
         )
-    elif layout == "sequential":
+    else:
         names = (
             [f"longway_{i}" for i in (0, 3, 6)],
             [f"longway_{i}" for i in (1, 4, 7)],
             ["shortway_0", "shortway_1"],
         )
-    else:
-        raise InputError(f"layout must be 'torchvision' or 'sequential', not {layout!r}.")
     return tuple([f"{prefix}_{name}" for name in group] for group in names)
 
 
@@ -285,10 +280,10 @@ def _residual(
     """The branch, the addition, and the ReLU behind it."""
     if len(filters) not in (2, 3):
         raise InputError(
-            f"filters must be two numbers (basic block) or three (bottleneck): {list(filters)}."
+            "filters must be two numbers (basic block) or three (bottleneck). "
+            f"Received: {list(filters)}."
         )
-    if stride_on not in ("1x1", "3x3"):
-        raise InputError(f"stride_on must be '1x1' or '3x3', not {stride_on!r}.")
+    one_of("stride_on", stride_on, ("1x1", "3x3"))
     if len(filters) == 2:
         kernels, striding = (kernel_size, kernel_size), 0
     else:

@@ -13,7 +13,7 @@ from keras import ops
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 
-_LINEAR, _RELU = keras.activations.linear, keras.activations.relu
+LINEAR, RELU = keras.activations.linear, keras.activations.relu
 
 
 class Step(NamedTuple):
@@ -90,7 +90,7 @@ def _with_freed(steps: Sequence[Any]) -> list[Any]:
 def is_relu(layer: keras.layers.Layer) -> bool:
     """Whether a stock layer is a ReLU and nothing else."""
     if type(layer) is keras.layers.Activation:
-        return layer.activation is _RELU
+        return layer.activation is RELU
     return (
         type(layer) is keras.layers.ReLU
         and layer.max_value is None
@@ -168,14 +168,14 @@ def fuse(steps: list[Step]) -> list[Step | Fused]:
 
 def _is_fusible(layer) -> bool:
     return type(layer) is Conv2D and layer.padding == "valid" and layer.activation in (
-        _LINEAR, _RELU
+        LINEAR, RELU
     )  # fmt: skip
 
 
 def _follow(step: Step, takers: dict[int, Step], joined: dict[int, Fused | None]) -> Fused:
     """Joins a convolution with the steps after it, which are then `None` in `joined`."""
     conv, norm, shortcut = step.layer, None, ()
-    relu = conv.activation is _RELU
+    relu = conv.activation is RELU
     last = step
     while not relu:
         after = takers.get(last.target)
@@ -186,9 +186,9 @@ def _follow(step: Step, takers: dict[int, Step], joined: dict[int, Fused | None]
             axis = 3 if conv.data_format == "channels_last" else 1
             if sources[0] != last.target or layer.axis not in (axis, axis - 4):
                 break
-            if layer.activation not in (_LINEAR, _RELU) or not layer.is_of_maps:
+            if layer.activation not in (LINEAR, RELU) or not layer.is_of_maps:
                 break
-            norm, shortcut, relu = layer, sources[1:], layer.activation is _RELU
+            norm, shortcut, relu = layer, sources[1:], layer.activation is RELU
         elif type(layer) is keras.layers.Add and len(sources) == 2 and not shortcut:
             shortcut = tuple(s for s in sources if s != last.target)
             if len(shortcut) != 1:

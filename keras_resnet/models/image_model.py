@@ -12,6 +12,7 @@ from keras_resnet.errors import InputError
 from keras_resnet.layers.norm import Normalize
 from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.torch_graph import DirectGraph
+from keras_resnet.system.device import image_shape
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
@@ -71,8 +72,7 @@ def image_input(
         check_input_shape(spec.name, inputs.shape[1:], spec.min_size)
     else:
         if input_shape is None:
-            last = channel_axis() == 3
-            input_shape = (size, size, 3) if last else (3, size, size)
+            input_shape = image_shape(size, size, 3)
         inputs = keras.Input(check_input_shape(spec.name, input_shape, spec.min_size))
     if not include_preprocessing:
         return inputs, inputs
@@ -104,15 +104,9 @@ def finish(spec, inputs, outputs, name, options: dict[str, Any]) -> ImageModel:
 
 
 def pooled(x, pooling: str | None):
-    """The output without a head: the feature map, or its mean or maximum over the picture.
-
-    Raises:
-        InputError: An unknown kind of pooling.
-    """
+    """The output without a head: the feature map, or its mean or maximum over the image."""
     if pooling is None:
         return x
     if pooling == "avg":
         return keras.layers.GlobalAveragePooling2D(name="avgpool")(x)
-    if pooling == "max":
-        return keras.layers.GlobalMaxPooling2D(name="maxpool_top")(x)
-    raise InputError(f"pooling must be None, 'avg' or 'max'. Received: {pooling!r}.")
+    return keras.layers.GlobalMaxPooling2D(name="maxpool_top")(x)

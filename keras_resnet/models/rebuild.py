@@ -10,8 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, did_you_mean
-from keras_resnet.layers.conv import Conv2D
+from keras_resnet.errors import InputError, one_of
+from keras_resnet.layers.conv import Conv2D, paddings
 from keras_resnet.layers.norm import BatchNormalization, Normalize
 from keras_resnet.layers.pool import MaxPooling2D, ZeroPaddedShortcut
 from keras_resnet.models.graph import Step, count_users, fold_norm, graph_steps
@@ -58,11 +58,7 @@ def optimize_for_inference(
         >>> any(isinstance(l, keras.layers.BatchNormalization) for l in model.layers)
         False
     """
-    if precision is not None and precision not in PRECISIONS:
-        raise InputError(
-            f"precision must be one of {', '.join(PRECISIONS)}, or None. Received: {precision!r}."
-            f"{did_you_mean(str(precision), PRECISIONS)}"
-        )
+    one_of("precision", precision, (None, *PRECISIONS))
     steps = graph_steps(model) if getattr(model, "inputs", None) else None
     if steps is None:
         raise InputError(
@@ -242,11 +238,8 @@ def _common(layer: keras.layers.Layer, suffix: str) -> dict:
 
 def _conv(layer: Conv2D, x, once):
     config = _config(layer, "pad")
-    same = tuple(
-        (k - 1) * d / 2 for k, d in zip(layer.kernel_size, layer.dilation_rate, strict=True)
-    )
-    if any(layer.pad) and layer.strides == (1, 1) and layer.pad == same:
-        config["padding"] = "same"  # symmetric at stride 1
+    if layer.pads_as_same:
+        config["padding"] = "same"
     elif any(layer.pad):
         pad = once(
             f"{layer.name}_pad",
@@ -293,22 +286,12 @@ def _in_order(layer: BatchNormalization, shortcut, once):
 def _pool(layer: MaxPooling2D, x, once):
     config = _config(layer, "pad")
     if any(layer.pad):
-        x = ops.pad(x, _pad_by(layer, *layer.pad), constant_values=-math.inf)
+        x = ops.pad(x, paddings(layer.data_format, layer.pad), constant_values=-math.inf)
     return once(layer.name, lambda: keras.layers.MaxPooling2D.from_config(config))(x)
 
 
-def _pad_by(layer, height: int, width: int) -> list[tuple[int, int]]:
-    sides = [(0, 0), (height, height), (width, width)]
-    return [*sides, (0, 0)] if layer.data_format == "channels_last" else [(0, 0), *sides]
-
-
 def _zero_padded_shortcut(layer: ZeroPaddedShortcut, x, once):
-    (a, b), last = layer.strides, layer.data_format == "channels_last"
-    axis = 3 if last else 1
-    missing = layer.filters - x.shape[axis]
-    paddings = [(0, 0)] * 4
-    paddings[axis] = (missing // 2, missing - missing // 2)
-    return ops.pad(x[:, ::a, ::b, :] if last else x[:, :, ::a, ::b], paddings)
+    return layer.call(x)  # of operations alone
 
 
 def _normalize(layer: Normalize, x, once):

@@ -32,6 +32,11 @@ def stem(x, spec: ResNetSpec):
     return x
 
 
+def features(x, spec: ResNetSpec):
+    """Image -> the last feature map."""
+    return stages(stem(x, spec), spec)
+
+
 def stages(x, spec: ResNetSpec):
     """The residual stages: one conv_block where the shape changes, then identity_blocks."""
     for stage, depth in enumerate(spec.blocks):

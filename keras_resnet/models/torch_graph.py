@@ -30,7 +30,7 @@ from keras_resnet.layers.torch_call import (
     torch_value,
 )
 from keras_resnet.models.graph import (
-    _LINEAR,
+    LINEAR,
     Fused,
     Step,
     count_users,
@@ -207,7 +207,7 @@ def _dense(layer):
             return call(x, training)
         x = _cast(x, layer)
         y = torch.addmm(torch_value(layer.bias, x.dtype), x, torch_value(layer.kernel, x.dtype))
-        return y if layer.activation is _LINEAR else layer.activation(y)
+        return y if layer.activation is LINEAR else layer.activation(y)
 
     return run
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
-from keras_resnet.errors import InputError
-from keras_resnet.models import alexnet, resnet
+from keras_resnet.errors import InputError, between, one_of, whole
 from keras_resnet.models.image_model import ImageModel, finish, image_input, pooled
-from keras_resnet.variants import AlexNetSpec, get_spec
+from keras_resnet.variants import get_spec
+
+P = ParamSpec("P")
 
 
 def create_model(
@@ -65,31 +67,18 @@ def create_model(
     if variant is None:  # create_model(name="resnet50")
         variant, name = name, None
     spec = get_spec(variant)
-    num_classes = spec.num_classes if num_classes is None else num_classes
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise InputError(f"num_classes must be a positive integer. Received: {num_classes!r}.")
-    is_alexnet = isinstance(spec, AlexNetSpec)
-    dropout = (0.5 if is_alexnet else 0.0) if dropout is None else float(dropout)
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout must be in [0, 1). Received: {dropout}.")
+    num_classes = whole("num_classes", spec.num_classes if num_classes is None else num_classes, 1)
+    dropout = between("dropout", spec.dropout if dropout is None else dropout, 0, 1, ends="[)")
+    one_of("pooling", pooling, (None, "avg", "max"))
     if not include_top and classifier_activation is not None:
         raise InputError("classifier_activation needs include_top=True.")
 
+    family = importlib.import_module(f"keras_resnet.models.{spec.family}")
     inputs, x = image_input(spec, input_shape, input_tensor, include_preprocessing, mean, std)
-    if is_alexnet:
-        if include_top and not spec.adaptive and None in inputs.shape[1:]:
-            raise InputError(
-                f"{spec.name} flattens its feature map, so its input needs a fixed size. "
-                f"Received: {inputs.shape[1:]}."
-            )
-        x = alexnet.features(x, spec)
-        if include_top:
-            x = alexnet.head(x, spec, num_classes, dropout, classifier_activation)
+    x = family.features(x, spec)
+    if include_top:
+        x = family.head(x, spec, num_classes, dropout, classifier_activation)
     else:
-        x = resnet.stages(resnet.stem(x, spec), spec)
-        if include_top:
-            x = resnet.head(x, spec, num_classes, dropout, classifier_activation)
-    if not include_top:
         x = pooled(x, pooling)
     options = {
         "num_classes": num_classes if include_top else None,
@@ -106,9 +95,8 @@ def create_model(
 
 def _load_weights(model: ImageModel, spec, weights) -> None:
     """Loads a published file by its tag, a checkpoint or a state dict into a fresh model."""
-    # Not at the top: convert reads files and checks pictures, and most models need neither.
-    from keras_resnet.weights import download, published
-    from keras_resnet.weights import load as convert
+    # Not at the top: most models need no files.
+    from keras_resnet.weights import download, load, published
 
     with_head = model.info["options"]["include_top"]
     if isinstance(weights, str) and not os.path.exists(weights) and published.is_tag(weights):
@@ -122,41 +110,44 @@ def _load_weights(model: ImageModel, spec, weights) -> None:
                 f'load_torchvision(model, "{entry.tag}", head="skip").'
             )
         weights = download.weights_path(entry)
-    convert.load_torchvision(model, weights, head="strict" if with_head else "skip")
+    load.load_torchvision(model, weights, head="strict" if with_head else "skip")
 
 
-def _named(variant: str) -> Callable[..., ImageModel]:
+def _named(
+    variant: str, build: Callable[Concatenate[str | None, P], ImageModel]
+) -> Callable[P, ImageModel]:
     """`create_model` with the variant filled in, under the variant's name and signature."""
 
-    def builder(**options) -> ImageModel:
-        return create_model(variant, **options)
+    def builder(*args: P.args, **options: P.kwargs) -> ImageModel:
+        return build(variant, *args, **options)
 
-    signature = inspect.signature(create_model)
-    builder.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+    signature = inspect.signature(build)
+    parameters = list(signature.parameters.values())[1:]
+    builder.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     builder.__doc__ = f"Builds `{variant}`; the arguments are those of `create_model`."
     return builder
 
 
-ResNet18 = _named("resnet18")
-ResNet34 = _named("resnet34")
-ResNet50 = _named("resnet50")
-ResNet101 = _named("resnet101")
-ResNet152 = _named("resnet152")
-ResNeXt50_32x4d = _named("resnext50_32x4d")
-ResNeXt101_32x8d = _named("resnext101_32x8d")
-ResNeXt101_64x4d = _named("resnext101_64x4d")
-WideResNet50_2 = _named("wide_resnet50_2")
-WideResNet101_2 = _named("wide_resnet101_2")
-ResNet50V1 = _named("resnet50_v1")
-ResNet101V1 = _named("resnet101_v1")
-ResNet152V1 = _named("resnet152_v1")
-ResNet50V1ReLU = _named("resnet50_v1_relu")
-ResNet20 = _named("resnet20")
-ResNet32 = _named("resnet32")
-ResNet44 = _named("resnet44")
-ResNet56 = _named("resnet56")
-ResNet110 = _named("resnet110")
-ResNet34CIFAR10 = _named("resnet34_cifar10")
-AlexNet = _named("alexnet")
-AlexNetPaper = _named("alexnet_paper")
-AlexNetCIFAR10 = _named("alexnet_cifar10")
+ResNet18 = _named("resnet18", create_model)
+ResNet34 = _named("resnet34", create_model)
+ResNet50 = _named("resnet50", create_model)
+ResNet101 = _named("resnet101", create_model)
+ResNet152 = _named("resnet152", create_model)
+ResNeXt50_32x4d = _named("resnext50_32x4d", create_model)
+ResNeXt101_32x8d = _named("resnext101_32x8d", create_model)
+ResNeXt101_64x4d = _named("resnext101_64x4d", create_model)
+WideResNet50_2 = _named("wide_resnet50_2", create_model)
+WideResNet101_2 = _named("wide_resnet101_2", create_model)
+ResNet50V1 = _named("resnet50_v1", create_model)
+ResNet101V1 = _named("resnet101_v1", create_model)
+ResNet152V1 = _named("resnet152_v1", create_model)
+ResNet50V1ReLU = _named("resnet50_v1_relu", create_model)
+ResNet20 = _named("resnet20", create_model)
+ResNet32 = _named("resnet32", create_model)
+ResNet44 = _named("resnet44", create_model)
+ResNet56 = _named("resnet56", create_model)
+ResNet110 = _named("resnet110", create_model)
+ResNet34CIFAR10 = _named("resnet34_cifar10", create_model)
+AlexNet = _named("alexnet", create_model)
+AlexNetPaper = _named("alexnet_paper", create_model)
+AlexNetCIFAR10 = _named("alexnet_cifar10", create_model)

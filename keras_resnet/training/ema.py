@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, between, whole
 
 
 def adjusted_decay(
@@ -37,13 +37,10 @@ def adjusted_decay(
         >>> round(adjusted_decay(0.99998, batch_size=128, epochs=600, world_size=8), 6)
         0.998908
     """
-    if not 0 <= decay <= 1:
-        raise InputError(f"`decay` must be in [0, 1]; received {decay!r}.")
-    if min(batch_size, epochs, steps, world_size) <= 0:
-        raise InputError(
-            "`batch_size`, `epochs`, `steps` and `world_size` must be above 0; received "
-            f"{batch_size!r}, {epochs!r}, {steps!r}, {world_size!r}."
-        )
+    between("decay", decay, 0, 1)
+    sizes = {"batch_size": batch_size, "epochs": epochs, "steps": steps, "world_size": world_size}
+    for name, size in sizes.items():
+        between(name, size, 0, ends="(]")
     return 1.0 - min(1.0, (1.0 - decay) * world_size * batch_size * steps / epochs)
 
 
@@ -95,14 +92,9 @@ class ModelEMA(keras.callbacks.Callback):
         evaluate: bool = True,
     ):
         super().__init__()
-        if not 0 <= decay <= 1:
-            raise InputError(f"`decay` must be in [0, 1]; received {decay!r}.")
-        if not (isinstance(steps, int) and steps >= 1):
-            raise InputError(f"`steps` must be a whole number >= 1; received {steps!r}.")
-        if not warmup_epochs >= 0:
-            raise InputError(f"`warmup_epochs` must be >= 0; received {warmup_epochs!r}.")
-        self.decay = float(decay)
-        self.steps = int(steps)
+        self.decay = between("decay", decay, 0, 1)
+        self.steps = whole("steps", steps, 1)
+        between("warmup_epochs", warmup_epochs, 0)
         self.warmup_epochs = warmup_epochs
         self.evaluate = bool(evaluate)
         self.n_averaged = 0

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from keras_resnet import plots
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, between, whole
 from keras_resnet.models.files import dataset_output
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.training.freeze import freeze
@@ -142,10 +142,8 @@ def lr_find(
     """
     if not 0 < start < stop or not math.isfinite(stop):
         raise InputError(f"The rates go from a low to a high one. Received: {start:g}, {stop:g}.")
-    if steps < 3:
-        raise InputError(f"steps must be at least 3. Received: {steps}.")
-    if not 0 <= beta < 1:
-        raise InputError(f"beta must be in [0, 1). Received: {beta}.")
+    whole("steps", steps, 3)
+    between("beta", beta, 0, 1, ends="[)")
     if isinstance(model, str):
         options["model"], model = model, None
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.errors import InputError, between, did_you_mean
 from keras_resnet.layers.torch_call import count_change
 from keras_resnet.training.schedules import Schedule
 
@@ -90,12 +90,12 @@ class SGD(keras.optimizers.Optimizer):
             ("momentum", momentum),
             ("weight_decay", weight_decay),
         ]:
-            if isinstance(value, (int, float)) and not value >= 0:
-                raise InputError(f"`{name}` must be a number >= 0; received {value!r}.")
+            if isinstance(value, (int, float)):
+                between(name, value, 0)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise InputError(
-                "`nesterov=True` needs a momentum above 0 and no dampening; received "
-                f"momentum={momentum!r}, dampening={dampening!r}."
+                "nesterov=True needs a momentum above 0 and no dampening. "
+                f"Received: momentum={momentum!r}, dampening={dampening!r}."
             )
         # Keras would apply a decay that it is told of, in its own way: it is told of none.
         super().__init__(learning_rate=learning_rate, weight_decay=None, **kwargs)
@@ -135,7 +135,7 @@ class SGD(keras.optimizers.Optimizer):
                 listed = ", ".join(paths[:6]) + (", ..." if len(paths) > 6 else "")
                 layers = {path.rpartition("/")[0] for path in paths}
                 raise InputError(
-                    f"`rate_multipliers`: {pattern!r} is found in the path of none of the "
+                    f"rate_multipliers: {pattern!r} is found in the path of none of the "
                     f"{len(paths)} trainable weights ({listed})."
                     + did_you_mean(pattern, [*paths, *layers])
                 )

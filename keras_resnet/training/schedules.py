@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.errors import InputError, between, one_of, whole
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
@@ -54,14 +54,12 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
         per: str = "epoch",
     ):
         super().__init__()
-        _choose("per", per, ("epoch", "step"))
-        _choose("warmup_method", warmup_method, ("linear", "constant"))
-        _check("initial", initial, initial >= 0, "a rate >= 0")
-        _check("warmup_decay", warmup_decay, 0 <= warmup_decay <= 1, "a fraction in [0, 1]")
-        self.initial = float(initial)
-        self.steps_per_epoch = _whole("steps_per_epoch", steps_per_epoch, at_least=1)
-        self.warmup_epochs = _whole("warmup_epochs", warmup_epochs, at_least=0)
-        self.warmup_decay = float(warmup_decay)
+        one_of("per", per, ("epoch", "step"))
+        one_of("warmup_method", warmup_method, ("linear", "constant"))
+        self.initial = between("initial", initial, 0)
+        self.steps_per_epoch = whole("steps_per_epoch", steps_per_epoch, least=1)
+        self.warmup_epochs = whole("warmup_epochs", warmup_epochs, least=0)
+        self.warmup_decay = between("warmup_decay", warmup_decay, 0, 1)
         self.warmup_method = warmup_method
         self.per = per
         self._tensors: dict[tuple, Any] = {}
@@ -173,9 +171,8 @@ class StepSchedule(Schedule):
 
     def __init__(self, initial: float, step_size: int = 30, gamma: float = 0.1, **kwargs: Any):
         super().__init__(initial, **kwargs)
-        self.step_size = _whole("step_size", step_size, at_least=1)
-        _check("gamma", gamma, 0 < gamma < 1, "a factor above 0 and below 1")
-        self.gamma = float(gamma)
+        self.step_size = whole("step_size", step_size, least=1)
+        self.gamma = between("gamma", gamma, 0, 1, ends="()")
 
     def _main(self) -> np.ndarray:
         # The table ends where the rate is no normal float32 any more.
@@ -213,9 +210,8 @@ class MultiStepSchedule(Schedule):
         self, initial: float, milestones: Iterable[int], gamma: float = 0.1, **kwargs: Any
     ):
         super().__init__(initial, **kwargs)
-        self.milestones = sorted(_whole("milestones", m, at_least=0) for m in milestones)
-        _check("gamma", gamma, gamma > 0, "a factor above 0")
-        self.gamma = float(gamma)
+        self.milestones = sorted(whole("milestones", m, least=0) for m in milestones)
+        self.gamma = between("gamma", gamma, 0, ends="(]")
 
     def _main(self) -> np.ndarray:
         milestones = np.array([self._units(m) for m in self.milestones], dtype="int64")
@@ -250,15 +246,12 @@ class CosineSchedule(Schedule):
 
     def __init__(self, initial: float, epochs: int, lr_min: float = 0.0, **kwargs: Any):
         super().__init__(initial, **kwargs)
-        self.epochs = _whole("epochs", epochs, at_least=1)
-        _check(
-            "epochs",
-            epochs,
-            self.epochs > self.warmup_epochs,
-            f"more epochs than the {self.warmup_epochs} of warm-up",
-        )
-        _check("lr_min", lr_min, lr_min >= 0, "a rate >= 0")
-        self.lr_min = float(lr_min)
+        self.epochs = whole("epochs", epochs, least=1)
+        if self.epochs <= self.warmup_epochs:
+            raise InputError(
+                f"epochs must be more than the {self.warmup_epochs} of warm-up. Received: {epochs}."
+            )
+        self.lr_min = between("lr_min", lr_min, 0)
 
     def _main(self) -> np.ndarray:
         length = self._units(self.epochs - self.warmup_epochs)
@@ -307,15 +300,12 @@ class OneCycleSchedule(Schedule):
         per: str = "step",
     ):
         super().__init__(max_lr, steps_per_epoch, per=per)
-        _choose("anneal_strategy", anneal_strategy, ("cos", "linear"))
-        _check("pct_start", pct_start, 0 <= pct_start <= 1, "a fraction in [0, 1]")
-        _check("div_factor", div_factor, div_factor > 0, "a number above 0")
-        _check("final_div_factor", final_div_factor, final_div_factor > 0, "a number above 0")
-        self.epochs = _whole("epochs", epochs, at_least=1)
-        self.pct_start = float(pct_start)
+        one_of("anneal_strategy", anneal_strategy, ("cos", "linear"))
+        self.epochs = whole("epochs", epochs, least=1)
+        self.pct_start = between("pct_start", pct_start, 0, 1)
         self.anneal_strategy = anneal_strategy
-        self.div_factor = float(div_factor)
-        self.final_div_factor = float(final_div_factor)
+        self.div_factor = between("div_factor", div_factor, 0, ends="(]")
+        self.final_div_factor = between("final_div_factor", final_div_factor, 0, ends="(]")
         self.three_phase = bool(three_phase)
 
     def _main(self) -> np.ndarray:
@@ -353,22 +343,3 @@ class OneCycleSchedule(Schedule):
             "three_phase": self.three_phase,
             "per": self.per,
         }
-
-
-def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise InputError(f"`{name}` must be {wanted}; received {value!r}.")
-
-
-def _whole(name: str, value: Any, at_least: int) -> int:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    _check(name, value, whole and value >= at_least, f"a whole number >= {at_least}")
-    return int(value)
-
-
-def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(
-            f"`{name}` must be one of {', '.join(map(repr, known))}; received {value!r}."
-            + did_you_mean(value, known)
-        )

@@ -560,10 +560,10 @@ def test_the_config_round_trips_through_json():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"momentum": -0.1}, "`momentum` must be a number >= 0; received -0.1"),
-        ({"weight_decay": -1e-4}, "`weight_decay`"),
-        ({"learning_rate": -1.0}, "`learning_rate`"),
-        ({"learning_rate": float("nan")}, "`learning_rate`"),
+        ({"momentum": -0.1}, r"momentum must be at least 0\. Received: -0\.1"),
+        ({"weight_decay": -1e-4}, "weight_decay must be"),
+        ({"learning_rate": -1.0}, "learning_rate must be"),
+        ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"nesterov": True}, "needs a momentum above 0"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "no dampening"),
     ],

@@ -246,13 +246,16 @@ def test_a_rate_of_zero_stays_zero():
     "make, message",
     [
         (lambda: schedules.StepSchedule(0.1, per="epochs"), "'epoch', 'step'.*Did you mean"),
-        (lambda: schedules.StepSchedule(0.1, gamma=1.0), "`gamma` must be .*received 1.0"),
-        (lambda: schedules.StepSchedule(0.1, step_size=0), "`step_size` must be a whole number"),
+        (
+            lambda: schedules.StepSchedule(0.1, gamma=1.0),
+            r"gamma must be in .*Received: 1\.0",
+        ),
+        (lambda: schedules.StepSchedule(0.1, step_size=0), "step_size must be a whole number"),
         (lambda: schedules.CosineSchedule(0.1, epochs=5, warmup_epochs=5), "the 5 of warm-up"),
-        (lambda: schedules.CosineSchedule(-0.1, epochs=5), "`initial`"),
+        (lambda: schedules.CosineSchedule(-0.1, epochs=5), "initial must be at least 0"),
         (lambda: schedules.CosineSchedule(0.1, epochs=5, steps_per_epoch=2.5), "2.5"),
-        (lambda: schedules.OneCycleSchedule(0.1, 5, pct_start=30), "`pct_start`"),
-        (lambda: schedules.MultiStepSchedule(0.1, [1.5]), "`milestones`"),
+        (lambda: schedules.OneCycleSchedule(0.1, 5, pct_start=30), "pct_start must be"),
+        (lambda: schedules.MultiStepSchedule(0.1, [1.5]), "milestones must be"),
     ],
 )
 def test_bad_arguments_are_named(make, message):
