@@ -31,24 +31,24 @@ class Recipe:
         model: The variant it was published for.
         weights: Where training starts: `None` (random), a tag such as `"DEFAULT"`, or a path.
         epochs: Passes over the training data.
-        batch_size: Pictures a step, over all devices.
-        image_size: Side of the training pictures, pixels; `None` is the variant's own.
-        eval_size: Side of the evaluated pictures; `None` is `image_size`.
+        batch_size: Images a step, over all devices.
+        image_size: Side of the training images, pixels; `None` is the variant's own.
+        eval_size: Side of the evaluated images; `None` is `image_size`.
         eval_resize: Short side before the evaluation's centre crop; `None` is 256/224 of
-            `eval_size`, or for pictures up to 64 pixels a plain resize to it.
+            `eval_size`, or for images up to 64 pixels a plain resize to it.
         resize_exact: Resize to a square without a crop, `Resize([h, w])`, for evaluation too.
         interpolation: Of every resize.
         crop: `"random_resized"`, `"padded"` (4 pixels of padding and a random crop), `"none"`
             (the evaluation's own), or `"auto"`: padded for 32-pixel variants, else resized.
-        crop_scale: Area of the random resized crop, from and to, as shares of the picture.
+        crop_scale: Area of the random resized crop, from and to, as fractions of the image.
         flip: Probability of a horizontal flip.
         policy: `"ta_wide"` (TrivialAugmentWide), `"ra"` (RandAugment) or `None`.
-        color_jitter: Brightness, contrast and saturation change by up to this share.
+        color_jitter: Brightness, contrast and saturation change by up to this fraction.
         random_erasing: Probability of erasing a rectangle.
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none; with both, one of the two a batch.
-        label_smoothing: Share of the label spread over all classes.
-        repeats: Repeated augmentation: copies of a picture in an epoch of unchanged length.
+        label_smoothing: Fraction of the label spread over all classes.
+        repeats: Repeated augmentation: copies of an image in an epoch of unchanged length.
         normalization: `"imagenet"`, `"half"` (mean and deviation 0.5) or `"dataset"` (measured).
         optimizer: `"sgd"` (torch's arithmetic), `"adam"`, `"adamw"` or `"rmsprop"`.
         learning_rate: Highest rate.
@@ -60,10 +60,10 @@ class Recipe:
         schedule: `"constant"`, `"step"`, `"multistep"`, `"cosine"` or `"onecycle"`.
         schedule_per: The rate changes every `"epoch"` or every `"step"`.
         step_size: Epochs between two drops of `"step"`.
-        milestones: Drops of `"multistep"`: epochs, or below 1 shares of all epochs.
+        milestones: Drops of `"multistep"`: epochs, or below 1 fractions of all epochs.
         gamma: Factor of a drop.
         warmup_epochs: Linear warm-up.
-        warmup_decay: Where it starts, as a share of the rate.
+        warmup_decay: Where it starts, as a fraction of the rate.
         clip_norm: Highest norm of all gradients together; `None` for no clipping.
         accumulate: Batches whose gradients are averaged into one step.
         ema: Keep an exponential moving average of weights and batch-norm statistics, and evaluate
@@ -78,7 +78,7 @@ class Recipe:
         dropout: Rate in the head; `None` is the variant's own.
         precision: `"fp32"`, `"bf16"` or `"fp16"` (mixed).
         patience: Stop after so many epochs without a better validation accuracy; `None` never.
-        val_split: Share of the training pictures held out where there is no `val/`.
+        val_split: Fraction of the training images held out where there is no `val/`.
     """
 
     name: str
@@ -203,7 +203,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "finetune",
             source="this package's default for a folder of a few hundred to some ten thousand "
-            "pictures: torchvision's resnet_v1 recipe at its rate per picture (0.1 for 256) with "
+            "images: torchvision's resnet_v1 recipe at its rate per image (0.1 for 256) with "
             "one epoch of warm-up, a cosine, and milder crops",
             aim="none published: it depends on the data; start from weights='DEFAULT'",
             model="resnet18",
@@ -217,7 +217,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "resnet_v1",
-            source=f"{_REFERENCES}, README 'ResNet': 8 GPUs, 32 pictures each",
+            source=f"{_REFERENCES}, README 'ResNet': 8 GPUs, 32 images each",
             aim="ImageNet top-1 of the IMAGENET1K_V1 files: resnet18 69.758, resnet34 73.314, "
             "resnet50 76.130, resnet101 77.374, resnet152 78.312",
             model="resnet50",
@@ -227,7 +227,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "resnet50_v2",
-            source=f"{_REFERENCES}, README 'Weights update'; 8 GPUs, 128 pictures each",
+            source=f"{_REFERENCES}, README 'Weights update'; 8 GPUs, 128 images each",
             aim="ImageNet top-1 80.858 (resnet50 IMAGENET1K_V2)",
             model="resnet50",
             epochs=600,
@@ -262,7 +262,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "cifar",
             source="He et al. 2015, arXiv:1512.03385, section 4.2: 64,000 steps of 128 out of "
-            "45,000 pictures (182 epochs), the rate divided by 10 at 32,000 and 48,000",
+            "45,000 images (182 epochs), the rate divided by 10 at 32,000 and 48,000",
             aim="CIFAR-10 test accuracy 91.25 (resnet20), 92.49 (32), 92.83 (44), 93.03 (56), "
             "93.57 (110; after a warm-up at 0.01)",
             model="resnet20",

@@ -33,7 +33,7 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
 
     Args:
         axis: The channels' axis.
-        momentum: Share of the old running statistics kept at a step: torch's `momentum=0.1` is
+        momentum: Fraction of the old running statistics kept at a step: torch's `momentum=0.1` is
             Keras' 0.9.
         epsilon: Added to the variance; torch's 1e-5.
         activation: Applied last, such as `"relu"`.
@@ -65,7 +65,7 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
         self.unbiased_variance = unbiased_variance
         if self.renorm:
             raise ValueError("renorm=True is not supported; use keras.layers.BatchNormalization.")
-        # Pictures have no masks; without this Keras would look for one at every call.
+        # Images have no masks; without this Keras would look for one at every call.
         self.supports_masking = False
 
     def build(self, input_shape):

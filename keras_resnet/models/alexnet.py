@@ -1,4 +1,4 @@
-"""The three AlexNets: torchvision's, the paper's, and one for 32x32 pictures."""
+"""The three AlexNets: torchvision's, the paper's, and one for 32x32 images."""
 
 from __future__ import annotations
 

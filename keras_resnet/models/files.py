@@ -84,7 +84,7 @@ def convert_file(
         variant: The model's name, where the file's keys and shapes fit several or none is meant.
         key: The entry of a nested checkpoint.
         class_names: Names of the classes, in order; ImageNet's for torchvision's own files.
-        preprocess: How pictures are prepared; torchvision's preset for its own files, else
+        preprocess: How images are prepared; torchvision's preset for its own files, else
             ImageNet's normalisation at the variant's size, which the result says.
         include_preprocessing: The Keras model takes pixel values 0..255.
         check: Prove the result against the NumPy forward pass of the weights.
@@ -239,7 +239,7 @@ def model_preprocess(model: keras.Model | Any) -> Preprocess:
     if config is None:
         name = getattr(model, "model_name", None) or model.name
         raise InputError(
-            f"The model {name!r} does not say how its pictures are prepared: pass "
+            f"The model {name!r} does not say how its images are prepared: pass "
             "preprocess=kr.Preprocess(...), or set model.info['preprocess'] and save it."
         )
     return Preprocess.from_config(config)

@@ -56,7 +56,7 @@ def check_input_shape(name: str, input_shape, min_size: int) -> tuple[int | None
     sides = [v for i, v in enumerate(shape) if i != axis]
     if any(side is not None and side < min_size for side in sides):
         raise InputError(
-            f"{name} needs pictures of at least {min_size}x{min_size} pixels. "
+            f"{name} needs images of at least {min_size}x{min_size} pixels. "
             f"Received: {sides[0]}x{sides[1]}."
         )
     return shape

@@ -19,7 +19,7 @@ from keras_resnet.variants import ResNetSpec
 
 
 def stem(x, spec: ResNetSpec):
-    """Picture -> features: 7x7 stride 2 and max pooling, or one 3x3 for 32x32 pictures."""
+    """Image -> features: 7x7 stride 2 and max pooling, or one 3x3 for 32x32 images."""
     first, second = ("conv1", "bn1") if spec.layout == "torchvision" else ("conv1_0", "conv1_1")
     kernel, strides = (7, 2) if spec.stem == "imagenet" else (3, 1)
     x = conv(
@@ -65,7 +65,7 @@ def stages(x, spec: ResNetSpec):
 
 
 def head(x, spec: ResNetSpec, num_classes: int, dropout: float, activation: str | None):
-    """Features -> logits: the mean over the picture, dropout, one fully connected layer."""
+    """Features -> logits: the mean over the image, dropout, one fully connected layer."""
     x = keras.layers.GlobalAveragePooling2D(name="avgpool")(x)
     if dropout:
         x = keras.layers.Dropout(dropout, name="dropout")(x)

@@ -26,11 +26,11 @@ class LayerRow:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSummary:
-    """A model's layers and totals, for one picture; `print` it for the table.
+    """A model's layers and totals, for one image; `print` it for the table.
 
     Attributes:
         name: The model's name.
-        input_shape: Shape of a picture.
+        input_shape: Shape of an image.
         rows: The layers in order.
         trainable_params: Weights that an optimizer changes.
         non_trainable_params: Frozen weights and batch-norm statistics.
@@ -46,7 +46,7 @@ class ModelSummary:
 
     @property
     def flops(self) -> int:
-        """Multiply-adds of one picture."""
+        """Multiply-adds of one image."""
         return sum(row.flops for row in self.rows)
 
     @property
@@ -153,7 +153,7 @@ def _input_shape(model: keras.Model, input_size) -> tuple[int, ...]:
         last = keras.config.image_data_format() == "channels_last"
         shape[slice(1, 3) if last else slice(2, 4)] = size
     if None in shape:
-        raise InputError(f"{model.name} takes pictures of any size: say which, input_size=224.")
+        raise InputError(f"{model.name} takes images of any size: say which, input_size=224.")
     return tuple(shape)
 
 
@@ -166,7 +166,7 @@ def _flops(layer: keras.layers.Layer, output_shape) -> int:
 
 
 def count_flops(model: keras.Model, input_size: int | Sequence[int] | None = None) -> int:
-    """Multiply-adds of one picture's forward pass, in convolutions and dense layers.
+    """Multiply-adds of one image's forward pass, in convolutions and dense layers.
 
     This is what torchvision's table and the papers call FLOPs: half the arithmetic operations.
 

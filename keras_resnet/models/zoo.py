@@ -44,7 +44,7 @@ def create_model(
         num_classes: Width of the last layer; by default that of the variant's data set.
         input_shape: Height, width and channels (in the data format's order); sides may be `None`.
         include_top: With the classification head; without, the last feature map is the output.
-        pooling: Without the head: `None`, `"avg"` or `"max"` over the picture.
+        pooling: Without the head: `None`, `"avg"` or `"max"` over the image.
         classifier_activation: `None` gives logits, `"softmax"` probabilities.
         include_preprocessing: Take pixel values 0..255 and normalise inside the model.
         mean: Means for that, one a channel, in 0..1; ImageNet's by default.

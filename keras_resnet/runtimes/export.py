@@ -33,7 +33,7 @@ class Comparison:
     """An exported file beside its model, on one batch.
 
     Attributes:
-        batch: Pictures in it.
+        batch: Images in it.
         difference: The largest difference of two outputs over the largest output.
     """
 
@@ -111,7 +111,7 @@ def export(
     int8: str | os.PathLike | None = None,
     max_drop: float = 0.02,
 ) -> ExportReport:
-    """Writes a model as a file for another runtime, and proves that it answers alike there.
+    """Writes a model as a file for another runtime, and proves that it predicts alike there.
 
     Class names, preprocessing and everything else in `model.info` go along: in ONNX's
     `metadata_props`, OpenVINO's `rt_info`, a SavedModel's `assets.extra`, a zip archive behind a
@@ -131,10 +131,10 @@ def export(
             default the two photographs in scikit-learn's package.
         tolerance: Largest difference allowed, relative to the largest output.
         batch_size: A fixed one; any by default.
-        int8: A folder of pictures, best one folder a class, to quantise with (ONNX by ONNX
+        int8: A folder of images, best one folder a class, to quantise with (ONNX by ONNX
             Runtime, OpenVINO by NNCF). Accuracy is then measured in place of the tolerance: on
             `pictures` if they are given, else on those of the folder that were not used.
-        max_drop: Share of right answers that int8 may cost; five times as many answers may be
+        max_drop: Fraction of right predictions that int8 may cost; five times as many may be
             others where there are no labels.
 
     Returns:
@@ -146,7 +146,7 @@ def export(
             model or a path that does not fit.
         MissingDependencyError: A package is missing; the message has the pip line.
         NotFoundError: A path does not exist.
-        DataError: None of the pictures can be read.
+        DataError: None of the images can be read.
     """
     path = Path(path).expanduser()
     name = _format_for(path, format)
@@ -198,7 +198,7 @@ def export(
         )
         if not report.passed:
             raise VerificationError(
-                f"The {name} file does not answer as the model does, and is not kept.", report
+                f"The {name} file does not predict as the model does, and is not kept.", report
             )
         del runner  # Windows does not move what is open
         for one in formats.FORMATS[name].runner.files(staged):
@@ -286,7 +286,7 @@ def _publish(staged: Path, target: Path) -> None:
         with open(one, "rb+") as stream:
             os.fsync(stream.fileno())
     if target.suffix == ".bin":
-        # An .xml beside another's weights would load, and answer wrongly.
+        # An .xml beside another's weights would load, and predict wrongly.
         target.with_suffix(".xml").unlink(missing_ok=True)
     if target.is_dir():  # a folder is not replaced in one step
         old = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
@@ -309,7 +309,7 @@ def _preprocess_for(model: keras.Model, notes: list[str]) -> Preprocess:
         return Preprocess((height, width), None)  # pictures= must be a batch
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (None, None)
     notes.append(
-        f"The model does not say how its pictures are prepared: compared on {height}x{width} with "
+        f"The model does not say how its images are prepared: compared on {height}x{width} with "
         "ImageNet's normalisation. Set model.info['preprocess'] so that predict knows."
     )
     return Preprocess((height, width), None, mean=mean, std=std, color_mode=modes[channels])
@@ -322,7 +322,7 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
     channels = formats.input_size(model)[2]
     if channels != prepared.channels:
         raise InputError(
-            f"The model takes {channels} channels, pictures are read with {prepared.channels}: "
+            f"The model takes {channels} channels, images are read with {prepared.channels}: "
             "pass pictures= as a batch, an array (n, height, width, channels)."
         )
     if pictures is None:
@@ -332,7 +332,7 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
         shown = "photographs of scikit-learn"
     else:
         sources = spread(picture_paths(pictures), _COMPARED)
-        shown = "given pictures"
+        shown = "given images"
     found, reason = [], None
     for source in sources:
         try:
@@ -340,7 +340,7 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
         except DataError as error:
             reason = error
     if not found:
-        raise DataError(f"None of the pictures can be read: {reason}")
+        raise DataError(f"None of the images can be read: {reason}")
     # Where nothing crops, sizes differ: one batch has one.
     found = [pixels for pixels in found if pixels.shape == found[0].shape]
     # At least three: batch 1, and another batch size that is no accident of two.
@@ -353,7 +353,7 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
 
 
 def _compare(runner: Runner, reference: Runner, images: np.ndarray) -> list[Comparison]:
-    """Every picture alone, then all of them at once."""
+    """Every image alone, then all of them at once."""
     expected = reference.outputs(images)
     alone = np.concatenate([runner.outputs(images[i : i + 1]) for i in range(len(images))])
     found = [Comparison(1, relative_difference(alone, expected))]

@@ -140,7 +140,7 @@ def check_backend(name: str) -> None:
 
 
 def input_size(model: keras.Model) -> tuple[int, int, int]:
-    """`(height, width, channels)` of the pictures that a file of the model takes.
+    """`(height, width, channels)` of the images that a file of the model takes.
 
     Where the model leaves a size free the file has that of its preprocessing: traced graphs hold
     sizes in places, and a file is proven at one.
@@ -194,7 +194,7 @@ def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any
 
 
 def _steps(preprocess: Preprocess, inside: bool) -> list[str]:
-    """What is to be done to a picture before the model gets it, in words."""
+    """What is to be done to an image before the model gets it, in words."""
     steps = [f"decode to {preprocess.color_mode}"]
     if preprocess.exif:
         steps.append("turn as EXIF says")

@@ -1,4 +1,4 @@
-"""Exported files in eight-bit integers, with ranges taken from pictures."""
+"""Exported files in eight-bit integers, with ranges taken from images."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Int8Report:
     """What calibration to int8 changed.
 
     Attributes:
-        calibrated: Pictures that the ranges were taken from.
-        count: Pictures that it was measured on.
+        calibrated: Images that the ranges were taken from.
+        count: Images that it was measured on.
         apart: Whether those are others than the ones it was calibrated with.
-        before: Share that the model names right; `None` where the pictures have no labels.
-        after: Share that the int8 file names right.
-        agreement: Share for which both name the same class.
+        before: Fraction that the model predicts rightly; `None` where the images have no labels.
+        after: Fraction that the int8 file predicts rightly.
+        agreement: Fraction for which both predict the same class.
         size_before: Bytes of the file in float32.
     """
 
@@ -86,16 +86,16 @@ class Int8Report:
     size_before: int
 
     def __str__(self) -> str:
-        where = "others" if self.apart else "the same pictures"
+        where = "others" if self.apart else "the same images"
         lines = [
-            f"int8: calibrated with {self.calibrated} pictures, measured on {self.count} {where}"
+            f"int8: calibrated with {self.calibrated} images, measured on {self.count} {where}"
         ]
         if self.before is not None:
             lines.append(
                 f"  top-1 {self.before:.2%} before, {self.after:.2%} after "
                 f"({100 * (self.after - self.before):+.2f} points)"
             )
-        lines.append(f"  the same answer as the model for {self.agreement:.2%}")
+        lines.append(f"  the same prediction as the model for {self.agreement:.2%}")
         return "\n".join(lines)
 
 
@@ -137,7 +137,7 @@ class Int8Images:
         self._labels = None if labels is None else labels[measured]
 
     def _labelled(self, source) -> tuple[list[str], np.ndarray | None]:
-        """Pictures with their labels, where the folder's class folders are the model's."""
+        """Images with their labels, where the folder's class folders are the model's."""
         if isinstance(source, (str, os.PathLike)):
             try:
                 paths, labels, found = find_pictures(source)

@@ -34,10 +34,10 @@ class Runner(FileRunner):
         self._session = onnxruntime.InferenceSession(
             os.fspath(path), options, providers=["CPUExecutionProvider"]
         )
-        given, answer = self._session.get_inputs()[0], self._session.get_outputs()[0]
+        given, output = self._session.get_inputs()[0], self._session.get_outputs()[0]
         self._input = given.name
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA)
-        return text, sizes(given.shape), sizes(answer.shape)
+        return text, sizes(given.shape), sizes(output.shape)
 
     def _run(self, images):
         return self._session.run(None, {self._input: images})[0]
@@ -59,13 +59,13 @@ class Runner(FileRunner):
         for value in [value for value in graph.input if value.name not in used]:
             graph.input.remove(value)
         (given,) = graph.input
-        answer = graph.output[0]
-        renamed = {given.name: INPUT, answer.name: description["output"]}
+        output = graph.output[0]
+        renamed = {given.name: INPUT, output.name: description["output"]}
         for node in graph.node:
             node.input[:] = [renamed.get(name, name) for name in node.input]
             node.output[:] = [renamed.get(name, name) for name in node.output]
         batch = description["input"]["shape"][0]
-        for value in (given, answer):
+        for value in (given, output):
             value.name = renamed[value.name]
             size = value.type.tensor_type.shape.dim[0]
             size.Clear()

@@ -1,4 +1,4 @@
-"""What runs a model: pictures in, log-probabilities out, whichever library does the arithmetic.
+"""What runs a model: images in, log-probabilities out, whichever library does the arithmetic.
 
 `evaluate` and `predict` know a `Runner` and nothing of what is behind it: Keras, or the runtime of
 an exported file.
@@ -48,7 +48,7 @@ class Runner(abc.ABC):
 
     @abc.abstractmethod
     def outputs(self, images: np.ndarray) -> np.ndarray:
-        """What the model answers: logits, or probabilities.
+        """The outputs of the model: logits, or probabilities.
 
         Args:
             images: `(n, height, width, channels)`, the model's own input: uint8 pixels where it
@@ -62,7 +62,7 @@ class Runner(abc.ABC):
         tried = [
             f"{t.name} {t.seconds * 1000:.0f} ms" for t in self.trials if t.seconds is not None
         ]
-        return f"{self.name} (eight pictures: {', '.join(tried)})" if tried else self.name
+        return f"{self.name} (eight images: {', '.join(tried)})" if tried else self.name
 
     def log_probabilities(self, images: np.ndarray) -> np.ndarray:
         """Natural logarithms of the class probabilities, float64 `(n, classes)`.
@@ -95,7 +95,7 @@ class KerasRunner(Runner):
 
 
 def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:
-    """The model that gives the same answers, sooner: the one place that decides it."""
+    """The model that gives the same outputs, sooner: the one place that decides it."""
     if precision is None and keras.backend.backend() == "torch" and isinstance(model, DirectGraph):
         return model  # folds itself while it predicts
     if precision is None and graph_steps(model) is None:
@@ -164,7 +164,7 @@ class FileRunner(Runner):
             self.runtime if precision in (None, "float32") else f"{self.runtime}, {precision}"
         )
         try:
-            text, given, answer = self._open(path, precision or "float32", threads or cores())
+            text, given, output = self._open(path, precision or "float32", threads or cores())
         except NotFoundError:
             raise
         except Exception as error:  # each runtime raises kinds of its own
@@ -175,8 +175,8 @@ class FileRunner(Runner):
         self.model_name = about.get("name") or path.stem
         self.info = about.get("info") or {}
         self.gives_probabilities = about.get("output") == "probabilities"
-        self.input_shape, self.output_shape = given, answer
-        self.num_classes = answer[-1]
+        self.input_shape, self.output_shape = given, output
+        self.num_classes = output[-1]
         # A file that somebody else made does not say; few channels come first or last.
         layout = about.get("input", {}).get("layout")
         self._channels_first = layout == "NCHW" or (
@@ -242,7 +242,7 @@ class Trial:
 
     Attributes:
         name: The runner's.
-        seconds: Median of a batch of eight pictures; `None` where it could not be tried.
+        seconds: Median of a batch of eight images; `None` where it could not be tried.
         reason: Why it could not.
     """
 

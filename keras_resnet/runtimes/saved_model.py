@@ -22,17 +22,17 @@ class Runner(FileRunner):
         self._loaded = tf.saved_model.load(os.fspath(path))
         function = self._loaded.signatures["serving_default"]
         (given,) = function.structured_input_signature[1].values()
-        (answer,) = function.structured_outputs.values()
+        (output,) = function.structured_outputs.values()
         self._function, self._input = function, given.name
         about = path / "assets.extra" / METADATA_FILE
         text = about.read_text(encoding="utf-8") if about.is_file() else None
-        return text, tuple(given.shape), tuple(answer.shape)
+        return text, tuple(given.shape), tuple(output.shape)
 
     def _run(self, images):
         import tensorflow as tf
 
-        (answer,) = self._function(**{self._input: tf.constant(images)}).values()
-        return answer.numpy()
+        (output,) = self._function(**{self._input: tf.constant(images)}).values()
+        return output.numpy()
 
     @staticmethod
     def finish(path: Path, description: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def open_runner(
         engine: What runs it. `"keras"`: the backend, or an exported file's own runtime.
             `"onnxruntime"`, `"openvino"`, `"torch"` (without Keras): the model is exported to a
             temporary file for it. `"auto"`: each of these that is installed and can be had on this
-            backend is tried on eight pictures of noise, and the fastest taken.
+            backend is tried on eight images of noise, and the fastest taken.
         precision: `"float32"`, `"bfloat16"` or `"float16"`, where the engine has it; the model's
             own by default, and float32 in exported files.
 
@@ -160,7 +160,7 @@ def _through_file(model: keras.Model, engine: str, precision: str | None) -> Fil
     tolerance = 1e-3 if precision in (None, "float32") and _is_float32(model) else 0.1
     if not difference <= tolerance:
         raise InputError(
-            f"The engine {engine!r} does not give this model's answers: they differ by "
+            f"The engine {engine!r} does not give this model's outputs: they differ by "
             f"{difference:.2g} of the largest. Use engine='keras', and please report it."
         )
     return runner

@@ -28,7 +28,7 @@ def adjusted_decay(
 
     Args:
         decay: the recipe's `--model-ema-decay`.
-        batch_size: pictures in a batch of one device.
+        batch_size: images in a batch of one device.
         epochs: length of the run.
         steps: optimizer steps between two updates, `--model-ema-steps`.
         world_size: number of devices.

@@ -170,11 +170,11 @@ class Loggers:
         """
         found = dict(ids)
         for key in list(self._loggers):
-            answer = self._call(
+            begun = self._call(
                 key, lambda one, key=key: one.start(folder, name, config, ids.get(key))
             )
-            if answer:
-                found[key] = answer
+            if begun:
+                found[key] = begun
         return found
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:

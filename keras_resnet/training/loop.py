@@ -129,7 +129,7 @@ class Loop:
         progress = run.read_progress()
         if progress["files"] != self.data.fingerprint:
             raise InputError(
-                f"The pictures have changed since the run in {str(run.folder)!r} was started. Pass "
+                f"The images have changed since the run in {str(run.folder)!r} was started. Pass "
                 "--restart to start a new one beside it."
             )
         if progress["until"] != self.until:
@@ -192,7 +192,7 @@ class Loop:
         except (KerasResNetError, Interrupted):
             raise
         except Exception:
-            # Backends wrap what went wrong in reading a picture in errors of their own.
+            # Backends wrap what went wrong in reading an image in errors of their own.
             failure = self.data.train.failure or self.data.val.failure
             if isinstance(failure, KerasResNetError):
                 raise failure from None
@@ -279,7 +279,7 @@ class Loop:
         run.write_skipped(self.skipped())
 
     def skipped(self) -> list[tuple[str, str]]:
-        """Unreadable pictures of both parts, those met before a run was killed too."""
+        """Unreadable images of both parts, those met before a run was killed too."""
         return sorted({*self._skipped_before, *self.data.train.skipped, *self.data.val.skipped})
 
     # After each step.

@@ -115,12 +115,12 @@ def lr_find(
     """Trains for a few steps at rising learning rates, and says which rate is a good one.
 
     Smith 2017 (arXiv:1506.01186, section 3.3), with the rates rising exponentially: each step is
-    one batch of the recipe's training pictures at a rate that is a constant factor higher than the
+    one batch of the recipe's training images at a rate that is a constant factor higher than the
     last. It stops where the smoothed loss is four times its lowest, or no number.
 
     Args:
         directory: Class folders, or `train/` with class folders in it.
-        recipe: A row of `RECIPES`, or its name: model, optimizer, pictures, batch size.
+        recipe: A row of `RECIPES`, or its name: model, optimizer, images, batch size.
         model: A variant's name in place of the recipe's; or a model, with a class an output, whose
             weights are put back afterwards.
         start: First rate.
@@ -128,8 +128,8 @@ def lr_find(
         steps: Batches.
         beta: Of the moving average: 0 smooths nothing.
         seed: Of the order, the augmentation and the first weights.
-        workers: Threads that read pictures.
-        exclude: Pictures to leave out.
+        workers: Threads that read images.
+        exclude: Images to leave out.
         **options: Fields of `Recipe` to change.
 
     Returns:
@@ -137,7 +137,7 @@ def lr_find(
 
     Raises:
         InputError: An option that cannot work.
-        DataError: Pictures that cannot be used.
+        DataError: Images that cannot be used.
         NotFoundError: The directory does not exist.
     """
     if not 0 < start < stop or not math.isfinite(stop):

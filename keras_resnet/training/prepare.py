@@ -1,4 +1,4 @@
-"""What a recipe makes of a folder of pictures: datasets, model, learning rates, optimizer."""
+"""What a recipe makes of a folder of images: datasets, model, learning rates, optimizer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Data:
         test_folder: `test/`, where the folder has one.
         names: Class names in the order of the model's outputs.
         preprocess: Of `val`, and of every later prediction.
-        train_size: Side of the training pictures, pixels.
+        train_size: Side of the training images, pixels.
         soft_labels: Whether labels are vectors (mixup, cutmix, label smoothing).
         fingerprint: A hash of all paths, training and validation.
     """
@@ -86,18 +86,18 @@ def prepare_data(
         directory: Class folders, or `train/` and `val/` (and `test/`) with class folders in them.
         recipe: The recipe.
         seed: Of the split, the order and the augmentation.
-        workers: Threads that read pictures.
+        workers: Threads that read images.
         cache: `"ram"` or a folder.
-        exclude: Pictures to leave out.
-        strict: Stop at a picture that cannot be read.
-        exif: Turn pictures as their EXIF orientation says.
-        look: Open pictures: decode the validation part once, to drop what cannot be read, and
+        exclude: Images to leave out.
+        strict: Stop at an image that cannot be read.
+        exif: Turn images as their EXIF orientation says.
+        look: Open images: decode the validation part once, to drop what cannot be read, and
             measure mean and deviation where the recipe asks. `False` looks at names alone.
 
     Raises:
         NotFoundError: The directory does not exist.
-        DataError: No class folders, one class only, an empty class, no readable picture.
-        InputError: Pictures too small for the network, or classes that do not fit.
+        DataError: No class folders, one class only, an empty class, no readable image.
+        InputError: Images too small for the network, or classes that do not fit.
     """
     directory = os.path.expanduser(os.fspath(directory))
     size = recipe.image_size or get_spec(recipe.model).input_size
@@ -208,7 +208,7 @@ def evaluation_preprocess(recipe: Recipe, size: int, **options: Any) -> Preproce
 
 
 def recipe_augment(recipe: Recipe, size: int) -> augment.Augment | None:
-    """The random changes of a recipe's training pictures, or `None` for none.
+    """The random changes of a recipe's training images, or `None` for none.
 
     Examples:
         >>> from keras_resnet.recipes import get_recipe

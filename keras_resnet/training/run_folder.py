@@ -151,7 +151,7 @@ class Run:
         self.guard(write_text, self.path("history.csv"), text.getvalue())
 
     def write_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
-        """Writes `skipped.csv` where any picture could not be read."""
+        """Writes `skipped.csv` where any image could not be read."""
         if skipped:
             lines = [csv_line(["path", "reason"])]
             lines += [csv_line([plain_path(path), reason]) for path, reason in skipped]

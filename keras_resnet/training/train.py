@@ -1,4 +1,4 @@
-"""The main job: a folder of pictures in, a run folder with a good classifier out."""
+"""The main job: a folder of images in, a run folder with a good classifier out."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class TrainResult:
         folder: The run folder.
         model: The best model, as in `best.keras`; `None` before the first whole epoch.
         history: Columns of `history.csv`, one value an epoch.
-        evaluation: The best model on the validation pictures; `None` of an interrupted run.
+        evaluation: The best model on the validation images; `None` of an interrupted run.
         test: The same on `test/`, where the folder has one.
-        skipped: `(path, reason)` of pictures that could not be read.
+        skipped: `(path, reason)` of images that could not be read.
         interrupted: Ctrl-C (or SIGTERM) ended it; the same call goes on from there.
     """
 
@@ -67,7 +67,7 @@ class TrainResult:
             if result is not None:
                 lines += [f"{name} of the best model:", str(result), ""]
         if self.skipped:
-            lines.append(f"{len(self.skipped)} unreadable pictures were skipped: see skipped.csv")
+            lines.append(f"{len(self.skipped)} unreadable images were skipped: see skipped.csv")
         lines.append(f"Run folder: {printable(self.folder)}")
         return "\n".join(lines)
 
@@ -100,8 +100,8 @@ def train(
     """Fits a model on an image folder and writes a run folder.
 
     The run folder holds `best.keras` (highest validation accuracy), `last.keras`, `history.csv`,
-    `curves.png`, `batch.png` (pictures as they are fed), `class_indices.json`, `config.json`,
-    `train.log`, `skipped.csv` where pictures could not be read, and the best model's
+    `curves.png`, `batch.png` (images as they are fed), `class_indices.json`, `config.json`,
+    `train.log`, `skipped.csv` where images could not be read, and the best model's
     `evaluation.json`, `predictions.csv` and `confusion_matrix.png`; and `report.html`, which shows
     all of it, with `MODEL_CARD.md`. Models take pixel values and
     normalise them inside; class names and preprocessing travel in the file.
@@ -115,12 +115,12 @@ def train(
         output: Where the run folder is made.
         name: The run folder's name; model and directory by default. A folder of a finished or
             different run is kept, and a new one made beside it.
-        seed: Of the split, the initial weights, the order of the pictures and their augmentation.
-        workers: Threads that read pictures; by default one a core.
-        cache: `"ram"` or a folder: keep decoded pictures.
-        exclude: Pictures to leave out: paths, or a file as `scan` writes.
-        strict: Stop at a picture that cannot be read, instead of skipping it.
-        exif: Turn pictures as their EXIF orientation says.
+        seed: Of the split, the initial weights, the order of the images and their augmentation.
+        workers: Threads that read images; by default one a core.
+        cache: `"ram"` or a folder: keep decoded images.
+        exclude: Images to leave out: paths, or a file as `scan` writes.
+        strict: Stop at an image that cannot be read, instead of skipping it.
+        exif: Turn images as their EXIF orientation says.
         restart: Start a new run even where an unfinished one could go on.
         deterministic: Only deterministic kernels, where the backend has a choice.
         compile: Compile the training step (`jit_compile`); jax always does.
@@ -140,7 +140,7 @@ def train(
 
     Raises:
         NotFoundError: The directory, or a file of weights, does not exist.
-        DataError: No class folders, one class only, an empty class, no readable picture.
+        DataError: No class folders, one class only, an empty class, no readable image.
         InputError: An option that cannot work.
         MissingDependencyError: A package that `log` needs is not installed.
         TrainingError: The loss is no number any more; the last good model is kept.
@@ -261,7 +261,7 @@ def _plan(run: Run, recipe: Recipe, data: Data, seed: int) -> str:
     return "\n".join(
         [
             f"Backend: {backend_line()}",
-            f"Pictures: {data.train.num_samples:,} for training, {data.val.num_samples:,} for "
+            f"Images: {data.train.num_samples:,} for training, {data.val.num_samples:,} for "
             f"validation, {len(data.names)} classes ({', '.join(counts)})",
             f"Model: {recipe.model}, {data.train_size}x{data.train_size} pixels in training, "
             f"{height}x{width} in validation; recipe {recipe.name}, {recipe.epochs} epochs of "
@@ -298,7 +298,7 @@ def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
 
 
 def _write_start(run: Run, data: Data, samples: tuple) -> None:
-    """Writes what is known before the first step: the classes, and pictures as they are fed."""
+    """Writes what is known before the first step: the classes, and images as they are fed."""
     classes = {str(i): name for i, name in enumerate(data.names)}
     run.guard(write_json, run.path("class_indices.json"), classes)
     images, labels, _ = samples
@@ -313,7 +313,7 @@ def _finish(
     skipped: Sequence[tuple[str, str]],
     interrupted: bool,
 ) -> TrainResult:
-    """Evaluates the best model of a run that is through, and writes what it answers."""
+    """Evaluates the best model of a run that is through, and writes what it predicts."""
     best = run.path("best.keras")
     model = load_model(best) if best.is_file() else None
     if interrupted or model is None:

@@ -272,7 +272,7 @@ def test_a_model_without_a_head_or_preprocessing_is_said(pictures):
     with pytest.raises(InputError, match="no classification head"):
         predict(create_model("resnet20", include_top=False), pictures)
     bare = create_model("resnet20", num_classes=7)
-    with pytest.raises(InputError, match="does not say how its pictures are prepared"):
+    with pytest.raises(InputError, match="does not say how its images are prepared"):
         predict(bare, pictures)
 
 

@@ -197,7 +197,7 @@ def test_grouped_convolutions_and_features_without_a_head(tmp_path):
     x = keras.layers.Conv2D(12, 3, padding="same", groups=2)(x)
     features = keras.Model(inputs, x)
     report = export(features, target(tmp_path, FIRST), FIRST)
-    assert report.passed and "does not say how its pictures are prepared" in str(report)
+    assert report.passed and "does not say how its images are prepared" in str(report)
     with pytest.raises(InputError, match="no classification head"):
         open_runner(target(tmp_path, FIRST))
 
@@ -275,7 +275,7 @@ def test_int8_is_measured(name, labelled, model, pictures, tmp_path, capsys):
     difference = relative_difference(runner.outputs(images), KerasRunner(model).outputs(images))
     assert 1e-4 < difference < 1  # it is not the float32 file
     assert report.size < 0.7 * report.int8.size_before
-    assert "the same answer" in str(report)
+    assert "the same prediction" in str(report)
 
 
 @pytest.mark.once
@@ -318,7 +318,7 @@ def test_an_onnx_file_of_somebody_else_runs_with_a_preprocess(pictures, tmp_path
     )
     path = tmp_path / "theirs.onnx"
     torch.onnx.export(net, torch.zeros(1, 3, 16, 16), path, dynamo=False)
-    with pytest.raises(InputError, match="does not say how its pictures are prepared"):
+    with pytest.raises(InputError, match="does not say how its images are prepared"):
         predict(path, pictures)
     preprocess = Preprocess(16, 16)
     answers = predict(path, pictures, preprocess=preprocess)

@@ -257,7 +257,7 @@ def test_corrupt_pictures_are_skipped_counted_and_listed(with_corrupt, tmp_path,
     code, out, _ = run_cli(
         "train", with_corrupt, *FLAGS, "--epochs", 1, "--output", tmp_path / "runs", capsys=capsys
     )
-    assert code == 0 and "2 unreadable pictures were skipped" in out
+    assert code == 0 and "2 unreadable images were skipped" in out
     with open(tmp_path / "runs" / "resnet20-pictures" / "skipped.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == [
