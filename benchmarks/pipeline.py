@@ -40,13 +40,14 @@ BATCH, SIZE = 32, 224
 
 def ours(folder, workers, output):
     from keras_resnet.data import directory as data
-    from keras_resnet.data.augment import training_augment
+    from keras_resnet.data.augment import Augment
+    from keras_resnet.data.transforms import RandomHorizontalFlip, RandomResizedCrop
 
     return data.image_dataset_from_directory(
         folder,
         batch_size=BATCH,
         seed=0,
-        augment=training_augment(SIZE),
+        augment=Augment([RandomResizedCrop(SIZE), RandomHorizontalFlip()]),
         workers=workers,
         output=output,
     )

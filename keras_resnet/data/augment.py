@@ -21,8 +21,6 @@ from PIL import Image, ImageOps
 from keras_resnet.data.transforms import (
     AnyImage,
     RandomErasing,
-    RandomHorizontalFlip,
-    RandomResizedCrop,
     Transform,
     adjust_brightness,
     adjust_contrast,
@@ -311,42 +309,6 @@ class Augment:
         """Shows the steps as they are written."""
         steps = [*self.steps, *([self.erasing] if self.erasing else [])]
         return f"Augment([{', '.join(map(repr, steps))}])"
-
-
-def training_augment(
-    crop_size: int | tuple[int, int] = 224,
-    interpolation: str = "bilinear",
-    flip: float = 0.5,
-    policy: str | None = None,
-    magnitude: int = 9,
-    erasing: float = 0.0,
-) -> Augment:
-    """The training transforms of torchvision's references/classification/presets.py.
-
-    Args:
-        crop_size: of RandomResizedCrop.
-        interpolation: of the crop and of the policy's geometric operations.
-        flip: probability of a horizontal flip.
-        policy: None, `"ta_wide"` (TrivialAugmentWide) or `"ra"` (RandAugment).
-        magnitude: of RandAugment.
-        erasing: probability of RandomErasing.
-
-    Examples:
-        >>> [type(s).__name__ for s in training_augment(176, policy="ta_wide").steps]
-        ['RandomResizedCrop', 'RandomHorizontalFlip', 'TrivialAugmentWide']
-    """
-    steps: list[Transform] = [RandomResizedCrop(crop_size, interpolation=interpolation)]
-    if flip > 0:
-        steps.append(RandomHorizontalFlip(flip))
-    if policy == "ta_wide":
-        steps.append(TrivialAugmentWide(interpolation=interpolation))
-    elif policy == "ra":
-        steps.append(RandAugment(magnitude=magnitude, interpolation=interpolation))
-    elif policy is not None:
-        raise InputError(f"policy must be None, 'ta_wide' or 'ra'. Received: {policy!r}.")
-    if erasing > 0:
-        steps.append(RandomErasing(erasing))
-    return Augment(steps)
 
 
 # --- batches -------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from keras_resnet.data.augment import (
     TrivialAugmentWide,
     repeated_augmentation,
     smooth_labels,
-    training_augment,
 )
 from keras_resnet.data.transforms import (
     ColorJitter,
@@ -313,23 +312,11 @@ def test_wrong_chains_are_refused():
         lambda: RandomErasing(scale=(0.1, 2.0)),
         lambda: Mix(0.0, 0.0),
         lambda: Mix(-1.0),
-        lambda: training_augment(policy="imagenet"),
     ],
 )
 def test_arguments_that_cannot_work_raise_input_error(make):
     with pytest.raises(InputError):
         make()
-
-
-def test_training_augment_is_the_preset_of_torchvisions_references():
-    steps = training_augment(176, policy="ta_wide", erasing=0.1)
-    assert [type(s).__name__ for s in (*steps.steps, steps.erasing)] == [
-        "RandomResizedCrop",
-        "RandomHorizontalFlip",
-        "TrivialAugmentWide",
-        "RandomErasing",
-    ]
-    assert steps.steps[2].interpolation == "bilinear" and steps.erasing.p == 0.1
 
 
 # --- batches --------------------------------------------------------------------------------------

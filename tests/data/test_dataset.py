@@ -15,17 +15,26 @@ import pytest
 from PIL import Image
 
 from keras_resnet.data import dataset as data
-from keras_resnet.data.augment import Augment, training_augment
+from keras_resnet.data.augment import Augment, TrivialAugmentWide
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.directory import image_dataset_from_directory as from_directory
 from keras_resnet.data.folders import find_pictures
 from keras_resnet.data.labels import check_classes
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.statistics import dataset_statistics
-from keras_resnet.data.transforms import RandomCrop, RandomErasing, RandomResizedCrop
+from keras_resnet.data.transforms import (
+    RandomCrop,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+)
 from keras_resnet.errors import DataError, InputError, NotFoundError
 
 once = pytest.mark.once
+
+
+def training_augment(size, *more):
+    return Augment([RandomResizedCrop(size), RandomHorizontalFlip(), *more])
 
 
 def picture(seed, size=(24, 32), kind="PNG"):
@@ -63,7 +72,7 @@ def equal(one, other):
 
 
 def everything(folder, **more):
-    arguments = {"batch_size": 4, "seed": 5, "augment": training_augment(16, policy="ta_wide")}
+    arguments = {"batch_size": 4, "seed": 5, "augment": training_augment(16, TrivialAugmentWide())}
     return from_directory(folder, **{**arguments, **more})
 
 

@@ -116,6 +116,18 @@ def test_every_recipe_names_its_source_and_builds_its_parts(name, capsys):
 
 
 @pytest.mark.once
+def test_a_recipes_augmentation_is_the_preset_of_torchvisions_references():
+    augment = recipe_augment(get_recipe("resnet50_v2"), 176)
+    assert [type(step).__name__ for step in (*augment.steps, augment.erasing)] == [
+        "RandomResizedCrop",
+        "RandomHorizontalFlip",
+        "TrivialAugmentWide",
+        "RandomErasing",
+    ]
+    assert augment.steps[2].interpolation == "bilinear" and augment.erasing.p == 0.1
+
+
+@pytest.mark.once
 def test_every_field_of_a_recipe_is_an_option_of_the_command_line(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
