@@ -101,13 +101,15 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
         >>> one_of("pooling", 7, (None, "avg", "max"))
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: pooling must be one of None, 'avg', 'max'. Received: 7.
+        keras_resnet.errors.InputError: pooling must be None, 'avg' or 'max'. Received: 7.
     """
     allowed = list(allowed)
     # By identity but for text: 1 is no True, and an array equals nothing as a whole.
     if not (value in allowed if isinstance(value, str) else any(value is a for a in allowed)):
         near = did_you_mean(value, (a for a in allowed if isinstance(a, str)))
-        raise _refused(name, f"one of {', '.join(map(repr, allowed))}", value, near)
+        *others, last = map(repr, allowed)
+        rule = f"{', '.join(others)} or {last}" if others else last
+        raise _refused(name, rule, value, near)
 
 
 def whole(name: str, value: Any, least: int) -> int:
@@ -151,7 +153,7 @@ def between(
         >>> between("dropout", 1.0, 0, 1, ends="[)")
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: dropout must be in [0, 1). Received: 1.0.
+        keras_resnet.errors.InputError: dropout must be at least 0 and below 1. Received: 1.0.
         >>> between("learning_rate", 0.0, 0, ends="(]")
         Traceback (most recent call last):
         ...
@@ -165,9 +167,9 @@ def between(
     except (TypeError, ValueError):  # no number, or several
         fits = False
     if not fits:
-        rule = f"in {ends[0]}{low}, {high}{ends[1]}"
-        if high == math.inf:
-            rule = f"{'at least' if ends[0] == '[' else 'above'} {low}"
+        rule = f"{'at least' if ends[0] == '[' else 'above'} {low}"
+        if high != math.inf:
+            rule += f" and {'at most' if ends[1] == ']' else 'below'} {high}"
         raise _refused(name, rule, value)
     return float(value)
 

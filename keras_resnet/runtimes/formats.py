@@ -18,6 +18,7 @@ import keras
 
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import InputError, did_you_mean, require
+from keras_resnet.models.files import dataset_output
 from keras_resnet.system.device import image_shape, package_version
 
 # The name under which a file keeps what is known about its model.
@@ -172,10 +173,10 @@ def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any
     """
     first = keras.config.image_data_format() == "channels_first"
     info = getattr(model, "info", {})
-    inside = info.get("options", {}).get("include_preprocessing")
+    inside = dataset_output(model) == "uint8"
     steps = ["decode to RGB"]
     if info.get("preprocess"):
-        steps = _steps(Preprocess.from_config(info["preprocess"]), bool(inside))
+        steps = _steps(Preprocess.from_config(info["preprocess"]), inside)
     return {
         "name": model.name,
         "written_by": f"keras3-resnet {package_version()}, Keras {keras.__version__} on "

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 from keras_resnet.errors import InputError, reason_of
+from keras_resnet.models.files import dataset_output
 from keras_resnet.models.image_model import ImageModel
 from keras_resnet.runtimes.formats import FORMATS, INPUT, check_backend, describe, input_size
 
@@ -144,8 +145,7 @@ def remove(path: Path) -> None:
 def sample_input(model: keras.Model, count: int, seed: int = 0) -> np.ndarray:
     """Noise of the shape and the range that a model takes, `(count, height, width, channels)`."""
     shape = input_size(model)
-    info = getattr(model, "info", {})
     rng = np.random.default_rng(seed)
-    if info.get("options", {}).get("include_preprocessing"):
+    if dataset_output(model) == "uint8":
         return rng.integers(0, 256, (count, *shape), dtype=np.uint8)
     return rng.standard_normal((count, *shape), dtype=np.float32)

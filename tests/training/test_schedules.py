@@ -245,7 +245,7 @@ def test_a_rate_of_zero_stays_zero():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: schedules.StepSchedule(0.1, per="epochs"), "'epoch', 'step'.*Did you mean"),
+        (lambda: schedules.StepSchedule(0.1, per="epochs"), "'epoch' or 'step'.*Did you mean"),
         (
             lambda: schedules.StepSchedule(0.1, gamma=1.0),
             r"gamma must be in .*Received: 1\.0",
