@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 from typing import ClassVar, Literal
 
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.errors import InputError, did_you_mean, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,3 +301,21 @@ def conv_output_size(size: int, kernel_size: int, strides: int = 1, padding: int
         55
     """
     return (size - kernel_size + 2 * padding) // strides + 1
+
+
+def layer_names(prefix: str, layout: str) -> tuple[list[str], list[str], list[str]]:
+    """Names of a block's convolutions, norms and shortcut, as its reference implementation's."""
+    one_of("layout", layout, ("torchvision", "sequential"))
+    if layout == "torchvision":
+        names = (
+            [f"conv{i}" for i in (1, 2, 3)],
+            [f"bn{i}" for i in (1, 2, 3)],
+            ["downsample_0", "downsample_1"],
+        )
+    else:
+        names = (
+            [f"longway_{i}" for i in (0, 3, 6)],
+            [f"longway_{i}" for i in (1, 4, 7)],
+            ["shortway_0", "shortway_1"],
+        )
+    return tuple([f"{prefix}_{name}" for name in group] for group in names)

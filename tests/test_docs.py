@@ -24,10 +24,8 @@ from PIL import Image
 
 import keras_resnet as kr
 from keras_resnet.cli import main as cli
-from keras_resnet.training import lr_finder
-from keras_resnet.training import train as training
-from keras_resnet.weights import download
-from keras_resnet.weights import published as registry
+from keras_resnet.training import lr_finder, train as training
+from keras_resnet.weights import download, published as registry
 
 pytestmark = pytest.mark.once
 ROOT = pathlib.Path(__file__).resolve().parents[1]

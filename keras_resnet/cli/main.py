@@ -720,7 +720,7 @@ def _what_it_is(info, digest: str) -> str:
 
     try:
         _choose_backend()
-        from keras_resnet.weights.mapping import matching_variants
+        from keras_resnet.weights.matching import matching_variants
     except ImportError:  # reading files needs no backend
         return ""
     published = published_by_torchvision(digest)

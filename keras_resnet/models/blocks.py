@@ -13,6 +13,7 @@ from keras_resnet.errors import InputError, one_of
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.layers.pool import ZeroPaddedShortcut
+from keras_resnet.variants import layer_names
 
 # torchvision/models/resnet.py: kaiming_normal_(mode="fan_out", nonlinearity="relu"); He et al.
 # 2015b (arXiv:1502.01852) use the fan in; torch's own default for Conv2d and Linear is
@@ -253,24 +254,6 @@ def conv_block(
         x, side, kernel_size, filters, prefix, strides, stride_on, groups, use_bias,
         relu_before_add, layout, init,
     )  # fmt: skip
-
-
-def layer_names(prefix: str, layout: str) -> tuple[list[str], list[str], list[str]]:
-    """Names of a block's convolutions, norms and shortcut, as its reference implementation's."""
-    one_of("layout", layout, ("torchvision", "sequential"))
-    if layout == "torchvision":
-        names = (
-            [f"conv{i}" for i in (1, 2, 3)],
-            [f"bn{i}" for i in (1, 2, 3)],
-            ["downsample_0", "downsample_1"],
-        )
-    else:
-        names = (
-            [f"longway_{i}" for i in (0, 3, 6)],
-            [f"longway_{i}" for i in (1, 4, 7)],
-            ["shortway_0", "shortway_1"],
-        )
-    return tuple([f"{prefix}_{name}" for name in group] for group in names)
 
 
 def _residual(

@@ -20,7 +20,8 @@ from keras_resnet.system.files import replace_file
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.load import load_torchvision
-from keras_resnet.weights.mapping import matching_variants, save_torchvision
+from keras_resnet.weights.mapping import save_torchvision
+from keras_resnet.weights.matching import matching_variants
 from keras_resnet.weights.verify import VerifyReport, verify
 from keras_resnet.weights.writing import write_checkpoint
 

@@ -17,8 +17,7 @@ from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.data.sources import picture_paths
 from keras_resnet.errors import DataError, InputError, NotFoundError, VerificationError, whole
 from keras_resnet.models.files import dataset_output, load_model, model_preprocess
-from keras_resnet.runtimes import formats, writing
-from keras_resnet.runtimes import int8 as quantization
+from keras_resnet.runtimes import formats, int8 as quantization, writing
 from keras_resnet.runtimes.int8 import Int8Images, Int8Report, spread
 from keras_resnet.runtimes.runner import KerasRunner, Runner, relative_difference
 from keras_resnet.runtimes.select import open_file, runtime_of

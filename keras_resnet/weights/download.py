@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import http.client
 import os
 import pathlib
-import shutil
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import IO
 
+import filelock
 import platformdirs
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from keras_resnet.errors import CheckpointError
 from keras_resnet.weights.published import TorchvisionWeights
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
-
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
@@ -111,7 +112,7 @@ def weights_path(
         url = f"{base.rstrip('/')}/{entry.file_name}" if base else entry.url
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{entry.file_name}.lock"):
+        with filelock.FileLock(folder / f"{entry.file_name}.lock"):
             # Whoever held the lock before may have fetched it.
             if not (target.is_file() and file_sha256(target).startswith(entry.sha256_prefix)):
                 _download(entry, url, target, progress, timeout)
@@ -123,21 +124,6 @@ def weights_path(
     return target
 
 
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock that the system takes back when the process dies."""
-    with open(path, "a+b") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        else:
-            file.seek(0)
-            while True:  # LK_LOCK gives up after ten seconds
-                with contextlib.suppress(OSError):
-                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-                    break
-        yield  # closing the file gives the lock back
-
-
 class _NetworkError(Exception):
     """A connection that could not be made, or that ended too early."""
 
@@ -146,13 +132,23 @@ def _download(
     entry: TorchvisionWeights, url: str, target: pathlib.Path, progress: bool, timeout: float
 ) -> None:
     part = target.with_name(f"{target.name}.part")
-    bar = _Bar(entry.file_name, progress and sys.stderr.isatty())
     failures = 0
-    try:
+    columns = (
+        TextColumn("{task.description}"), DownloadColumn(binary_units=True), BarColumn(20),
+        TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        task = bar.add_task(entry.file_name, total=None)
+
+        def show(done: int, total: int | None) -> None:
+            bar.update(task, completed=done, total=total)
+
         while True:
             before = part.stat().st_size if part.exists() else 0
             try:
-                _fetch(url, part, bar, timeout)
+                _fetch(url, part, show, timeout)
                 break
             except _NetworkError as error:
                 after = part.stat().st_size if part.exists() else 0
@@ -165,8 +161,6 @@ def _download(
                         f"Cannot download {url}: {error}. Fetch it by hand and put it at {target}."
                     ) from error
                 time.sleep(min(0.1 * 2**failures, 2.0))
-    finally:
-        bar.close()
     found = file_sha256(part)
     if not found.startswith(entry.sha256_prefix):
         size = part.stat().st_size
@@ -181,7 +175,7 @@ def _download(
     os.replace(part, target)
 
 
-def _fetch(url: str, part: pathlib.Path, bar: _Bar, timeout: float) -> None:
+def _fetch(url: str, part: pathlib.Path, show: Callable, timeout: float) -> None:
     """Appends to the part file what is missing, or starts afresh where the server cannot."""
     have = part.stat().st_size if part.exists() else 0
     response = _open(url, part, have, timeout)
@@ -193,7 +187,7 @@ def _fetch(url: str, part: pathlib.Path, bar: _Bar, timeout: float) -> None:
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         with open(part, "ab" if resumed else "wb") as file:
-            _copy(response, file, bar, have, total)
+            _copy(response, file, show, have, total)
 
 
 def _open(url: str, part: pathlib.Path, have: int, timeout: float):
@@ -219,7 +213,7 @@ def _continues(response, have: int) -> bool:
     return response.status == 206 and span.startswith(f"bytes {have}-")
 
 
-def _copy(response, file: IO[bytes], bar: _Bar, done: int, total: int | None) -> None:
+def _copy(response, file: IO[bytes], show: Callable, done: int, total: int | None) -> None:
     while True:
         try:
             block = response.read1(_CHUNK)
@@ -229,39 +223,6 @@ def _copy(response, file: IO[bytes], bar: _Bar, done: int, total: int | None) ->
             break
         file.write(block)
         done += len(block)
-        bar.show(done, total)
+        show(done, total)
     if total is not None and done < total:
         raise _NetworkError(f"the connection ended at {done:,} of {total:,} bytes")
-
-
-class _Bar:
-    """A progress bar of one line."""
-
-    def __init__(self, name: str, visible: bool):
-        self.name, self.visible, self.drawn = name, visible, False
-        self.started, self.first, self.last = time.monotonic(), None, 0.0
-
-    def show(self, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if self.first is None:
-            self.first = done  # what a former call fetched says nothing about the speed
-        if not self.visible or (now - self.last < 0.1 and done != total):
-            return
-        self.last = now
-        rate = (done - self.first) / max(now - self.started, 1e-3)
-        text = f"{self.name}  {done / 2**20:.1f}"
-        if total:
-            filled = "#" * int(20 * done / total)
-            left = (total - done) / rate if rate else 0
-            text += f"/{total / 2**20:.1f} MiB  [{filled:<20}] {done / total:4.0%}  {left:.0f} s"
-        else:
-            text += " MiB"
-        width = shutil.get_terminal_size().columns - 1
-        text = f"{text}  {rate / 2**20:.1f} MiB/s"
-        sys.stderr.write(f"\r{text[:width]:<{width}}")
-        sys.stderr.flush()
-        self.drawn = True
-
-    def close(self) -> None:
-        if self.drawn:
-            sys.stderr.write("\n")

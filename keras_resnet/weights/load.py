@@ -16,21 +16,18 @@ from keras_resnet.system.files import printable
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import published as hub
 from keras_resnet.weights.mapping import (
-    _COUNTER,
-    _KINDS,
+    KINDS,
+    Entry,
     Head,
-    Shape,
-    _convs_of,
-    _Entry,
-    _fit,
-    _has_torchvisions_bottlenecks,
-    _info,
-    _modules,
-    _strides_of,
-    matching_variants,
+    convs_of,
+    has_torchvisions_bottlenecks,
+    info_of,
+    modules_of,
+    strides_of,
 )
-from keras_resnet.weights.sources import _few, _own_head, _read_source, _Source, _to_json
-from keras_resnet.weights.verify import VerifyReport, _verify
+from keras_resnet.weights.matching import COUNTER, Shape, fit, matching_variants
+from keras_resnet.weights.sources import Source, few, own_head_of, read_source, to_json_text
+from keras_resnet.weights.verify import VerifyReport, verify_source
 
 # --- The report ---------------------------------------------------------------------------------
 
@@ -86,7 +83,7 @@ class LoadReport:
         """The report as JSON text, written to `path` as well where one is given."""
         proof = self.verification and json.loads(self.verification.to_json())
         facts = {**dataclasses.asdict(self), "ok": self.ok, "verification": proof}
-        return _to_json(facts, path)
+        return to_json_text(facts, path)
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
@@ -187,10 +184,10 @@ def load_torchvision(
     """
     if head not in ("strict", "skip", "replace"):
         raise InputError(f"head must be 'strict', 'skip' or 'replace', not {head!r}.")
-    modules = _modules(model)
+    modules = modules_of(model)
     entries = {e.key: e for _, group in modules.values() for e in group}
-    found = _read_source(source, key, entries, _info(model).get("variant"))
-    own_head = _own_head(model)
+    found = read_source(source, key, entries, info_of(model).get("variant"))
+    own_head = own_head_of(model)
     if head == "replace" and own_head is None:
         raise InputError(f"{model.name} has no fully connected layer whose head to replace.")
     report = _plan(model.name, found, entries, own_head, head)
@@ -213,7 +210,7 @@ def load_torchvision(
     try:
         _assign(assignments, old)
         if verify:
-            proof = _verify(model, found, head=head == "strict")
+            proof = verify_source(model, found, head=head == "strict")
             report = dataclasses.replace(report, verification=proof)
             if not proof.passed:
                 error = InputError(
@@ -231,7 +228,7 @@ def load_torchvision(
     return report
 
 
-def _plan(name, found: _Source, entries: Mapping[str, _Entry], own_head, head) -> LoadReport:
+def _plan(name, found: Source, entries: Mapping[str, Entry], own_head, head) -> LoadReport:
     loaded, missing, unexpected, mismatched, skipped, cast = ({} for _ in range(6))
     shapes = found.shapes
     for key, entry in entries.items():
@@ -258,7 +255,7 @@ def _plan(name, found: _Source, entries: Mapping[str, _Entry], own_head, head) -
         module, _, suffix = key.rpartition(".")
         if head == "skip" and module in linear:
             skipped[key] = shapes[key]
-        elif suffix != _COUNTER:
+        elif suffix != COUNTER:
             unexpected[key] = shapes[key]
     return LoadReport(
         name, found.label, found.kind, found.sha256, found.key, found.prefix, head,
@@ -270,15 +267,15 @@ def _described(shape: Shape, other: Shape) -> Shape | str:
     """The shape, with its kind where that differs too."""
     if len(shape) == len(other):
         return shape
-    return f"{shape}, {_KINDS.get(len(shape), 'of another kind')}"
+    return f"{shape}, {KINDS.get(len(shape), 'of another kind')}"
 
 
-def _problem(report: LoadReport, found: _Source, own_head, entries, strict: bool) -> str | None:
+def _problem(report: LoadReport, found: Source, own_head, entries, strict: bool) -> str | None:
     """One line that says why the source does not fit, or None."""
     if not report.mismatched and (not strict or report.ok):
         if report.loaded:
             return None
-        return f"{found.label} and {report.model} have no entry in common: {_few(found.tensors)}."
+        return f"{found.label} and {report.model} have no entry in common: {few(found.tensors)}."
     head_alone = set(report.mismatched) <= {f"{own_head}.weight", f"{own_head}.bias"}
     if head_alone and not report.missing and not report.unexpected and own_head:
         theirs, own = found.shapes[f"{own_head}.weight"], entries[f"{own_head}.weight"].shape
@@ -290,7 +287,7 @@ def _problem(report: LoadReport, found: _Source, own_head, entries, strict: bool
     sides = []
     for name in ("missing", "unexpected"):
         if keys := getattr(report, name):
-            sides.append(f"{len(keys)} {name} ({_few(keys)})")
+            sides.append(f"{len(keys)} {name} ({few(keys)})")
     if report.mismatched:
         first = sorted(report.mismatched)[0]
         theirs, own = report.mismatched[first]
@@ -302,18 +299,18 @@ def _problem(report: LoadReport, found: _Source, own_head, entries, strict: bool
     if not report.mismatched and not report.missing and own_head is None:
         hint = ' head="skip" leaves out the head.'
     return (
-        f"{found.label} does not fit {report.model}: {_fit(found.shapes)}. "
+        f"{found.label} does not fit {report.model}: {fit(found.shapes)}. "
         f"Entries: {', '.join(sides)}.{hint}"
     )
 
 
-def _stride_problem(model: keras.Model, found: _Source) -> str | None:
-    own = _strides_of(_convs_of(model))
+def _stride_problem(model: keras.Model, found: Source) -> str | None:
+    own = strides_of(convs_of(model))
     if own is None or own == found.strides:
         return None
     if found.strides is not None:
         said = f"strides on the {found.strides} convolutions ({found.strides_from})"
-    elif own == "3x3" or not _has_torchvisions_bottlenecks(found.tensors):
+    elif own == "3x3" or not has_torchvisions_bottlenecks(found.tensors):
         return None
     else:
         said = "looks like torchvision's, whose bottlenecks stride on the 3x3 convolutions (v1.5)"
@@ -349,17 +346,17 @@ def _assign(assignments: list[tuple[Any, np.ndarray]], old: list[tuple[Any, np.n
         variable.assign(value)
 
 
-def _remember(model: keras.Model, report: LoadReport, found: _Source, modules) -> None:
+def _remember(model: keras.Model, report: LoadReport, found: Source, modules) -> None:
     """Writes the weights' origin into the model's info, where it has one."""
     if not isinstance(getattr(model, "info", None), dict):
         return
     counts = {
-        path: int(found.tensors[f"{path}.{_COUNTER}"])
+        path: int(found.tensors[f"{path}.{COUNTER}"])
         for path in modules
-        if f"{path}.{_COUNTER}" in report.loaded
+        if f"{path}.{COUNTER}" in report.loaded
     }
     same = len(set(counts.values())) == 1 and all(
-        f"{path}.{_COUNTER}" in report.loaded
+        f"{path}.{COUNTER}" in report.loaded
         for path, (layer, _) in modules.items()
         if isinstance(layer, keras.layers.BatchNormalization)
     )
@@ -376,10 +373,10 @@ def _remember(model: keras.Model, report: LoadReport, found: _Source, modules) -
         "unexpected": sorted(report.unexpected),
         "cast": {f"{a} -> {b}": n for (a, b), n in _counted(report.cast.values())},
         "published_as": row and f"{row.model} {row.tag}".strip(),
-        _COUNTER: (next(iter(counts.values())) if same else counts) if counts else None,
+        COUNTER: (next(iter(counts.values())) if same else counts) if counts else None,
     }
     if row is None:
         return
     model.info["preprocess"] = row.preprocess.get_config()
-    if report.head == "strict" and _own_head(model) is not None:
+    if report.head == "strict" and own_head_of(model) is not None:
         model.info["class_names"] = hub.imagenet_class_names()

@@ -18,11 +18,9 @@ import keras
 import numpy as np
 
 from keras_resnet.errors import InputError
-from keras_resnet.models.blocks import layer_names
-from keras_resnet.variants import SPECS, AlexNetSpec, ResNetSpec, conv_output_size
+from keras_resnet.weights.matching import COUNTER, Shape
 from keras_resnet.weights.writing import write_checkpoint
 
-Shape = tuple[int, ...]
 Head = Literal["strict", "skip", "replace"]
 
 # --- The rule -----------------------------------------------------------------------------------
@@ -51,15 +49,14 @@ _RULES: tuple[tuple[type, str, tuple[tuple[str, str, tuple[int, ...]], ...]], ..
         ),
     ),
 )
-_COUNTER = "num_batches_tracked"
-_KINDS = {0: "a number", 1: "a vector", 2: "a fully connected layer's", 4: "a convolution's"}
+KINDS = {0: "a number", 1: "a vector", 2: "a fully connected layer's", 4: "a convolution's"}
 
 # Modules that the reference implementations register behind the branch that they bypass.
 _SHORTCUTS = ("downsample", "shortway", "shortcut")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One entry of the state dict and the variable behind it (none: torch's batch counter)."""
 
     key: str
@@ -68,27 +65,30 @@ class _Entry:
     variable: Any = None
 
     def to_keras(self, array: np.ndarray) -> np.ndarray:
+        """A torch array with its axes as Keras has them, a view."""
         return array.transpose(np.argsort(self.axes))
 
     def to_torch(self) -> np.ndarray:
+        """The variable's value as torch has it, a copy."""
         array = keras.ops.convert_to_numpy(self.variable.value)
         return np.ascontiguousarray(array.transpose(self.axes))
 
 
-def _module_path(layer: keras.layers.Layer) -> str:
+def module_path(layer: keras.layers.Layer) -> str:
+    """The module's name in torch: the name is the mapping."""
     return layer.name.replace("_", ".")
 
 
-def _weighted_layers(model: keras.Model) -> Iterable[keras.layers.Layer]:
+def weighted_layers(model: keras.Model) -> Iterable[keras.layers.Layer]:
     """Layers with weights in the graph's order, those of models inside the model included."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            yield from _weighted_layers(layer)
+            yield from weighted_layers(layer)
         elif layer.weights:
             yield layer
 
 
-def _modules(model: keras.Model) -> dict[str, tuple[keras.layers.Layer, tuple[_Entry, ...]]]:
+def modules_of(model: keras.Model) -> dict[str, tuple[keras.layers.Layer, tuple[Entry, ...]]]:
     """Module path -> layer and entries, in the order of the reference implementation.
 
     Raises:
@@ -97,22 +97,22 @@ def _modules(model: keras.Model) -> dict[str, tuple[keras.layers.Layer, tuple[_E
     if not model.built:
         raise InputError(f"The model {model.name!r} has no weights yet: build it first.")
     modules = {}
-    for layer in _weighted_layers(model):
-        path = _module_path(layer)
+    for layer in weighted_layers(model):
+        path = module_path(layer)
         if path in modules and modules[path][0] is not layer:
             raise InputError(f"Two layers are called {layer.name!r}; give each its own name.")
         modules[path] = (layer, _entries(path, layer))
     return {path: modules[path] for path in _in_registration_order(modules)}
 
 
-def _entries(path: str, layer: keras.layers.Layer) -> tuple[_Entry, ...]:
+def _entries(path: str, layer: keras.layers.Layer) -> tuple[Entry, ...]:
     rule = next((names for kind, _, names in _RULES if isinstance(layer, kind)), None)
     entries = []
     for suffix, attribute, axes in rule or ():
         variable = getattr(layer, attribute, None)
         if variable is not None:
             shape = tuple(int(variable.shape[axis]) for axis in axes)
-            entries.append(_Entry(f"{path}.{suffix}", shape, axes, variable))
+            entries.append(Entry(f"{path}.{suffix}", shape, axes, variable))
     mapped = {id(entry.variable) for entry in entries}
     strange = [variable.name for variable in layer.weights if id(variable) not in mapped]
     if strange:
@@ -121,7 +121,7 @@ def _entries(path: str, layer: keras.layers.Layer) -> tuple[_Entry, ...]:
             f"torch: {', '.join(strange)}. Conv2D, Dense and BatchNormalization can be mapped."
         )
     if isinstance(layer, keras.layers.BatchNormalization):
-        entries.append(_Entry(f"{path}.{_COUNTER}", ()))
+        entries.append(Entry(f"{path}.{COUNTER}", ()))
     return tuple(entries)
 
 
@@ -158,7 +158,7 @@ def expected_keys(model: keras.Model) -> dict[str, Shape]:
         >>> expected_keys(model)
         {'stem.conv.weight': (4, 3, 3, 3), 'stem.conv.bias': (4,)}
     """
-    return {e.key: e.shape for _, entries in _modules(model).values() for e in entries}
+    return {e.key: e.shape for _, entries in modules_of(model).values() for e in entries}
 
 
 def to_torchvision(model: keras.Model) -> dict[str, np.ndarray]:
@@ -180,9 +180,9 @@ def to_torchvision(model: keras.Model) -> dict[str, np.ndarray]:
         >>> {key: array.shape for key, array in state.items()}
         {'fc.weight': (2, 8), 'fc.bias': (2,)}
     """
-    counted = _info(model).get("weights", {}).get(_COUNTER) or 0
+    counted = info_of(model).get("weights", {}).get(COUNTER) or 0
     state = {}
-    for path, (_, entries) in _modules(model).items():
+    for path, (_, entries) in modules_of(model).items():
         for entry in entries:
             if entry.variable is None:
                 count = counted.get(path, 0) if isinstance(counted, Mapping) else counted
@@ -218,11 +218,11 @@ def save_torchvision(model: keras.Model, path: str | os.PathLike) -> None:
     """
     state = to_torchvision(model)
     metadata = {"format": "pt", "writer": "keras3-resnet"}
-    if variant := _info(model).get("variant"):
+    if variant := info_of(model).get("variant"):
         metadata["variant"] = variant
-    if strides := _strides_of(_convs_of(model)):
+    if strides := strides_of(convs_of(model)):
         metadata["stride_on"] = strides
-    if strides == "1x1" and _has_torchvisions_bottlenecks(state):
+    if strides == "1x1" and has_torchvisions_bottlenecks(state):
         warnings.warn(
             f"{model.name} strides on the 1x1 convolutions (v1). torchvision's model of these "
             "shapes strides on the 3x3 ones: it will load the file without a word and answer "
@@ -232,7 +232,8 @@ def save_torchvision(model: keras.Model, path: str | os.PathLike) -> None:
     write_checkpoint(path, state, metadata=metadata)
 
 
-def _info(model: keras.Model) -> dict[str, Any]:
+def info_of(model: keras.Model) -> dict[str, Any]:
+    """A model's `info`; empty for one that is no `ImageModel`."""
     info = getattr(model, "info", None)
     return info if isinstance(info, dict) else {}
 
@@ -240,16 +241,16 @@ def _info(model: keras.Model) -> dict[str, Any]:
 # --- Where a bottleneck strides: the one thing that no shape tells -------------------------------
 
 
-def _convs_of(model: keras.Model) -> dict[str, tuple[Shape, Shape]]:
+def convs_of(model: keras.Model) -> dict[str, tuple[Shape, Shape]]:
     """Module path -> (kernel size, strides) of a Keras model's convolutions."""
     return {
         path: (tuple(layer.kernel_size), tuple(layer.strides))
-        for path, (layer, _) in _modules(model).items()
+        for path, (layer, _) in modules_of(model).items()
         if isinstance(layer, keras.layers.Conv2D)
     }
 
 
-def _convs_of_module(module) -> dict[str, tuple[Shape, Shape]]:
+def convs_of_module(module) -> dict[str, tuple[Shape, Shape]]:
     """The same of a torch module."""
     return {
         path: (tuple(child.kernel_size), tuple(child.stride))
@@ -258,7 +259,7 @@ def _convs_of_module(module) -> dict[str, tuple[Shape, Shape]]:
     }
 
 
-def _strides_of(convs: Mapping[str, tuple[Shape, Shape]]) -> str | None:
+def strides_of(convs: Mapping[str, tuple[Shape, Shape]]) -> str | None:
     """`"1x1"` or `"3x3"`, by the bottlenecks that stride; both joined, or `None` without any."""
     branches: dict[str, list[tuple[Shape, Shape]]] = {}
     for path, conv in convs.items():
@@ -273,126 +274,6 @@ def _strides_of(convs: Mapping[str, tuple[Shape, Shape]]) -> str | None:
     return "+".join(sorted(found)) or None
 
 
-def _has_torchvisions_bottlenecks(keys: Iterable[str]) -> bool:
+def has_torchvisions_bottlenecks(keys: Iterable[str]) -> bool:
+    """Whether the names are those of torchvision's ResNet-50 and larger."""
     return "layer1.0.conv3.weight" in keys
-
-
-# --- Which row of the table a state dict belongs to ----------------------------------------------
-
-
-def spec_shapes(
-    spec: ResNetSpec | AlexNetSpec, num_classes: int | None = None, channels: int = 3
-) -> dict[str, Shape]:
-    """The state dict of a row of the table: keys and shapes, in torch's order, without a model.
-
-    Args:
-        spec: The row.
-        num_classes: Width of the last layer; by default that of the variant's data set.
-        channels: Channels of the pictures.
-
-    Examples:
-        >>> shapes = spec_shapes(SPECS["resnet50"])
-        >>> len(shapes), shapes["layer1.0.conv3.weight"]
-        (320, (256, 64, 1, 1))
-    """
-    num_classes = num_classes or spec.num_classes
-    rows = _alexnet_shapes if isinstance(spec, AlexNetSpec) else _resnet_shapes
-    return {
-        f"{name.replace('_', '.')}.{suffix}": shape
-        for name, entries in rows(spec, num_classes, channels)
-        for suffix, shape in entries.items()
-    }
-
-
-def _weight_and_bias(*shape: int, bias: bool = True) -> dict[str, Shape]:
-    return {"weight": shape, "bias": shape[:1]} if bias else {"weight": shape}
-
-
-def _norm(n: int) -> dict[str, Shape]:
-    names = ("weight", "bias", "running_mean", "running_var")
-    return dict.fromkeys(names, (n,)) | {_COUNTER: ()}
-
-
-def _resnet_shapes(spec: ResNetSpec, num_classes: int, channels: int):
-    side, bias = (7 if spec.stem == "imagenet" else 3), spec.use_bias
-    conv, norm = ("conv1", "bn1") if spec.layout == "torchvision" else ("conv1_0", "conv1_1")
-    width = spec.widths[0]
-    yield conv, _weight_and_bias(width, channels, side, side, bias=bias)
-    yield norm, _norm(width)
-    for stage, depth in enumerate(spec.blocks):
-        filters = spec.filters(stage)
-        kernels, groups = ((1, 3, 1), spec.groups) if spec.bottleneck else ((3, 3), 1)
-        for block in range(depth):
-            prefix = f"{spec.stage_name}{stage + 1}_{block}"
-            projects = block == 0 and (spec.project_first or stage > 0 or width != filters[-1])
-            if projects and spec.layout == "sequential":
-                prefix += "_0"
-            convs, norms, shortcut = layer_names(prefix, spec.layout)
-            fed = width
-            for i, (out, kernel) in enumerate(zip(filters, kernels, strict=True)):
-                grouped = groups if i == 1 else 1
-                yield convs[i], _weight_and_bias(out, fed // grouped, kernel, kernel, bias=bias)
-                yield norms[i], _norm(out)
-                fed = out
-            if projects and spec.shortcut != "zero_padding":
-                bare = spec.shortcut == "bare_projection"
-                yield shortcut[0], _weight_and_bias(filters[-1], width, 1, 1, bias=bias or bare)
-                if not bare:
-                    yield shortcut[1], _norm(filters[-1])
-            width = filters[-1]
-    yield spec.head, _weight_and_bias(num_classes, width)
-
-
-def _alexnet_shapes(spec: AlexNetSpec, num_classes: int, channels: int):
-    side = spec.input_size
-    for row in spec.convs:
-        yield row.name, _weight_and_bias(row.filters, channels, row.kernel_size, row.kernel_size)
-        side = conv_output_size(side, row.kernel_size, row.strides, row.padding)
-        side = conv_output_size(side, *row.pool) if row.pool else side
-        channels = row.filters
-    side = 6 if spec.adaptive else side
-    widths = (channels * side**2, 4096, 4096, num_classes)
-    for name, fed, out in zip(spec.dense, widths, widths[1:], strict=False):
-        yield name, _weight_and_bias(out, fed)
-
-
-def matching_variants(shapes: Mapping[str, Shape]) -> list[tuple[str, int | None]]:
-    """The rows of the table that a state dict fits, by its keys and shapes.
-
-    The number of classes and of input channels is free, a head may be absent, and
-    `num_batches_tracked` does not count. Rows that differ in strides alone are all listed.
-
-    Args:
-        shapes: Key to shape as torch has it.
-
-    Returns:
-        `(variant, number of classes)`, the number `None` without a head, in the table's order.
-
-    Examples:
-        >>> matching_variants(spec_shapes(SPECS["resnet50"], num_classes=5))
-        [('resnet50', 5), ('resnet50_v1', 5)]
-    """
-    shapes = {k: tuple(v) for k, v in shapes.items() if not k.endswith(_COUNTER)}
-    found = []
-    for spec in SPECS.values():
-        head = f"{spec.head.replace('_', '.')}"
-        weight = shapes.get(f"{head}.weight")
-        stem = next(iter(spec_shapes(spec)))
-        if len(shapes.get(stem, ())) != 4 or (weight is not None and len(weight) != 2):
-            continue
-        rows = spec_shapes(spec, weight[0] if weight else None, shapes[stem][1])
-        rows = {k: v for k, v in rows.items() if not k.endswith(_COUNTER)}
-        if weight is None:
-            dense = [n.replace("_", ".") for n in getattr(spec, "dense", (spec.head,))]
-            rows = {k: v for k, v in rows.items() if k.rpartition(".")[0] not in dense}
-        if rows == shapes:
-            found.append((spec.name, weight[0] if weight else None))
-    return found
-
-
-def _fit(shapes: Mapping[str, Shape]) -> str:
-    found = matching_variants(shapes)
-    if not found:
-        return "it fits no model of kr.list_models()"
-    classes = f"{found[0][1]} classes" if found[0][1] else "without a head"
-    return f"it fits {' and '.join(name for name, _ in found)} ({classes})"

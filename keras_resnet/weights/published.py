@@ -32,11 +32,11 @@ class TorchvisionWeights:
         acc5: Published top-5 accuracy, per cent.
         resize_size: Short side before the crop, pixels.
         crop_size: Side of the centre crop, pixels.
-        interpolation: How pictures are resized.
+        interpolation: How images are resized.
         mean: Means that are subtracted, in 0..1.
         std: Standard deviations that are divided by, in 0..1.
         num_params: Parameters.
-        gflops: Multiply-adds of one picture at `crop_size`, in units of 1e9.
+        gflops: Multiply-adds of one image at `crop_size`, in units of 1e9.
         file_size_mb: Size, MiB.
         recipe: Name of the training recipe.
         num_classes: Classes, ImageNet's 1000.

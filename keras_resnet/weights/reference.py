@@ -1,4 +1,4 @@
-"""The forward pass of a torch state dict in plain NumPy: the independent witness of every import.
+"""The forward pass of a torch state dict in plain NumPy: an independent check of every import.
 
 Nothing here is shared with the layers, the blocks or the conversion: names and shapes are read
 from the state dict alone, arrays stay NCHW and OIHW as torch keeps them, and a convolution is
@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from keras_resnet.errors import InputError
+from keras_resnet.weights.numpy_ops import adaptive_average_pool, conv2d, max_pool, relu
+from keras_resnet.weights.reference_plan import NORM_ENTRIES, Block, Conv, Plan, check, shape_of
 
 _EPSILON = 1e-5  # torch.nn.BatchNorm2d's default, which every network here keeps
-_COLUMN_BYTES = 4 * 2**20  # of im2col at a time (or one row): what a core's cache holds
 _BLOCK_KEY = re.compile(r"(layer|stage)([1-9]\d{0,5})\.(\d{1,6})\.")
-_NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Architecture:
         width: Input channels of one group of the first stage's last 3x3 convolution: 64, 4 for
             `32x4d`, 128 for a wide ResNet-50-2, 16 for CIFAR; an AlexNet's first filters.
         num_classes: Rows of the last fully connected layer.
-        in_channels: Channels of the pictures.
+        in_channels: Channels of the images.
     """
 
     family: str
@@ -50,45 +49,6 @@ class Architecture:
     width: int
     num_classes: int
     in_channels: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Conv:
-    """One convolution, and what belongs to it: a bias, a batch norm, a max pooling behind it."""
-
-    name: str
-    kernel: int
-    stride: int = 1
-    padding: int = 0
-    groups: int = 1
-    bias: bool = False
-    norm: str | None = None
-    pool: tuple[int, int, int] | None = None  # window, stride, padding
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """One residual block; a shortcut is a convolution, `"zero_padding"` or `None` (identity)."""
-
-    branch: tuple[_Conv, ...]
-    shortcut: _Conv | Literal["zero_padding"] | None
-    relu_before_add: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A network to run: convolutions in a row, then stages of blocks, then linear layers."""
-
-    convs: tuple[_Conv, ...]
-    stages: dict[str, tuple[_Block, ...]]
-    linears: tuple[str, ...]
-
-    def every_conv(self) -> Iterator[_Conv]:
-        yield from self.convs
-        for block in (block for stage in self.stages.values() for block in stage):
-            yield from block.branch
-            if isinstance(block.shortcut, _Conv):
-                yield block.shortcut
 
 
 def architecture(state: Mapping[str, np.ndarray]) -> Architecture:
@@ -122,7 +82,7 @@ def forward(
     stride_on: Literal["1x1", "3x3"] | None = None,
     dtype: type | np.dtype = np.float32,
 ) -> dict[str, np.ndarray]:
-    """Runs the network of a state dict on pictures, in inference mode.
+    """Runs the network of a state dict on images, in inference mode.
 
     Args:
         state: Torch-layout entries by name, as `state_dict()` gives them. `num_batches_tracked`
@@ -140,7 +100,7 @@ def forward(
         average pooling to 6x6, torchvision's only), `"logits"`.
 
     Raises:
-        InputError: Keys are missing or unexpected, shapes do not fit each other, or the pictures
+        InputError: Keys are missing or unexpected, shapes do not fit each other, or the images
             have another rank, dtype or number of channels, or too few pixels.
 
     Examples:
@@ -159,13 +119,13 @@ def forward(
     """
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, np.float64):
-        raise InputError(f"dtype must be np.float32 or np.float64, received {dtype.name}.")
+        raise InputError(f"dtype must be np.float32 or np.float64. Received: {dtype.name}.")
     if stride_on not in ("1x1", "3x3", None):
-        raise InputError(f"stride_on must be '1x1' (v1) or '3x3' (v1.5), received {stride_on!r}.")
+        raise InputError(f"stride_on must be '1x1' (v1) or '3x3' (v1.5). Received: {stride_on!r}.")
     entries = _entries(state)
     found = _describe(entries)
     plan = _alexnet(found) if found.block is None else _resnet(found, entries, stride_on)
-    _check(plan, found, entries)
+    check(plan, found, entries)
     x = _check_images(images, found).astype(dtype, copy=False)
 
     def weight(name: str) -> np.ndarray:
@@ -173,9 +133,9 @@ def forward(
 
     outputs = {}
     for conv in plan.convs:
-        x = _relu(_conv_norm(x, conv, weight))
+        x = relu(_conv_norm(x, conv, weight))
         if conv.pool:
-            x = _max_pool(x, *conv.pool, where=conv.name)
+            x = max_pool(x, *conv.pool, where=f"{conv.name}'s pooling")
     outputs["stem" if plan.stages else "features"] = x
     for name, blocks in plan.stages.items():
         for block in blocks:
@@ -184,18 +144,18 @@ def forward(
     if plan.stages:
         x = outputs["pool"] = x.mean(axis=(2, 3))
     elif found.family == "alexnet":
-        x = outputs["pool"] = _adaptive_average_pool(x, 6)
+        x = outputs["pool"] = adaptive_average_pool(x, 6)
     x = x.reshape(len(x), -1)
     for i, name in enumerate(plan.linears):
         if x.shape[1] != entries[f"{name}.weight"].shape[1]:
             raise InputError(
                 f"{name!r} takes {entries[f'{name}.weight'].shape[1]} features and received "
-                f"{x.shape[1]}: {found.family} has one picture size (224, for CIFAR 32), received "
+                f"{x.shape[1]}: {found.family} has one image size (224, for CIFAR 32). Received: "
                 f"{images.shape[2]}x{images.shape[3]}."
             )
         x = x @ weight(f"{name}.weight").T + weight(f"{name}.bias")
         if i < len(plan.linears) - 1:
-            x = _relu(x)
+            x = relu(x)
     outputs["logits"] = x
     return outputs
 
@@ -212,23 +172,11 @@ def _entries(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return entries
 
 
-def _shape(entries: dict[str, np.ndarray], key: str, rank: int) -> tuple[int, ...]:
-    kind = {4: "convolution", 2: "linear layer", 1: "vector"}[rank]
-    if key not in entries:
-        raise InputError(
-            f"The state dict has no {kind} {key!r}; pass a network's whole state dict."
-        )
-    shape = entries[key].shape
-    if len(shape) != rank or 0 in shape:
-        raise InputError(f"{key!r} has shape {shape}; a {kind} has {rank} dimensions, none of 0.")
-    return shape
-
-
 def _describe(entries: dict[str, np.ndarray]) -> Architecture:
     if "features.0.weight" in entries:
         return _describe_alexnet(entries, "alexnet", "features.0", "classifier.6")
     if "conv2.0.weight" in entries or "fc1.1.weight" in entries:
-        kernel = _shape(entries, "conv1.0.weight", 4)[2]
+        kernel = shape_of(entries, "conv1.0.weight", 4)[2]
         family = "alexnet_cifar10" if kernel == 3 else "alexnet_paper"
         return _describe_alexnet(entries, family, "conv1.0", "fc3.0")
 
@@ -241,11 +189,11 @@ def _describe(entries: dict[str, np.ndarray]) -> Architecture:
         some = ", ".join(map(repr, sorted(entries)[:3])) or "nothing"
         raise InputError(
             "The names are no ResNet's ('layer1.0.conv1.weight') and no AlexNet's "
-            f"('features.0.weight'); received {some} ..."
+            f"('features.0.weight'). Received: {some} ..."
         )
     prefix = found[0][1]
     sequential = "conv1.0.weight" in entries
-    stem = _shape(entries, "conv1.0.weight" if sequential else "conv1.weight", 4)
+    stem = shape_of(entries, "conv1.0.weight" if sequential else "conv1.weight", 4)
     if sequential:
         family, bottleneck = "resnet_sequential", False
         first, second = "layer1.0.0.longway.0.weight", "layer1.0.0.longway.3.weight"
@@ -254,21 +202,21 @@ def _describe(entries: dict[str, np.ndarray]) -> Architecture:
         family = "resnet_cifar" if stem[2] == 3 and prefix == "layer" else family
         bottleneck = any(m.string[m.end() :] == "conv3.weight" for m in found)
         first, second = f"{prefix}1.0.conv1.weight", f"{prefix}1.0.conv2.weight"
-    inner, width = _shape(entries, first, 4)[0], _shape(entries, second, 4)[1]
+    inner, width = shape_of(entries, first, 4)[0], shape_of(entries, second, 4)[1]
     return Architecture(
         family=family,
         block="bottleneck" if bottleneck else "basic",
         blocks=tuple(depths.get(stage, 1) for stage in range(1, max(depths) + 1)),
         groups=max(inner // width, 1),
         width=width,
-        num_classes=_shape(entries, f"{_head(entries)}.weight", 2)[0],
+        num_classes=shape_of(entries, f"{_head(entries)}.weight", 2)[0],
         in_channels=stem[1],
     )
 
 
 def _describe_alexnet(entries, family: str, first: str, last: str) -> Architecture:
-    filters, channels, _, _ = _shape(entries, f"{first}.weight", 4)
-    classes = _shape(entries, f"{last}.weight", 2)[0]
+    filters, channels, _, _ = shape_of(entries, f"{first}.weight", 4)
+    classes = shape_of(entries, f"{last}.weight", 2)[0]
     return Architecture(family, None, (), 1, filters, classes, channels)
 
 
@@ -279,7 +227,7 @@ def _head(entries: dict[str, np.ndarray]) -> str:
 # --- The plan: which convolutions, in which order, with which strides ----------------------------
 
 
-def _alexnet(found: Architecture) -> _Plan:
+def _alexnet(found: Architecture) -> Plan:
     if found.family == "alexnet":
         names = ("features.0", "features.3", "features.6", "features.8", "features.10")
         linears = ("classifier.1", "classifier.4", "classifier.6")
@@ -293,19 +241,19 @@ def _alexnet(found: Architecture) -> _Plan:
     rows = (first, second, (3, 1, 1), (3, 1, 1), (3, 1, 1))  # kernel, stride, padding
     pools = (pool, pool, None, None, pool)
     convs = (
-        _Conv(name, *row, bias=True, pool=pooling)
+        Conv(name, *row, bias=True, pool=pooling)
         for name, row, pooling in zip(names, rows, pools, strict=True)
     )
-    return _Plan(tuple(convs), {}, linears)
+    return Plan(tuple(convs), {}, linears)
 
 
-def _resnet(found: Architecture, entries: dict[str, np.ndarray], stride_on: str | None) -> _Plan:
+def _resnet(found: Architecture, entries: dict[str, np.ndarray], stride_on: str | None) -> Plan:
     sequential = found.family == "resnet_sequential"
     conv, norm = ("conv1.0", "conv1.1") if sequential else ("conv1", "bn1")
     if entries[f"{conv}.weight"].shape[2] == 3:
-        stem = _Conv(conv, 3, 1, 1, bias=sequential, norm=norm)
+        stem = Conv(conv, 3, 1, 1, bias=sequential, norm=norm)
     else:
-        stem = _Conv(conv, 7, 2, 3, bias=sequential, norm=norm, pool=(3, 2, 1))
+        stem = Conv(conv, 7, 2, 3, bias=sequential, norm=norm, pool=(3, 2, 1))
 
     prefix = "stage" if found.family == "resnet_stage" else "layer"
     on_first = (stride_on or ("1x1" if prefix == "stage" else "3x3")) == "1x1"
@@ -318,10 +266,10 @@ def _resnet(found: Architecture, entries: dict[str, np.ndarray], stride_on: str 
             else _block(f"{name}.{j}", stride if j == 0 else 1, found, entries, on_first)
             for j in range(depth)
         )
-    return _Plan((stem,), stages, (_head(entries),))
+    return Plan((stem,), stages, (_head(entries),))
 
 
-def _block(name, stride: int, found: Architecture, entries, stride_on_first: bool) -> _Block:
+def _block(name, stride: int, found: Architecture, entries, stride_on_first: bool) -> Block:
     """A block as torchvision names it: `conv1`, `bn1`, ..., `downsample.0`, `downsample.1`."""
     if found.block == "bottleneck":
         strides = (stride, 1, 1) if stride_on_first else (1, stride, 1)
@@ -329,12 +277,12 @@ def _block(name, stride: int, found: Architecture, entries, stride_on_first: boo
     else:
         rows = ((3, stride, 1), (3, 1, found.groups))
     branch = tuple(
-        _Conv(f"{name}.conv{k}", kernel, s, kernel // 2, groups, norm=f"{name}.bn{k}")
+        Conv(f"{name}.conv{k}", kernel, s, kernel // 2, groups, norm=f"{name}.bn{k}")
         for k, (kernel, s, groups) in enumerate(rows, start=1)
     )
-    shortcut: _Conv | str | None = None
+    shortcut: Conv | str | None = None
     # The channels change where the last convolution writes others than the first one reads; a
-    # convolution that is missing or of a wrong rank is reported by _check.
+    # convolution that is missing or of a wrong rank is reported by check.
     first, last = (entries.get(f"{conv.name}.weight") for conv in (branch[0], branch[-1]))
     whole = first is not None and last is not None and first.ndim == last.ndim == 4
     if stride > 1 or (whole and first.shape[1] != last.shape[0]):
@@ -342,114 +290,34 @@ def _block(name, stride: int, found: Architecture, entries, stride_on_first: boo
         if found.family == "resnet_cifar" and not projected:
             shortcut = "zero_padding"
         else:
-            shortcut = _Conv(f"{name}.downsample.0", 1, stride, norm=f"{name}.downsample.1")
-    return _Block(branch, shortcut, relu_before_add=found.family == "resnet_stage")
+            shortcut = Conv(f"{name}.downsample.0", 1, stride, norm=f"{name}.downsample.1")
+    return Block(branch, shortcut, relu_before_add=found.family == "resnet_stage")
 
 
-def _sequential_block(stage: str, index: int, stride: int) -> _Block:
+def _sequential_block(stage: str, index: int, stride: int) -> Block:
     """A block whose modules stand in `longway` and `shortway`; a stage's first is wrapped once."""
     first = index == 0
     name = f"{stage}.0.0" if first else f"{stage}.{index}"
     branch = (
-        _Conv(
+        Conv(
             f"{name}.longway.0", 3, stride if first else 1, 1, bias=True, norm=f"{name}.longway.1"
         ),
-        _Conv(f"{name}.longway.3", 3, 1, 1, bias=True, norm=f"{name}.longway.4"),
+        Conv(f"{name}.longway.3", 3, 1, 1, bias=True, norm=f"{name}.longway.4"),
     )
-    shortcut = _Conv(f"{name}.shortway.0", 1, stride, bias=True) if first else None
-    return _Block(branch, shortcut, relu_before_add=True)
-
-
-# --- Checking the state dict and the pictures ----------------------------------------------------
-
-
-def _check(plan: _Plan, found: Architecture, entries: dict[str, np.ndarray]) -> None:
-    """Raises InputError unless the entries are the plan's, all of them, in shapes that fit."""
-    kinds: dict[str, str] = {}
-    for conv in plan.every_conv():
-        kinds[f"{conv.name}.weight"] = "convolution"
-        if conv.bias:
-            kinds[f"{conv.name}.bias"] = "bias"
-        if conv.norm:
-            kinds |= {f"{conv.norm}.{entry}": "batch norm" for entry in _NORM_ENTRIES}
-    for name in plan.linears:
-        kinds |= {f"{name}.weight": "linear layer", f"{name}.bias": "bias"}
-    counters = {f"{conv.norm}.num_batches_tracked" for conv in plan.every_conv() if conv.norm}
-    missing = [key for key in kinds if key not in entries]
-    unexpected = sorted(entries.keys() - kinds.keys() - counters)
-    if missing or unexpected:
-        parts = [f"no {kinds[missing[0]]} {missing[0]!r}{_more(missing)}"] if missing else []
-        parts += [f"unexpected {unexpected[0]!r}{_more(unexpected)}"] if unexpected else []
-        blocks = f" with {list(found.blocks)} blocks" if found.blocks else ""
-        raise InputError(
-            f"The state dict looks like {found.family}{blocks}, but there is "
-            f"{'; and '.join(parts)}. Pass the whole state dict of one network."
-        )
-    for key in kinds:
-        dtype = entries[key].dtype
-        # NumPy has no bfloat16; ml_dtypes' has the name and converts, but its kind is not "f".
-        if dtype.kind != "f" and dtype.name != "bfloat16":
-            raise InputError(f"{key!r} holds {dtype.name}; weights must be floating point.")
-
-    channels = found.in_channels
-    for conv in plan.convs:
-        channels = _check_conv(conv, channels, entries)
-    for block in (block for stage in plan.stages.values() for block in stage):
-        out = channels
-        for conv in block.branch:
-            out = _check_conv(conv, out, entries)
-        if isinstance(block.shortcut, _Conv):
-            channels = _check_conv(block.shortcut, channels, entries)
-        elif block.shortcut == "zero_padding" and out >= channels and (out - channels) % 2 == 0:
-            channels = out
-        if channels != out:
-            last = f"{block.branch[-1].name}.weight"
-            raise InputError(f"{last!r} gives {out} channels, its block's shortcut {channels}.")
-    features = channels if plan.stages else None  # AlexNet's depend on the pooled size
-    for name in plan.linears:
-        rows, columns = _shape(entries, f"{name}.weight", 2)
-        if features not in (columns, None) or (features is None and columns % channels):
-            raise InputError(
-                f"'{name}.weight' has shape {(rows, columns)}; "
-                f"the layer before it gives {features or f'a multiple of {channels}'} features."
-            )
-        if _shape(entries, f"{name}.bias", 1) != (rows,):
-            raise InputError(f"'{name}.bias' has {len(entries[f'{name}.bias'])}, not {rows}.")
-        features = rows
-
-
-def _check_conv(conv: _Conv, channels: int, entries: dict[str, np.ndarray]) -> int:
-    """The convolution's output channels, its shapes having been compared with what it reads."""
-    shape = _shape(entries, f"{conv.name}.weight", 4)
-    fits = shape[1] * conv.groups == channels and shape[0] % conv.groups == 0
-    if not fits or shape[2:] != (conv.kernel, conv.kernel):
-        groups = f" in {conv.groups} groups" if conv.groups > 1 else ""
-        raise InputError(
-            f"'{conv.name}.weight' has shape {shape}; expected a {conv.kernel}x{conv.kernel} "
-            f"convolution of {channels} channels{groups} (out, in / groups, height, width)."
-        )
-    vectors = [f"{conv.name}.bias"] if conv.bias else []
-    vectors += [f"{conv.norm}.{entry}" for entry in _NORM_ENTRIES] if conv.norm else []
-    for key in vectors:
-        if _shape(entries, key, 1) != (shape[0],):
-            raise InputError(f"{key!r} has {len(entries[key])} values for {shape[0]} channels.")
-    return shape[0]
-
-
-def _more(keys: list[str]) -> str:
-    return f" (and {len(keys) - 1} more: {', '.join(keys[1:4])} ...)" if len(keys) > 1 else ""
+    shortcut = Conv(f"{name}.shortway.0", 1, stride, bias=True) if first else None
+    return Block(branch, shortcut, relu_before_add=True)
 
 
 def _check_images(images: np.ndarray, found: Architecture) -> np.ndarray:
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[1] != found.in_channels or len(images) == 0:
         raise InputError(
-            f"images must have shape (n, {found.in_channels}, height, width), n at least 1; "
-            f"received {images.shape}."
+            f"images must have shape (n, {found.in_channels}, height, width), n at least 1. "
+            f"Received: {images.shape}."
         )
     if images.dtype.kind != "f":
         raise InputError(
-            f"images must be floating point and normalised, received {images.dtype.name}."
+            f"images must be floating point and normalised. Received: {images.dtype.name}."
         )
     return images
 
@@ -457,98 +325,30 @@ def _check_images(images: np.ndarray, found: Architecture) -> np.ndarray:
 # --- Arithmetic ----------------------------------------------------------------------------------
 
 
-def _residual(x: np.ndarray, block: _Block, weight) -> np.ndarray:
+def _residual(x: np.ndarray, block: Block, weight) -> np.ndarray:
     y = x
     for i, conv in enumerate(block.branch):
         y = _conv_norm(y, conv, weight)
         if i < len(block.branch) - 1 or block.relu_before_add:
-            y = _relu(y)
-    if isinstance(block.shortcut, _Conv):
+            y = relu(y)
+    if isinstance(block.shortcut, Conv):
         x = _conv_norm(x, block.shortcut, weight)
     elif block.shortcut == "zero_padding":
         # Every second pixel, and zero channels on both sides of the old ones (option A).
         side = (y.shape[1] - x.shape[1]) // 2
         x = np.pad(x[:, :, ::2, ::2], ((0, 0), (side, side), (0, 0), (0, 0)))
     y += x
-    return _relu(y)
+    return relu(y)
 
 
-def _relu(x: np.ndarray) -> np.ndarray:
-    """In place: x must be an array that nobody else holds, such as a convolution's result."""
-    return np.maximum(x, 0, out=x)
-
-
-def _conv_norm(x: np.ndarray, conv: _Conv, weight) -> np.ndarray:
-    y = _conv2d(x, weight(f"{conv.name}.weight"), conv)
+def _conv_norm(x: np.ndarray, conv: Conv, weight) -> np.ndarray:
+    kernel = weight(f"{conv.name}.weight")
+    y = conv2d(x, kernel, conv.stride, conv.padding, conv.groups, conv.name)
     if conv.bias:
         y += weight(f"{conv.name}.bias")[:, None, None]
     if conv.norm:
-        gamma, beta, mean, variance = (weight(f"{conv.norm}.{e}") for e in _NORM_ENTRIES)
+        gamma, beta, mean, variance = (weight(f"{conv.norm}.{e}") for e in NORM_ENTRIES)
         scale = gamma / np.sqrt(variance + np.asarray(_EPSILON, variance.dtype))
         y *= scale[:, None, None]
         y += (beta - mean * scale)[:, None, None]
     return y
-
-
-def _conv2d(x: np.ndarray, kernel: np.ndarray, conv: _Conv) -> np.ndarray:
-    """Cross-correlation, as torch computes it: NCHW by OIHW, zeros around, grouped or not."""
-    n, channels = x.shape[:2]
-    k, stride, groups = conv.kernel, conv.stride, conv.groups
-    height, width = (_output_size(s, k, stride, conv.padding, conv.name) for s in x.shape[2:])
-    matrix = kernel.reshape(groups, len(kernel) // groups, -1)
-    if k == 1:  # a pixel is its own column
-        columns = x[:, :, ::stride, ::stride].reshape(n, groups, channels // groups, -1)
-        return np.matmul(matrix, columns).reshape(n, len(kernel), height, width)
-
-    # im2col: windows[c, :, :, n, i, j] views the k x k pixels under output pixel (i, j), and
-    # one matrix product a group takes some pictures, or some rows of one, at a time.
-    windows = sliding_window_view(_pad(x, conv.padding, 0.0), (k, k), axis=(2, 3))
-    windows = windows[:, :, ::stride, ::stride].transpose(1, 4, 5, 0, 2, 3)
-    rows = max(1, _COLUMN_BYTES // (channels * k * k * width * x.itemsize))
-    pictures = max(1, rows // height)
-    y = np.empty((n, len(kernel), height, width), x.dtype)
-    for i in range(0, n, pictures):
-        for top in range(0, height, rows):
-            part = windows[..., i : i + pictures, top : top + rows, :]
-            columns = part.reshape(groups, matrix.shape[2], -1)
-            product = np.matmul(matrix, columns).reshape(len(kernel), *part.shape[3:])
-            y[i : i + pictures, :, top : top + rows] = product.swapaxes(0, 1)
-    return y
-
-
-def _max_pool(x: np.ndarray, window: int, stride: int, padding: int, where: str) -> np.ndarray:
-    height, width = (
-        _output_size(s, window, stride, padding, f"{where}'s pooling") for s in x.shape[2:]
-    )
-    x = _pad(x, padding, -np.inf)
-    y = np.full((*x.shape[:2], height, width), -np.inf, x.dtype)
-    for i in range(window):
-        for j in range(window):
-            shifted = x[:, :, i : i + stride * height : stride, j : j + stride * width : stride]
-            np.maximum(y, shifted[:, :, :height, :width], out=y)
-    return y
-
-
-def _adaptive_average_pool(x: np.ndarray, size: int) -> np.ndarray:
-    """Means over torch's bins: from floor(i * in / out) to ceil((i + 1) * in / out)."""
-
-    def bins(length: int) -> list[slice]:
-        return [slice(i * length // size, -(-(i + 1) * length // size)) for i in range(size)]
-
-    rows = [[x[:, :, r, c].mean(axis=(2, 3)) for c in bins(x.shape[3])] for r in bins(x.shape[2])]
-    return np.moveaxis(np.asarray(rows), (0, 1), (2, 3))
-
-
-def _pad(x: np.ndarray, padding: int, value: float) -> np.ndarray:
-    sides = ((0, 0), (0, 0), (padding, padding), (padding, padding))
-    return np.pad(x, sides, constant_values=value) if padding else x
-
-
-def _output_size(size: int, window: int, stride: int, padding: int, where: str) -> int:
-    output = (size + 2 * padding - window) // stride + 1
-    if output < 1:
-        raise InputError(
-            f"The pictures are too small: at {where} {size} pixels are left on a side and the "
-            f"window takes {window - 2 * padding}. Feed larger ones."
-        )
-    return output

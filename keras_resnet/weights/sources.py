@@ -16,19 +16,14 @@ from keras_resnet.errors import InputError
 from keras_resnet.system.files import printable, write_text
 from keras_resnet.weights import download, published
 from keras_resnet.weights.checkpoint import PREFIXES, WRAPPERS, inspect_checkpoint, read_checkpoint
-from keras_resnet.weights.mapping import (
-    Shape,
-    _convs_of_module,
-    _module_path,
-    _strides_of,
-    _weighted_layers,
-)
+from keras_resnet.weights.mapping import convs_of_module, module_path, strides_of, weighted_layers
+from keras_resnet.weights.matching import Shape
 
 # --- Reading a source ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class _Source:
+class Source:
     """A state dict as arrays, and what is known about where it comes from."""
 
     label: str
@@ -44,11 +39,24 @@ class _Source:
 
     @property
     def shapes(self) -> dict[str, Shape]:
+        """Key to shape as torch has it."""
         return {key: tuple(array.shape) for key, array in self.tensors.items()}
 
 
-def _read_source(source, key: str | None, expected: Iterable[str], variant: str | None) -> _Source:
-    if isinstance(source, _Source):
+def read_source(source, key: str | None, expected: Iterable[str], variant: str | None) -> Source:
+    """Reads whatever a user hands over as weights.
+
+    Args:
+        source: A tag of published weights, a path, a state dict, a torch module or a `Source`.
+        key: Which entry of a nested checkpoint.
+        expected: The model's own keys, by which a common prefix is found.
+        variant: The model's, for a tag.
+
+    Raises:
+        InputError: It is none of these, or holds no tensors.
+        CheckpointError: The file cannot be read, or is refused.
+    """
+    if isinstance(source, Source):
         return source
     if isinstance(source, str) and published.is_tag(source) and not os.path.exists(source):
         if variant is None:
@@ -76,7 +84,7 @@ def _read_source(source, key: str | None, expected: Iterable[str], variant: str 
     return found
 
 
-def _from_file(path: Path, key: str | None) -> _Source:
+def _from_file(path: Path, key: str | None) -> Source:
     about = inspect_checkpoint(path, key)
     tensors = read_checkpoint(path, key)
     sha256 = download.file_sha256(path)
@@ -84,7 +92,7 @@ def _from_file(path: Path, key: str | None) -> _Source:
     strides, known_from = about.metadata.get("stride_on"), "the file's metadata"
     if row is not None:
         strides, known_from = "3x3", "torchvision published the file"
-    return _Source(
+    return Source(
         label=printable(path.name),
         tensors=tensors,
         kind=about.format,
@@ -98,11 +106,11 @@ def _from_file(path: Path, key: str | None) -> _Source:
     )
 
 
-def _from_mapping(source: Mapping[str, Any], key: str | None) -> _Source:
+def _from_mapping(source: Mapping[str, Any], key: str | None) -> Source:
     path = []
     for part in key.split(".") if key else ():
         if not isinstance(source, Mapping) or part not in source:
-            raise InputError(f"The dict has no entry {key!r}; it holds {_few(map(str, source))}.")
+            raise InputError(f"The dict has no entry {key!r}; it holds {few(map(str, source))}.")
         source = source[part]
         path.append(part)
     while not key and not any(_is_tensor(value) for value in source.values()):
@@ -116,14 +124,14 @@ def _from_mapping(source: Mapping[str, Any], key: str | None) -> _Source:
     values = {str(k): v for k, v in source.items() if _is_tensor(v) and k != "n_averaged"}
     tensors = {k: _as_array(k, v) for k, v in values.items()}
     dtypes = {k: str(v.dtype).removeprefix("torch.") for k, v in values.items()}
-    return _Source("a state dict", tensors, "dict", dtypes, key=".".join(path))
+    return Source("a state dict", tensors, "dict", dtypes, key=".".join(path))
 
 
-def _from_module(module) -> _Source:
+def _from_module(module) -> Source:
     found = _from_mapping(module.state_dict(), None)
     found.label, found.kind = f"the module {type(module).__name__}", "module"
-    convs = _convs_of_module(module) if hasattr(module, "named_modules") else {}
-    found.strides, found.strides_from = _strides_of(convs), "the module's convolutions"
+    convs = convs_of_module(module) if hasattr(module, "named_modules") else {}
+    found.strides, found.strides_from = strides_of(convs), "the module's convolutions"
     return found
 
 
@@ -145,7 +153,7 @@ def _as_array(key: str, value) -> np.ndarray:
         raise InputError(f"{key!r} cannot be read as a plain array: {reason}") from error
 
 
-def _strip_common_prefix(source: _Source, expected: Iterable[str]) -> None:
+def _strip_common_prefix(source: Source, expected: Iterable[str]) -> None:
     """Takes away what all names begin with and the model's do not: `module.`, `model.`, ..."""
     expected = {key.partition(".")[0] for key in expected}
     while True:
@@ -163,20 +171,22 @@ def _strip_common_prefix(source: _Source, expected: Iterable[str]) -> None:
         source.dtypes = {key[cut:]: dtype for key, dtype in source.dtypes.items()}
 
 
-def _to_json(value: dict[str, Any], path) -> str:
+def to_json_text(value: dict[str, Any], path) -> str:
+    """JSON text of a report, written to a path as well if there is one."""
     text = json.dumps(value, indent=2)
     if path is not None:
         write_text(path, text + "\n")
     return text
 
 
-def _few(names: Iterable[str], limit: int = 3) -> str:
+def few(names: Iterable[str], limit: int = 3) -> str:
+    """The first names, sorted, and how many more there are."""
     names = [printable(name) for name in sorted(names)]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
-def _own_head(model: keras.Model) -> str | None:
+def own_head_of(model: keras.Model) -> str | None:
     """Module path of the last fully connected layer in the graph."""
-    dense = [x for x in _weighted_layers(model) if isinstance(x, keras.layers.Dense)]
-    return _module_path(dense[-1]) if dense else None
+    dense = [x for x in weighted_layers(model) if isinstance(x, keras.layers.Dense)]
+    return module_path(dense[-1]) if dense else None

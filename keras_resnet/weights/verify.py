@@ -16,35 +16,35 @@ from keras_resnet.errors import InputError
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import reference
 from keras_resnet.weights.mapping import (
-    Shape,
-    _convs_of,
-    _info,
-    _modules,
-    _strides_of,
-    _weighted_layers,
+    convs_of,
     expected_keys,
+    info_of,
+    modules_of,
+    strides_of,
+    weighted_layers,
 )
-from keras_resnet.weights.sources import _own_head, _read_source, _Source, _to_json
+from keras_resnet.weights.matching import Shape
+from keras_resnet.weights.sources import Source, own_head_of, read_source, to_json_text
 
 # --- Proof --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
-    """How far a model is from the NumPy witness of its weights; `print` it.
+    """How far a model is from the NumPy reference of its weights; `print` it.
 
     Attributes:
         model: The model's name.
         source: Where the weights come from.
         backend: Keras' backend that ran.
-        images: Shape of the pictures that the model was given.
+        images: Shape of the images that the model was given.
         stages: `(name, shape as torch has it, error)` in the network's order; the error is the
-            largest difference over the witness's largest magnitude.
+            largest difference over the reference's largest magnitude.
         tolerance: The largest error that passes.
         first_difference: The first stage above it, or `None`.
         head_compared: Whether the logits are among the stages.
-        strides: Where the witness's bottlenecks stride, and how that is known.
-        seconds: Time that the witness took.
+        strides: Where the reference's bottlenecks stride, and how that is known.
+        seconds: Time that the reference took.
     """
 
     model: str
@@ -76,7 +76,7 @@ class VerifyReport:
             {"name": n, "shape": s, "error": e if np.isfinite(e) else str(e)}
             for n, s, e in self.stages
         ]
-        return _to_json(facts, path)
+        return to_json_text(facts, path)
 
     def __str__(self) -> str:
         verdict = (
@@ -111,15 +111,15 @@ def verify(
 ) -> VerifyReport:
     """Compares a model with the forward pass of a state dict in plain NumPy, stage by stage.
 
-    The witness (`weights.reference`) reads the network off the state dict and shares no code
+    The reference (`weights.reference`) reads the network off the state dict and shares no code
     with the layers, the blocks or the conversion.
 
     Args:
         model: A model of this package's architectures, on any backend, with any head.
         source: As for `load_torchvision`.
-        image_size: Side of the random pictures, or (height, width), where the model leaves it
+        image_size: Side of the random images, or (height, width), where the model leaves it
             open; by default the variant's.
-        images: Pictures to use in place of random ones, as the model takes them.
+        images: Images to use in place of random ones, as the model takes them.
         tolerance: Largest difference over largest magnitude that passes.
         key: Which entry of a nested checkpoint to read.
         stride_on: Where the source's bottlenecks stride. By default what is known of the source:
@@ -130,7 +130,7 @@ def verify(
         The stages' errors; `passed`, and where they first part.
 
     Raises:
-        InputError: The state dict is of no known architecture, or pictures do not fit.
+        InputError: The state dict is of no known architecture, or images do not fit.
         CheckpointError: The file cannot be read, or is refused.
 
     Examples:
@@ -141,24 +141,25 @@ def verify(
     """
     if stride_on not in (None, "1x1", "3x3"):
         raise InputError(f"stride_on must be '1x1' or '3x3', not {stride_on!r}.")
-    found = _read_source(source, key, expected_keys(model), _info(model).get("variant"))
+    found = read_source(source, key, expected_keys(model), info_of(model).get("variant"))
     if stride_on is not None:
         found.strides, found.strides_from = stride_on, "as asked"
-    own_head = _info(model).get("weights", {}).get("head", "strict") != "strict"
-    return _verify(
+    own_head = info_of(model).get("weights", {}).get("head", "strict") != "strict"
+    return verify_source(
         model, found, head=not own_head, image_size=image_size, images=images, tolerance=tolerance
     )
 
 
-def _verify(
-    model, found: _Source, *, head: bool, image_size=None, images=None, tolerance=1e-4
+def verify_source(
+    model, found: Source, *, head: bool, image_size=None, images=None, tolerance=1e-4
 ) -> VerifyReport:
+    """`verify` of what `read_source` gave; without the head, logits are not compared."""
     name, model = model.name, _network(model)
     tensors = _stage_tensors(model)
     network_input = tensors.pop("input")
     raw = network_input is not model.inputs[0]
     images = _test_images(model, image_size, raw) if images is None else np.asarray(images)
-    own_head = _own_head(model)
+    own_head = own_head_of(model)
     if not head or found.shapes.get(f"{own_head}.weight") != expected_keys(model).get(
         f"{own_head}.weight"
     ):
@@ -173,30 +174,30 @@ def _verify(
     outputs = [_as_torch_has_it(model, output) for output in outputs]
     fed = outputs.pop() if raw else _as_torch_has_it(model, images)
 
-    own = _strides_of(_convs_of(model))
+    own = strides_of(convs_of(model))
     strides, why = found.strides, found.strides_from
     if own is None:
         strides, why = None, ""
     elif strides is None:
         strides, why = own, "the model's; the source does not say"
     started = time.perf_counter()
-    state = _witness_state(found, model, tensors)
+    state = _reference_state(found, model, tensors)
     known = strides if strides in ("1x1", "3x3") else None
-    witness = reference.forward(state, fed, stride_on=known)
+    expected = reference.forward(state, fed, stride_on=known)
     seconds = time.perf_counter() - started
     if "logits" in tensors:
-        activation = getattr(_modules(model)[own_head][0], "activation", None)
+        activation = getattr(modules_of(model)[own_head][0], "activation", None)
         if activation not in (None, keras.activations.linear):
-            logits = keras.ops.convert_to_tensor(witness["logits"])
-            witness["logits"] = keras.ops.convert_to_numpy(activation(logits))
+            logits = keras.ops.convert_to_tensor(expected["logits"])
+            expected["logits"] = keras.ops.convert_to_numpy(activation(logits))
 
     stages = tuple(
-        (stage, tuple(witness[stage].shape), _relative_error(output, witness[stage]))
+        (stage, tuple(expected[stage].shape), _relative_error(output, expected[stage]))
         for stage, output in zip(tensors, outputs, strict=True)
-        if stage in witness and (stage != "pool" or output.ndim == witness[stage].ndim)
+        if stage in expected and (stage != "pool" or output.ndim == expected[stage].ndim)
     )
     if not stages:
-        raise InputError(f"{name} has no stage that the witness computes too.")
+        raise InputError(f"{name} has no stage that the reference computes too.")
     return VerifyReport(
         model=name,
         source=found.label,
@@ -223,8 +224,8 @@ def _network(model: keras.Model) -> keras.Model:
 
 
 def _stage_tensors(model: keras.Model) -> dict[str, Any]:
-    """What the witness computes too, by its names, and the network's `input`."""
-    tensors = {"input": next(iter(_weighted_layers(model))).input}
+    """What the reference computes too, by its names, and the network's `input`."""
+    tensors = {"input": next(iter(weighted_layers(model))).input}
     for layer in model.layers:
         stage = re.match(r"((?:layer|stage)\d+)_", layer.name)
         if stage and "stem" not in tensors:
@@ -238,13 +239,13 @@ def _stage_tensors(model: keras.Model) -> dict[str, Any]:
     for layer in model.layers:
         if layer.name == "avgpool":
             tensors["pool"] = layer.output
-    if _own_head(model) is not None:
+    if own_head_of(model) is not None:
         tensors["logits"] = model.outputs[0]
     return tensors
 
 
 def _channels_last(model: keras.Model) -> bool:
-    first = next(iter(_weighted_layers(model)))
+    first = next(iter(weighted_layers(model)))
     return getattr(first, "data_format", "channels_last") == "channels_last"
 
 
@@ -254,15 +255,15 @@ def _as_torch_has_it(model: keras.Model, value) -> np.ndarray:
 
 
 def _test_images(model: keras.Model, image_size, raw: bool) -> np.ndarray:
-    """Random pictures: pixel values where the model prepares them, else normal deviates."""
+    """Random images: pixel values where the model prepares them, else normal deviates."""
     last = _channels_last(model)
     sides = list(model.input_shape[1:3] if last else model.input_shape[2:4])
-    spec = SPECS.get(_info(model).get("variant"))
+    spec = SPECS.get(info_of(model).get("variant"))
     asked = (image_size, image_size) if isinstance(image_size, int) else image_size
     for i, side in enumerate(sides):
         wanted = asked[i] if asked else side or (spec.input_size if spec else 224)
         if side not in (None, wanted):
-            raise InputError(f"{model.name} takes pictures of {sides}, not of {asked}.")
+            raise InputError(f"{model.name} takes images of {sides}, not of {asked}.")
         sides[i] = wanted
     channels = model.input_shape[3 if last else 1]
     shape = (1, *sides, channels) if last else (1, channels, *sides)
@@ -271,9 +272,9 @@ def _test_images(model: keras.Model, image_size, raw: bool) -> np.ndarray:
     return pixels.astype(np.float32)
 
 
-def _witness_state(found: _Source, model: keras.Model, tensors) -> dict[str, np.ndarray]:
-    """The source's entries that the model has too, with a head, which the witness insists on."""
-    expected, own_head = expected_keys(model), _own_head(model)
+def _reference_state(found: Source, model: keras.Model, tensors) -> dict[str, np.ndarray]:
+    """The source's entries that the model has too, with a head, which the reference insists on."""
+    expected, own_head = expected_keys(model), own_head_of(model)
     linear = [k for k, v in found.shapes.items() if len(v) == 2 and k.endswith(".weight")]
     heads = {k.rpartition(".")[0] for k in linear}
     state = {
@@ -288,10 +289,10 @@ def _witness_state(found: _Source, model: keras.Model, tensors) -> dict[str, np.
     return state
 
 
-def _relative_error(ours: np.ndarray, witness: np.ndarray) -> float:
-    if ours.shape != witness.shape:
+def _relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    if ours.shape != theirs.shape:
         return float("inf")
-    difference, size = float(np.max(np.abs(ours - witness))), float(np.max(np.abs(witness)))
+    difference, size = float(np.max(np.abs(ours - theirs))), float(np.max(np.abs(theirs)))
     if difference == 0:
         return 0.0
     return difference / size if size else float("inf")

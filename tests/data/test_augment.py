@@ -52,8 +52,7 @@ def same(ours, theirs, message=""):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
 def test_random_resized_crop_gives_torchvisions_pixels(torchvision, pictures, rng, interpolation):
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
+    from torchvision.transforms import InterpolationMode, functional as F
 
     crop = RandomResizedCrop((48, 56), interpolation=interpolation)
     mode = InterpolationMode(interpolation)

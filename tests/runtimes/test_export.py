@@ -20,9 +20,7 @@ from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.models.rebuild import optimize_for_inference, to_stock
 from keras_resnet.models.zoo import create_model
-from keras_resnet.runtimes import export as exporting
-from keras_resnet.runtimes import int8, select
-from keras_resnet.runtimes import writing as formats
+from keras_resnet.runtimes import export as exporting, int8, select, writing as formats
 from keras_resnet.runtimes.export import export
 from keras_resnet.runtimes.formats import FORMATS
 from keras_resnet.runtimes.runner import KerasRunner, relative_difference

@@ -24,8 +24,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fuzz_checkpoint import samples as _samples
-from fuzz_checkpoint import session, state, tar_bytes
+from fuzz_checkpoint import samples as _samples, session, state, tar_bytes
 
 from keras_resnet.errors import CheckpointError, NotFoundError
 from keras_resnet.weights import torch_files as checkpoint

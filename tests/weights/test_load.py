@@ -20,17 +20,11 @@ from keras_resnet.errors import InputError, NotFoundError
 from keras_resnet.models.blocks import conv_block, identity_block
 from keras_resnet.models.zoo import create_model
 from keras_resnet.variants import SPECS
-from keras_resnet.weights import download, published
-from keras_resnet.weights import sources as convert
+from keras_resnet.weights import download, published, sources
 from keras_resnet.weights.checkpoint import inspect_checkpoint
 from keras_resnet.weights.load import load_torchvision
-from keras_resnet.weights.mapping import (
-    expected_keys,
-    matching_variants,
-    save_torchvision,
-    spec_shapes,
-    to_torchvision,
-)
+from keras_resnet.weights.mapping import expected_keys, save_torchvision, to_torchvision
+from keras_resnet.weights.matching import matching_variants, spec_shapes
 from keras_resnet.weights.verify import verify
 
 BIG = [pytest.mark.slow, pytest.mark.once]
@@ -389,7 +383,7 @@ def test_plain_numpy_arrays_load(resnet20):
 
 
 def test_a_cifar_file_from_the_wild_answers_as_its_own_code_does(shared, resnet20):
-    """github.com/akamaster/pytorch_resnet_cifar10: 861 of these 1000 pictures, by its own code."""
+    """github.com/akamaster/pytorch_resnet_cifar10: 861 of these 1000 images, by its own code."""
     report = load_torchvision(resnet20, shared / "weights" / "resnet20-12fca82f.th", verify=True)
     assert report.sha256.startswith("12fca82f") and report.prefix == "module."
     prepare = Preprocess(resize_size=None, crop_size=None)
@@ -778,14 +772,14 @@ def test_open_sides_take_the_asked_size():
     load_torchvision(model, state)
     assert verify(model, state, image_size=(40, 24)).images == (1, 40, 24, 3)
     assert verify(model, state).images == (1, 32, 32, 3)
-    with pytest.raises(InputError, match="takes pictures of"):
+    with pytest.raises(InputError, match="takes images of"):
         verify(create_model("resnet20"), state, image_size=40)
 
 
 @pytest.mark.once
 def test_planning_needs_no_torch(monkeypatch, resnet20):
     """Arrays are told by what they have, so a machine without torch imports all the same."""
-    assert "torch" not in vars(convert)
+    assert "torch" not in vars(sources)
     state = {key: tensor.numpy() for key, tensor in torch_resnet20().items()}
     monkeypatch.setattr(torch.Tensor, "detach", None)
-    assert convert._read_source(state, None, expected_keys(resnet20), None).shapes
+    assert sources.read_source(state, None, expected_keys(resnet20), None).shapes

@@ -360,7 +360,7 @@ def test_the_bar_is_for_terminals_only(fetch, server, entry, home, monkeypatch, 
     fetch()
     assert capsys.readouterr().err == ""
     (home / entry.file_name).unlink()
-    monkeypatch.setattr(download.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
     fetch()
     shown = capsys.readouterr().err
     assert entry.file_name in shown and "100%" in shown and shown.endswith("\n")

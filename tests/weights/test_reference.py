@@ -1,4 +1,4 @@
-"""The NumPy witness against torch: torchvision's modules, and re-written modules of the others."""
+"""The NumPy reference against torch: torchvision's modules, and rewritten ones of the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_resnet.errors import InputError
-from keras_resnet.weights import reference
+from keras_resnet.weights import numpy_ops, reference
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -140,11 +140,11 @@ def test_many_pictures_and_large_ones_are_worked_through_in_parts(torchvision, m
     module = randomised(torchvision.models.resnext50_32x4d(num_classes=5))
     images = pictures(3, 3, 70, 53)
     whole = reference.forward(arrays(module), images)
-    # 1 MiB: several rows a part in the stem, several pictures a part at the end.
-    monkeypatch.setattr(reference, "_COLUMN_BYTES", 2**20)
+    # 1 MiB: several rows a part in the stem, several images a part at the end.
+    monkeypatch.setattr(numpy_ops, "_COLUMN_BYTES", 2**20)
     parts = reference.forward(arrays(module), images)
     assert relative(parts["logits"], whole["logits"]) < 1e-6
-    monkeypatch.setattr(reference, "_COLUMN_BYTES", 1)
+    monkeypatch.setattr(numpy_ops, "_COLUMN_BYTES", 1)
     rows = reference.forward(arrays(module), images)
     assert relative(rows["logits"], whole["logits"]) < 1e-6
 
@@ -353,7 +353,7 @@ def test_a_trained_resnet20_gives_the_answers_of_its_own_code(shared):
     logits = np.concatenate(
         [reference.forward(state, images[i : i + 250])["logits"] for i in range(0, 1000, 250)]
     )
-    print(f"1,000 pictures of 32x32 in {time.perf_counter() - start:.2f} s")
+    print(f"1,000 images of 32x32 in {time.perf_counter() - start:.2f} s")
     assert int((logits.argmax(axis=1) == labels).sum()) == 861
 
     module = CifarResNet(3).eval()
@@ -420,7 +420,8 @@ def test_numpy_is_all_it_needs():
     )
     assert result.stdout.splitlines() == [
         "['keras_resnet', 'keras_resnet.errors', 'keras_resnet.weights', "
-        "'keras_resnet.weights.reference']",
+        "'keras_resnet.weights.numpy_ops', 'keras_resnet.weights.reference', "
+        "'keras_resnet.weights.reference_plan']",
         "set()",
     ]
 
@@ -536,7 +537,7 @@ IMAGES = np.zeros((1, 3, 32, 32), np.float32)
             r"'fc\.weight' holds int8; weights must be floating point",
         ),
         (lambda s: {}, r"no ResNet's .* and no AlexNet's"),
-        (lambda s: {"encoder.weight": np.zeros(3)}, r"no ResNet's .* received 'encoder\.weight'"),
+        (lambda s: {"encoder.weight": np.zeros(3)}, r"no ResNet's .* Received: 'encoder\.weight'"),
         (lambda s: {"layer1.99999999999.conv1.weight": np.zeros((1, 1, 1, 1))}, r"no ResNet's"),
     ],
 )
@@ -550,11 +551,11 @@ def test_a_state_dict_that_cannot_work_is_named(resnet18, change, message):
     [
         (
             np.zeros((3, 32, 32), np.float32),
-            r"\(n, 3, height, width\), n at .* received \(3, 32, 32\)",
+            r"\(n, 3, height, width\), n at .* Received: \(3, 32, 32\)",
         ),
-        (np.zeros((0, 3, 32, 32), np.float32), r"received \(0, 3, 32, 32\)"),
-        (np.zeros((1, 32, 32, 3), np.float32), r"received \(1, 32, 32, 3\)"),
-        (np.zeros((1, 3, 32, 32), np.uint8), r"normalised, received uint8"),
+        (np.zeros((0, 3, 32, 32), np.float32), r"Received: \(0, 3, 32, 32\)"),
+        (np.zeros((1, 32, 32, 3), np.float32), r"Received: \(1, 32, 32, 3\)"),
+        (np.zeros((1, 3, 32, 32), np.uint8), r"normalised\. Received: uint8"),
         (np.zeros((1, 3, 0, 32), np.float32), r"too small"),
     ],
 )
@@ -588,6 +589,6 @@ def test_resnet50_at_224_takes_less_than_a_few_seconds(torchvision):
         start = time.perf_counter()
         reference.forward(state, images)
         times.append(time.perf_counter() - start)
-    print(f"resnet50 at 224, one picture: {min(times):.2f} s (the best of 3)")
+    print(f"resnet50 at 224, one image: {min(times):.2f} s (the best of 3)")
     # Room for a busy machine; not for a convolution without matrix products.
     assert min(times) < 5

@@ -1,0 +1,143 @@
+"""A network as `reference` runs it, and whether a state dict's entries are those of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from keras_resnet.errors import InputError
+
+NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """One convolution, and what belongs to it: a bias, a batch norm, a max pooling behind it."""
+
+    name: str
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    bias: bool = False
+    norm: str | None = None
+    pool: tuple[int, int, int] | None = None  # window, stride, padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One residual block; a shortcut is a convolution, `"zero_padding"` or `None` (identity)."""
+
+    branch: tuple[Conv, ...]
+    shortcut: Conv | Literal["zero_padding"] | None
+    relu_before_add: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A network to run: convolutions in a row, then stages of blocks, then linear layers."""
+
+    convs: tuple[Conv, ...]
+    stages: dict[str, tuple[Block, ...]]
+    linears: tuple[str, ...]
+
+    def every_conv(self) -> Iterator[Conv]:
+        """All convolutions, those of the shortcuts behind their branches."""
+        yield from self.convs
+        for block in (block for stage in self.stages.values() for block in stage):
+            yield from block.branch
+            if isinstance(block.shortcut, Conv):
+                yield block.shortcut
+
+
+def check(plan: Plan, found: Any, entries: dict[str, np.ndarray]) -> None:
+    """Raises InputError unless the entries are the plan's, all of them, in shapes that fit."""
+    kinds: dict[str, str] = {}
+    for conv in plan.every_conv():
+        kinds[f"{conv.name}.weight"] = "convolution"
+        if conv.bias:
+            kinds[f"{conv.name}.bias"] = "bias"
+        if conv.norm:
+            kinds |= {f"{conv.norm}.{entry}": "batch norm" for entry in NORM_ENTRIES}
+    for name in plan.linears:
+        kinds |= {f"{name}.weight": "linear layer", f"{name}.bias": "bias"}
+    counters = {f"{conv.norm}.num_batches_tracked" for conv in plan.every_conv() if conv.norm}
+    missing = [key for key in kinds if key not in entries]
+    unexpected = sorted(entries.keys() - kinds.keys() - counters)
+    if missing or unexpected:
+        parts = [f"no {kinds[missing[0]]} {missing[0]!r}{_more(missing)}"] if missing else []
+        parts += [f"unexpected {unexpected[0]!r}{_more(unexpected)}"] if unexpected else []
+        blocks = f" with {list(found.blocks)} blocks" if found.blocks else ""
+        raise InputError(
+            f"The state dict looks like {found.family}{blocks}, but there is "
+            f"{'; and '.join(parts)}. Pass the whole state dict of one network."
+        )
+    for key in kinds:
+        dtype = entries[key].dtype
+        # NumPy has no bfloat16; ml_dtypes' has the name and converts, but its kind is not "f".
+        if dtype.kind != "f" and dtype.name != "bfloat16":
+            raise InputError(f"{key!r} holds {dtype.name}; weights must be floating point.")
+
+    channels = found.in_channels
+    for conv in plan.convs:
+        channels = _check_conv(conv, channels, entries)
+    for block in (block for stage in plan.stages.values() for block in stage):
+        out = channels
+        for conv in block.branch:
+            out = _check_conv(conv, out, entries)
+        if isinstance(block.shortcut, Conv):
+            channels = _check_conv(block.shortcut, channels, entries)
+        elif block.shortcut == "zero_padding" and out >= channels and (out - channels) % 2 == 0:
+            channels = out
+        if channels != out:
+            last = f"{block.branch[-1].name}.weight"
+            raise InputError(f"{last!r} gives {out} channels, its block's shortcut {channels}.")
+    features = channels if plan.stages else None  # AlexNet's depend on the pooled size
+    for name in plan.linears:
+        rows, columns = shape_of(entries, f"{name}.weight", 2)
+        if features not in (columns, None) or (features is None and columns % channels):
+            raise InputError(
+                f"'{name}.weight' has shape {(rows, columns)}; "
+                f"the layer before it gives {features or f'a multiple of {channels}'} features."
+            )
+        if shape_of(entries, f"{name}.bias", 1) != (rows,):
+            raise InputError(f"'{name}.bias' has {len(entries[f'{name}.bias'])}, not {rows}.")
+        features = rows
+
+
+def _check_conv(conv: Conv, channels: int, entries: dict[str, np.ndarray]) -> int:
+    """The convolution's output channels, its shapes having been compared with what it reads."""
+    shape = shape_of(entries, f"{conv.name}.weight", 4)
+    fits = shape[1] * conv.groups == channels and shape[0] % conv.groups == 0
+    if not fits or shape[2:] != (conv.kernel, conv.kernel):
+        groups = f" in {conv.groups} groups" if conv.groups > 1 else ""
+        raise InputError(
+            f"'{conv.name}.weight' has shape {shape}; expected a {conv.kernel}x{conv.kernel} "
+            f"convolution of {channels} channels{groups} (out, in / groups, height, width)."
+        )
+    vectors = [f"{conv.name}.bias"] if conv.bias else []
+    vectors += [f"{conv.norm}.{entry}" for entry in NORM_ENTRIES] if conv.norm else []
+    for key in vectors:
+        if shape_of(entries, key, 1) != (shape[0],):
+            raise InputError(f"{key!r} has {len(entries[key])} values for {shape[0]} channels.")
+    return shape[0]
+
+
+def _more(keys: list[str]) -> str:
+    return f" (and {len(keys) - 1} more: {', '.join(keys[1:4])} ...)" if len(keys) > 1 else ""
+
+
+def shape_of(entries: dict[str, np.ndarray], key: str, rank: int) -> tuple[int, ...]:
+    """Shape of an entry that must have a rank, or InputError."""
+    kind = {4: "convolution", 2: "linear layer", 1: "vector"}[rank]
+    if key not in entries:
+        raise InputError(
+            f"The state dict has no {kind} {key!r}; pass a network's whole state dict."
+        )
+    shape = entries[key].shape
+    if len(shape) != rank or 0 in shape:
+        raise InputError(f"{key!r} has shape {shape}; a {kind} has {rank} dimensions, none of 0.")
+    return shape
