@@ -82,8 +82,8 @@ def test_only_figures_import_matplotlib():
 @once
 def test_the_reference_shares_no_code_with_what_it_checks():
     allowed = ("keras_resnet.errors", "keras_resnet.weights.numpy_ops",
-               "keras_resnet.weights.reference_plan")  # fmt: skip
-    for name in ("weights/reference.py", "weights/reference_plan.py", "weights/numpy_ops.py"):
+               "keras_resnet.weights.reference_check")  # fmt: skip
+    for name in ("weights/reference.py", "weights/reference_check.py", "weights/numpy_ops.py"):
         assert all(module.startswith(allowed) for module in own(FILES[name])), name
 
 

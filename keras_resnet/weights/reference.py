@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
 
 from keras_resnet.errors import InputError
 from keras_resnet.weights.numpy_ops import adaptive_average_pool, conv2d, max_pool, relu
-from keras_resnet.weights.reference_plan import NORM_ENTRIES, Block, Conv, Plan, check, shape_of
+from keras_resnet.weights.reference_check import NORM_ENTRIES, check, shape_of
 
 _EPSILON = 1e-5  # torch.nn.BatchNorm2d's default, which every network here keeps
 _BLOCK_KEY = re.compile(r"(layer|stage)([1-9]\d{0,5})\.(\d{1,6})\.")
@@ -49,6 +49,46 @@ class Architecture:
     width: int
     num_classes: int
     in_channels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """One convolution, and what belongs to it: a bias, a batch norm, a max pooling behind it."""
+
+    name: str
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    bias: bool = False
+    norm: str | None = None
+    pool: tuple[int, int, int] | None = None  # window, stride, padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One residual block; a shortcut is a convolution, `"zero_padding"` or `None` (identity)."""
+
+    branch: tuple[Conv, ...]
+    shortcut: Conv | Literal["zero_padding"] | None
+    relu_before_add: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A network to run: convolutions in a row, then stages of blocks, then linear layers."""
+
+    convs: tuple[Conv, ...]
+    stages: dict[str, tuple[Block, ...]]
+    linears: tuple[str, ...]
+
+    def every_conv(self) -> Iterator[Conv]:
+        """All convolutions, those of the shortcuts behind their branches."""
+        yield from self.convs
+        for block in (block for stage in self.stages.values() for block in stage):
+            yield from block.branch
+            if isinstance(block.shortcut, Conv):
+                yield block.shortcut
 
 
 def architecture(state: Mapping[str, np.ndarray]) -> Architecture:

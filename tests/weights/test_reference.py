@@ -421,7 +421,7 @@ def test_numpy_is_all_it_needs():
     assert result.stdout.splitlines() == [
         "['keras_resnet', 'keras_resnet.errors', 'keras_resnet.weights', "
         "'keras_resnet.weights.numpy_ops', 'keras_resnet.weights.reference', "
-        "'keras_resnet.weights.reference_plan']",
+        "'keras_resnet.weights.reference_check']",
         "set()",
     ]
 
