@@ -14,24 +14,25 @@ from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import picture_paths
-from keras_resnet.errors import DataError, InputError, did_you_mean
+from keras_resnet.errors import DataError, InputError, between, did_you_mean, whole
 from keras_resnet.inference.grad_cam import (
-    _channels_first,
-    _classifier,
-    _network,
-    _resized,
+    as_classifier,
+    data_format_of,
     grad_cam,
+    network_of,
+    resized,
 )
-from keras_resnet.inference.prediction_files import Prediction
+from keras_resnet.inference.prediction_files import Prediction, most_probable
 from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
 from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.device import in_data_format
 from keras_resnet.system.files import replace_file
 
 # --- for people ----------------------------------------------------------------------------------
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.ndarray:
-    """A picture in gray under a heat map in colour: all colour is heat.
+    """An image in gray under a heat map in colour: all colour is heat.
 
     Args:
         image: uint8 `(height, width, channels)`, 1, 3 or 4 channels (the fourth is dropped).
@@ -52,32 +53,37 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
     image, heatmap = np.asarray(image), np.asarray(heatmap, np.float32)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
         raise InputError(
-            "overlay draws on uint8 pictures (height, width, 1, 3 or 4 channels). Received: "
+            "overlay draws on uint8 images (height, width, 1, 3 or 4 channels). Received: "
             f"{image.dtype}, {image.shape}."
         )
     if heatmap.ndim != 2:
         raise InputError(f"A heat map is (height, width). Received: {heatmap.shape}.")
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha must be from 0 to 1. Received: {alpha}.")
+    between("alpha", alpha, 0, 1)
     if heatmap.shape != image.shape[:2]:
-        heatmap = _resized(heatmap, image.shape[:2])
+        heatmap = resized(heatmap, image.shape[:2])
     heat = np.clip(np.nan_to_num(heatmap), 0, 1)[..., None]
     # In gray: on a yellow flower nobody could tell heat from petals. ITU-R BT.601's weights.
     weights = (0.299, 0.587, 0.114) if image.shape[-1] > 1 else (1.0,)
     gray = (image[..., : len(weights)] @ np.asarray(weights))[..., None]
-    share = alpha * heat
-    mixed = gray * (1 - share) + plots.heat_colors(heat[..., 0]) * share
+    opacity = alpha * heat
+    mixed = gray * (1 - opacity) + plots.heat_colors(heat[..., 0]) * opacity
     return np.round(mixed).astype(np.uint8)
+
+
+def enlarged(image: np.ndarray, least: int) -> np.ndarray:
+    """An image, enlarged by a whole number until its shorter side has at least so many pixels."""
+    times = max(1, -(-least // min(image.shape[:2])))
+    return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a model says of one picture, and where it looked.
+    """What a model says of one image, and where it looked.
 
     Attributes:
         prediction: The most probable classes; its `error` is set where it cannot be read.
         class_name: The class that the heat map speaks for; `None` where it cannot be read.
-        pixels: uint8 `(height, width, channels)`, the picture as the model saw it, or `None`.
+        pixels: uint8 `(height, width, channels)`, the image as the model saw it, or `None`.
         heatmap: float32 `(height, width)` in 0..1, or `None`.
     """
 
@@ -87,20 +93,18 @@ class Explanation:
     heatmap: np.ndarray | None = None
 
     def overlay(self, alpha: float = 0.75, least: int = 256) -> np.ndarray:
-        """The picture under its heat map, uint8 `(height, width, 3)`.
+        """The image under its heat map, uint8 `(height, width, 3)`.
 
         Args:
             alpha: As of `overlay`.
-            least: Pictures with a shorter side are enlarged by a whole number, to see something.
+            least: Images with a shorter side are enlarged by a whole number, to see something.
 
         Raises:
-            DataError: The picture could not be read.
+            DataError: The image could not be read.
         """
         if self.pixels is None or self.heatmap is None:
             raise DataError(f"There is nothing to draw: {self.prediction.error}")
-        times = max(1, -(-least // min(self.pixels.shape[:2])))
-        pixels = self.pixels.repeat(times, axis=0).repeat(times, axis=1)
-        return overlay(pixels, self.heatmap, alpha)
+        return overlay(enlarged(self.pixels, least), self.heatmap, alpha)
 
 
 def iter_explanations(
@@ -114,34 +118,33 @@ def iter_explanations(
     workers: int | None = None,
     preprocess: Preprocess | None = None,
 ) -> Iterator[Explanation]:
-    """Classifies pictures and says where the model looked, one `Explanation` at a time.
+    """Classifies images and says where the model looked, one `Explanation` at a time.
 
     Args:
         model: A model, a `.keras` file or a run folder.
-        sources: A picture, a folder (searched through), a shell pattern, or several of these.
-        class_name: The class to explain: one for all, or one a picture; by default the most
+        sources: An image, a folder (searched through), a shell pattern, or several of these.
+        class_name: The class to explain: one for all, or one an image; by default the most
             probable one of each.
         layer: As of `grad_cam`.
-        top: Classes to give a picture, most probable first.
-        batch_size: Pictures at a time; the result does not depend on it.
-        workers: Threads that read pictures.
+        top: Classes to give an image, most probable first.
+        batch_size: Images at a time; the result does not depend on it.
+        workers: Threads that read images.
         preprocess: In place of the model's own.
 
     Yields:
-        An `Explanation` a picture, in order; those of unreadable pictures hold an error.
+        An `Explanation` an image, in order; those of unreadable images hold an error.
 
     Raises:
         InputError: An unknown class or layer, a model without a head or preprocessing.
         NotFoundError: A path does not exist.
-        DataError: A folder holds no picture.
+        DataError: A folder holds no image.
     """
-    if top < 1:
-        raise InputError(f"top must be at least 1. Received: {top}.")
-    model = _classifier(model)
+    whole("top", top, 1)
+    model = as_classifier(model)
     names = model_class_names(model)
     paths = picture_paths(sources)
     wanted = _classes_by_name(class_name, names, len(paths))
-    _network(model, layer)  # an unknown layer is said before any picture is read
+    network_of(model, layer)  # an unknown layer is said before any image is read
     dataset = ImageDataset(
         paths,
         label_mode=None,
@@ -152,19 +155,19 @@ def iter_explanations(
         output="uint8",
     )
     for index in range(len(dataset)):
-        answers: dict[int, Explanation] = {}
+        found: dict[int, Explanation] = {}
         try:
             batch = dataset.read_batch(index)
         except DataError:
             if not dataset.skipped:
                 raise
         else:
-            answers = dict(_explain_batch(model, batch, dataset, names, wanted, layer, top))
+            found = dict(_explain_batch(model, batch, dataset, names, wanted, layer, top))
         reasons = dict(dataset.skipped)
         for sample in map(int, dataset.batch_indices(index)):
             path = paths[sample]
             error = reasons.get(path, "cannot be read")
-            yield answers.get(sample) or Explanation(Prediction(path, [], error))
+            yield found.get(sample) or Explanation(Prediction(path, [], error))
 
 
 def _classes_by_name(given, names: list[str], count: int) -> list[int] | None:
@@ -172,7 +175,7 @@ def _classes_by_name(given, names: list[str], count: int) -> list[int] | None:
         return None
     asked = [given] * count if isinstance(given, str) else list(given)
     if len(asked) != count:
-        raise InputError(f"class_name names {len(asked)} classes for {count} pictures.")
+        raise InputError(f"class_name names {len(asked)} classes for {count} images.")
     for name in asked:
         if name not in names:
             raise InputError(
@@ -187,20 +190,16 @@ def _explain_batch(model, batch, dataset, names, wanted, layer, top):
     raw = dataset_output(model) == "uint8"
     images = pixels if raw else dataset.preprocess.normalize(pixels)
     logs = open_runner(model).log_probabilities(images)
-    if _channels_first(model):
-        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    images = in_data_format(images, data_format_of(model))
     chosen = logs.argmax(axis=1) if wanted is None else [wanted[i] for i in batch.indices]
     maps = grad_cam(model, images, np.asarray(chosen, np.int32), layer)
     for i, sample in enumerate(map(int, batch.indices)):
-        order = np.argsort(-logs[i], kind="stable")[:top]
-        prediction = Prediction(
-            dataset.file_paths[sample], [(names[k], float(np.exp(logs[i, k]))) for k in order]
-        )
+        prediction = Prediction(dataset.file_paths[sample], most_probable(logs[i], names, top))
         yield sample, Explanation(prediction, names[int(chosen[i])], pixels[i], maps[i])
 
 
 def overlay_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """A name for each picture's overlay, no two alike: `cat.png`, `cat-2.png`.
+    """A name for each image's overlay, no two alike: `cat.png`, `cat-2.png`.
 
     Examples:
         >>> overlay_names(["a/cat.jpg", "b/cat.jpg", "Cat-2.png"])
@@ -221,14 +220,14 @@ def overlay_names(paths: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def save_overlay(explanation: Explanation, path: str | os.PathLike) -> None:
-    """Writes the picture under its heat map; the extension decides the format.
+    """Writes the image under its heat map; the extension decides the format.
 
     Raises:
-        DataError: The picture could not be read, or the file cannot be written.
+        DataError: The image could not be read, or the file cannot be written.
     """
-    picture = Image.fromarray(explanation.overlay())
+    image = Image.fromarray(explanation.overlay())
     try:
-        replace_file(path, picture.save)
+        replace_file(path, image.save)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"The picture {os.fspath(path)!r} cannot be written: {reason}.") from error
+        raise DataError(f"The image {os.fspath(path)!r} cannot be written: {reason}.") from error

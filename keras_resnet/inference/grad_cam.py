@@ -1,4 +1,4 @@
-"""Where a model looked: Grad-CAM heat maps on every backend, and how to lay them over a picture."""
+"""Where a model looked: Grad-CAM heat maps on every backend, and how to lay them over an image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.errors import InputError, did_you_mean, whole
 from keras_resnet.models.files import load_model
-from keras_resnet.system.device import sync
+from keras_resnet.system.device import sync, in_data_format
 
 _BACKEND = keras.backend.backend()
 
@@ -49,17 +49,17 @@ def grad_cam(
 
     A map says where the evidence was, not how strong it was: each is scaled by itself. It has the
     resolution of the layer's feature map; of a map of one value nothing can be said, and it is
-    zero everywhere, as is one of a picture in which nothing spoke for the class.
+    zero everywhere, as is one of an image in which nothing spoke for the class.
 
     Args:
         model: A Functional or Sequential classifier; models may be nested in it.
         images: What the model takes, as for `model.predict`: `(n, height, width, channels)`, or
             channels first where the model was built so; pixel values where it normalises inside.
-        class_index: The class to explain: one for all pictures, one a picture, or `None` for the
+        class_index: The class to explain: one for all images, one an image, or `None` for the
             most probable one of each.
         layer: Name of a layer with a feature map, or the layer. By default the last feature map
             in front of pooling and head: a ResNet's last block, an AlexNet's last max pooling.
-        batch_size: Pictures at a time; the result does not depend on it.
+        batch_size: Images at a time; the result does not depend on it.
 
     Returns:
         float32 `(n, height, width)` in 0..1, height and width of the input.
@@ -73,30 +73,36 @@ def grad_cam(
         >>> grad_cam(model, np.ones((2, 32, 32, 3), np.float32), class_index=1).shape
         (2, 32, 32)
     """
-    classifier = _classifier(model)
+    classifier = as_classifier(model)
     images = np.asarray(ops.convert_to_numpy(images))
     _check_images(classifier, images)
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1. Received: {batch_size}.")
+    whole("batch_size", batch_size, 1)
     wanted = _class_indices(class_index, len(images), classifier.output_shape[-1])
-    network = _network(classifier, layer)
+    network = network_of(classifier, layer)
     sync(classifier)
-    first = _channels_first(classifier)
-    side = images.shape[2:4] if first else images.shape[1:3]
+    last = data_format_of(classifier) == "channels_last"
+    side = images.shape[1:3] if last else images.shape[2:4]
     maps = np.zeros((len(images), *side), np.float32)
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         _, features, gradients = network(images[part], wanted[part])
-        if not first:
-            features, gradients = (a.transpose(0, 3, 1, 2) for a in (features, gradients))
+        if last:
+            features, gradients = (
+                in_data_format(a, "channels_first") for a in (features, gradients)
+            )
         weights = gradients.mean(axis=(2, 3), keepdims=True)
         for i, one in enumerate(np.maximum((weights * features).sum(axis=1), 0)):
             # The package scales twice: enlarging can move the extremes.
-            maps[start + i] = _scaled(_resized(_scaled(one), side))
+            maps[start + i] = _scaled(resized(_scaled(one), side))
     return maps
 
 
-def _classifier(model: keras.Model | str | os.PathLike) -> keras.Model:
+def as_classifier(model: keras.Model | str | os.PathLike) -> keras.Model:
+    """The model, opened where a path is given.
+
+    Raises:
+        InputError: It has no classification head.
+    """
     model = model if isinstance(model, keras.Model) else load_model(model)
     shape = model.output_shape
     if isinstance(shape, list) or len(shape) != 2:
@@ -111,15 +117,15 @@ def _scaled(values: np.ndarray) -> np.ndarray:
     return values / (1e-7 + values.max())  # the package's 1e-7
 
 
-def _resized(values: np.ndarray, side: Sequence[int]) -> np.ndarray:
+def resized(values: np.ndarray, side: Sequence[int]) -> np.ndarray:
     """Bilinear as OpenCV's `INTER_LINEAR`: centres at half a pixel, edges repeated."""
     for axis, size in enumerate(side):
         length = values.shape[axis]
         at = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
         low = np.floor(at).astype(int)
         high = np.minimum(low + 1, length - 1)
-        share = (at - low).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
-        values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
+        fraction = (at - low).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
+        values = values.take(low, axis) * (1 - fraction) + values.take(high, axis) * fraction
     return values
 
 
@@ -127,26 +133,26 @@ def _check_images(model: keras.Model, images: np.ndarray) -> None:
     wanted = tuple(model.input_shape[1:])
     if images.ndim == 3:
         raise InputError(
-            f"grad_cam takes a batch of pictures. Received one of shape {images.shape}: pass "
-            "images[None]."
+            "grad_cam takes a batch of images; pass images[None]. Received: one of shape "
+            f"{images.shape}."
         )
     fits = images.ndim == 4 and all(
         a in (None, b) for a, b in zip(wanted, images.shape[1:], strict=True)
     )
     if not fits:
         raise InputError(
-            f"{model.name} takes pictures of shape {wanted}. Received: {images.shape[1:]}."
+            f"{model.name} takes images of shape {wanted}. Received: {images.shape[1:]}."
         )
 
 
 def _class_indices(given: Any, count: int, classes: int) -> np.ndarray:
-    """One index a picture; -1 for the most probable class."""
+    """One index an image; -1 for the most probable class."""
     if given is None:
         return np.full(count, -1, np.int32)
     indices = np.asarray(given)
     if indices.dtype.kind not in "iu" or indices.shape not in ((), (count,)):
         raise InputError(
-            f"class_index must be a whole number, or one a picture ({count}). Received: {given!r}."
+            f"class_index must be a whole number, or one an image ({count}). Received: {given!r}."
         )
     if ((indices < 0) | (indices >= classes)).any():
         raise InputError(
@@ -156,13 +162,14 @@ def _class_indices(given: Any, count: int, classes: int) -> np.ndarray:
     return np.broadcast_to(indices, (count,)).astype(np.int32)
 
 
-def _channels_first(model: keras.Model) -> bool:
+def data_format_of(model: keras.Model) -> str:
+    """`"channels_last"` or `"channels_first"`: what the model was built for."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            return _channels_first(layer)
+            return data_format_of(layer)
         if getattr(layer, "data_format", None):
-            return layer.data_format == "channels_first"
-    return keras.config.image_data_format() == "channels_first"
+            return layer.data_format
+    return keras.config.image_data_format()
 
 
 # --- the graph, cut at a feature map -------------------------------------------------------------
@@ -171,7 +178,7 @@ def _channels_first(model: keras.Model) -> bool:
 Front, Back = Callable[[Any], Any], Callable[[Any, Any], Any]
 
 
-def _network(model: keras.Model, layer) -> Callable[..., tuple[np.ndarray, ...]]:
+def network_of(model: keras.Model, layer) -> Callable[..., tuple[np.ndarray, ...]]:
     """A function of images and class indices: logits, feature maps, gradients, as NumPy arrays.
 
     Kept with the model: on jax it is a compiled program.

@@ -67,6 +67,18 @@ class Prediction:
         return {"path": self.path, "classes": classes, "error": self.error}
 
 
+def most_probable(logs: np.ndarray, names: Sequence[str], top: int) -> list[tuple[str, float]]:
+    """The first classes by probability, ties in the order of the classes.
+
+    Args:
+        logs: Natural logarithms of an image's probabilities, `(classes,)`.
+        names: Of all the classes.
+        top: How many, at most.
+    """
+    order = np.argsort(-logs, kind="stable")[:top]
+    return [(names[k], float(np.exp(logs[k]))) for k in order]
+
+
 # --- the formats ---------------------------------------------------------------------------------
 
 

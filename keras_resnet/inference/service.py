@@ -1,15 +1,14 @@
-"""What the page and the programs' address answer, apart from how it is shown."""
+"""What the page and the endpoint for programs say of uploads, apart from how it is shown."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import io
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -18,13 +17,20 @@ from PIL import Image, UnidentifiedImageError
 
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.scan import EXTENSIONS_OF
-from keras_resnet.errors import DataError, InputError, KerasResNetError
-from keras_resnet.inference.explain import overlay
+from keras_resnet.errors import DataError, InputError, KerasResNetError, between, reason_of
+from keras_resnet.inference.explain import enlarged, overlay
 from keras_resnet.inference.grad_cam import grad_cam
-from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
+from keras_resnet.inference.prediction_files import most_probable
+from keras_resnet.models.files import (
+    dataset_output,
+    load_model,
+    model_class_names,
+    model_preprocess,
+)
+from keras_resnet.runtimes.formats import format_of_file
 from keras_resnet.runtimes.runner import Runner
-from keras_resnet.system.device import backend_line
-from keras_resnet.system.files import printable
+from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.device import backend_line, in_data_format
 
 logger = logging.getLogger("keras_resnet")
 
@@ -37,9 +43,9 @@ class Limits:
     """What an upload may be at most.
 
     Attributes:
-        megabytes: Of one picture's file.
-        megapixels: Of one picture, before and after it is resized.
-        pictures: At a time.
+        megabytes: Of one image's file.
+        megapixels: Of one image, before and after it is resized.
+        pictures: Images at a time.
 
     Raises:
         InputError: A limit that lets nothing through.
@@ -52,9 +58,7 @@ class Limits:
     def __post_init__(self) -> None:
         """Checks that each is positive."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not value > 0:
-                raise InputError(f"{field.name} must be more than 0. Received: {value!r}.")
+            between(field.name, getattr(self, field.name), 0, ends="(]")
 
     @property
     def request_bytes(self) -> int:
@@ -62,18 +66,18 @@ class Limits:
         return int(self.pictures * self.megabytes * 2**20) + 2**20
 
     def __str__(self) -> str:
-        pictures = "1 picture" if self.pictures == 1 else f"{self.pictures} pictures"
+        images = "1 image" if self.pictures == 1 else f"{self.pictures} images"
         return (
-            f"At most {pictures} at a time, {self.megabytes:g} MB and {self.megapixels:g} "
+            f"At most {images} at a time, {self.megabytes:g} MB and {self.megapixels:g} "
             "megapixels each."
         )
 
 
-# --- one picture ---------------------------------------------------------------------------------
+# --- one image -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Result:
     """What the page says of one upload.
 
     Attributes:
@@ -81,7 +85,7 @@ class Answer:
         classes: `(class name, probability)`, most probable first.
         error: Why there is none, or `None`.
         note: Something to know about the file, or `None`.
-        pixels: uint8, the picture as the model saw it, or `None`.
+        pixels: uint8, the image as the model saw it, or `None`.
         heat: uint8, the same under its heat map, or `None`.
     """
 
@@ -94,11 +98,11 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """As the endpoint gives it."""
-        classes = [{"name": name, "probability": share} for name, share in self.classes]
+        classes = [{"name": name, "probability": p} for name, p in self.classes]
         return {"name": self.name, "classes": classes, "error": self.error, "note": self.note}
 
 
-def check_picture(data: bytes, name: str, limits: Limits, preprocess: Preprocess) -> str | None:
+def check_image(data: bytes, name: str, limits: Limits, preprocess: Preprocess) -> str | None:
     """Looks at a file's head before anything of it is decoded.
 
     Args:
@@ -120,22 +124,22 @@ def check_picture(data: bytes, name: str, limits: Limits, preprocess: Preprocess
         raise DataError(f"The file has {size:.1f} MB; at most {limits.megabytes:g} are taken.")
     try:
         # These kinds and no other: some of Pillow's readers start programs.
-        with Image.open(io.BytesIO(data), formats=_KINDS) as picture:
-            kind, (width, height) = picture.format, picture.size
+        with Image.open(io.BytesIO(data), formats=_KINDS) as image:
+            kind, (width, height) = image.format, image.size
     except UnidentifiedImageError:
         raise DataError(
-            f"This is no picture of a kind that is read here ({', '.join(_KINDS)})."
+            f"This is no image of a kind that is read here ({', '.join(_KINDS)})."
         ) from None
     except Image.DecompressionBombError:
         raise DataError(
-            f"The picture is far too large; at most {limits.megapixels:g} megapixels are taken."
+            f"The image is far too large; at most {limits.megapixels:g} megapixels are taken."
         ) from None
     except Exception as error:  # a damaged head: OSError, SyntaxError, struct.error ...
-        raise DataError(f"The file is damaged: {_reason(error)}.") from error
+        raise DataError(f"The file is damaged: {reason_of(error).rstrip('.')}.") from error
     pixels = width * height / 1e6
     if pixels > limits.megapixels:
         raise DataError(
-            f"The picture has {pixels:,.0f} megapixels ({width} x {height}); at most "
+            f"The image has {pixels:,.0f} megapixels ({width} x {height}); at most "
             f"{limits.megapixels:g} are taken."
         )
     side = preprocess.resize_size
@@ -143,7 +147,7 @@ def check_picture(data: bytes, name: str, limits: Limits, preprocess: Preprocess
         resized = side**2 * max(width, height) / min(width, height) / 1e6
         if resized > limits.megapixels:
             raise DataError(
-                f"The picture is too narrow ({width} x {height}): resized, it would have "
+                f"The image is too narrow ({width} x {height}): resized, it would have "
                 f"{resized:,.0f} megapixels; at most {limits.megapixels:g} are taken."
             )
     extension = os.path.splitext(name)[1].lower()
@@ -153,43 +157,53 @@ def check_picture(data: bytes, name: str, limits: Limits, preprocess: Preprocess
     return None
 
 
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+# --- the model -----------------------------------------------------------------------------------
 
 
 class Service:
     """A model, and everything that is asked of it, one request at a time.
 
     Args:
-        runner: Answers.
+        runner: Classifies.
         model: Says where it looked; `None` where there is no Keras model to ask for gradients.
         limits: What an upload may be at most.
         why_blind: Why there is no `model`.
+
+    Attributes:
+        name: The model's.
+        names: Its classes'.
+        preprocess: How its images are prepared.
     """
 
     def __init__(
         self, runner: Runner, model: keras.Model | None, limits: Limits, why_blind: str | None
     ):
         self.runner, self.model, self.limits, self.why_blind = runner, model, limits, why_blind
+        self.name = str(runner.info.get("variant") or runner.model_name)
         self.names = model_class_names(runner)
         self.preprocess = model_preprocess(runner)
         self._lock = threading.Lock()
 
-    def answer(self, uploads: Iterable[tuple[str, Callable[[], bytes]]], heat: bool) -> list:
-        """Answers uploads, in order; those beyond the limit get a sentence."""
-        answers = []
-        for number, (name, read) in enumerate(uploads):
-            if number >= self.limits.pictures:
-                sentence = f"Left out: at most {self.limits.pictures} pictures are taken at a time."
-                answers.append(Answer(name, error=sentence))
-                continue
-            answers.append(self._answer(name, read, heat))
-        return answers
+    def results(
+        self, uploads: Iterable[tuple[str, Callable[[], bytes]]], heat: bool
+    ) -> list[Result]:
+        """Classifies uploads, in order; those beyond the limit get a sentence.
 
-    def _answer(self, name: str, read: Callable[[], bytes], heat: bool) -> Answer:
+        Args:
+            uploads: Of each its name, and what reads it.
+            heat: Whether heat maps are wanted.
+        """
+        most = self.limits.pictures
+        left_out = f"Left out: at most {most} images are taken at a time."
+        return [
+            self._result(name, read, heat) if number < most else Result(name, error=left_out)
+            for number, (name, read) in enumerate(uploads)
+        ]
+
+    def _result(self, name: str, read: Callable[[], bytes], heat: bool) -> Result:
         try:
             data = read()
-            note = check_picture(data, name, self.limits, self.preprocess)
+            note = check_image(data, name, self.limits, self.preprocess)
             try:
                 pixels = self.preprocess.pixels(data)
             except DataError as error:
@@ -197,53 +211,81 @@ class Service:
                 reason = str(error).split(": ")[-1].rstrip(".")
                 raise DataError(f"The file is damaged or cut off: {reason}.") from error
             with self._lock:
-                classes, best = self._classes(pixels)
-                seen = self._seen(pixels)
-                hot = self._heat(pixels, best) if heat and self.model is not None else None
-            return Answer(name, classes, None, note, seen, hot)
+                logs = self.runner.log_probabilities(self._input(pixels))[0]
+                hot = (
+                    self._heat(pixels, int(logs.argmax()))
+                    if heat and self.model is not None
+                    else None
+                )
+            classes = most_probable(logs, self.names, TOP)
+            return Result(name, classes, None, note, _shown(pixels), hot)
         except KerasResNetError as error:
-            return Answer(name, error=str(error))
+            return Result(name, error=str(error))
         except Exception:  # a fault of ours: said to the person, told to whoever runs this
-            logger.exception("A picture could not be answered.")
-            return Answer(name, error="The server failed at this picture; its log says why.")
+            logger.exception("An image could not be classified.")
+            return Result(name, error="The server failed at this image; its log says why.")
 
     def _input(self, pixels: np.ndarray) -> np.ndarray:
         raw = dataset_output(self.runner) == "uint8"
         return (pixels if raw else self.preprocess.normalize(pixels))[None]
 
-    def _classes(self, pixels: np.ndarray) -> tuple[list[tuple[str, float]], int]:
-        logs = self.runner.log_probabilities(self._input(pixels))[0]
-        order = np.argsort(-logs, kind="stable")[:TOP]
-        return [(self.names[i], float(np.exp(logs[i]))) for i in order], int(order[0])
-
-    def _seen(self, pixels: np.ndarray) -> np.ndarray:
-        """The picture as it is shown: three channels, and large enough to see something."""
-        rgb = pixels[..., :3] if pixels.shape[-1] > 1 else np.repeat(pixels, 3, axis=-1)
-        times = max(1, -(-224 // min(rgb.shape[:2])))
-        return rgb.repeat(times, axis=0).repeat(times, axis=1)
-
     def _heat(self, pixels: np.ndarray, best: int) -> np.ndarray:
-        images = self._input(pixels)
-        if keras.config.image_data_format() == "channels_first":
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        return overlay(self._seen(pixels), grad_cam(self.model, images, best)[0])
+        images = in_data_format(self._input(pixels))
+        return overlay(_shown(pixels), grad_cam(self.model, images, best)[0])
+
+    def to_dict(self, results: list[Result]) -> dict[str, Any]:
+        """As the endpoint gives it."""
+        return {"model": self.name, "pictures": [result.to_dict() for result in results]}
 
     def facts(self) -> list[tuple[str, str]]:
         """What is known about the model: label and value."""
         info = self.runner.info
         weights, training = info.get("weights") or {}, info.get("training") or {}
-        facts = [("Model", str(info.get("variant") or self.runner.model_name))]
+        facts = [("Model", self.name)]
         if self.model is not None:
             facts.append(("Parameters", f"{self.model.count_params():,}"))
         facts.append(("Weights", _weights_text(weights, training)))
         if "val_accuracy" in training:
-            pictures = training.get("val_pictures")
-            of = f" of {pictures:,} pictures" if pictures else ""
+            count = training.get("val_pictures")
+            of = f" of {count:,} images" if count else ""
             facts.append(("Validation accuracy", f"{training['val_accuracy']:.2%}{of}"))
         facts.append(("Preprocessing", preprocess_text(self.preprocess)))
         by_keras = self.runner.name.startswith("keras/")
         facts.append(("Runs on", backend_line() if by_keras else str(self.runner)))
         return facts
+
+
+def open_service(
+    model: keras.Model | Runner | str | os.PathLike, engine: str, limits: Limits
+) -> Service:
+    """A model's service; the model of a run folder or `.keras` file is opened for its gradients.
+
+    Raises:
+        InputError: The model has no head, or names no preprocessing.
+        NotFoundError: There is no such file.
+    """
+    found, blind = None, None
+    if isinstance(model, keras.Model):
+        found = model
+    elif not isinstance(model, Runner) and format_of_file(Path(model).expanduser()) is None:
+        found = load_model(model)
+    if found is None:
+        blind = "An exported model has no gradients: there are no heat maps of where it looked."
+    runner = open_runner(model if found is None else found, engine)
+    if found is not None:
+        try:  # once, before anybody waits for it
+            height, width, channels = model_preprocess(runner).output_shape
+            blank = np.zeros((1, height or 224, width or 224, channels), np.float32)
+            grad_cam(found, in_data_format(blank))
+        except InputError as error:
+            found, blind = None, f"No heat maps: {error}"
+    return Service(runner, found, limits, blind)
+
+
+def _shown(pixels: np.ndarray) -> np.ndarray:
+    """The image as it is shown: three channels, and large enough to see something."""
+    rgb = pixels[..., :3] if pixels.shape[-1] > 1 else np.repeat(pixels, 3, axis=-1)
+    return enlarged(rgb, 224)
 
 
 def _weights_text(weights: dict[str, Any], training: dict[str, Any]) -> str:
@@ -260,7 +302,7 @@ def _weights_text(weights: dict[str, Any], training: dict[str, Any]) -> str:
 
 
 def preprocess_text(preprocess: Preprocess) -> str:
-    """How pictures are prepared, in words.
+    """How images are prepared, in words.
 
     Examples:
         >>> preprocess_text(Preprocess())
@@ -278,23 +320,3 @@ def preprocess_text(preprocess: Preprocess) -> str:
     if preprocess.exif:
         parts.append("turned by EXIF")
     return ", ".join([*parts, preprocess.color_mode])
-
-
-# --- what the page shows -------------------------------------------------------------------------
-
-
-def _text(value: Any) -> str:
-    """Text for HTML: nothing in it is markup, and nothing turns the writing direction."""
-    return html.escape(printable(value), quote=True)
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    stream = io.BytesIO()
-    picture = Image.fromarray(pixels)
-    if len(np.unique(pixels.reshape(-1, 3)[:4096], axis=0)) < 64:
-        picture.save(stream, "PNG")  # enlarged pixels: a JPEG would smear them
-        kind = "png"
-    else:
-        picture.save(stream, "JPEG", quality=88)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -56,9 +56,21 @@ def backend_line() -> str:
     return f"{name} on {', '.join(devices())}, Keras {keras.__version__}"
 
 
-def in_data_format(images: np.ndarray) -> np.ndarray:
-    """A batch `(n, height, width, channels)` in the order of Keras' data format."""
-    if keras.config.image_data_format() == "channels_first":
+def in_data_format(images: np.ndarray, data_format: str | None = None) -> np.ndarray:
+    """A batch of images in the order of a data format.
+
+    Args:
+        images: `(n, height, width, channels)`.
+        data_format: `"channels_last"` or `"channels_first"`; Keras' setting by default.
+
+    Returns:
+        The same array, or `(n, channels, height, width)` in an order of its own in memory.
+
+    Examples:
+        >>> in_data_format(np.zeros((2, 32, 24, 3)), "channels_first").shape
+        (2, 3, 32, 24)
+    """
+    if (data_format or keras.config.image_data_format()) == "channels_first":
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return images
 

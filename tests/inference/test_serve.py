@@ -1,4 +1,4 @@
-"""The page answers as the model does, takes nothing harmful, and asks nothing elsewhere."""
+"""The page says what the model says, takes nothing harmful, and asks nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from keras_resnet.cli import main as cli
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import DataError, InputError, MissingDependencyError
 from keras_resnet.inference.predict import predict
-from keras_resnet.inference.serve import _service, answers_html, build_app, facts_html
-from keras_resnet.inference.service import Limits, check_picture
+from keras_resnet.inference.serve import build_app, page_parts
+from keras_resnet.inference.service import Limits, check_image, open_service
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.select import open_runner
 
@@ -60,13 +60,13 @@ def bomb(width, height):
 
 BAD = {
     "empty.png": (b"", "is empty"),
-    "text.txt": (b"Hello, I am no picture.", "no picture of a kind that is read here"),
-    "text.jpg": (b"Hello, I am no picture.", "no picture of a kind that is read here"),
+    "text.txt": (b"Hello, I am no image.", "no image of a kind that is read here"),
+    "text.jpg": (b"Hello, I am no image.", "no image of a kind that is read here"),
     "cut.jpg": (picture_bytes("JPEG", (400, 300))[:700], "damaged or cut off"),
     "head.png": (png_bytes()[:20], "damaged"),
     "bomb.png": (bomb(10_000, 10_000), "100 megapixels (10000 x 10000); at most 50"),
     "huge.png": (bomb(100_000, 100_000), "far too large"),
-    "page.eps": (picture_bytes("EPS"), "no picture of a kind that is read here"),
+    "page.eps": (picture_bytes("EPS"), "no image of a kind that is read here"),
     "big.png": (png_bytes() + b"\0" * (20 * 2**20), "20.0 MB; at most 20"),
 }
 
@@ -91,11 +91,11 @@ def file(model, tmp_path_factory):
 
 
 def test_answers_are_those_of_predict_and_heat_maps_come_along(model, tmp_path):
-    service = _service(model, "keras", Limits())
+    service = open_service(model, "keras", Limits())
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(png_bytes(40 + 20 * i, seed=i))
     paths = sorted(tmp_path.iterdir())
-    answers = service.answer([(p.name, p.read_bytes) for p in paths], heat=True)
+    answers = service.results([(p.name, p.read_bytes) for p in paths], heat=True)
     for answer, expected in zip(answers, predict(model, paths), strict=True):
         assert [n for n, _ in answer.classes] == [n for n, _ in expected.classes]
         np.testing.assert_allclose(
@@ -103,36 +103,38 @@ def test_answers_are_those_of_predict_and_heat_maps_come_along(model, tmp_path):
         )
         assert answer.pixels.shape == answer.heat.shape == (224, 224, 3)
         assert (answer.pixels != answer.heat).any()
-    assert service.answer([("a", paths[0].read_bytes)], heat=False)[0].heat is None
+    assert service.results([("a", paths[0].read_bytes)], heat=False)[0].heat is None
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_picture_gets_a_sentence(model, name):
     data, sentence = BAD[name]
-    service = _service(model, "keras", Limits())
-    (answer,) = service.answer([(name, lambda: data)], heat=True)
+    service = open_service(model, "keras", Limits())
+    (answer,) = service.results([(name, lambda: data)], heat=True)
     assert sentence in answer.error and answer.error.endswith(".") and not answer.classes
     assert "Traceback" not in answer.error and "\n" not in answer.error
 
 
 @pytest.mark.once
 def test_where_there_are_no_gradients_the_page_says_so(model):
-    service = _service(open_runner(model), "keras", Limits())  # what runs an exported file
-    (answer,) = service.answer([("a.png", png_bytes)], heat=True)
-    assert answer.classes and answer.heat is None and "no gradients" in facts_html(service)
-    assert answers_html([answer]).count("<img") == 1 and "Parameters" not in dict(service.facts())
-    whole = _service(model, "keras", Limits())
-    assert "no gradients" not in facts_html(whole) and whole.model is model
+    service = open_service(open_runner(model), "keras", Limits())  # what runs an exported file
+    (answer,) = service.results([("a.png", png_bytes)], heat=True)
+    assert answer.classes and answer.heat is None and "no gradients" in page_parts().facts(service)
+    assert page_parts().results([answer]).count("<img") == 1 and "Parameters" not in dict(
+        service.facts()
+    )
+    whole = open_service(model, "keras", Limits())
+    assert "no gradients" not in page_parts().facts(whole) and whole.model is model
 
 
 @pytest.mark.once
 def test_a_narrow_picture_is_refused_before_it_grows():
     preprocess = Preprocess(256, 224)
     with pytest.raises(DataError, match="too narrow"):
-        check_picture(picture_bytes("PNG", (1, 2000)), "a.png", Limits(), preprocess)
-    check_picture(picture_bytes("PNG", (2, 100)), "a.png", Limits(), preprocess)
-    with pytest.raises(InputError, match="megapixels must be more than 0"):
+        check_image(picture_bytes("PNG", (1, 2000)), "a.png", Limits(), preprocess)
+    check_image(picture_bytes("PNG", (2, 100)), "a.png", Limits(), preprocess)
+    with pytest.raises(InputError, match="megapixels must be above 0"):
         Limits(megapixels=0)
 
 
@@ -147,43 +149,43 @@ def test_a_narrow_picture_is_refused_before_it_grows():
     ],
 )
 def test_a_wrong_name_is_noted_and_the_picture_answered(model, kind, name, note):
-    service = _service(model, "keras", Limits())
-    (answer,) = service.answer([(name, lambda: picture_bytes(kind))], heat=False)
+    service = open_service(model, "keras", Limits())
+    (answer,) = service.results([(name, lambda: picture_bytes(kind))], heat=False)
     assert answer.classes and answer.error is None
     assert (answer.note or "").startswith(note or "") and bool(answer.note) == bool(note)
 
 
 @pytest.mark.once
 def test_too_many_pictures_are_left_out_and_told(model):
-    service = _service(model, "keras", Limits(pictures=2))
-    answers = service.answer([("a.png", png_bytes)] * 3, heat=False)
+    service = open_service(model, "keras", Limits(pictures=2))
+    answers = service.results([("a.png", png_bytes)] * 3, heat=False)
     assert [bool(a.classes) for a in answers] == [True, True, False]
-    assert "at most 2 pictures" in answers[2].error
+    assert "at most 2 images" in answers[2].error
 
 
 @pytest.mark.once
 def test_a_fault_of_the_model_is_logged_and_no_traceback_is_shown(model, caplog):
-    service = _service(model, "keras", Limits())
+    service = open_service(model, "keras", Limits())
     service.runner = None
-    (answer,) = service.answer([("a.png", png_bytes)], heat=False)
-    assert answer.error == "The server failed at this picture; its log says why."
+    (answer,) = service.results([("a.png", png_bytes)], heat=False)
+    assert answer.error == "The server failed at this image; its log says why."
     assert "AttributeError" in caplog.text
 
 
 @pytest.mark.once
 def test_names_are_text_and_never_markup(model):
-    service = _service(model, "keras", Limits())
-    answers = service.answer([(HOSTILE, png_bytes), (HOSTILE, lambda: b"x")], heat=True)
-    for page in (answers_html(answers), facts_html(service)):
+    service = open_service(model, "keras", Limits())
+    answers = service.results([(HOSTILE, png_bytes), (HOSTILE, lambda: b"x")], heat=True)
+    for page in (page_parts().results(answers), page_parts().facts(service)):
         assert "<script" not in page and "<img src=x" not in page and "\u202e" not in page
         assert "&lt;" in page and "\\u202e" in page
 
 
 @pytest.mark.once
 def test_facts_say_what_is_known(model):
-    facts = dict(_service(model, "keras", Limits()).facts())
+    facts = dict(open_service(model, "keras", Limits()).facts())
     assert facts["Model"] == "resnet20" and facts["Parameters"] == f"{model.count_params():,}"
-    assert facts["Validation accuracy"] == "87.50% of 1,200 pictures"
+    assert facts["Validation accuracy"] == "87.50% of 1,200 images"
     assert facts["Weights"] == "epoch 3 of 8 by the recipe cifar"
     assert facts["Preprocessing"].startswith("short side resized to 36 (bilinear), 32 x 32 cut")
     assert facts["Runs on"].startswith("torch 2") and ", Keras 3" in facts["Runs on"]
@@ -225,7 +227,7 @@ def test_the_endpoint_answers_good_and_bad_in_order(client):
     assert len(good["classes"]) == 5 and good["error"] is None and good["note"] is None
     assert sum(c["probability"] for c in good["classes"]) <= 1
     assert {c["name"] for c in good["classes"]} <= set(NAMES)
-    assert not bad["classes"] and "no picture" in bad["error"]
+    assert not bad["classes"] and "no image" in bad["error"]
     assert noted["classes"] == good["classes"] and "is a PNG" in noted["note"]
     assert uploads(client) == []
 
@@ -235,7 +237,7 @@ def test_the_endpoint_says_what_is_wrong_with_a_request(client):
     cases = [
         (client.get("/predict"), 405, "curl -F pictures=@cat.jpg"),
         (client.post("/predict", content=b"x"), 415, "no form"),
-        (client.post("/predict", data={"x": "1"}, files=[("y", b"")]), 400, "no picture in it"),
+        (client.post("/predict", data={"x": "1"}, files=[("y", b"")]), 400, "no image in it"),
         (client.post("/predict", files=form(*[("a.png", b"x")] * 17)), 400, "Too many files"),
         (client.post("/predict", files=form(("a.png", b"0" * 4 * 2**20))), 413, "too large"),
         (
@@ -381,7 +383,7 @@ def page(browser, address):
     page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(address)
-    page.wait_for_selector("#pictures input[type=file]", state="attached")
+    page.wait_for_selector("#images input[type=file]", state="attached")
     yield page
     elsewhere = [u for u in page.requests if not u.startswith((address, "data:", "blob:"))]
     assert elsewhere == [] and page.errors == []
@@ -395,31 +397,32 @@ def test_a_person_drops_pictures_and_sees_answers(page, tmp_path):
         {"name": "text.txt", "mimeType": "text/plain", "buffer": b"no picture"},
         {"name": "bomb.png", "mimeType": "image/png", "buffer": BAD["bomb.png"][0]},
     ]
-    page.set_input_files("#pictures input[type=file]", files)
-    page.wait_for_selector(".kr-card >> nth=2")
-    cards = page.locator(".kr-card")
+    page.set_input_files("#images input[type=file]", files)
+    page.wait_for_selector(".kr-result >> nth=2")
+    cards = page.locator(".kr-result")
     assert cards.count() == 3
     good = cards.nth(0)
-    assert good.locator(".kr-bars li").count() == 5 and good.locator("img").count() == 2
-    assert "onerror" in good.locator(".kr-name").inner_text()
-    shares = [float(s.strip("<% ")) for s in good.locator(".kr-share").all_inner_texts()]
-    assert shares == sorted(shares, reverse=True)
-    widths = [box.bounding_box()["width"] for box in good.locator(".kr-bar > span").all()]
+    assert good.locator("li").count() == 5 and good.locator("img").count() == 2
+    assert "onerror" in good.locator("h3").inner_text()
+    shown = [float(s.strip("<% ")) for s in good.locator("li > :nth-child(2)").all_inner_texts()]
+    assert shown == sorted(shown, reverse=True)
+    widths = [bar.bounding_box()["width"] for bar in good.locator(".kr-bar > span").all()]
     assert widths == sorted(widths, reverse=True) and widths[0] > 20
     for image in good.locator("img").all():
         assert image.evaluate("i => i.complete && i.naturalWidth") == 224
-    assert "no picture of a kind" in cards.nth(1).inner_text()
+    assert "no image of a kind" in cards.nth(1).inner_text()
     assert "megapixels" in cards.nth(2).inner_text()
     assert "owned" not in page.title()
     facts = page.locator(".kr-facts").inner_text()
     assert "resnet20" in facts and "87.50%" in facts and ", Keras 3" in facts
     page.get_by_text("From a program").click()
-    page.wait_for_selector(".kr-programs pre")
-    assert page.url.rstrip("/") in page.locator(".kr-programs").inner_text()
-    # The field is empty again, for the next picture.
-    page.wait_for_selector("#pictures input[type=file]", state="attached")
-    page.set_input_files("#pictures input[type=file]", files[:1])
-    page.wait_for_function("document.querySelectorAll('.kr-card').length == 1")
+    page.wait_for_selector("pre")
+    for code in page.locator("pre").all_inner_texts():
+        assert page.url.rstrip("/") in code and "ADDRESS" not in code
+    # The field is empty again, for the next image.
+    page.wait_for_selector("#images input[type=file]", state="attached")
+    page.set_input_files("#images input[type=file]", files[:1])
+    page.wait_for_function("document.querySelectorAll('.kr-result').length == 1")
 
 
 @pytest.mark.once
@@ -435,10 +438,10 @@ def test_a_pasted_picture_is_answered_and_a_phone_shows_it_whole(page):
         }""",
         list(png_bytes(64, 64)),
     )
-    page.wait_for_selector(".kr-card")
-    assert page.locator(".kr-name").inner_text() == "pasted.png"
+    page.wait_for_selector(".kr-result")
+    assert page.locator(".kr-result h3").inner_text() == "pasted.png"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    for selector in (".kr-card", ".kr-facts", "#pictures"):
+    for selector in (".kr-result", ".kr-facts", "#images"):
         box = page.locator(selector).first.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390
 
@@ -454,7 +457,7 @@ def test_bad_addresses_are_said_in_one_line(file, capsys):
             (["--port", port], "Give another --port"),
             (["--port", "70000"], "from 0 to 65535"),
             (["--host", "no.such.host.invalid"], "no address of the name"),
-            (["--max-mb", "0"], "megabytes must be more than 0"),
+            (["--max-mb", "0"], "megabytes must be above 0"),
         ]
         for arguments, message in cases:
             assert cli.main(["serve", file, *arguments]) == 2
@@ -470,4 +473,5 @@ def test_without_gradio_the_pip_line_is_named(file, monkeypatch):
     with pytest.raises(MissingDependencyError, match=r"keras3-resnet\[serve\]"):
         build_app(file)
     assert importlib.util.find_spec("keras_resnet.inference.serve")
-    assert not list(pathlib.Path(cli.__file__).parent.glob("*.pyi"))
+    package = pathlib.Path(cli.__file__).parents[1]
+    assert list(package.rglob("*.pyi")) == [package / "__init__.pyi"]  # Gradio writes such files
