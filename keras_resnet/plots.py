@@ -1,4 +1,4 @@
-"""Every figure; the only module that imports matplotlib.
+"""Figures that are files: curves, grids of images, confusion matrices, colours of heat maps.
 
 Figures are built on `Figure` objects, not through pyplot: no window, no global state, and safe in
 a thread. Each function writes a file and returns its path.
@@ -46,7 +46,7 @@ def curves(history: Mapping[str, Sequence[float]], path: str | os.PathLike) -> P
     Args:
         history: Columns of `history.csv`: `accuracy`, `loss`, `val_accuracy`, `val_loss`; those
             missing are left out. One value an epoch.
-        path: The picture to write; its extension decides the format.
+        path: The image to write; its extension decides the format.
     """
     figure = Figure(figsize=(12, 4))
     panels = figure.subplots(1, 2)
@@ -93,7 +93,7 @@ def learning_rates(
         losses: The loss of each step.
         smoothed: Its moving average.
         suggestion: The rate to mark, or `None`.
-        path: The picture to write.
+        path: The image to write.
     """
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
@@ -113,13 +113,13 @@ def learning_rates(
 def picture_grid(
     images: np.ndarray, titles: Sequence[str], path: str | os.PathLike, columns: int = 4
 ) -> Path:
-    """Draws pictures in a grid, each under its title.
+    """Draws images in a grid, each under its title.
 
     Args:
         images: uint8 `(n, height, width, channels)`, 1, 3 or 4 channels.
-        titles: One text a picture.
-        path: The picture to write.
-        columns: Pictures in a row.
+        titles: One text an image.
+        path: The image to write.
+        columns: Images in a row.
     """
     columns = max(1, min(columns, len(images)))
     rows = -(-len(images) // columns)
@@ -141,12 +141,12 @@ def picture_grid(
 
 
 def confusion_matrix(matrix: Any, class_names: Sequence[str], path: str | os.PathLike) -> Path:
-    """Draws a confusion matrix: rows are true classes, colours shares of the row.
+    """Draws a confusion matrix: rows are true classes, colours fractions of the row.
 
     Args:
         matrix: Counts, `(classes, classes)`: an array, or lists.
         class_names: Names in the order of the rows.
-        path: The picture to write.
+        path: The image to write.
 
     Raises:
         InputError: The matrix has not a row and a column a class.
@@ -160,9 +160,9 @@ def confusion_matrix(matrix: Any, class_names: Sequence[str], path: str | os.Pat
     figure = Figure(figsize=(side + 1, side))
     axes = figure.subplots()
     totals = matrix.sum(axis=1, keepdims=True)
-    shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
-    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(drawn, ax=axes, fraction=0.046, label="Share of the true class")
+    fractions = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
+    drawn = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(drawn, ax=axes, fraction=0.046, label="Fraction of the true class")
     names = [label_text(name) for name in class_names]
     if count <= 60:
         axes.set_xticks(range(count), names, rotation=45, ha="right", fontsize=8)
@@ -171,7 +171,7 @@ def confusion_matrix(matrix: Any, class_names: Sequence[str], path: str | os.Pat
         for i, j in np.argwhere(matrix > 0):
             axes.text(
                 j, i, f"{matrix[i, j]:,}", ha="center", va="center", fontsize=8,
-                color="white" if shares[i, j] > 0.5 else "black",
+                color="white" if fractions[i, j] > 0.5 else "black",
             )  # fmt: skip
     axes.set(xlabel="Predicted class", ylabel="True class", title="Confusion matrix")
     return _save(figure, path)

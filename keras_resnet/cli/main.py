@@ -432,7 +432,7 @@ def _predict_command(commands) -> None:
 
 
 def _predict(arguments) -> int:
-    from keras_resnet.data.sources import Pictures
+    from keras_resnet.data.sources import Images
     from keras_resnet.errors import InputError
     from keras_resnet.inference.predict import PredictionTable, iter_predictions, save_predictions
     from keras_resnet.models.files import model_class_names
@@ -451,7 +451,7 @@ def _predict(arguments) -> int:
     print(f"Backend: {backend_line()}")
     runner = open_runner(arguments.model, arguments.engine)
     print(f"Engine: {runner}")
-    pictures = Pictures(arguments.paths)
+    pictures = Images(arguments.paths)
     table = PredictionTable(pictures, model_class_names(runner), arguments.top)
     print(table.header)
     kept, unreadable = [], 0
@@ -477,7 +477,7 @@ def _predict(arguments) -> int:
 
 
 def _predict_to_file(arguments) -> int:
-    from keras_resnet.data.sources import Pictures
+    from keras_resnet.data.sources import Images
     from keras_resnet.inference.predict import write_predictions
     from keras_resnet.inference.prediction_files import check_output
     from keras_resnet.system.device import backend_line
@@ -485,7 +485,7 @@ def _predict_to_file(arguments) -> int:
     from keras_resnet.system.progress import Progress, ProgressLine
 
     output = check_output(arguments.output)
-    pictures = Pictures(arguments.paths)
+    pictures = Images(arguments.paths)
     print(f"Backend: {backend_line()}", flush=True)
     line, last = ProgressLine(), Progress(0, 0)
 
@@ -539,7 +539,7 @@ def _explain_command(commands) -> None:
 
 
 def _explain(arguments) -> int:
-    from keras_resnet.data.sources import picture_paths
+    from keras_resnet.data.sources import image_paths
     from keras_resnet.errors import InputError
     from keras_resnet.inference.explain import iter_explanations, overlay_names, save_overlay
     from keras_resnet.inference.predict import PredictionTable
@@ -552,7 +552,7 @@ def _explain(arguments) -> int:
         raise InputError(f"The output {str(output)!r} is a file; a folder is needed.")
     print(f"Backend: {backend_line()}")
     model = load_model(arguments.model)
-    paths = picture_paths(arguments.paths)
+    paths = image_paths(arguments.paths)
     table = PredictionTable(paths, model_class_names(model), arguments.top)
     found = iter_explanations(
         model,

@@ -1,4 +1,4 @@
-"""Files, folders and patterns as one sequence of pictures that never lies in memory whole."""
+"""Files, folders and patterns as one sequence of images that never lies in memory whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keras_resnet.system.files import printable
 Sources = str | os.PathLike | Iterable[str | os.PathLike]
 
 
-class Pictures:
+class Images:
     """Files out of files, folders (searched through, sorted) and shell patterns.
 
     It can be iterated more than once. Of a folder nothing but the folders in it is kept; file
@@ -25,7 +25,7 @@ class Pictures:
 
     Raises:
         NotFoundError: A path does not exist, or a pattern matches nothing.
-        DataError: A folder holds no picture.
+        DataError: A folder holds no image.
     """
 
     def __init__(self, sources: Sources):
@@ -41,7 +41,7 @@ class Pictures:
         if os.path.isdir(text):
             folders = picture_folders(text)
             if not folders:
-                # Not a picture in it: the error says what there is.
+                # Not an image in it: the error says what there is.
                 image_dataset_from_directory(text, labels=None, shuffle=False)
             self._parts.append(_Folders(folders))
         elif os.path.exists(text):
@@ -68,7 +68,7 @@ class Pictures:
             yield from part
 
     def __len__(self) -> int:
-        """Pictures; the first time, all names are read for it."""
+        """Images; the first time, all names are read for it."""
         if self._count is None:
             self._count = 0
             for path in self:
@@ -83,7 +83,7 @@ class Pictures:
 
 
 class _Folders:
-    """The pictures of some folders, without those of the folders in them."""
+    """The images of some folders, without those of the folders in them."""
 
     def __init__(self, folders: list[str]):
         self._folders = folders
@@ -94,11 +94,11 @@ class _Folders:
                 yield os.path.join(folder, name)
 
 
-def picture_paths(sources: Sources) -> list[str]:
-    """The paths that `Pictures` finds, as a list.
+def image_paths(sources: Sources) -> list[str]:
+    """The paths that `Images` finds, as a list.
 
     Raises:
         NotFoundError: A path does not exist, or a pattern matches nothing.
-        DataError: A folder holds no picture.
+        DataError: A folder holds no image.
     """
-    return list(Pictures(sources))
+    return list(Images(sources))

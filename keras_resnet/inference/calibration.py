@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Calibration:
     Attributes:
         edges: `(bins + 1)` from 0 to 1; a bin holds what is above its lower edge, up to and with
             its upper one.
-        counts: Answers in each bin.
+        counts: Predictions in each bin.
         confidence: Their mean confidence; NaN in an empty bin.
-        accuracy: Share of them that is right; NaN in an empty bin.
+        accuracy: Fraction of them that is right; NaN in an empty bin.
         error: The expected calibration error: the mean gap between the two, weighted by count.
         largest: The largest gap of a bin.
     """
@@ -33,7 +33,7 @@ class Calibration:
 
     @property
     def bias(self) -> float:
-        """Mean confidence less accuracy, over all answers: above 0 the model is overconfident."""
+        """Mean confidence less accuracy of all predictions: above 0 the model is overconfident."""
         filled = self.counts > 0
         gaps = self.confidence[filled] - self.accuracy[filled]
         return float((gaps * self.counts[filled]).sum() / self.counts.sum())
@@ -43,15 +43,15 @@ def calibration(confidence, correct, bins: int = 15) -> Calibration:
     """Compares how sure a model was with how often it was right.
 
     The expected calibration error of Guo et al. 2017 (arXiv:1706.04599, equation 3), with their 15
-    bins. Of few answers it is not zero even where the model is perfectly calibrated.
+    bins. Of few predictions it is not zero even where the model is perfectly calibrated.
 
     Args:
-        confidence: The probability that the model gave to its answer, `(n,)` in 0..1.
-        correct: Whether the answer was right, `(n,)`.
+        confidence: The probability that the model gave to its prediction, `(n,)` in 0..1.
+        correct: Whether the prediction was right, `(n,)`.
         bins: Number of bins.
 
     Raises:
-        InputError: No answers, lengths that differ, or values outside 0..1.
+        InputError: No predictions, lengths that differ, or values outside 0..1.
 
     Examples:
         >>> result = calibration([0.9, 0.9, 0.6, 0.6], [True, False, True, True], bins=10)
@@ -67,8 +67,7 @@ def calibration(confidence, correct, bins: int = 15) -> Calibration:
         )
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise InputError("A confidence is a probability, from 0 to 1.")
-    if bins < 1:
-        raise InputError(f"bins must be at least 1. Received: {bins}.")
+    whole("bins", bins, 1)
     edges = np.linspace(0, 1, bins + 1)
     index = np.searchsorted(edges[1:-1], confidence)
     counts = np.bincount(index, minlength=bins)
@@ -87,29 +86,29 @@ def calibration(confidence, correct, bins: int = 15) -> Calibration:
 
 
 def accuracy_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a share, by Wilson's score (1927): it holds for few answers as well.
+    """The 95% interval of a fraction, by Wilson's score (1927): it holds for small counts as well.
 
     Args:
-        right: Answers that were right.
-        count: All answers, at least one.
+        right: Predictions that were right.
+        count: All predictions, at least one.
 
     Examples:
         >>> [round(x, 3) for x in accuracy_interval(85, 153)]
         [0.476, 0.632]
     """
     z = 1.959963984540054  # the normal distribution's 97.5% point
-    share, scale = right / count, 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / scale
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
+    fraction, scale = right / count, 1 + z * z / count
+    middle = (fraction + z * z / (2 * count)) / scale
+    half = z * math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count * count)) / scale
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def paired_p_value(only_first: int, only_second: int) -> float:
-    """How likely two equal models differ as much on the same pictures: McNemar's exact test.
+    """How likely two equal models differ as much on the same images: McNemar's exact test.
 
     Args:
-        only_first: Pictures that the first alone gets right.
-        only_second: Pictures that the second alone gets right.
+        only_first: Images that the first alone gets right.
+        only_second: Images that the second alone gets right.
 
     Returns:
         The two-sided p-value, in 0..1.

@@ -27,16 +27,16 @@ class Evaluation:
 
     Attributes:
         loss: Mean cross-entropy, nats.
-        top1: Share of pictures whose most probable class is the true one.
-        top5: Share whose true class is among the five most probable; `None` for five classes or
+        top1: Fraction of images whose predicted class is the true one.
+        top5: Fraction whose true class is among the five most probable; `None` for five classes or
             fewer, where it says nothing.
-        count: Pictures evaluated.
+        count: Images evaluated.
         class_names: Names in the order of the model's outputs.
         per_class: A dict a class that occurs: `name`, `precision`, `recall`, `f1`, `count`.
         confusion: Counts, `(classes, classes)`, rows are true classes.
-        rows: A dict a picture: `path`, `true`, `predicted`, `probability` (of the predicted
+        rows: A dict an image: `path`, `true`, `predicted`, `probability` (of the predicted
             class), `true_probability`.
-        skipped: `(path, reason)` of pictures that could not be read.
+        skipped: `(path, reason)` of images that could not be read.
     """
 
     loss: float
@@ -53,7 +53,7 @@ class Evaluation:
         width = max([5, *(len(printable(row["name"])) for row in self.per_class)])
         top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
         lines = [
-            f"{self.count:,} pictures: top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f}",
+            f"{self.count:,} images: top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f}",
             "",
             f"{'Class':{width}}  Precision  Recall      F1   Count",
         ]
@@ -63,12 +63,12 @@ class Evaluation:
             for row in self.per_class
         ]
         if self.skipped:
-            lines += ["", f"Skipped {len(self.skipped)} unreadable pictures:"]
+            lines += ["", f"Skipped {len(self.skipped)} unreadable images:"]
             lines += [f"  {printable(reason)}" for _, reason in self.skipped[:10]]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the single pictures, JSON-able."""
+        """Everything but the single images, JSON-able."""
         return {
             "loss": self.loss,
             "top1": self.top1,
@@ -81,13 +81,13 @@ class Evaluation:
         }
 
     def to_csv(self) -> str:
-        """A line a picture: path, true and predicted class, their probabilities."""
-        shares = ("probability", "true_probability")
-        lines = [csv_line(["path", "true", "predicted", *shares])]
+        """A line an image: path, true and predicted class, their probabilities."""
+        numbers = ("probability", "true_probability")
+        lines = [csv_line(["path", "true", "predicted", *numbers])]
         lines += [
             csv_line(
                 [plain_path(row["path"]), row["true"], row["predicted"]]
-                + [f"{row[name]:.6f}" for name in shares]
+                + [f"{row[name]:.6f}" for name in numbers]
             )
             for row in self.rows
         ]
@@ -116,27 +116,27 @@ def evaluate(
     output: str | os.PathLike | None = None,
     engine: str = "keras",
 ) -> Evaluation:
-    """Measures a model on labelled pictures.
+    """Measures a model on labelled images.
 
     Args:
         model: A model, a `.keras` file or a run folder, or a `Runner`.
         data: A folder with a folder a class, or one that holds such folders as `test`, `val` and
             `train`; or an unshuffled `ImageDataset`. Classes go by their names: the folder may
             lack some of the model's, but has none that the model does not know.
-        batch_size: Pictures at a time; the result does not depend on it.
-        workers: Threads that read pictures.
+        batch_size: Images at a time; the result does not depend on it.
+        workers: Threads that read images.
         split: Which of `test`, `val`, `train`; the first that is there by default.
         preprocess: In place of the model's own.
-        strict: Stop at a picture that cannot be read, instead of skipping it.
+        strict: Stop at an image that cannot be read, instead of skipping it.
         output: A folder for `evaluation.json`, `predictions.csv` and `confusion_matrix.png`.
-        engine: What runs the model: see `engines.open_runner`.
+        engine: What runs the model: see `open_runner`.
 
     Returns:
         The `Evaluation`.
 
     Raises:
         InputError: The classes are not the model's, or the model names no preprocessing.
-        DataError: A folder without pictures, or, if strict, a picture that cannot be read.
+        DataError: A folder without images, or, if strict, an image that cannot be read.
         NotFoundError: A path does not exist.
     """
     runner = open_runner(model, engine)
@@ -171,7 +171,7 @@ def evaluate(
         kept.append(batch.indices)
     if not kept:
         reason = dataset.skipped[0][1]
-        raise DataError(f"None of the {dataset.num_samples} pictures can be read: {reason}")
+        raise DataError(f"None of the {dataset.num_samples} images can be read: {reason}")
     logs, kept = np.concatenate(logs), np.concatenate(kept)
     true = np.asarray(dataset.labels)[kept]
     result = _measure(logs, true, [dataset.file_paths[i] for i in kept], names, dataset.skipped)

@@ -13,7 +13,7 @@ from PIL import Image
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.sources import picture_paths
+from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, between, did_you_mean, whole
 from keras_resnet.inference.grad_cam import (
     as_classifier,
@@ -142,7 +142,7 @@ def iter_explanations(
     whole("top", top, 1)
     model = as_classifier(model)
     names = model_class_names(model)
-    paths = picture_paths(sources)
+    paths = image_paths(sources)
     wanted = _classes_by_name(class_name, names, len(paths))
     network_of(model, layer)  # an unknown layer is said before any image is read
     dataset = ImageDataset(

@@ -1,7 +1,7 @@
-"""What a model says of pictures, be they three or a hundred thousand: memory stays flat.
+"""What a model says of images, be they three or a hundred thousand: memory stays flat.
 
-Folders are walked as they are needed, threads read ahead while the model computes, and answers are
-given, or written, as they come.
+Folders are walked as they are needed, threads read ahead while the model computes, and
+predictions are given, or written, as they come.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.sources import Pictures, Sources
-from keras_resnet.errors import DataError, InputError, NotFoundError
+from keras_resnet.data.sources import Images, Sources
+from keras_resnet.errors import DataError, InputError, NotFoundError, whole
 from keras_resnet.inference.prediction_files import (
     Prediction,
     PredictionWriter,
     check_output,
     csv_lines,
     errors_path,
+    most_probable,
 )
 from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
 from keras_resnet.runtimes.runner import Runner
@@ -39,29 +40,29 @@ from keras_resnet.system.files import printable, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.progress import Progress
 
-_AHEAD_BYTES = 256 * 2**20  # pictures that wait for the model, at most (a batch always may)
+_AHEAD_BYTES = 256 * 2**20  # images that wait for the model, at most (a batch always may)
 
 
 class PredictionTable:
     """Predictions as lines of a table whose columns stay in place, for a terminal.
 
     Args:
-        paths: Of all the pictures, or `Pictures`.
+        paths: Of all the images, or `Images`.
         class_names: Of all the classes.
-        top: Classes a picture.
+        top: Classes an image.
 
     Examples:
         >>> table = PredictionTable(["a.png", "bees/1.png"], ["ant", "bee"], top=2)
         >>> print(table.header)
-        Picture     Class       Class
+        Image       Class       Class
         >>> print(table.line(Prediction("a.png", [("bee", 0.75), ("ant", 0.25)])))
         a.png       bee  75.0%  ant  25.0%
     """
 
-    def __init__(self, paths: Sequence[str] | Pictures, class_names: Sequence[str], top: int):
-        known = isinstance(paths, Pictures)
+    def __init__(self, paths: Sequence[str] | Images, class_names: Sequence[str], top: int):
+        known = isinstance(paths, Images)
         longest = paths.width if known else max((len(printable(p)) for p in paths), default=0)
-        self._path = min(60, max(7, longest))
+        self._path = min(60, max(5, longest))
         self._name = min(30, max(len(printable(n)) for n in class_names))
         self._top = min(top, len(class_names))
 
@@ -69,18 +70,18 @@ class PredictionTable:
     def header(self) -> str:
         """The names of the columns."""
         cell = f"{'Class':{self._name + 7}}"
-        return f"{'Picture':{self._path}}  {'  '.join([cell] * self._top)}".rstrip()
+        return f"{'Image':{self._path}}  {'  '.join([cell] * self._top)}".rstrip()
 
     def line(self, prediction: Prediction) -> str:
-        """One picture; a path too long for its column loses its beginning."""
+        """One image; a path too long for its column loses its beginning."""
         path = printable(prediction.path)
         if len(path) > self._path:
             path = f"...{path[3 - self._path :]}"
         if prediction.error is not None:
             return f"{path:{self._path}}  {printable(prediction.error)}"
         cells = [
-            f"{printable(name)[: self._name]:{self._name}} {share:6.1%}"
-            for name, share in prediction.classes
+            f"{printable(name)[: self._name]:{self._name}} {p:6.1%}"
+            for name, p in prediction.classes
         ]
         return f"{path:{self._path}}  {'  '.join(cells)}"
 
@@ -94,7 +95,7 @@ _Read = tuple[list[str], list[np.ndarray | str]]
 def _read_ahead(
     paths: Iterable[str], read: Callable[[str], Any], batch_size: int, threads: int, size: int
 ) -> Iterator[_Read]:
-    """Reads pictures in threads, a bounded number of them ahead; `size` is bytes a picture."""
+    """Reads images in threads, a bounded number of them ahead; `size` is bytes an image."""
     paths = iter(paths)
     if threads == 0:
         while batch := list(itertools.islice(paths, batch_size)):
@@ -130,15 +131,15 @@ def _predicted(
     logs = np.empty((0, 0))
     if places:
         first = read[places[0]]
-        # A picture that cannot be read leaves a black one, whose answer is thrown away: batches of
-        # every size would each be compiled anew on jax.
+        # An image that cannot be read leaves a black one, whose prediction is thrown away: batches
+        # of every size would each be compiled anew on jax.
         images = np.zeros((len(read), *first.shape), first.dtype)
         for i in places:
             if read[i].shape != first.shape:
                 raise InputError(
-                    f"Pictures of one batch have different sizes: {read[i].shape} of "
-                    f"{paths[i]!r} and {first.shape} before it. Give a Preprocess with a "
-                    "crop_size, or batch_size=1."
+                    "Images of one batch must be of one size; give a Preprocess with a "
+                    f"crop_size, or batch_size=1. Received: {first.shape}, and {read[i].shape} of "
+                    f"{paths[i]!r}."
                 )
             images[i] = read[i]
         logs = runner.log_probabilities(images)
@@ -146,9 +147,8 @@ def _predicted(
     for i, (path, one) in enumerate(zip(paths, read, strict=True)):
         if isinstance(one, str):
             found.append(Prediction(path, [], one))
-            continue
-        best = np.argsort(-logs[i], kind="stable")[:top]
-        found.append(Prediction(path, [(names[k], float(np.exp(logs[i][k]))) for k in best]))
+        else:
+            found.append(Prediction(path, most_probable(logs[i], names, top)))
     return found
 
 
@@ -180,16 +180,15 @@ def _batches(
 
 
 def _check(top: int, batch_size: int, workers: int | None) -> None:
-    for name, value, least in (("top", top, 1), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise InputError(f"{name} must be at least {least}. Received: {value}.")
-    if workers is not None and workers < 0:
-        raise InputError(f"workers must be at least 0. Received: {workers}.")
+    whole("top", top, 1)
+    whole("batch_size", batch_size, 1)
+    if workers is not None:
+        whole("workers", workers, 0)
 
 
 def iter_predictions(
     model: keras.Model | Runner | str | os.PathLike,
-    sources: Sources | Pictures,
+    sources: Sources | Images,
     *,
     top: int = 5,
     batch_size: int = 32,
@@ -200,10 +199,10 @@ def iter_predictions(
     """As `predict`, one `Prediction` at a time in the order of the files, in flat memory."""
     _check(top, batch_size, workers)
     runner = open_runner(model, engine)
-    pictures = sources if isinstance(sources, Pictures) else Pictures(sources)
+    images = sources if isinstance(sources, Images) else Images(sources)
     batches = _batches(
         runner,
-        pictures,
+        images,
         top=top,
         batch_size=batch_size,
         workers=workers,
@@ -250,29 +249,29 @@ def predict(
     output=None,
     restart=False,
 ):
-    """Classifies pictures.
+    """Classifies images.
 
     Args:
         model: A model, a `.keras` file or a run folder, or a `Runner`; the file is all that is
             needed.
-        sources: A picture, a folder (searched through), a shell pattern, or several of these.
-        top: Classes to give a picture, most probable first.
-        batch_size: Pictures at a time; the result does not depend on it.
-        workers: Threads that read pictures.
+        sources: An image, a folder (searched through), a shell pattern, or several of these.
+        top: Classes to give an image, most probable first.
+        batch_size: Images at a time; the result does not depend on it.
+        workers: Threads that read images.
         preprocess: In place of the model's own.
-        engine: What runs the model: see `engines.open_runner`.
-        output: A file to write the answers to as they come, in flat memory: see
+        engine: What runs the model: see `open_runner`.
+        output: A file to write the predictions to as they come, in flat memory: see
             `write_predictions`.
         restart: With `output`: begin anew where an interrupted run could be gone on with.
 
     Returns:
-        A `Prediction` a picture, in order; those of unreadable pictures hold an error. With
+        A `Prediction` an image, in order; those of unreadable images hold an error. With
         `output`, a `PredictionFile` instead.
 
     Raises:
         InputError: The model has no head, or names no preprocessing.
         NotFoundError: A path does not exist.
-        DataError: A folder holds no picture.
+        DataError: A folder holds no image.
     """
     options = {
         "top": top,
@@ -295,10 +294,10 @@ class PredictionFile:
 
     Attributes:
         path: The file.
-        count: Pictures in it.
-        unreadable: Of these, pictures that could not be read.
+        count: Images in it.
+        unreadable: Of these, images that could not be read.
         errors: The list of those, or `None` where there are none.
-        resumed: Pictures that an interrupted run had answered before.
+        resumed: Images that an interrupted run had classified before.
         seconds: What this run took for the others.
     """
 
@@ -311,9 +310,9 @@ class PredictionFile:
 
     def __str__(self) -> str:
         now = self.count - self.resumed
-        rate = f", {now / self.seconds:,.0f} pictures/s" if now and self.seconds > 1 else ""
+        rate = f", {now / self.seconds:,.0f} images/s" if now and self.seconds > 1 else ""
         before = f" ({self.resumed:,} of them by an earlier run)" if self.resumed else ""
-        lines = [f"Written: {printable(self.path)}, {self.count:,} pictures{before}{rate}"]
+        lines = [f"Written: {printable(self.path)}, {self.count:,} images{before}{rate}"]
         if self.errors is not None:
             lines.append(
                 f"{self.unreadable:,} could not be read; {printable(self.errors)} says why."
@@ -323,7 +322,7 @@ class PredictionFile:
 
 def write_predictions(
     model: keras.Model | Runner | str | os.PathLike,
-    sources: Sources | Pictures,
+    sources: Sources | Images,
     output: str | os.PathLike,
     *,
     top: int = 5,
@@ -334,24 +333,24 @@ def write_predictions(
     restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PredictionFile:
-    """Classifies pictures into a file, however many there are.
+    """Classifies images into a file, however many there are.
 
-    Answers are written as they come, to `output` with `.part` behind it; the output is there when
-    it is whole. Interrupted or killed, the same call goes on where it was, and the file gets the
-    same bytes. Unreadable pictures have their reason in the column `error`, and are listed in
-    `NAME.errors.csv`.
+    Predictions are written as they come, to `output` with `.part` behind it; the output is there
+    when the last one is. Interrupted or killed, the same call goes on where it was, and the file
+    gets the same bytes. Unreadable images have their reason in the column `error`, and are listed
+    in `NAME.errors.csv`.
 
     Args:
         model: As for `predict`.
-        sources: As for `predict`; the same pictures, to go on with an interrupted run.
+        sources: As for `predict`; the same images, to go on with an interrupted run.
         output: `.csv` (path, class1, probability1, ..., error), `.jsonl` (an object a line) or
             `.parquet` (the columns of the CSV; needs pyarrow). In CSV a class name that a
             spreadsheet would take for a formula gets an apostrophe in front, and a path `./`.
-        top: Classes to give a picture, most probable first.
-        batch_size: Pictures at a time.
-        workers: Threads that read pictures.
+        top: Classes to give an image, most probable first.
+        batch_size: Images at a time.
+        workers: Threads that read images.
         preprocess: In place of the model's own.
-        engine: What runs the model: see `engines.open_runner`.
+        engine: What runs the model: see `open_runner`.
         restart: Begin anew where an interrupted run could be gone on with.
         progress: Called after each batch.
 
@@ -360,15 +359,15 @@ def write_predictions(
 
     Raises:
         InputError: As `predict`; or an interrupted run of another model, other options or other
-            pictures has left its `.part`.
+            images has left its `.part`.
         NotFoundError: A path does not exist.
-        DataError: A folder holds no picture.
+        DataError: A folder holds no image.
         MissingDependencyError: Parquet without pyarrow.
     """
     _check(top, batch_size, workers)
     path = check_output(output)
-    pictures = sources if isinstance(sources, Pictures) else Pictures(sources)
-    total = len(pictures)
+    images = sources if isinstance(sources, Images) else Images(sources)
+    total = len(images)
     runner = open_runner(model, engine)
     preprocess = preprocess or model_preprocess(runner)
     top = min(top, runner.num_classes)
@@ -376,10 +375,10 @@ def write_predictions(
     started = time.monotonic()
     writer = PredictionWriter(path, top, identity, batch_size, restart)
     try:
-        writer.open(pictures)
+        writer.open(images)
         if progress is not None:
             progress(Progress(writer.done, total, writer.unreadable))
-        rest = itertools.islice(iter(pictures), writer.done, None)
+        rest = itertools.islice(iter(images), writer.done, None)
         batches = _batches(
             runner, rest, top=top, batch_size=batch_size, workers=workers, preprocess=preprocess
         )
@@ -403,7 +402,7 @@ def write_predictions(
 def _identity(runner: Runner, preprocess: Preprocess, top: int, batch_size: int) -> dict[str, Any]:
     """What must be the same for an interrupted run to be gone on with.
 
-    A model is known by what it answers to a fixed picture: weights are, whatever file or engine
+    A model is known by what it predicts for a fixed image: weights are, whatever file or engine
     holds them.
     """
     height, width, channels = preprocess.output_shape
@@ -424,7 +423,7 @@ def _identity(runner: Runner, preprocess: Preprocess, top: int, batch_size: int)
 
 
 def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike) -> None:
-    """Writes predictions as `.csv` (a line a picture), `.json`, or a picture sheet (`.png`, ...).
+    """Writes predictions as `.csv` (a line an image), `.json`, or an image sheet (`.png`, ...).
 
     Raises:
         InputError: The extension names no known form.
@@ -440,8 +439,10 @@ def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike)
         square = Preprocess(256, 256)
         readable = [p for p in predictions if p.classes][:24]
         if not readable:
-            raise DataError("There is no readable picture to draw.")
+            raise DataError("There is no readable image to draw.")
         titles = [f"{p.classes[0][0]} {p.classes[0][1]:.1%}" for p in readable]
         plots.picture_grid(np.stack([square.pixels(p.path) for p in readable]), titles, path)
     else:
-        raise InputError(f"Predictions are written as .csv, .json or .png, not {path.suffix!r}.")
+        raise InputError(
+            f"Predictions are written as .csv, .json or .png. Received: {path.name!r}."
+        )

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from keras_resnet.data.sources import picture_paths
+from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, NotFoundError, VerificationError, whole
 from keras_resnet.models.files import dataset_output, load_model, model_preprocess
 from keras_resnet.runtimes import formats, int8 as quantization, writing
@@ -330,7 +330,7 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
         sources = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
         shown = "photographs of scikit-learn"
     else:
-        sources = spread(picture_paths(pictures), _COMPARED)
+        sources = spread(image_paths(pictures), _COMPARED)
         shown = "given images"
     found, reason = [], None
     for source in sources:

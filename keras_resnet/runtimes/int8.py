@@ -14,7 +14,7 @@ import numpy as np
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures, labels_by_name
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.sources import picture_paths
+from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, require
 from keras_resnet.models.files import dataset_output, model_class_names
 from keras_resnet.runtimes.formats import FORMATS
@@ -144,7 +144,7 @@ class Int8Images:
                 return paths, labels_by_name(labels, found, self._names)
             except (DataError, InputError):
                 pass
-        return picture_paths(source), None
+        return image_paths(source), None
 
     def batches(self) -> list[np.ndarray]:
         """float32 inputs `(1, height, width, channels)`."""

@@ -15,7 +15,7 @@ from sklearn import metrics
 from keras_resnet.cli import main as cli
 from keras_resnet.data.directory import image_dataset_from_directory
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.sources import picture_paths
+from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, NotFoundError
 from keras_resnet.inference.evaluate import evaluate
 from keras_resnet.inference.predict import iter_predictions, predict
@@ -157,7 +157,7 @@ def test_unreadable_pictures_are_counted_and_do_not_stop(model, with_broken):
 @pytest.mark.once
 def test_nothing_readable_is_an_error_of_one_line(model, with_broken):
     (with_broken / "class 0" / "2.png").write_bytes(b"")
-    with pytest.raises(DataError, match="None of the 5 pictures can be read"):
+    with pytest.raises(DataError, match="None of the 5 images can be read"):
         evaluate(model, with_broken, batch_size=2)
 
 
@@ -172,14 +172,14 @@ def test_classes_that_the_model_does_not_know_are_named(model, pictures, tmp_pat
 @pytest.mark.once
 def test_sources_are_files_folders_and_patterns_in_order(pictures):
     one = str(pictures / "class 3" / "1.png")
-    found = picture_paths([one, pictures / "class 1", str(pictures / "*" / "0.png")])
+    found = image_paths([one, pictures / "class 1", str(pictures / "*" / "0.png")])
     assert found[0] == one and len(found) == 1 + 4 + 6
     assert found[1:5] == sorted(str(p) for p in (pictures / "class 1").iterdir())
     assert found[5:] == sorted(str(p) for p in pictures.glob("*/0.png"))
     with pytest.raises(NotFoundError, match=r"No file matches"):
-        picture_paths(str(pictures / "*.gif"))
+        image_paths(str(pictures / "*.gif"))
     with pytest.raises(NotFoundError, match=r"Did you mean '1.png'"):
-        picture_paths(str(pictures / "class 3" / "11.png"))
+        image_paths(str(pictures / "class 3" / "11.png"))
 
 
 @pytest.mark.once
@@ -225,7 +225,7 @@ def test_the_commands_write_what_they_are_asked_for(file, pictures, expected, tm
 
     output = tmp_path / "evaluated"
     code = cli.main(["evaluate", str(file), str(pictures), "--output", str(output)])
-    assert code == 0 and "24 pictures: top-1" in capsys.readouterr().out
+    assert code == 0 and "24 images: top-1" in capsys.readouterr().out
     assert {p.name for p in output.iterdir()} == {
         "evaluation.json", "predictions.csv", "confusion_matrix.png",
     }  # fmt: skip
@@ -239,7 +239,10 @@ def test_the_commands_write_what_they_are_asked_for(file, pictures, expected, tm
     [
         (["predict", "{file}x", "{pictures}"], "Did you mean 'model.keras'"),
         (["predict", "{file}", "{pictures}/none.png"], "No file or folder"),
-        (["predict", "{file}", "{pictures}", "--top", "0"], "top must be at least 1"),
+        (
+            ["predict", "{file}", "{pictures}", "--top", "0"],
+            "top must be a whole number of at least 1",
+        ),
         (["predict", "{file}", "{pictures}", "--csv", "x.txt"], "ends in .csv"),
         (["predict", "{pictures}", "{pictures}"], "No best.keras"),
         (["predict", "{pictures}/class 0/0.png", "{pictures}"], "keras-resnet convert"),

@@ -13,7 +13,7 @@ from rounding import allowed
 import keras_resnet as kr
 from keras_resnet.cli import main as cli
 from keras_resnet.errors import DataError, InputError
-from keras_resnet.inference import grad_cam as explain
+from keras_resnet.inference.grad_cam import resized
 from keras_resnet.variants import SPECS, list_models
 
 SIDES = {"alexnet": 128, "alexnet_paper": 224, "resnet34_cifar10": 64}
@@ -170,7 +170,7 @@ def test_enlarging_is_opencvs():
     ]:
         values = rng.random(small, dtype=np.float32)
         expected = cv2.resize(values, large[::-1])
-        np.testing.assert_allclose(explain._resized(values, large), expected, atol=1e-5)
+        np.testing.assert_allclose(resized(values, large), expected, atol=1e-5)
 
 
 # --- every row, and what models may be -----------------------------------------------------------
@@ -221,9 +221,8 @@ def test_a_model_that_normalises_inside_sees_the_same(pixels):
 
 
 def test_a_folded_model_looks_at_the_same_places(pixels):
-    inference = pytest.importorskip("keras_resnet.inference", reason="no folding here yet")
     model = small_model(include_preprocessing=True)
-    folded = inference.optimize_for_inference(model)
+    folded = kr.optimize_for_inference(model)
     assert not any(isinstance(x, keras.layers.BatchNormalization) for x in folded.layers)
     expected = kr.grad_cam(model, pixels, [0, 1, 2])
     model.predict_on_batch(pixels)  # which folds inside, on torch, and leaves no trace here
@@ -328,7 +327,7 @@ def test_nothing_that_speaks_for_a_class_is_zero_and_no_warning(pixels, recwarn)
     [
         ({"class_index": 4}, "from 0 to 3"),
         ({"class_index": -1}, "from 0 to 3"),
-        ({"class_index": [0, 1]}, r"one a picture \(3\)"),
+        ({"class_index": [0, 1]}, r"one an image \(3\)"),
         ({"class_index": "cat"}, "whole number"),
         ({"layer": "layer3_2_bn3"}, "no layer 'layer3_2_bn3'. Did you mean 'layer3_2_bn2'"),
         ({"layer": "linear"}, "'linear' makes no feature map"),
@@ -343,7 +342,7 @@ def test_bad_arguments_say_what_is_possible(pixels, arguments, message):
 def test_bad_images_and_models(pixels):
     with pytest.raises(InputError, match=r"images\[None\]"):
         kr.grad_cam(small_model(), pixels[0])
-    with pytest.raises(InputError, match="takes pictures of shape"):
+    with pytest.raises(InputError, match="takes images of shape"):
         kr.grad_cam(small_model(), pixels[:, :16])
     with pytest.raises(InputError, match="no classification head"):
         kr.grad_cam(kr.create_model("resnet20", include_top=False), pixels)

@@ -20,7 +20,7 @@ from PIL import Image
 from keras_resnet.cli import main as cli
 from keras_resnet.data.folders import walk_pictures
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.sources import Pictures
+from keras_resnet.data.sources import Images
 from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError
 from keras_resnet.inference import prediction_files
 from keras_resnet.inference.predict import (
@@ -103,10 +103,10 @@ def test_folders_are_walked_lazily_in_the_order_of_training(folder, tmp_path):
     (folder / "notes.txt").write_text("")
     (folder / "folder.png").mkdir()
     expected = walk_pictures(str(folder), False)[0]
-    pictures = Pictures([folder, folder / "sub"])
+    pictures = Images([folder, folder / "sub"])
     assert list(pictures) == expected + walk_pictures(str(folder / "sub"), False)[0]
     assert len(pictures) == 60 and list(pictures) == list(pictures)
-    assert list(Pictures(f"{folder}/")) == expected
+    assert list(Images(f"{folder}/")) == expected
     one = iter(pictures)
     next(one)
     save_noise(folder / "sub-a", 11, seed=1)  # not read before its turn
@@ -261,7 +261,7 @@ def test_names_that_are_no_utf8_are_written_as_valid_utf8(tmp_path):
 
 @pytest.mark.once
 def test_hostile_names_do_no_harm_in_a_terminal(folder):
-    pictures = Pictures(folder)
+    pictures = Images(folder)
     table = PredictionTable(pictures, ["red\n\x1b[2J", "\u202ex"], top=2)
     lines = [table.header] + [table.line(Prediction(p, [("\x1b[2J", 0.5)])) for p in pictures]
     assert all(line.isprintable() for line in lines)
@@ -473,7 +473,7 @@ def test_the_command_writes_and_goes_on(file, folder, tmp_path, capsys, monkeypa
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "Going on behind 24 of 50 pictures." in out
-    assert "50 pictures (24 of them by an earlier run)" in out
+    assert "50 images (24 of them by an earlier run)" in out
     assert "3 could not be read; " in out
     rows = read_csv(output)
     assert len(rows) == 50 and rows[0]["class1"] in ("<b>", "'=1+1", "c")
@@ -487,8 +487,11 @@ def test_the_command_writes_and_goes_on(file, folder, tmp_path, capsys, monkeypa
         (["--output", "answers.txt"], "must end in .csv, .jsonl or .parquet"),
         (["--output", "none/answers.csv"], "'none' does not exist"),
         (["--output", "a.csv", "--json", "b.json"], "--output stands alone"),
-        (["--output", "a.csv", "--batch-size", "0"], "batch_size must be at least 1"),
-        (["--workers", "-1"], "workers must be at least 0"),
+        (
+            ["--output", "a.csv", "--batch-size", "0"],
+            "batch_size must be a whole number of at least 1",
+        ),
+        (["--workers", "-1"], "workers must be a whole number of at least 0"),
     ],
 )
 def test_bad_options_are_said_in_one_line(file, folder, tmp_path, capsys, monkeypatch, arguments,
