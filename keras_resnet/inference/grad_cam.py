@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_resnet.errors import InputError, did_you_mean, whole
 from keras_resnet.models.files import load_model
-from keras_resnet.system.device import sync, in_data_format
+from keras_resnet.system.device import in_data_format, sync
 
 _BACKEND = keras.backend.backend()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError, did_you_mean
+from keras_resnet.errors import InputError, NotFoundError, did_you_mean, require
 from keras_resnet.system.files import (
     csv_line,
     plain_path,
@@ -113,6 +112,7 @@ def _save_jsonl(work: Path, top: int, name: str) -> None:
 
 def _save_parquet(work: Path, top: int, name: str) -> None:
     import pyarrow
+    import pyarrow.parquet
 
     kinds = {"path": pyarrow.string(), "error": pyarrow.string()}
     kinds |= {f"class{i}": pyarrow.string() for i in range(1, top + 1)}
@@ -121,19 +121,10 @@ def _save_parquet(work: Path, top: int, name: str) -> None:
         [valid_text(c) if isinstance(c, str) else c for c in _cells(row, top)]
         for row, _ in _rows(work)
     )
-    with _parquet().ParquetWriter(name, schema) as writer:
+    with pyarrow.parquet.ParquetWriter(name, schema) as writer:
         while group := list(itertools.islice(rows, PARQUET_ROWS)):
             arrays = zip(*group, strict=True)
             writer.write_table(pyarrow.table(list(map(list, arrays)), schema=schema))
-
-
-def _parquet():
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise MissingDependencyError(
-            'Parquet needs the package pyarrow: pip install "keras3-resnet[parquet]".'
-        ) from error
 
 
 # Each makes a file of a name out of a whole work file.
@@ -162,7 +153,7 @@ def check_output(output: str | os.PathLike) -> Path:
             f"{did_you_mean(path.suffix, FORMATS)}"
         )
     if path.suffix.lower() == ".parquet":
-        _parquet()
+        require("pyarrow", "parquet", "Parquet")
     if path.is_dir():
         raise InputError(f"The output {str(path)!r} is a folder; a file's name is needed.")
     if not path.parent.is_dir():

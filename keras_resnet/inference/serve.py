@@ -11,7 +11,6 @@ import asyncio
 import base64
 import contextlib
 import functools
-import importlib
 import io
 import json
 import os
@@ -29,7 +28,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from keras_resnet.errors import DataError, InputError, MissingDependencyError
+from keras_resnet.errors import DataError, InputError, require
 from keras_resnet.inference.guard import Guard
 from keras_resnet.inference.service import Limits, Service, open_service
 from keras_resnet.runtimes.runner import Runner
@@ -165,15 +164,6 @@ def _read(path: Path) -> bytes:
 # --- the application -----------------------------------------------------------------------------
 
 
-def _import(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f'serve needs the package {name.split(".")[0]}: pip install "keras3-resnet[serve]".'
-        ) from error
-
-
 def build_app(
     model: keras.Model | Runner | str | os.PathLike,
     *,
@@ -204,7 +194,9 @@ def build_app(
     limits = limits or Limits()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    gradio, fastapi = _import("gradio"), _import("fastapi")
+    require("gradio", "serve", "serve")
+    import fastapi
+    import gradio
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     service = open_service(model, engine, limits)
@@ -310,8 +302,9 @@ def serve(
         NotFoundError: There is no such file.
         MissingDependencyError: Gradio is not installed.
     """
-    uvicorn = _import("uvicorn")
-    _import("gradio")
+    require("gradio", "serve", "serve")
+    import uvicorn
+
     with _listen(host, port) as listener:
         port = listener.getsockname()[1]
         local = host in LOOPBACK

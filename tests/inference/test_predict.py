@@ -505,7 +505,7 @@ def test_bad_options_are_said_in_one_line(file, folder, tmp_path, capsys, monkey
 
 @pytest.mark.once
 def test_parquet_without_pyarrow_names_the_pip_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingDependencyError, match=r"keras3-resnet\[parquet\]"):
         predict(Brightness(), folder, output=tmp_path / "a.parquet")
     with pytest.raises(NotFoundError):
