@@ -15,9 +15,10 @@ import numpy as np
 from keras_resnet.errors import InputError
 from keras_resnet.system.files import printable, write_text
 from keras_resnet.weights import download, published
-from keras_resnet.weights.checkpoint import PREFIXES, WRAPPERS, inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.mapping import convs_of_module, module_path, strides_of, weighted_layers
 from keras_resnet.weights.matching import Shape
+from keras_resnet.weights.selection import PREFIXES, WRAPPERS
 
 # --- Reading a source ---------------------------------------------------------------------------
 

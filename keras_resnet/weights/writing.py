@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -14,24 +13,24 @@ from typing import Any
 import numpy as np
 
 from keras_resnet.errors import CheckpointError, NotFoundError
-from keras_resnet.weights.checkpoint import MAX_NAME, _only_our_errors, _path
+from keras_resnet.system.files import replace_file
 from keras_resnet.weights.dtypes import (
-    _CLASSES,
-    _EXTENSION_SIZES,
-    _NUMPY,
-    _QUANTISED_SIZES,
-    _SAFETENSORS,
+    CLASSES,
+    EXTENSION_SIZES,
+    NUMPY_CODES,
+    QUANTISED_SIZES,
+    SAFETENSORS_DTYPES,
 )
-from keras_resnet.weights.pickles import _brief, _text
-
-# ------------------------------------------------------------------------------------------ writing
+from keras_resnet.weights.opening import as_path, only_our_errors
+from keras_resnet.weights.selection import MAX_NAME
+from keras_resnet.weights.stand_ins import brief, one_line
 
 _STORAGE_CLASSES = {
     dtype: f"{prefix}Storage"
-    for prefix, dtype in _CLASSES.items()
-    if dtype not in _QUANTISED_SIZES and prefix not in ("Untyped", "ComplexHalf")
+    for prefix, dtype in CLASSES.items()
+    if dtype not in QUANTISED_SIZES and prefix not in ("Untyped", "ComplexHalf")
 }
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS.items()}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def write_checkpoint(
@@ -64,25 +63,22 @@ def write_checkpoint(
         >>> inspect_checkpoint(path).metadata
         {'from': 'an example'}
     """
-    with _only_our_errors(path, "write"):
-        file = _path(path)
+    with only_our_errors(path, "write"):
+        file = as_path(path)
         suffix = file.suffix.lower()
         if suffix not in (".pth", ".pt", ".th", ".safetensors"):
             raise CheckpointError(f"its ending is {suffix!r}: use .pth, .pt, .th or .safetensors")
         if not file.parent.is_dir():
-            raise NotFoundError(f"no folder {_text(file.parent, 500)} to write {file.name} into")
+            raise NotFoundError(f"no folder {one_line(file.parent, 500)} to write {file.name} into")
         arrays = _checked_arrays(tensors)
         about = {str(k): str(v) for k, v in sorted(dict(metadata or {}).items())}
         write = _write_safetensors if suffix == ".safetensors" else _write_zip
-        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with temporary.open("xb") as out:
+
+        def write_to(name: str) -> None:
+            with open(name, "wb") as out:
                 write(out, arrays, about)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        replace_file(file, write_to)
 
 
 def _checked_arrays(tensors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, str]]:
@@ -92,18 +88,18 @@ def _checked_arrays(tensors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, s
     out = {}
     for name, value in tensors.items():
         if type(name) is not str or not name or len(name) > MAX_NAME:
-            raise CheckpointError(f"{_brief(name)} is no name for a tensor")
+            raise CheckpointError(f"{brief(name)} is no name for a tensor")
         array = np.asarray(value)
         dtype = array.dtype.newbyteorder("=")
-        if dtype.name not in _NUMPY and dtype.name not in _EXTENSION_SIZES:
-            raise CheckpointError(f"{_text(name)!r} has dtype {array.dtype}, which torch lacks")
+        if dtype.name not in NUMPY_CODES and dtype.name not in EXTENSION_SIZES:
+            raise CheckpointError(f"{one_line(name)!r} has dtype {array.dtype}, which torch lacks")
         out[name] = (array.astype(dtype, copy=False), dtype.name)
     return out
 
 
 def _raw(array: np.ndarray) -> memoryview:
     """The array's bytes in C order, little-endian."""
-    if array.dtype.name in _NUMPY:
+    if array.dtype.name in NUMPY_CODES:
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return memoryview(np.ascontiguousarray(array).reshape(-1).view("u1"))
 
@@ -180,7 +176,9 @@ def _write_safetensors(
     for name in order:
         array, dtype = arrays[name]
         if dtype not in _SAFETENSORS_NAMES:
-            raise CheckpointError(f"{_text(name)!r} is {dtype}, which safetensors lacks: use .pth")
+            raise CheckpointError(
+                f"{one_line(name)!r} is {dtype}, which safetensors lacks: use .pth"
+            )
         header[name] = {
             "dtype": _SAFETENSORS_NAMES[dtype],
             "shape": list(array.shape),

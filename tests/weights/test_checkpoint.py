@@ -19,6 +19,7 @@ import tarfile
 import textwrap
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -27,8 +28,8 @@ torch = pytest.importorskip("torch")
 from fuzz_checkpoint import samples as _samples, session, state, tar_bytes
 
 from keras_resnet.errors import CheckpointError, NotFoundError
-from keras_resnet.weights import torch_files as checkpoint
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.stream_files import MAGIC
 from keras_resnet.weights.writing import write_checkpoint
 
 pytestmark = [
@@ -101,8 +102,6 @@ FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", 
 @pytest.mark.parametrize("saver", SAVERS)
 @pytest.mark.parametrize("dtype", PLAIN + YOUNG + FLOAT8)
 def test_every_dtype_reads_as_torch_saved_it(tmp_path, saver, dtype):
-    if dtype in FLOAT8 or dtype == "bfloat16":
-        pytest.importorskip("ml_dtypes")
     torch.manual_seed(0)
     tensor = (torch.rand(3, 4, dtype=torch.float64) * 9).to(getattr(torch, dtype))
     tensors = {"a": tensor, "zero_dimensional": tensor[0, 0].clone(), "empty": tensor[:0].clone()}
@@ -276,22 +275,51 @@ def test_numpy_arrays_and_numbers_in_a_checkpoint_read_with_the_tensors(tmp_path
         assert inspect_checkpoint(tmp_path / "a.pth").others == {"accuracy": "76.5"}
 
 
-def test_bfloat16_widens_exactly_without_ml_dtypes(tmp_path, monkeypatch):
-    torch.save({"a": torch.randn(50, 3).bfloat16().T}, tmp_path / "a.pth")
-    tensor = torch.load(tmp_path / "a.pth")["a"]
-    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    with pytest.warns(UserWarning, match="1 bfloat16 tensors were widened to float32"):
-        arrays = read_checkpoint(tmp_path / "a.pth")
-    np.testing.assert_array_equal(arrays["a"], tensor.float().numpy())
-
-
 def test_complex32_widens_exactly(tmp_path):
     torch.save({"a": torch.randn(5, dtype=torch.complex64).to(torch.complex32)}, tmp_path / "a.pth")
     expected = torch.load(tmp_path / "a.pth")["a"].to(torch.complex64).numpy()
     np.testing.assert_array_equal(read_checkpoint(tmp_path / "a.pth")["a"], expected)
 
 
+def test_complex32_keeps_its_shape(tmp_path):
+    base = torch.randn(3, 2, dtype=torch.complex64).to(torch.complex32)
+    saved = {"number": base[0, 0].clone(), "turned": base.T, "empty": base[:0], "part": base[:, :1]}
+    torch.save(saved, tmp_path / "a.pth")
+    arrays = read_checkpoint(tmp_path / "a.pth")
+    for name, tensor in saved.items():
+        assert arrays[name].shape == tuple(tensor.shape), name
+        np.testing.assert_array_equal(arrays[name], tensor.to(torch.complex64).numpy())
+
+
+def test_a_tar_file_without_its_magic_reads_as_torch_loads_it(tmp_path):
+    tensors = {"w": torch.arange(6.0).reshape(2, 3)}
+    path = tmp_path / "old.pth"
+    path.write_bytes(without_magic(tar_bytes(tensors)))
+    assert_same(read_checkpoint(path), torch.load(path, weights_only=False))  # made above
+    assert_same(read_checkpoint(path), tensors)
+
+
+@pytest.mark.parametrize("metadata", [b'"x"', b"[1]", b"3", b"null", b"{", b"\xff"])
+def test_metadata_that_is_no_object_is_ignored_with_a_note(tmp_path, metadata):
+    write_checkpoint(tmp_path / "good.pth", {"w": np.ones(2)}, metadata={"a": "b"})
+    data = (tmp_path / "good.pth").read_bytes()
+    path = tmp_path / "a.pth"
+    path.write_bytes(rezipped(data, lambda n, d: metadata if n.endswith("metadata.json") else d))
+    info = inspect_checkpoint(path)
+    assert info.metadata == {} and info.problem is None
+    assert info.others == {"extra/metadata.json": "ignored: it is no JSON object"}
+    assert list(read_checkpoint(path)) == ["w"]
+
+
 # ------------------------------------------------------------------------------------- safetensors
+
+
+@pytest.mark.parametrize("ending", [".pth", ".PT", ".th", ".tar", ".ckpt", ".bin"])
+def test_safetensors_files_under_endings_of_pickles_are_refused(tmp_path, ending):
+    write_checkpoint(tmp_path / "a.safetensors", {"w": np.ones(2)})
+    (tmp_path / "a.safetensors").rename(tmp_path / f"a{ending}")
+    told = message(tmp_path / f"a{ending}")
+    assert f"a safetensors file called {ending.lower()}" in told and "rename it" in told
 
 
 def test_safetensors_files_read_as_their_library_writes_them(tmp_path):
@@ -601,7 +629,7 @@ def archive(pickle_: bytes, storages: dict[str, bytes] | None = None) -> bytes:
 
 
 def stream(pickle_: bytes) -> bytes:
-    head = pickle.dumps(checkpoint.MAGIC, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+    head = pickle.dumps(MAGIC, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
     return head + pickle_ + pickle.dumps([], 2)
 
 
@@ -659,7 +687,7 @@ def nested_calls(marker: str) -> dict[str, tuple[bytes, str]]:
         "os.system, protocol 0": (pickle.dumps(Calls(os.system, command), 0), system),
         "os.system, protocol 5": (archive(pickle.dumps(Calls(os.system, command), 5)), system),
         "os.system, after the magic": (
-            pickle.dumps(checkpoint.MAGIC, 2) + dumps(Calls(os.system, command)),
+            pickle.dumps(MAGIC, 2) + dumps(Calls(os.system, command)),
             system,
         ),
         "os.system, instead of storage keys": (
@@ -734,11 +762,42 @@ def tar_with(name: bytes, data: bytes) -> bytes:
     return out.getvalue()
 
 
+def with_checksum(block: bytes) -> bytes:
+    """A tar header, its checksum computed anew."""
+    block = block[:148] + b" " * 8 + block[156:]
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def without_magic(data: bytes) -> bytes:
+    """A tar archive whose first header lacks `ustar`, as the first writers of tar left it out."""
+    return with_checksum(data[:257] + bytes(8) + data[265:512]) + data[512:]
+
+
+def tar_folder(size: int) -> bytes:
+    info = tarfile.TarInfo("folder")
+    info.type = tarfile.DIRTYPE
+    block = info.tobuf(tarfile.USTAR_FORMAT)
+    return with_checksum(block[:124] + b"%011o\0" % size + block[136:])
+
+
 def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
     """Name to (file, what the refusal says). `marker` is a file that must never appear."""
+    calls = nested_calls(marker)
     deep = 200_000
     doubled = b"\x80\x02N" + b"2\x86" * deep
     laughs = b"\x80\x02}" + text("w") + tensor((2,), (1,)) + b"s"
+    arrays = b"\x80\x02" + b"B" + struct.pack("<I", 1_000_000) + bytes(1_000_000) + b"q\x000"
+    arrays += b"cnumpy\ndtype\n" + text("f4") + b"\x85R(K\x03" + text(">") + b"NNNtbq\x010}("
+    for i in range(500):  # each to be turned to this machine's byte order
+        arrays += text(f"a{i}") + b"cnumpy.core.multiarray\n_reconstruct\n)R"
+        arrays += b"(K\x01J" + struct.pack("<i", 250_000) + b"\x85h\x01\x89h\x00tb"
+    # Harmless calls, again and again, each of which could cost what its values are long.
+    empty_dicts = b"\x80\x02(" + b"N" * 200_000 + b"tq\x000"
+    empty_dicts += b"ccollections\nOrderedDict\nq\x010" + b"h\x01h\x00R0" * 40_000 + b"N."
+    types = b"\x80\x02B" + struct.pack("<I", 8_000_000) + bytes(8_000_000) + b"\x85q\x000"
+    types += b"cnumpy\ndtype\nq\x010" + b"h\x01h\x00R0" * 70_000 + b"N."
+    subclassed = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x000ctorch\nSize\n))\x87q\x010"
+    subclassed += b"h\x00Nh\x01\x87q\x010" * 400 + b"h\x00h\x01R0" * 60_000 + b"N."
     for _ in range(60):  # each dict holds the one before twice
         laughs += b"q\x00}(" + text("a") + b"h\x00" + text("b") + b"h\x00u"
     million = b"\x80\x02" + text("x" * 8_000_000) + b"q\x000"
@@ -790,6 +849,14 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
     overlapping[third + 42 : third + 46] = overlapping[second + 42 : second + 46]
     overlapping[third + 46 : third + 54] = overlapping[second + 46 : second + 54]
     same = bytes(overlapping).replace(b"a/data/1", b"a/data/2")
+    with io.BytesIO() as out:
+        with zipfile.ZipFile(out, "w") as new:
+            new.writestr("a/data.pkl", b"\x80\x02}.")
+            new.writestr("a/DATA.PKL", calls["os.system"][0])
+        cased = out.getvalue()
+    shifted = archive(b"\x80\x02}.")
+    directory = shifted.index(b"PK\x01\x02")
+    shifted = shifted[:directory] + bytes(10) + shifted[directory:]
     tar = tar_bytes({"w": torch.ones(4)})
     link = io.BytesIO()
     with tarfile.open(fileobj=link, mode="w") as new:
@@ -799,8 +866,7 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}})
     nested = b'{"w":' + b"[" * 200_000
     prefix = struct.Struct("<Q").pack
-    cases = nested_calls(marker)
-    cases |= {
+    cases = calls | {
         "memo index 2**32 - 1": (archive(b"\x80\x02Nr\xff\xff\xff\xff."), "memo entry"),
         "memo index in digits": (archive(b"Np4294967295\n."), "memo entry"),
         "memo never written": (archive(b"\x80\x02h\x05."), "never written"),
@@ -841,6 +907,10 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
         "a shape of 200,000, 1,000 times": (archive(shapes + b"."), "has 200,000 entries"),
         "a shared list in 10,000 dicts": (archive(tangle + b"u."), "over and over"),
         "900 expanded tensors": (archive(many + b"u."), "claim .* over and over"),
+        "500 arrays of one bytes object": (archive(arrays + b"u."), "claim .* over and over"),
+        "a call with 200,000 values": (archive(empty_dicts), "no tensors"),
+        "a NumPy type of 8 MB": (archive(types), "no tensors"),
+        "a subclass of a subclass": (archive(subclassed), "steps"),
         "a storage of 2**60": (one_tensor((2,), (1,), numel=2**60), "64 of 4,6"),
         "a storage of -1": (one_tensor((2,), (1,), numel=-1), "should be counts"),
         "a storage of 2**100": (one_tensor((2,), (1,), numel=2**100), "absurd"),
@@ -888,6 +958,8 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
         "sizes beyond the file": (bytes(lying), "claims 2,147,483,648"),
         "an encrypted entry": (bytes(encrypted), "encrypted"),
         "a name twice": (twice, "there twice"),
+        "a name twice but for case": (cased, "there twice"),
+        "a directory that is shifted": (shifted, "directory should lie"),
         "overlapping entries": (bytes(overlapping), "twice|overlap|contradicts"),
         "an entry that contradicts its header": (
             same[:first] + bytes(overlapping)[first:],
@@ -895,6 +967,13 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
         ),
         "a directory elsewhere": (good[:-6] + b"\xf0\xff\xff\x7f\0\0", "directory"),
         "a tar link": (link.getvalue() + bytes(1024), "link or a special file"),
+        "a tar archive without its magic": (
+            without_magic(
+                tar_with(b"pickle", pickle.dumps(Calls(os.system, f"touch {marker}"), 2))
+            ),
+            r"wants to call os\.system",
+        ),
+        "a tar folder with a size": (tar_folder(512) + tar, "has a size"),
         "a tar checksum": (tar[:1] + b"x" + tar[2:], "tar archive is damaged at byte 0"),
         "safetensors beyond the file": (prefix(len(header)) + header.encode(), "ends at"),
         "a safetensors header of 2**39": (prefix(2**39) + b"{}", "the header ends at"),
@@ -964,6 +1043,15 @@ def test_hostile_files_are_refused_within_a_second_and_200_megabytes(tmp_path):
             problems.append(f"{name}: {seconds:.2f} s, {megabytes:.0f} MB")
     assert not problems, "\n".join(problems)
     assert not marker.exists()
+
+
+def test_the_collected_hostile_files_end_as_they_should(shared):
+    folder = shared / "weights" / "hostile"
+    assert "'archive/DATA.PKL' is there twice" in message(folder / "zip_case2_evil.pth")
+    assert "a safetensors file called .pth" in message(folder / "safetensors_V.pth")
+    assert read_checkpoint(folder / "dtype_complex32_1.pth")["z"].shape == ()
+    about = inspect_checkpoint(folder / "extra_metadata_not_object.pth")
+    assert about.metadata == {} and "extra/metadata.json" in about.others
 
 
 def test_a_refused_file_is_described_by_inspect(tmp_path):
@@ -1064,7 +1152,6 @@ def test_a_written_pth_loads_in_torch_and_in_a_module(tmp_path, torchvision):
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_every_dtype_survives_writing_and_reading(tmp_path, ending):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
     arrays = {}
     for name in [*PLAIN, *YOUNG, *FLOAT8]:
         if name == "complex128" and ending == "safetensors":

@@ -1,0 +1,102 @@
+"""NumPy arrays of a weight file's tensors: views of the mapped file wherever they can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from keras_resnet.errors import CheckpointError
+from keras_resnet.weights.dtypes import EXTENSION_SIZES, NUMPY_CODES, SIZES
+from keras_resnet.weights.loaded import Loaded
+from keras_resnet.weights.stand_ins import Array, Storage, Tensor, Unreadable, one_line
+from keras_resnet.weights.zip_files import unpacked
+
+
+def to_array(loaded: Loaded, tensor: Tensor | Array) -> np.ndarray:
+    """The numbers, read-only, with the tensor's shape, strides and (but for complex32) dtype."""
+    if type(tensor) is Array:
+        array = _from_pickle(tensor)
+    elif tensor.numel == 0:
+        array = np.empty(tensor.shape, _numpy_type(tensor.dtype))
+    else:
+        array = _view(loaded, tensor)
+    if type(tensor) is Tensor and tensor.dtype == "complex32":
+        halves = np.array(array, order="C")[..., None].view("f2").astype("f4")
+        array = halves.view("c8")[..., 0]
+    if type(tensor) is Tensor and tensor.conj:
+        array = np.conj(array)
+    if type(tensor) is Tensor and tensor.neg:
+        array = np.negative(array)
+    array = np.asarray(array)
+    array.flags.writeable = False
+    return array
+
+
+def _numpy_type(name: str) -> np.dtype:
+    """The type of that torch name; an integer of its size for complex32, which nobody has."""
+    if name in NUMPY_CODES:
+        return np.dtype(NUMPY_CODES[name])
+    if name == "complex32":
+        return np.dtype("u4")
+    if name in EXTENSION_SIZES:
+        return np.dtype(getattr(ml_dtypes, name))
+    raise CheckpointError(f"torch.{name} has no NumPy counterpart: save another dtype")
+
+
+def _from_pickle(array: Array) -> np.ndarray:
+    try:
+        data = array.data.encode("latin-1") if type(array.data) is str else array.data
+    except UnicodeEncodeError:
+        raise CheckpointError("a NumPy array in the pickle holds text, not bytes") from None
+    out = np.ndarray(array.shape, array.code, data, order="F" if array.fortran else "C")
+    return out.astype(out.dtype.newbyteorder("="), copy=False)
+
+
+def _view(loaded: Loaded, tensor: Tensor) -> np.ndarray:
+    dtype, size = _numpy_type(tensor.dtype), SIZES[tensor.dtype]
+    storage, first = tensor.storage, tensor.offset * size
+    while storage.view is not None:
+        parent, offset = storage.view
+        first += offset * SIZES[parent.dtype]
+        storage = parent
+    unit = size // 2 if tensor.dtype.startswith("complex") else size
+    buffer, start, end = _buffer(loaded, storage, unit)
+    last = first + size * sum(
+        (n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)
+    )
+    if start + last + size > end:
+        raise CheckpointError(f"a tensor ends outside storage {one_line(storage.key)!r}")
+    strides = tuple(s * size for s in tensor.strides)
+    return np.ndarray(tensor.shape, dtype, buffer, start + first, strides)
+
+
+def _buffer(loaded: Loaded, storage: Storage, unit: int) -> tuple[Any, int, int]:
+    """(buffer, first byte, past the last byte) of a root storage, in this machine's byte order."""
+    swap = loaded.big_endian and unit > 1
+    member = loaded.members.get(f"{loaded.archive}data/{storage.key}")
+    if not swap and (member is None or member.method == 0):
+        return loaded.data, storage.start, storage.start + storage.nbytes
+    known = loaded.buffers.get((storage.key, unit if swap else 0))
+    if known is None:
+        packed = member is not None and member.method == 8
+        raw = (
+            unpacked(loaded.data, member, storage.key)
+            if packed
+            else memoryview(loaded.data)[storage.start : storage.start + storage.nbytes]
+        )
+        known = raw
+        if swap:
+            whole = len(raw) // unit * unit
+            known = np.frombuffer(raw[:whole], f"u{unit}").byteswap().view("u1")
+            known.flags.writeable = False
+        loaded.buffers[storage.key, unit if swap else 0] = known
+    return known, 0, len(known)
+
+
+def dtype_name(value: Tensor | Array | Unreadable) -> str:
+    """The dtype as torch names it, or the kind of a tensor that cannot be read."""
+    if type(value) is Unreadable:
+        return value.kind
+    return value.dtype if type(value) is Tensor else np.dtype(value.code).name

@@ -1,0 +1,168 @@
+"""Finds out what a weight file is, opens it, and says what else a file is that is none."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import pathlib
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from keras_resnet.errors import (
+    CheckpointError,
+    KerasResNetError,
+    NotFoundError,
+    did_you_mean,
+)
+from keras_resnet.weights.loaded import Loaded
+from keras_resnet.weights.pickle_names import IDENTIFIER
+from keras_resnet.weights.safetensors_files import load_safetensors
+from keras_resnet.weights.stand_ins import one_line
+from keras_resnet.weights.stream_files import load_stream
+from keras_resnet.weights.tar_files import is_tar, load_tar
+from keras_resnet.weights.zip_files import load_zip
+
+# Endings under which people call torch.load, which takes the bytes of a safetensors header's length
+# for instructions of a pickle.
+PICKLE_ENDINGS = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin")
+
+_SIGNATURES = (
+    (b"\x1f\x8b", "it is gzip-compressed: unpack it with gunzip, and read what comes out"),
+    (b"7z\xbc\xaf\x27\x1c", "it is a 7z archive: unpack it first"),
+    (b"\xfd7zXZ\0", "it is xz-compressed: unpack it first"),
+    (b"BZh", "it is bzip2-compressed: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "it is zstd-compressed: unpack it first"),
+    (b"Rar!", "it is a RAR archive: unpack it first"),
+    (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file (Keras .h5 weights): use model.load_weights"),
+    (b"\x93NUMPY", "it is a NumPy .npy file: open it with numpy.load"),
+    (b"GGUF", "it is a GGUF file, which holds language models"),
+    (b"\x89PNG", "it is a PNG image"),
+    (b"\xff\xd8\xff", "it is a JPEG image"),
+    (b"%PDF", "it is a PDF document"),
+)
+
+
+def _what_else(data: Any, size: int, name: str) -> str | None:
+    """Names a file that is no checkpoint by its first bytes."""
+    head = bytes(data[:2048])
+    for signature, text in _SIGNATURES:
+        if head.startswith(signature):
+            return text
+    if head.startswith(b"version https://git-lfs"):
+        found = re.search(rb"\nsize (\d{1,20})\n", head)
+        real = f" of {int(found[1]):,} bytes" if found else ""
+        return (
+            f"it is a git-LFS pointer{real}, not the file itself: run `git lfs pull`, or download "
+            f"the file from the web page"
+        )
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
+        return (
+            "it is a web page (HTML or XML), not weights: the download ended at a login, consent "
+            "or error page. Fetch the direct link"
+        )
+    if name.lower().endswith(".onnx") or re.match(
+        rb"\x08[\x01-\x0f]\x12.{1,40}(pytorch|onnx)", head
+    ):
+        return "it is an ONNX graph: export the state dict instead, torch.save(model.state_dict())"
+    return None
+
+
+@contextlib.contextmanager
+def only_our_errors(path: Any, doing: str) -> Iterator[None]:
+    """Puts the path before a message, and lets nothing but this package's errors out.
+
+    What is read here was perhaps made to break the reader; a caller who catches CheckpointError
+    must not meet an IndexError because of a damaged file.
+    """
+    try:
+        yield
+    except NotFoundError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot {doing} {one_line(path, 500)}: {error}") from error.__cause__
+    except KerasResNetError:
+        raise
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CheckpointError(f"cannot {doing} {one_line(path, 500)}: {reason}") from error
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot {doing} {one_line(path, 500)}: it is damaged or not what it seems "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from error
+
+
+def as_path(path: Any) -> pathlib.Path:
+    """The path that an argument names; `~` is the user's own folder."""
+    try:
+        return pathlib.Path(os.fsdecode(path)).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"a path is needed, not {type(path).__name__}") from error
+
+
+def open_file(path: pathlib.Path) -> Loaded:
+    """Opens, maps and understands a file; no tensor's bytes are touched."""
+    _check_path(path)
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    size, ending = len(data), path.suffix.lower()
+    # In the order in which PyTorch asks. What it would take for a tar is one here too.
+    if data[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        return load_zip(data, size, path.name)
+    if is_tar(data):
+        return load_tar(data, size, path.name)
+    if size >= 10 and data[8:9] == b"{" and struct.unpack_from("<Q", data, 0)[0] < 1 << 40:
+        loaded = load_safetensors(data, size, path.name)
+        if ending in PICKLE_ENDINGS:
+            raise CheckpointError(
+                f"it is a safetensors file called {ending}, which PyTorch would run as a pickle: "
+                f"rename it to end in .safetensors"
+            )
+        return loaded
+    other = _what_else(data, size, path.name)
+    if other:
+        raise CheckpointError(other)
+    if data[257:262] == b"ustar":
+        return load_tar(data, size, path.name)  # a damaged one
+    if size >= 8 and ending == ".safetensors":
+        return load_safetensors(data, size, path.name)
+    try:
+        loaded = load_stream(data, size, path.name)
+    except CheckpointError as error:
+        if data[:1] == b"\x80":
+            raise
+        raise CheckpointError(_unknown(data)) from error
+    if data[:1] != b"\x80" and not all(IDENTIFIER.fullmatch(n) for n in loaded.refused):
+        raise CheckpointError(_unknown(data))
+    return loaded
+
+
+def _check_path(path: pathlib.Path) -> None:
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        near = ""
+        with contextlib.suppress(OSError):
+            near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
+        raise NotFoundError(f"no file {one_line(path, 500)}.{near}") from None
+    if stat.S_ISDIR(status.st_mode):
+        kinds = (".pth", ".pt", ".th", ".tar", ".safetensors")
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in kinds)[:3]
+        hint = f" It holds {', '.join(map(one_line, inside))}." if inside else ""
+        raise CheckpointError(f"it is a folder; name a file.{hint}")
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError("it is no regular file")
+    if status.st_size == 0:
+        raise CheckpointError("it is empty (0 bytes): download it again")
+
+
+def _unknown(data: Any) -> str:
+    return (
+        f"it begins with {bytes(data[:8])!r}, so it is none of PyTorch's zip, stream or tar "
+        f"formats, nor safetensors"
+    )

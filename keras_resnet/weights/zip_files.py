@@ -1,0 +1,282 @@
+"""Weight files in the zip format: a pickle, and a file for each storage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+import zipfile
+import zlib
+from typing import Any
+
+from keras_resnet.errors import CheckpointError
+from keras_resnet.weights.loaded import Loaded, Member, Storages
+from keras_resnet.weights.pickles import read_pickle
+from keras_resnet.weights.stand_ins import MAX_IDENTIFIER, MAX_PICKLE, Budget, one_line
+
+MAX_ENTRIES = 50_000
+MAX_DIRECTORY = 5 << 19
+MAX_METADATA = 2 << 20
+MAX_INFLATION = 8  # decompressed bytes per byte of the file; weights reach about 1.1
+
+
+def load_zip(data: Any, size: int, name: str) -> Loaded:
+    """Understands a zip archive that torch.save wrote; its storages stay where they are."""
+    members = zip_members(data, size)
+    if members is None:
+        raise _without_directory(data, size)
+    loaded = Loaded("zip", data, size, members=members)
+    pickles = [m for m in members if m.count("/") == 1 and m.endswith("/data.pkl")]
+    if len(pickles) > 1:
+        raise CheckpointError(
+            f"the zip archive holds {len(pickles)} checkpoints: {one_line(', '.join(pickles))}"
+        )
+    if not pickles:
+        raise CheckpointError(_contents(members))
+    root = loaded.archive = pickles[0][: -len("data.pkl")]
+    script = f"{root}constants.pkl" in members or any(m.startswith(f"{root}code/") for m in members)
+    if script:
+        loaded.kind = "TorchScript"
+        loaded.problem = (
+            "it is a TorchScript program (torch.jit.save), code and weights together. In PyTorch: "
+            f"torch.save(torch.jit.load({name!r}).state_dict(), 'state_dict.pth'), and read that"
+        )
+    order = members.get(f"{root}byteorder")
+    if order is not None:
+        text = unpacked(data, order, "byteorder") if order.size < 64 else b"?"
+        if text not in (b"little", b"big"):
+            raise CheckpointError(f"its byte order is neither little nor big: {text[:20]!r}")
+        loaded.big_endian = text == b"big"
+    member = members[pickles[0]]
+    if member.size > MAX_PICKLE:
+        raise CheckpointError(f"its pickle of {member.size:,} bytes is no state dict's")
+    storages = Storages()
+    pickle = unpacked(data, member, pickles[0])
+    try:
+        loaded.root, _ = read_pickle(pickle, 0, len(pickle), Budget(), loaded.refused, storages)
+    except CheckpointError:
+        if not (script or loaded.refused):
+            raise
+    _read_metadata(loaded)
+    if not (script or loaded.refused):
+        _place_storages(loaded, storages)
+    return loaded
+
+
+def _read_metadata(loaded: Loaded) -> None:
+    """The text that `write_checkpoint` puts beside the tensors; anything else is ignored."""
+    name = "extra/metadata.json"
+    member = loaded.members.get(f"{loaded.archive}{name}")
+    if member is None:
+        return
+    found = None
+    if member.size <= MAX_METADATA:
+        with contextlib.suppress(ValueError, RecursionError):  # CheckpointError is a ValueError
+            found = json.loads(unpacked(loaded.data, member, name))
+    if type(found) is dict:
+        loaded.metadata = {str(key): str(value) for key, value in found.items()}
+    else:
+        loaded.notes[name] = "ignored: it is no JSON object"
+
+
+def _place_storages(loaded: Loaded, storages: Storages) -> None:
+    for key, storage in storages.known.items():
+        member = loaded.members.get(f"{loaded.archive}data/{key}")
+        if member is None:
+            raise CheckpointError(
+                f"storage data/{one_line(key)} is missing from the zip archive: download it again"
+            )
+        if member.size < storage.nbytes:
+            raise CheckpointError(
+                f"storage data/{one_line(key)} has {member.size:,} of {storage.nbytes:,} bytes: "
+                f"download it again"
+            )
+        storage.start = member.start
+
+
+# ---------------------------------------------------------------------------------- the directory
+
+
+def zip_members(data: Any, size: int) -> dict[str, Member] | None:
+    """The archive's directory by `zipfile`, under stricter rules; None where it has none.
+
+    No name twice (PyTorch's look-up ignores case), no entry that its own header contradicts or
+    that lies outside the file or in another, no size that the compressed bytes cannot reach.
+    """
+    directory = _directory(data, size)
+    if directory is None:
+        return None
+    count, start = directory
+    try:
+        with zipfile.ZipFile(data) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"the zip archive's directory is damaged ({one_line(error)}): download it again"
+        ) from error
+    if len(entries) != count:
+        raise CheckpointError(
+            f"the zip archive's directory is damaged: it has {len(entries):,} of {count:,} entries"
+        )
+    members: dict[str, Member] = {}
+    folded: set[str] = set()
+    for entry in entries:
+        raw = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        name = raw.decode("utf-8", "replace")
+        if name.casefold() in folded:
+            raise CheckpointError(
+                f"the zip entry {one_line(name)!r} is there twice (PyTorch ignores case)"
+            )
+        folded.add(name.casefold())
+        members[name] = _member(data, entry, raw, one_line(name), start)
+    reached = 0
+    for member in sorted(members.values(), key=lambda m: m.header):
+        if member.header < reached:
+            raise CheckpointError("the zip archive's entries overlap")
+        reached = member.start + member.packed
+    inflated = sum(m.size for m in members.values() if m.method == zipfile.ZIP_DEFLATED)
+    if inflated > MAX_INFLATION * size + (1 << 20):
+        raise CheckpointError(
+            f"the zip archive would unpack to {inflated:,} bytes from {size:,}: weights do not "
+            f"compress like that"
+        )
+    return members
+
+
+def _directory(data: Any, size: int) -> tuple[int, int] | None:
+    """How many entries the directory claims, and where it begins; None where there is none.
+
+    `zipfile` takes the directory to lie right before its end record, wherever the record says it
+    is, and shifts every entry by the difference; PyTorch believes the record. Only where both
+    agree is the file one archive.
+    """
+    at = data.rfind(b"PK\x05\x06", max(0, size - 65557), size)
+    if at < 0 or at + 22 > size:
+        return None
+    disk, first_disk, _, count, length, start, comment = struct.unpack_from("<4H2IH", data, at + 4)
+    limit = at
+    if at >= 76 and data[at - 20 : at - 16] == b"PK\x06\x07":
+        (limit,) = struct.unpack_from("<Q", data, at - 12)
+        if limit != at - 76 or data[limit : limit + 4] != b"PK\x06\x06":
+            raise CheckpointError("the zip archive's 64-bit directory is damaged")
+        short = (count, length, start)
+        disk, first_disk, _, count, length, start = struct.unpack_from("<2I4Q", data, limit + 16)
+        for old, new, full in zip(
+            short, (count, length, start), (0xFFFF, 2**32 - 1, 2**32 - 1), strict=True
+        ):
+            if old not in (new, full):
+                raise CheckpointError("the zip archive's directory contradicts its 64-bit one")
+    if disk or first_disk:
+        raise CheckpointError("one part of a zip archive in several parts: join them first")
+    if start + length != limit or at + 22 + comment != size:
+        raise CheckpointError(
+            f"the zip archive's directory should lie at bytes {start:,} to {start + length:,} of "
+            f"{size:,}: the file is damaged, download it again"
+        )
+    if count > MAX_ENTRIES or length > MAX_DIRECTORY:
+        raise CheckpointError(f"the zip archive claims {count:,} entries in {length:,} bytes")
+    return count, start
+
+
+def _member(data: Any, entry: zipfile.ZipInfo, raw: bytes, shown: str, end: int) -> Member:
+    """An entry of the directory, believed only where its local header agrees."""
+    method, packed, unpacked_size = entry.compress_type, entry.compress_size, entry.file_size
+    header = entry.header_offset
+    if entry.flag_bits & 1:
+        raise CheckpointError(f"the zip entry {shown!r} is encrypted: unpack it first")
+    if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise CheckpointError(
+            f"the zip entry {shown!r} is packed by method {method}: unpack it and zip it again "
+            f"without compression"
+        )
+    if header + 30 > end or data[header : header + 4] != b"PK\x03\x04":
+        raise CheckpointError(f"the zip entry {shown!r} is not where it should be")
+    local_method, length, extra = struct.unpack_from("<H16x2H", data, header + 8)
+    start = header + 30 + length + extra
+    if data[header + 30 : header + 30 + length] != raw or local_method != method:
+        raise CheckpointError(f"the zip entry {shown!r} contradicts its own header")
+    if start + packed > end:
+        raise CheckpointError(
+            f"the zip entry {shown!r} claims {packed:,} bytes where {max(0, end - start):,} are "
+            f"left"
+        )
+    stored = method == zipfile.ZIP_STORED
+    if (stored and packed != unpacked_size) or unpacked_size > packed * 1032 + 64:
+        raise CheckpointError(
+            f"the zip entry {shown!r} claims {unpacked_size:,} bytes from {packed:,}"
+        )
+    return Member(method, packed, unpacked_size, entry.CRC, header, start)
+
+
+def unpacked(data: Any, member: Member, name: str) -> bytes:
+    """A member's bytes in memory: for pickles, and for the rare compressed storage."""
+    raw = data[member.start : member.start + member.packed]
+    if member.method == zipfile.ZIP_STORED:
+        return raw
+    engine = zlib.decompressobj(-15)
+    try:
+        out = engine.decompress(raw, member.size + 1)
+    except zlib.error as error:
+        raise CheckpointError(f"the zip entry {one_line(name)!r} is damaged ({error})") from error
+    if len(out) != member.size or zlib.crc32(out) != member.crc:
+        raise CheckpointError(
+            f"the zip entry {one_line(name)!r} unpacks to {len(out):,} of {member.size:,} bytes, "
+            f"or to other bytes than were packed: download it again"
+        )
+    return out
+
+
+def _contents(members: dict[str, Member]) -> str:
+    """What a zip archive that is no checkpoint is instead."""
+    names = list(members)
+    if "model.weights.h5" in members:
+        return "it is a Keras model file: open it with keras.saving.load_model"
+    if names and all(n.endswith(".npy") for n in names):
+        return "it is a NumPy .npz file: open it with numpy.load"
+    inside = [n for n in names if n.endswith((".pth", ".pt", ".th", ".safetensors"))]
+    if inside:
+        return f"it is a zip archive with {one_line(inside[0])!r} inside: unpack it and read that"
+    shown = ", ".join(one_line(n, 40) for n in names[:5]) or "nothing"
+    return f"it is a zip archive without data.pkl, so no PyTorch checkpoint; it holds {shown}"
+
+
+def _without_directory(data: Any, size: int) -> CheckpointError:
+    """Says what a truncated zip archive has, from its pickle and its local headers."""
+    lost = f"the zip archive's directory is missing, so the file was cut off at {size:,} bytes"
+    again = "download it again"
+    if size < 30:
+        return CheckpointError(f"{lost}: {again}")
+    n, extra = struct.unpack_from("<2H", data, 26)
+    first = data[30 : 30 + min(n, MAX_IDENTIFIER)].decode("utf-8", "replace")
+    position = 30 + n + extra
+    if not first.endswith("data.pkl"):
+        return CheckpointError(f"{lost}: {again}")
+    storages = Storages()
+    try:
+        _, position = read_pickle(data, position, size, Budget(), {}, storages)
+    except CheckpointError:
+        return CheckpointError(f"{lost}, inside its data.pkl: {again}")
+    begin, complete, partial = position, 0, ""
+    for _ in range(len(storages.known) + 16):
+        # Between members lie a data descriptor and, in newer files, small records.
+        at = data.find(b"PK\x03\x04", position, min(size, position + 4096))
+        if at < 0 or at + 30 > size:
+            break
+        n, extra = struct.unpack_from("<2H", data, at + 26)
+        name = data[at + 30 : at + 30 + min(n, 1024)].decode("utf-8", "replace")
+        position = at + 30 + n + extra
+        storage = storages.known.get(name.rpartition("/data/")[2]) if "/data/" in name else None
+        if storage is None:
+            continue
+        if position + storage.nbytes > size:
+            there = max(0, size - position)
+            key = f"data/{one_line(storage.key)}"
+            partial = f"; {key} ends at {there:,} of {storage.nbytes:,} bytes"
+            break
+        complete += 1
+        position += storage.nbytes
+    want = begin + sum(s.nbytes + 64 for s in storages.known.values())
+    return CheckpointError(
+        f"the zip archive ends at {size:,} of at least {want:,} bytes, with {complete:,} of "
+        f"{len(storages.known):,} storages{partial}, and without its directory: {again}"
+    )
