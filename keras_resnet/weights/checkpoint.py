@@ -162,10 +162,11 @@ def inspect_checkpoint(path: str | os.PathLike, key: str | None = None) -> Check
         CheckpointError: It is damaged, or no weight file at all, or has no entry `key`.
 
     Examples:
-        >>> import tempfile, pathlib
+        >>> import pathlib, tempfile
+        >>> import keras_resnet as kr
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.pth"
-        >>> write_checkpoint(path, {"fc.bias": np.zeros(3, "float32")})
-        >>> info = inspect_checkpoint(path)
+        >>> kr.write_checkpoint(path, {"fc.bias": np.zeros(3, "float32")})
+        >>> info = kr.inspect_checkpoint(path)
         >>> info.format, info.safe, info.tensors
         ('zip', True, {'fc.bias': ((3,), 'float32')})
     """
@@ -242,10 +243,11 @@ def read_checkpoint(
             of a kind without plain tensors, or no weight file at all; the message says which.
 
     Examples:
-        >>> import tempfile, pathlib
+        >>> import pathlib, tempfile
+        >>> import keras_resnet as kr
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.pth"
-        >>> write_checkpoint(path, {"fc.bias": np.arange(3, dtype="float32")})
-        >>> read_checkpoint(path)["fc.bias"]
+        >>> kr.write_checkpoint(path, {"fc.bias": np.arange(3, dtype="float32")})
+        >>> kr.read_checkpoint(path)["fc.bias"]
         array([0., 1., 2.], dtype=float32)
     """
     with only_our_errors(path, "read"):

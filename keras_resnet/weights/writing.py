@@ -57,10 +57,11 @@ def write_checkpoint(
         CheckpointError: Another ending, an array that has no torch dtype, or the disk refused.
 
     Examples:
-        >>> import tempfile, pathlib
+        >>> import pathlib, tempfile
+        >>> import keras_resnet as kr
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.safetensors"
-        >>> write_checkpoint(path, {"w": np.eye(2)}, metadata={"from": "an example"})
-        >>> inspect_checkpoint(path).metadata
+        >>> kr.write_checkpoint(path, {"w": np.eye(2)}, metadata={"from": "an example"})
+        >>> kr.inspect_checkpoint(path).metadata
         {'from': 'an example'}
     """
     with only_our_errors(path, "write"):
