@@ -31,38 +31,34 @@ def is_tar(data: Any) -> bool:
 
     What decides is the checksum of the first header; the magic `ustar` may be missing.
     """
-    try:
-        tarfile.TarInfo.frombuf(bytes(data[:512]), "utf-8", "surrogateescape")
-    except tarfile.TarError:
-        return False
-    return True
+    return _header(data, 0) is not None
+
+
+def _header(data: Any, position: int) -> tarfile.TarInfo | None:
+    with contextlib.suppress(tarfile.TarError):
+        block = bytes(data[position : position + 512])
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    return None
 
 
 def _tar_members(data: Any, size: int) -> dict[str, tuple[int, int]]:
     """Name -> (start, length) of a tar archive's plain files; lengths may pass the file's end."""
     members: dict[str, tuple[int, int]] = {}
     position, count = 0, 0
-    while position + 512 <= size:
-        header = data[position : position + 512]
-        if not header.strip(b"\0"):
-            break
+    while position + 512 <= size and data[position : position + 512].strip(b"\0"):
+        header = _header(data, position)
         count += 1
-        total = sum(header) - sum(header[148:156]) + 8 * 32
-        if count > 1000 or total != _octal(header[148:156]):
+        if count > 1000 or header is None or header.size < 0:
             raise CheckpointError(f"the tar archive is damaged at byte {position:,}")
-        length = _octal(header[124:136])
-        kind, start = header[156:157], position + 512
-        folder = kind == b"5" or (kind == b"\0" and header[:100].rstrip(b"\0").endswith(b"/"))
-        name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
-        name = name.removeprefix("./")
-        if folder:
+        name, length, start = header.name.removeprefix("./"), header.size, position + 512
+        if header.isdir():
             if length:  # a reader may skip so many bytes, or read them as the next header
                 raise CheckpointError(f"the tar archive's folder {one_line(name)!r} has a size")
-        elif kind in (b"0", b"\0"):
+        elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
             if name in members:
                 raise CheckpointError(f"the tar archive holds {one_line(name)!r} twice")
             members[name] = (start, length)
-        elif kind in (b"x", b"g"):
+        elif header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE):
             # Dates, which is all that torch's tar files put here. A name or size here would
             # replace the header's.
             extended = data[start : start + min(length, 4096)]
@@ -74,13 +70,6 @@ def _tar_members(data: Any, size: int) -> dict[str, tuple[int, int]]:
             )
         position = start + -(-length // 512) * 512
     return members
-
-
-def _octal(field: bytes) -> int:
-    text = field.strip(b" \0")
-    if not re.fullmatch(rb"[0-7]{1,12}", text):
-        raise CheckpointError("the tar archive has a damaged header")
-    return int(text, 8)
 
 
 def load_tar(data: Any, size: int, name: str) -> Loaded:
