@@ -12,7 +12,7 @@ import numpy as np
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures, flat_images, stratified_split
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.errors import InputError, one_of
 
 
 def image_dataset_from_directory(
@@ -117,27 +117,11 @@ def image_dataset_from_directory(
         )
     else:
         _check_no_conflict(preprocess, image_size, color_mode, crop_to_aspect_ratio, exif)
-    if isinstance(labels, str) and labels != "inferred":
-        raise InputError(
-            f"labels must be 'inferred', None or a list of ints. Received: {labels!r}."
-        )
-    if (validation_split is None) != (subset is None):
-        raise InputError(
-            f"validation_split and subset go together. "
-            f"Received: {validation_split!r} and {subset!r}."
-        )
-    directory = os.fspath(directory)
-    if isinstance(labels, str):
-        paths, numbers, names = find_pictures(
-            directory, class_names, follow_links=follow_links, exclude=exclude
-        )
-    else:
-        paths = flat_images(directory, follow_links, exclude)
-        numbers, names = (None, None) if labels is None else (labels, class_names)
+    _check_subset(validation_split, subset)
+    paths, numbers, names = _files(directory, labels, class_names, follow_links, exclude)
     if label_mode is None:
         numbers = None
-
-    common = {
+    evaluation = {
         "label_mode": label_mode,
         "preprocess": preprocess,
         "batch_size": batch_size,
@@ -150,7 +134,7 @@ def image_dataset_from_directory(
         "data_format": data_format or keras.config.image_data_format(),
     }
     training = {
-        **common,
+        **evaluation,
         "shuffle": shuffle,
         "augment": augment,
         "drop_last": drop_last,
@@ -159,26 +143,48 @@ def image_dataset_from_directory(
         "label_smoothing": label_smoothing,
         "repeats": repeats,
     }
-    if subset is None:
-        return ImageDataset(paths, numbers, names, **training)
-    if subset not in ("training", "validation", "both"):
-        raise InputError(
-            f"subset must be 'training', 'validation' or 'both'. Received: {subset!r}."
-            f"{did_you_mean(subset, ['training', 'validation', 'both'])}"
-        )
-    kept, held = stratified_split(
-        len(paths) if numbers is None else numbers, validation_split, 0 if seed is None else seed
-    )
 
     def part(indices: np.ndarray, arguments: dict[str, Any]) -> ImageDataset:
         chosen = None if numbers is None else [numbers[i] for i in indices]
         return ImageDataset([paths[i] for i in indices], chosen, names, **arguments)
 
-    if subset == "training":
-        return part(kept, training)
-    if subset == "validation":
-        return part(held, {**common, "shuffle": False})
-    return part(kept, training), part(held, {**common, "shuffle": False})
+    if subset is None:
+        return part(np.arange(len(paths)), training)
+    count = len(paths) if numbers is None else numbers
+    kept, held = stratified_split(count, validation_split, 0 if seed is None else seed)
+    evaluation["shuffle"] = False
+    if subset == "both":
+        return part(kept, training), part(held, evaluation)
+    return part(kept, training) if subset == "training" else part(held, evaluation)
+
+
+def _check_subset(validation_split: float | None, subset: str | None) -> None:
+    if (validation_split is None) != (subset is None):
+        raise InputError(
+            f"validation_split and subset go together. "
+            f"Received: {validation_split!r} and {subset!r}."
+        )
+    if subset is not None:
+        one_of("subset", subset, ("training", "validation", "both"))
+
+
+def _files(
+    directory: str | os.PathLike,
+    labels: str | Sequence[int] | None,
+    class_names: Sequence[str] | None,
+    follow_links: bool,
+    exclude: Any,
+) -> tuple[list[str], Any, Sequence[str] | None]:
+    """Paths, labels and class names: of class folders, or of any folder with labels as given."""
+    directory = os.fspath(directory)
+    if not isinstance(labels, str):
+        paths = flat_images(directory, follow_links, exclude)
+        return paths, labels, None if labels is None else class_names
+    if labels != "inferred":
+        raise InputError(
+            f"labels must be 'inferred', None or a list of ints. Received: {labels!r}."
+        )
+    return find_pictures(directory, class_names, follow_links=follow_links, exclude=exclude)
 
 
 def _preprocess_of(
