@@ -183,8 +183,7 @@ def _follow(step: Step, takers: dict[int, Step], joined: dict[int, Fused | None]
             break
         layer, sources = after.layer, after.sources
         if type(layer) is BatchNormalization and norm is None and not shortcut:
-            axis = 3 if conv.data_format == "channels_last" else 1
-            if sources[0] != last.target or layer.axis not in (axis, axis - 4):
+            if sources[0] != last.target or not can_take_over(conv, layer):
                 break
             if layer.activation not in (LINEAR, RELU) or not layer.is_of_maps:
                 break
@@ -200,6 +199,12 @@ def _follow(step: Step, takers: dict[int, Step], joined: dict[int, Fused | None]
         joined[last.target] = None
         last = after
     return Fused(conv, norm, relu, (*step.sources, *shortcut), last.target)
+
+
+def can_take_over(conv, norm: keras.layers.BatchNormalization) -> bool:
+    """Whether the norm's channels are the convolution's, with nothing in between."""
+    axis = 3 if conv.data_format == "channels_last" else 1
+    return conv.activation is LINEAR and norm.axis % 4 == axis
 
 
 def fold_norm(norm: keras.layers.BatchNormalization, bias) -> tuple[np.ndarray, np.ndarray]:

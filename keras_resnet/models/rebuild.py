@@ -14,7 +14,7 @@ from keras_resnet.errors import InputError, one_of
 from keras_resnet.layers.conv import Conv2D, paddings
 from keras_resnet.layers.norm import BatchNormalization, Normalize
 from keras_resnet.layers.pool import MaxPooling2D, ZeroPaddedShortcut
-from keras_resnet.models.graph import Step, count_users, fold_norm, graph_steps
+from keras_resnet.models.graph import Step, can_take_over, count_users, fold_norm, graph_steps
 from keras_resnet.models.image_model import ImageModel
 
 PRECISIONS = {
@@ -95,10 +95,9 @@ class _Builder:
                 and maker is not None
                 and type(maker.layer).__name__ == "Conv2D"
                 and isinstance(maker.layer, keras.layers.Conv2D)
-                and maker.layer.activation is keras.activations.linear
                 and users[maker.target] == 1
                 and calls[id(maker.layer)] == calls[id(step.layer)] == 1
-                and _channel_axis(maker.layer) == step.layer.axis % 4
+                and can_take_over(maker.layer, step.layer)
             ):
                 self.norms[maker.target] = step
         self.copies: dict[int, keras.layers.Layer] = {}
@@ -158,10 +157,6 @@ class _Builder:
             # Logits in bfloat16 would have two decimal digits.
             config["dtype"] = "float32" if last else self.dtype
         return config
-
-
-def _channel_axis(conv) -> int:
-    return 3 if conv.data_format == "channels_last" else 1
 
 
 _OWN = (BatchNormalization, Conv2D, MaxPooling2D, Normalize, ZeroPaddedShortcut)

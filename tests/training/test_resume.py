@@ -34,7 +34,7 @@ from keras_resnet.training.run_folder import SaveError
 from keras_resnet.training.train import train
 
 OPTIONS = {
-    "model": "resnet20",
+    "model": "resnet_tiny",
     "image_size": 16,
     "batch_size": 4,
     "workers": 1,

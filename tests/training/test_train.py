@@ -26,7 +26,7 @@ from keras_resnet.training import callbacks as run_callbacks
 from keras_resnet.training.train import train
 
 TINY = {
-    "model": "resnet20",
+    "model": "resnet_tiny",
     "image_size": 16,
     "batch_size": 8,
     "epochs": 2,
@@ -35,7 +35,7 @@ TINY = {
     "report": False,  # test_reporting.py looks at those
 }
 FLAGS = [
-    "--model", "resnet20", "--image-size", "16", "--batch-size", "8", "--workers", "1",
+    "--model", "resnet_tiny", "--image-size", "16", "--batch-size", "8", "--workers", "1",
     "--no-report",
 ]  # fmt: skip
 
@@ -61,7 +61,7 @@ def pictures(tmp_path_factory):
 def finished(pictures, tmp_path_factory):
     """A run folder that the tests of this file only look at, and what `train` gave."""
     output = tmp_path_factory.mktemp("output")
-    options = {**TINY, "epochs": 4, "report": True}
+    options = {**TINY, "model": "resnet20", "epochs": 4, "report": True}
     return train(pictures, output=output, learning_rate=0.02, crop="none", **options)
 
 
@@ -258,7 +258,7 @@ def test_corrupt_pictures_are_skipped_counted_and_listed(with_corrupt, tmp_path,
         "train", with_corrupt, *FLAGS, "--epochs", 1, "--output", tmp_path / "runs", capsys=capsys
     )
     assert code == 0 and "2 unreadable images were skipped" in out
-    with open(tmp_path / "runs" / "resnet20-pictures" / "skipped.csv", newline="") as file:
+    with open(tmp_path / "runs" / "resnet_tiny-pictures" / "skipped.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == [
         str(with_corrupt / "ant" / "1.png"),
@@ -383,7 +383,7 @@ def test_weights_with_another_number_of_classes_go_under_a_new_head(finished, tm
     folder = write_pictures(tmp_path / "two", classes=("dog", "eel"), count=4)
     result = train(
         folder, output=tmp_path / "runs", weights=str(finished.folder / "best.keras"),
-        unfreeze="head", **{**TINY, "epochs": 1},
+        unfreeze="head", **{**TINY, "model": "resnet20", "epochs": 1},
     )  # fmt: skip
     old, new = load_model(finished.folder / "best.keras"), result.model
     assert new.output_shape == (None, 2)
@@ -419,7 +419,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, m
 
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 1:
-                kernel = self.model.get_layer("linear").kernel
+                kernel = self.model.get_layer("fc").kernel
                 kernel.assign(np.full(kernel.shape, np.nan))
 
     from keras_resnet.training.callbacks import TrainingError
@@ -429,7 +429,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, m
             pictures, output=tmp_path, callbacks=[Poison()], checkpoint_steps=1,
             **{**TINY, "epochs": 3},
         )  # fmt: skip
-    folder = tmp_path / f"resnet20-{pictures.name}"
+    folder = tmp_path / f"resnet_tiny-{pictures.name}"
     for name in ("best.keras", "last.keras"):
         for value in load_model(folder / name).get_weights():
             assert np.isfinite(value).all()
@@ -499,7 +499,7 @@ def test_ctrl_c_leaves_everything_and_the_same_command_goes_on(pictures, tmp_pat
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    history = tmp_path / f"resnet20-{pictures.name}" / "history.csv"
+    history = tmp_path / f"resnet_tiny-{pictures.name}" / "history.csv"
     deadline = time.monotonic() + 240
     while not history.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
