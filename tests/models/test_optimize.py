@@ -108,7 +108,7 @@ def test_stock_layers_and_awkward_graphs(rng):
 
 def test_what_cannot_be_optimized_is_said():
     model = kr.create_model("resnet20")
-    with pytest.raises(InputError, match=r"fp32, bf16.*'bf61'.*Did you mean"):
+    with pytest.raises(InputError, match=r"'fp32', 'bf16'.*'bf61'.*Did you mean"):
         optimize_for_inference(model, precision="bf61")
     x = keras.Input((4,))
     with pytest.raises(InputError, match="one input and one output"):
