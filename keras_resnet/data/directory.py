@@ -149,7 +149,7 @@ def image_dataset_from_directory(
         return ImageDataset([paths[i] for i in indices], chosen, names, **arguments)
 
     if subset is None:
-        return part(np.arange(len(paths)), training)
+        return ImageDataset(paths, numbers, names, **training)
     count = len(paths) if numbers is None else numbers
     kept, held = stratified_split(count, validation_split, 0 if seed is None else seed)
     evaluation["shuffle"] = False
