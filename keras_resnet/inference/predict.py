@@ -88,8 +88,8 @@ class PredictionTable:
 
 # --- reading ahead, running ----------------------------------------------------------------------
 
-# A batch: paths, and of each the pixels or why they cannot be read.
-_Read = tuple[list[str], list[np.ndarray | str]]
+# Of a batch: each path, and its pixels or why it cannot be read.
+_Read = list[tuple[str, np.ndarray | str]]
 
 
 def _read_ahead(
@@ -98,58 +98,49 @@ def _read_ahead(
     """Reads images in threads, a bounded number of them ahead; `size` is bytes an image."""
     paths = iter(paths)
     if threads == 0:
-        while batch := list(itertools.islice(paths, batch_size)):
-            yield batch, [read(path) for path in batch]
+        while batch := [(path, read(path)) for path in itertools.islice(paths, batch_size)]:
+            yield batch
         return
-    window = 2 * batch_size + threads
-    window = max(batch_size, min(window, _AHEAD_BYTES // size))
-    waiting: deque = deque()
+    window = max(batch_size, min(2 * batch_size + threads, _AHEAD_BYTES // size))
     pool = ThreadPoolExecutor(threads, "keras_resnet-predict")
+
+    def begin(count: int) -> list:
+        return [(path, pool.submit(read, path)) for path in itertools.islice(paths, count)]
+
     try:
-        while True:
-            for path in itertools.islice(paths, window - len(waiting)):
-                waiting.append((path, pool.submit(read, path)))
-            if not waiting:
-                return
-            batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-            # What has been read is asked for one by one, so that the threads never stand still.
-            results = []
-            for _, future in batch:
-                results.append(future.result())
-                for path in itertools.islice(paths, 1):
-                    waiting.append((path, pool.submit(read, path)))
-            yield [path for path, _ in batch], results
+        waiting = deque(begin(window))
+        while waiting:
+            batch = []
+            while waiting and len(batch) < batch_size:
+                path, future = waiting.popleft()
+                batch.append((path, future.result()))
+                waiting.extend(begin(1))  # one by one: the threads never stand still
+            yield batch
     finally:  # also where the reader of this generator stops early
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _predicted(
-    runner: Runner, paths: list[str], read: list[Any], names: Sequence[str], top: int
-) -> list[Prediction]:
+def _predicted(runner: Runner, batch: _Read, names: Sequence[str], top: int) -> list[Prediction]:
     """The predictions of one batch."""
-    places = [i for i, one in enumerate(read) if not isinstance(one, str)]
-    logs = np.empty((0, 0))
-    if places:
-        first = read[places[0]]
-        # An image that cannot be read leaves a black one, whose prediction is thrown away: batches
-        # of every size would each be compiled anew on jax.
-        images = np.zeros((len(read), *first.shape), first.dtype)
-        for i in places:
-            if read[i].shape != first.shape:
-                raise InputError(
-                    "Images of one batch must be of one size; give a Preprocess with a "
-                    f"crop_size, or batch_size=1. Received: {first.shape}, and {read[i].shape} of "
-                    f"{paths[i]!r}."
-                )
-            images[i] = read[i]
-        logs = runner.log_probabilities(images)
-    found = []
-    for i, (path, one) in enumerate(zip(paths, read, strict=True)):
-        if isinstance(one, str):
-            found.append(Prediction(path, [], one))
-        else:
-            found.append(Prediction(path, most_probable(logs[i], names, top)))
-    return found
+    found = [(path, one) for path, one in batch if not isinstance(one, str)]
+    if not found:
+        return [Prediction(path, [], error) for path, error in batch]
+    blank = np.zeros_like(found[0][1])
+    for path, pixels in found:
+        if pixels.shape != blank.shape:
+            raise InputError(
+                "Images of one batch must be of one size; give a Preprocess with a crop_size, or "
+                f"batch_size=1. Received: {blank.shape}, and {pixels.shape} of {path!r}."
+            )
+    # An image that cannot be read leaves a black one, whose prediction is thrown away: batches of
+    # every size would each be compiled anew on jax.
+    images = np.stack([blank if isinstance(one, str) else one for _, one in batch])
+    return [
+        Prediction(path, [], one)
+        if isinstance(one, str)
+        else Prediction(path, most_probable(row, names, top))
+        for (path, one), row in zip(batch, runner.log_probabilities(images), strict=True)
+    ]
 
 
 def _batches(
@@ -176,7 +167,7 @@ def _batches(
     threads = default_threads() if workers is None else workers
     names = model_class_names(runner)
     for batch in _read_ahead(paths, read, batch_size, threads, size):
-        yield _predicted(runner, *batch, names, top)
+        yield _predicted(runner, batch, names, top)
 
 
 def _check(top: int, batch_size: int, workers: int | None) -> None:

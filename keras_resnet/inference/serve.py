@@ -90,25 +90,26 @@ def _data_uri(pixels: np.ndarray) -> Markup:
     return Markup(f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}")
 
 
+def _uploads_field(gradio, **options):
+    """A `gradio.File` of what people give: no addresses, and no files of this machine.
+
+    Gradio checks neither where it is mounted in another application (6.31.0). A subclass would be
+    tidier, but Gradio writes a `.pyi` file beside the module of each.
+    """
+    field = gradio.File(file_count="multiple", **options)
+    folder = os.path.realpath(field.GRADIO_CACHE)
+
+    async def take(path: str) -> str:
+        if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
+            raise gradio.Error("Give the image itself, not its path.", print_exception=False)
+        return path
+
+    field.async_move_resource_to_block_cache = take
+    return field
+
+
 def _page(gradio, service: Service):
     html, limits = page_parts(), service.limits
-
-    def uploads_field(**options):
-        """A `gradio.File` of what people give: no addresses, and no files of this machine.
-
-        Gradio checks neither where it is mounted in another application (6.31.0). A subclass would
-        be tidier, but Gradio writes a `.pyi` file beside the module of each.
-        """
-        field = gradio.File(file_count="multiple", **options)
-        folder = os.path.realpath(field.GRADIO_CACHE)
-
-        async def take(path: str) -> str:
-            if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
-                raise gradio.Error("Give the image itself, not its path.", print_exception=False)
-            return path
-
-        field.async_move_resource_to_block_cache = take
-        return field
 
     def classify(uploads: list[dict] | None, heat: bool) -> list:
         found = [(Path(u["path"]), u["orig_name"] or Path(u["path"]).name) for u in uploads or []]
@@ -126,7 +127,7 @@ def _page(gradio, service: Service):
         gradio.HTML(html.title(service.name, limits))
         with gradio.Row():
             with gradio.Column(scale=5, min_width=320):
-                uploads = uploads_field(label="Images", elem_id="images", height=170)
+                uploads = _uploads_field(gradio, label="Images", elem_id="images", height=170)
                 results = gradio.HTML()
             with gradio.Column(scale=2, min_width=260):
                 gradio.HTML(html.facts(service), container=True, padding=True)
@@ -142,7 +143,7 @@ def _page(gradio, service: Service):
         )
         text = json.dumps(_PROGRAMS.format(limits=limits))
         page.load(None, None, programs, js=f"() => {text}.replaceAll('ADDRESS', location.origin)")
-        asked, given = uploads_field(visible=False), gradio.JSON(visible=False)
+        asked, given = _uploads_field(gradio, visible=False), gradio.JSON(visible=False)
         gradio.Button(visible=False).click(
             lambda pictures: service.to_dict(classify(pictures, False)),
             asked,
