@@ -17,7 +17,7 @@ class ResNetSpec:
         name: The name in `create_model(name)`.
         blocks: Residual blocks in each stage.
         bottleneck: Three convolutions a block (1x1, 3x3, 1x1) instead of two 3x3.
-        groups: Groups of the 3x3 convolution (ResNeXt's cardinality).
+        groups: Groups of a bottleneck's 3x3 convolution (ResNeXt's cardinality).
         width_per_group: Channels of a group in the first stage, torchvision's parameter.
         widths: Filters of each stage before the bottleneck's expansion by 4.
         stem: `"imagenet"` is 7x7 stride 2 and a 3x3 stride 2 max pooling, `"cifar"` one 3x3.

@@ -80,6 +80,20 @@ def test_only_figures_import_matplotlib():
 
 
 @once
+def test_few_files_know_a_backend():
+    assert users("torch") == {
+        "system/device.py", "layers/torch_call.py", "layers/conv.py", "layers/norm.py",
+        "layers/pool.py", "models/torch_graph.py", "runtimes/torch_program.py",
+        "inference/grad_cam.py", "training/ema.py", "training/optimizers.py",
+    }  # fmt: skip
+    assert users("tensorflow") == {
+        "system/device.py", "layers/norm.py", "runtimes/onnx.py", "runtimes/saved_model.py",
+        "inference/grad_cam.py", "training/ema.py",
+    }  # fmt: skip
+    assert users("jax") == {"system/device.py", "inference/grad_cam.py", "training/ema.py"}
+
+
+@once
 def test_the_reference_shares_no_code_with_what_it_checks():
     allowed = ("keras_resnet.errors", "keras_resnet.weights.numpy_ops",
                "keras_resnet.weights.reference_check")  # fmt: skip

@@ -35,7 +35,7 @@ class Format:
         name: What users call it.
         keras_name: What `keras.Model.export` calls it.
         suffix: Of its files; `""` for a folder.
-        needs: By backend that can write it, the packages (import name to extra) that takes.
+        needs: Backend that can write it -> `{import name of a package: pip extra that has it}`.
         home: The file in this folder whose `Runner` finishes, describes and runs it.
     """
 
