@@ -67,7 +67,19 @@ def test_imports_have_no_circles():
 @once
 @pytest.mark.parametrize(
     "name",
-    ["weights/checkpoint", "weights/reference", "data/preprocess", "variants", "errors"],
+    [
+        "weights/checkpoint",
+        "weights/reference",
+        "weights/matching",
+        "weights/keras_files",
+        "data/preprocess",
+        "data/scan",
+        "data/sources",
+        "runtimes/rows",
+        "cli/commands",
+        "variants",
+        "errors",
+    ],
 )
 def test_reading_files_and_pixels_needs_no_keras_and_no_backend(name):
     tops = {module.split(".")[0] for module in imports(FILES[f"{name}.py"])}

@@ -16,11 +16,11 @@ from keras_resnet.training.train import TrainResult, train
 def write_digits(folder: str | os.PathLike) -> Path:
     """Writes scikit-learn's 1,797 handwritten digits as PNG files, a folder a digit.
 
-    The pictures are 8x8 with 17 levels of gray (Alpaydin and Kaynak 1998, UCI's Optical
+    The images are 8x8 with 17 levels of gray (Alpaydin and Kaynak 1998, UCI's Optical
     Recognition of Handwritten Digits, test part); they are enlarged to 32x32.
 
     Args:
-        folder: Where; pictures that are there already are left alone.
+        folder: Where; images that are there already are left alone.
 
     Returns:
         The folder.
@@ -42,7 +42,7 @@ def run_demo(output: str | os.PathLike = "demo", epochs: int | None = None) -> T
     """Trains a ResNet-20 on handwritten digits, evaluates it and predicts three files.
 
     Args:
-        output: Folder for the pictures (`digits`) and the run.
+        output: Folder for the images (`digits`) and the run.
         epochs: In place of the demo's own number.
 
     Returns:
@@ -73,5 +73,5 @@ def run_demo(output: str | os.PathLike = "demo", epochs: int | None = None) -> T
     for prediction in predictions:
         print(prediction)
     save_predictions(predictions, result.folder / "predicted.png")
-    print(f"Look at the pictures in {printable(result.folder)}")
+    print(f"Look at the images in {printable(result.folder)}")
     return result

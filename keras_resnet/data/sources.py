@@ -6,8 +6,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 
-from keras_resnet.data.directory import image_dataset_from_directory
-from keras_resnet.data.folders import picture_folders, pictures_in
+from keras_resnet.data.folders import flat_images, picture_folders, pictures_in
 from keras_resnet.errors import NotFoundError, did_you_mean
 from keras_resnet.system.files import printable
 
@@ -42,7 +41,7 @@ class Images:
             folders = picture_folders(text)
             if not folders:
                 # Not an image in it: the error says what there is.
-                image_dataset_from_directory(text, labels=None, shuffle=False)
+                flat_images(text, follow_links=False, exclude=None)
             self._parts.append(_Folders(folders))
         elif os.path.exists(text):
             self._add_files([text])

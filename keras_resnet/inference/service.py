@@ -27,7 +27,7 @@ from keras_resnet.models.files import (
     model_class_names,
     model_preprocess,
 )
-from keras_resnet.runtimes.formats import format_of_file
+from keras_resnet.runtimes.rows import format_of_file
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.device import backend_line, in_data_format

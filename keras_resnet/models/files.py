@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,23 @@ from typing import Any
 import keras
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean, reason_of
+from keras_resnet.errors import InputError, reason_of
 from keras_resnet.models.zoo import create_model
 from keras_resnet.system.device import image_shape
 from keras_resnet.system.files import replace_file
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.keras_files import (
+    KERAS_WRITTEN,
+    TORCH_WRITTEN,
+    find_keras_file,
+    target_ending,
+)
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import save_torchvision
 from keras_resnet.weights.matching import matching_variants
 from keras_resnet.weights.verify import VerifyReport, verify
 from keras_resnet.weights.writing import write_checkpoint
-
-_TORCH = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".safetensors")
-_TORCH_WRITTEN = (".pth", ".pt", ".safetensors")
-_KERAS_WRITTEN = (".keras", ".weights.h5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,23 +101,17 @@ def convert_file(
         InputError: Extensions that do not go together, or weights of another network.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    if not target.parent.is_dir():
-        raise NotFoundError(f"The folder {str(target.parent)!r} does not exist.")
-    goal = next((s for s in (*_KERAS_WRITTEN, *_TORCH_WRITTEN) if target.name.endswith(s)), None)
-    if goal is None:
-        raise InputError(
-            f"{target.name!r} must end in one of {', '.join((*_KERAS_WRITTEN, *_TORCH_WRITTEN))}."
-        )
+    goal = target_ending(target)
     if source.suffix == ".keras":
         model = load_model(source)
-        if goal in _KERAS_WRITTEN:
+        if goal in KERAS_WRITTEN:
             raise InputError(
                 f"{source.name!r} is a Keras model already; name a .pth or .safetensors."
             )
         save_torchvision(model, target)
         lines = [f"{source.name}: {model.name}, {model.count_params():,} parameters."]
         return Conversion(str(source), str(target), lines, verify(model, target) if check else None)
-    if goal in _TORCH_WRITTEN:
+    if goal in TORCH_WRITTEN:
         tensors = read_checkpoint(source, key=key)
         write_checkpoint(target, tensors)
         return Conversion(str(source), str(target), [f"{source.name}: {len(tensors)} tensors."])
@@ -204,25 +199,7 @@ def load_model(path: str | os.PathLike) -> keras.Model:
         ...
         keras_resnet.errors.NotFoundError: No model file at 'no-such.keras'.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        found = [path / name for name in ("best.keras", "last.keras") if (path / name).is_file()]
-        if not found:
-            raise NotFoundError(f"No best.keras or last.keras in the folder {str(path)!r}.")
-        path = found[0]
-    if not path.exists():
-        near = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise NotFoundError(f"No model file at {str(path)!r}.{did_you_mean(path.name, near)}")
-    if path.suffix != ".keras":
-        raise InputError(
-            f"{str(path)!r} is not a .keras file. A checkpoint of torch becomes one with: "
-            f"keras-resnet convert {path.name} {path.stem}.keras"
-        )
-    if not zipfile.is_zipfile(path):
-        raise InputError(
-            f"{str(path)!r} is no whole .keras file ({path.stat().st_size:,} bytes, not a zip "
-            "archive): it was cut off or is something else; copy or save it again."
-        )
+    path = find_keras_file(path)
     try:
         return keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras raises a dozen kinds for a damaged file

@@ -12,7 +12,7 @@ from keras_resnet.errors import InputError
 from keras_resnet.layers.norm import Normalize
 from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.torch_graph import DirectGraph
-from keras_resnet.system.device import image_shape
+from keras_resnet.system import device  # as a whole: it may be what imports Keras, half there
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
@@ -72,7 +72,7 @@ def image_input(
         check_input_shape(spec.name, inputs.shape[1:], spec.min_size)
     else:
         if input_shape is None:
-            input_shape = image_shape(size, size, 3)
+            input_shape = device.image_shape(size, size, 3)
         inputs = keras.Input(check_input_shape(spec.name, input_shape, spec.min_size))
     if not include_preprocessing:
         return inputs, inputs

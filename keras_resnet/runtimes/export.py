@@ -17,7 +17,7 @@ from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, NotFoundError, VerificationError, whole
 from keras_resnet.models.files import dataset_output, load_model, model_preprocess
-from keras_resnet.runtimes import formats, int8 as quantization, writing
+from keras_resnet.runtimes import formats, int8 as quantization, rows, writing
 from keras_resnet.runtimes.int8 import Int8Images, Int8Report, spread
 from keras_resnet.runtimes.runner import KerasRunner, Runner, relative_difference
 from keras_resnet.runtimes.select import open_file, runtime_of
@@ -200,13 +200,13 @@ def export(
                 f"The {name} file does not predict as the model does, and is not kept.", report
             )
         del runner  # Windows does not move what is open
-        for one in formats.FORMATS[name].runner.files(staged):
+        for one in rows.FORMATS[name].runner.files(staged):
             _publish(one, path.with_name(one.name))
     return report
 
 
 def _load(path: str | os.PathLike) -> keras.Model:
-    if formats.format_of_file(Path(path).expanduser()) is not None:
+    if rows.format_of_file(Path(path).expanduser()) is not None:
         raise InputError(
             f"{str(path)!r} is an exported file already; export the .keras file it came from."
         )
@@ -234,7 +234,7 @@ def default_path(model: str | os.PathLike, format: str) -> Path:
         >>> default_path("best.keras", "saved_model").as_posix()
         'best_saved_model'
     """
-    path, suffix = Path(model).expanduser(), formats.get_format(format).suffix
+    path, suffix = Path(model).expanduser(), rows.get_format(format).suffix
     if path.is_dir():
         path = path / "best.keras"
     return path.with_suffix(suffix) if suffix else path.with_name(f"{path.stem}_{format}")
@@ -242,7 +242,7 @@ def default_path(model: str | os.PathLike, format: str) -> Path:
 
 def _format_for(path: Path, name: str | None) -> str:
     suffix = path.suffix
-    by_suffix = {row.suffix: row.name for row in formats.FORMATS.values() if row.suffix}
+    by_suffix = {row.suffix: row.name for row in rows.FORMATS.values() if row.suffix}
     if name is None:
         if suffix not in by_suffix:
             raise InputError(
@@ -250,7 +250,7 @@ def _format_for(path: Path, name: str | None) -> str:
                 "says which."
             )
         return by_suffix[suffix]
-    wanted = formats.get_format(name).suffix
+    wanted = rows.get_format(name).suffix
     if wanted and suffix != wanted:
         raise InputError(f"A file of the format {name} ends in {wanted!r}, not {path.name!r}.")
     if not wanted and suffix in (*by_suffix, ".keras"):
@@ -261,11 +261,11 @@ def _format_for(path: Path, name: str | None) -> str:
 def _check_target(path: Path, name: str) -> None:
     if not path.parent.is_dir():
         raise NotFoundError(f"The folder {str(path.parent)!r} does not exist.")
-    if formats.FORMATS[name].suffix:
+    if rows.FORMATS[name].suffix:
         if path.is_dir():
             raise InputError(f"{str(path)!r} is a folder; {name} is written as a file.")
     elif path.is_file() or (
-        path.is_dir() and any(path.iterdir()) and formats.format_of_file(path) != name
+        path.is_dir() and any(path.iterdir()) and rows.format_of_file(path) != name
     ):
         raise InputError(f"{str(path)!r} is there, and is no {name}: it is left alone.")
 

@@ -17,7 +17,7 @@ from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, require
 from keras_resnet.models.files import dataset_output, model_class_names
-from keras_resnet.runtimes.formats import FORMATS
+from keras_resnet.runtimes.rows import FORMATS
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.system.device import in_data_format
 

@@ -19,12 +19,11 @@ from keras_resnet.errors import (
     require,
 )
 from keras_resnet.models.files import load_model
-from keras_resnet.runtimes import formats, writing
+from keras_resnet.runtimes import formats, rows, writing
+from keras_resnet.runtimes.rows import ENGINES, check_engine
 from keras_resnet.runtimes.runner import FileRunner, KerasRunner, Runner, Trial, relative_difference
 from keras_resnet.system.process import tune_process
 
-# Of the engines that take a Keras model, and those that an exported file names by itself.
-ENGINES = ("keras", "auto", "openvino", "onnxruntime", "torch")
 _OWN_RUNTIME = ("keras", "auto")
 
 
@@ -34,14 +33,14 @@ def runtime_of(name: str) -> type[FileRunner]:
     Raises:
         MissingDependencyError: It is not installed; the message has the pip line.
     """
-    kind = formats.get_format(name).runner
+    kind = rows.get_format(name).runner
     require(kind.module, kind.extra, f"Running {name} files")
     return kind
 
 
 def _format_of_engine(engine: str) -> str:
     """The format that an engine takes a Keras model in."""
-    return next(name for name, row in formats.FORMATS.items() if row.runner.runtime == engine)
+    return next(name for name, row in rows.FORMATS.items() if row.runner.runtime == engine)
 
 
 def open_file(
@@ -70,20 +69,20 @@ def open_file(
     if not path.exists():
         near = os.listdir(path.parent) if path.parent.is_dir() else []
         raise NotFoundError(f"No model file at {str(path)!r}.{did_you_mean(path.name, near)}")
-    kind = formats.format_of_file(path)
+    kind = rows.format_of_file(path)
     if kind is None:
         raise InputError(f"{str(path)!r} is no exported model: {_suffixes()}.")
     runner = runtime_of(kind if engine in _OWN_RUNTIME else _format_of_engine(engine))
     if kind not in runner.reads:
         raise InputError(
             f"The engine {engine!r} does not read {path.name!r}; without an engine's name the "
-            f"file is run by {formats.FORMATS[kind].runner.runtime}."
+            f"file is run by {rows.FORMATS[kind].runner.runtime}."
         )
     return runner(path, precision, threads)
 
 
 def _suffixes() -> str:
-    known = [row.suffix for row in formats.FORMATS.values() if row.suffix]
+    known = [row.suffix for row in rows.FORMATS.values() if row.suffix]
     return f"{', '.join(known)} or a SavedModel folder"
 
 
@@ -119,14 +118,12 @@ def open_runner(
         >>> runner.log_probabilities(np.zeros((2, 32, 32, 3), "float32")).shape
         (2, 10)
     """
-    if engine not in ENGINES:
-        hint = did_you_mean(engine, ENGINES) or f" There are: {', '.join(ENGINES)}."
-        raise InputError(f"Unknown engine {engine!r}.{hint}")
+    check_engine(engine)
     if isinstance(model, Runner):
         return model
     tune_process()
     if not isinstance(model, keras.Model):
-        if formats.format_of_file(Path(model).expanduser()) is not None:
+        if rows.format_of_file(Path(model).expanduser()) is not None:
             runner = open_file(model, engine, precision)
             _check_head(runner.model_name, runner.output_shape)
             return runner
@@ -151,7 +148,7 @@ def _through_file(model: keras.Model, engine: str, precision: str | None) -> Fil
     formats.check_backend(name)
     kind = runtime_of(name)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / f"model{formats.FORMATS[name].suffix}"
+        path = Path(folder) / f"model{rows.FORMATS[name].suffix}"
         writing.write(model, path, name)
         runner = kind(path, precision)
     images = writing.sample_input(model, 2)

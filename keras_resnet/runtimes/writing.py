@@ -18,7 +18,8 @@ import numpy as np
 from keras_resnet.errors import InputError, reason_of
 from keras_resnet.models.files import dataset_output
 from keras_resnet.models.image_model import ImageModel
-from keras_resnet.runtimes.formats import FORMATS, INPUT, check_backend, describe, input_size
+from keras_resnet.runtimes.formats import INPUT, check_backend, describe, input_size
+from keras_resnet.runtimes.rows import FORMATS
 
 
 def write(

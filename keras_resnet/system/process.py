@@ -1,16 +1,20 @@
-"""Settings of the process that decide how fast a CPU computes: freed memory, and threads.
+"""Settings of the process: the backend, and how fast a CPU computes by freed memory and threads.
 
-Needs neither Keras nor a backend: the threads' settings count only before a backend is imported.
+Needs neither Keras nor a backend: most of them count only before a backend is imported.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import json
 import math
 import os
 import platform
 import sys
 from pathlib import Path
+
+from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean
 
 _SWITCH = "KERAS_RESNET_TUNE"
 _done = False
@@ -111,3 +115,36 @@ def fit_threads() -> None:
         # TensorFlow counts the cores that the process is bound to, not the container's share.
         for kind in ("INTRAOP", "INTEROP"):
             os.environ.setdefault(f"TF_NUM_{kind}_THREADS", str(cores))
+
+
+def choose_backend() -> None:
+    """Says in one line what Keras would say in a traceback: the chosen backend is not there.
+
+    Where neither KERAS_BACKEND nor keras.json chooses and one backend alone is installed, it is
+    that one; every command prints which one runs.
+    """
+    known = ("torch", "tensorflow", "jax")
+    chosen = os.environ.get("KERAS_BACKEND")
+    if not chosen:
+        home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+        try:
+            chosen = json.loads((home / "keras.json").read_text(encoding="utf-8")).get("backend")
+        except (OSError, ValueError):
+            chosen = None
+    installed = [name for name in known if importlib.util.find_spec(name)]
+    if not chosen:
+        if len(installed) == 1:
+            os.environ["KERAS_BACKEND"] = installed[0]
+            return
+        chosen = "tensorflow"  # Keras' own default
+    if chosen not in known:
+        raise InputError(
+            f"KERAS_BACKEND is {chosen!r}; it must be torch, tensorflow or jax."
+            f"{did_you_mean(chosen, known)}"
+        )
+    if chosen not in installed:
+        other = f"set KERAS_BACKEND={installed[0]}, or " if installed else ""
+        raise MissingDependencyError(
+            f"Keras is set to the {chosen} backend, which is not installed: {other}"
+            f"pip install 'keras3-resnet[{chosen}]'"
+        )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TextIO
+
+from rich import progress as rich
+from rich.console import Console
+from rich.table import Column
+from rich.text import Text
 
 
 class Progress(NamedTuple):
-    """How far a run over many pictures is.
+    """How far a run over many images is.
 
     Attributes:
-        done: Pictures answered, those of an interrupted run included.
+        done: Images predicted, those of an interrupted run included.
         total: Pictures in all.
         unreadable: Of those done.
     """
@@ -24,72 +28,106 @@ class Progress(NamedTuple):
     unreadable: int = 0
 
 
-class ProgressLine:
-    """Prints `Progress`: call it with one as often as you like.
+class _Words(rich.ProgressColumn):
+    """A task in words."""
 
-    The rate is that of the last half minute, so the time left follows a change of pace.
+    def render(self, task: rich.Task) -> Text:
+        """The line, with the rate of the last half minute: the time left follows a change of it."""
+        done, total = int(task.completed), int(task.total or 0)
+        rate = task.speed
+        if not rate and task.elapsed:  # batches that take longer than that
+            rate = (done - task.fields["before"]) / task.elapsed
+        parts = [f"{done:,} of {total:,} ({int(100 * done / total) if total else 100}%)"]
+        if rate:
+            parts.append(f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.1f} images/s")
+            parts.append(f"{duration((total - done) / rate)} left")
+        if task.fields["unreadable"]:
+            parts.append(f"{task.fields['unreadable']:,} unreadable")
+        return Text(", ".join(parts))
+
+
+class ProgressLine:
+    """Prints `Progress`: call it with one as often as you like, inside `with`.
 
     Args:
-        stream: Where to; stderr by default. In a terminal one line is written over and over,
-            elsewhere a new one every half minute.
+        stream: Where to; stderr by default. In a terminal one line is written over and over, and
+            cleared at the end; elsewhere there is a new one every half minute.
         clock: Seconds; for tests.
 
     Examples:
         >>> times = iter([0.0, 40.0])
-        >>> line = ProgressLine(sys.stdout, clock=lambda: next(times))
-        >>> line(Progress(0, 10_000))
-        >>> line(Progress(2_000, 10_000, 3))
-        2,000 of 10,000 (20%), 50 pictures/s, 2 min 40 s left, 3 unreadable
+        >>> with ProgressLine(sys.stdout, clock=lambda: next(times)) as line:
+        ...     line(Progress(0, 10_000))
+        ...     line(Progress(2_000, 10_000, 3))
+        2,000 of 10,000 (20%), 50 images/s, 2 min 40 s left, 3 unreadable
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
-        self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
-        self._terminal = self._stream.isatty()
-        self._every = 0.2 if self._terminal else 30.0
-        self._seen: deque[tuple[float, int]] = deque()
-        self._printed: float | None = None
-        self._open = False
+        self._console = Console(file=sys.stderr if stream is None else stream)
+        terminal = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._every = 0.2 if terminal else 30.0
+        self._clock, self._now, self._printed = clock, 0.0, 0.0
+        self._words = _Words(table_column=Column(no_wrap=True))
+        self._bar = rich.Progress(
+            self._words,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,  # what is printed there may go to a file
+            get_time=lambda: self._now,
+            disable=not terminal,
+        )
+
+    def __enter__(self) -> ProgressLine:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Clears the line in a terminal: what is printed next stands alone."""
+        self._bar.stop()
 
     def __call__(self, progress: Progress) -> None:
         """Takes note, and prints where it is time to."""
-        now = self._clock()
-        self._seen.append((now, progress.done))
-        while len(self._seen) > 2 and self._seen[1][0] < now - 30:
-            self._seen.popleft()
-        if self._printed is None:
-            self._printed = now
-        if now - self._printed < self._every:
+        self._now = self._clock()
+        if not self._bar.tasks:
+            self._printed = self._now
+            self._bar.add_task("", total=progress.total, completed=progress.done,
+                               before=progress.done, unreadable=0)  # fmt: skip
+        task = self._bar.tasks[0]
+        self._bar.update(task.id, completed=progress.done, unreadable=progress.unreadable)
+        if self._now - self._printed < self._every:
             return
-        self._printed = now
-        text = self._text(progress)
-        if self._terminal:
-            width = shutil.get_terminal_size().columns - 1
-            self._stream.write(f"\r\x1b[K{text[:width]}")
-            self._open = True
+        self._printed = self._now
+        if self._bar.disable:
+            self._console.print(self._words.render(task), soft_wrap=True)
         else:
-            self._stream.write(f"{text}\n")
-        self._stream.flush()
+            self._bar.refresh()
 
-    def _text(self, progress: Progress) -> str:
-        done, total, unreadable = progress
-        (before, count), (now, _) = self._seen[0], self._seen[-1]
-        rate = (done - count) / (now - before) if now > before else 0.0
-        share = int(100 * done / total) if total else 100
-        parts = [f"{done:,} of {total:,} ({share}%)"]
-        if rate > 0:
-            parts.append(f"{rate:,.0f} pictures/s" if rate >= 10 else f"{rate:.1f} pictures/s")
-            parts.append(f"{duration((total - done) / rate)} left")
-        if unreadable:
-            parts.append(f"{unreadable:,} unreadable")
-        return ", ".join(parts)
 
-    def close(self) -> None:
-        """Clears the line in a terminal: what is printed next stands alone."""
-        if self._open:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-            self._open = False
+@contextlib.contextmanager
+def byte_bar(label: str, size: int) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for bytes that are read or fetched, in a terminal; `None` for what takes no second.
+
+    Args:
+        label: What stands before it.
+        size: Bytes in all.
+
+    Yields:
+        A function of the bytes done and those in all.
+    """
+    if size < 50 * 2**20 or not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(),
+        rich.DownloadColumn(binary_units=True),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
+        task = bar.add_task(label, total=size)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def duration(seconds: float) -> str:

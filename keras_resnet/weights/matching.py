@@ -1,7 +1,8 @@
-"""Which row of the table a state dict belongs to; needs no Keras."""
+"""What a row of the table holds and costs, and which row a state dict fits; needs no Keras."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from keras_resnet.variants import SPECS, AlexNetSpec, ResNetSpec, conv_output_size, layer_names
@@ -29,9 +30,34 @@ def spec_shapes(
     rows = _alexnet_shapes if isinstance(spec, AlexNetSpec) else _resnet_shapes
     return {
         f"{name.replace('_', '.')}.{suffix}": shape
-        for name, entries in rows(spec, num_classes, channels)
+        for name, entries, _ in rows(spec, num_classes, channels)
         for suffix, shape in entries.items()
     }
+
+
+def parameter_count(spec: ResNetSpec | AlexNetSpec) -> int:
+    """Trainable parameters of a row of the table, with its data set's number of classes.
+
+    Examples:
+        >>> parameter_count(SPECS["resnet18"])
+        11689512
+    """
+    trained = (s for k, s in spec_shapes(spec).items() if k.endswith((".weight", ".bias")))
+    return sum(map(math.prod, trained))
+
+
+def multiply_adds(spec: ResNetSpec | AlexNetSpec) -> int:
+    """Multiply-adds of one image at a row's own size; what `count_flops` counts in a built model.
+
+    Examples:
+        >>> multiply_adds(SPECS["resnet18"])
+        1814073344
+    """
+    rows = _alexnet_shapes if isinstance(spec, AlexNetSpec) else _resnet_shapes
+    return sum(
+        side**2 * math.prod(entries["weight"])
+        for _, entries, side in rows(spec, spec.num_classes, 3)
+    )
 
 
 def _weight_and_bias(*shape: int, bias: bool = True) -> dict[str, Shape]:
@@ -43,12 +69,20 @@ def _norm(n: int) -> dict[str, Shape]:
     return dict.fromkeys(names, (n,)) | {COUNTER: ()}
 
 
+# Both give a layer's name, its entries, and the side of its output: 1 for a fully connected layer,
+# 0 for a batch norm, whose work is not counted.
+
+
 def _resnet_shapes(spec: ResNetSpec, num_classes: int, channels: int):
-    side, bias = (7 if spec.stem == "imagenet" else 3), spec.use_bias
+    kernel, strides = (7, 2) if spec.stem == "imagenet" else (3, 1)
+    side, bias = conv_output_size(spec.input_size, kernel, strides, kernel // 2), spec.use_bias
     conv, norm = ("conv1", "bn1") if spec.layout == "torchvision" else ("conv1_0", "conv1_1")
     width = spec.widths[0]
-    yield conv, _weight_and_bias(width, channels, side, side, bias=bias)
-    yield norm, _norm(width)
+    yield conv, _weight_and_bias(width, channels, kernel, kernel, bias=bias), side
+    yield norm, _norm(width), 0
+    if spec.stem == "imagenet":
+        side = conv_output_size(side, 3, 2, 1)  # the max pooling
+    striding = 1 if spec.bottleneck and spec.stride_on == "3x3" else 0
     for stage, depth in enumerate(spec.blocks):
         filters = spec.filters(stage)
         kernels, groups = ((1, 3, 1), spec.groups) if spec.bottleneck else ((3, 3), 1)
@@ -61,29 +95,34 @@ def _resnet_shapes(spec: ResNetSpec, num_classes: int, channels: int):
             fed = width
             for i, (out, kernel) in enumerate(zip(filters, kernels, strict=True)):
                 grouped = groups if i == 1 else 1
-                yield convs[i], _weight_and_bias(out, fed // grouped, kernel, kernel, bias=bias)
-                yield norms[i], _norm(out)
+                if i == striding and stage > 0 and block == 0:
+                    side = conv_output_size(side, kernel, 2, kernel // 2)
+                weights = _weight_and_bias(out, fed // grouped, kernel, kernel, bias=bias)
+                yield convs[i], weights, side
+                yield norms[i], _norm(out), 0
                 fed = out
             if projects and spec.shortcut != "zero_padding":
                 bare = spec.shortcut == "bare_projection"
-                yield shortcut[0], _weight_and_bias(filters[-1], width, 1, 1, bias=bias or bare)
+                weights = _weight_and_bias(filters[-1], width, 1, 1, bias=bias or bare)
+                yield shortcut[0], weights, side
                 if not bare:
-                    yield shortcut[1], _norm(filters[-1])
+                    yield shortcut[1], _norm(filters[-1]), 0
             width = filters[-1]
-    yield spec.head, _weight_and_bias(num_classes, width)
+    yield spec.head, _weight_and_bias(num_classes, width), 1
 
 
 def _alexnet_shapes(spec: AlexNetSpec, num_classes: int, channels: int):
     side = spec.input_size
     for row in spec.convs:
-        yield row.name, _weight_and_bias(row.filters, channels, row.kernel_size, row.kernel_size)
         side = conv_output_size(side, row.kernel_size, row.strides, row.padding)
+        weights = _weight_and_bias(row.filters, channels, row.kernel_size, row.kernel_size)
+        yield row.name, weights, side
         side = conv_output_size(side, *row.pool) if row.pool else side
         channels = row.filters
     side = 6 if spec.adaptive else side
     widths = (channels * side**2, 4096, 4096, num_classes)
     for name, fed, out in zip(spec.dense, widths, widths[1:], strict=False):
-        yield name, _weight_and_bias(out, fed)
+        yield name, _weight_and_bias(out, fed), 1
 
 
 def matching_variants(shapes: Mapping[str, Shape]) -> list[tuple[str, int | None]]:

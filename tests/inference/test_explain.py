@@ -414,7 +414,7 @@ def test_explain_writes_overlays_and_prints_the_predictions(model_file, tmp_path
          "--output", str(output)]
     )  # fmt: skip
     said = capsys.readouterr()
-    assert code == 0 and "1 of 3 pictures could not be read" in said.err
+    assert code == 0 and "1 of 3 images could not be read" in said.err
     assert "\x1b" not in said.out + said.err and "bee" in said.out
     assert sorted(p.name for p in output.iterdir()) == ["one-2.png", "one.png"]
     with Image.open(output / "one.png") as picture:

@@ -32,7 +32,6 @@ from keras_resnet.inference.predict import (
 from keras_resnet.inference.prediction_files import Prediction
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.runner import Runner
-from keras_resnet.system.progress import Progress, ProgressLine
 
 LONG = bool(os.environ.get("KERAS_RESNET_LONG"))
 HOSTILE = [
@@ -469,10 +468,10 @@ def test_the_command_writes_and_goes_on(file, folder, tmp_path, capsys, monkeypa
         patch.setattr(prediction_files.PredictionWriter, "write", interrupted)
         assert cli.main(command) == 130
     said = capsys.readouterr()
-    assert "Interrupted at 16 of 50 pictures" in said.err and ".part" in said.err
+    assert "Interrupted at 16 of 50 images" in said.err and ".part" in said.err
     assert cli.main(command) == 0
     out = capsys.readouterr().out
-    assert "Going on behind 24 of 50 pictures." in out
+    assert "Going on behind 24 of 50 images." in out
     assert "50 images (24 of them by an earlier run)" in out
     assert "3 could not be read; " in out
     rows = read_csv(output)
@@ -510,37 +509,3 @@ def test_parquet_without_pyarrow_names_the_pip_line(folder, tmp_path, monkeypatc
         predict(Brightness(), folder, output=tmp_path / "a.parquet")
     with pytest.raises(NotFoundError):
         predict(Brightness(), tmp_path / "none", output=tmp_path / "a.csv")
-
-
-class Terminal:
-    """A stream that keeps what is written."""
-
-    def __init__(self, terminal):
-        self.text, self._terminal = "", terminal
-
-    def isatty(self):
-        return self._terminal
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_one_line_in_a_terminal_and_few_lines_elsewhere(terminal):
-    stream, now = Terminal(terminal), 0.0
-    line = ProgressLine(stream, clock=lambda: now)
-    for done in range(0, 10_001, 100):  # 100 a second, 100 s
-        now = done / 100
-        line(Progress(done, 10_000, 7))
-    line.close()
-    if terminal:
-        assert "\n" not in stream.text and stream.text.endswith("\r\x1b[K")
-        assert "5,000 of 10,000 (50%), 100 pictures/s, 50 s left, 7 unreadable" in stream.text
-    else:
-        lines = stream.text.splitlines()
-        assert lines[0] == "3,000 of 10,000 (30%), 100 pictures/s, 1 min 10 s left, 7 unreadable"
-        assert len(lines) == 3 and "\r" not in stream.text

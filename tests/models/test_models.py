@@ -12,6 +12,7 @@ import keras_resnet as kr
 from keras_resnet.errors import InputError
 from keras_resnet.inference import grad_cam as explain
 from keras_resnet.variants import SPECS, conv_output_size
+from keras_resnet.weights.matching import multiply_adds, parameter_count
 
 REGISTRY = json.loads(
     (pathlib.Path(kr.__file__).parent / "weights/torchvision.json").read_text(encoding="utf-8")
@@ -41,10 +42,12 @@ def built(request):
     return request.param, kr.create_model(request.param)
 
 
-def test_parameters_and_flops_are_the_published_ones(built):
+def test_parameters_and_flops_are_the_tables_and_the_published_ones(built):
     name, model = built
     spec = SPECS[name]
     assert model.output_shape == (None, spec.num_classes)
+    assert trainable(model) == parameter_count(spec)
+    assert kr.count_flops(model) == multiply_adds(spec)
     if name in PUBLISHED:
         assert trainable(model) == PUBLISHED[name]["num_params"]
         assert kr.count_flops(model) / 1e9 == pytest.approx(PUBLISHED[name]["gflops"], abs=6e-4)

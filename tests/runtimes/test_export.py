@@ -22,7 +22,7 @@ from keras_resnet.models.rebuild import optimize_for_inference, to_stock
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes import export as exporting, int8, select, writing as formats
 from keras_resnet.runtimes.export import export
-from keras_resnet.runtimes.formats import FORMATS
+from keras_resnet.runtimes.rows import FORMATS
 from keras_resnet.runtimes.runner import KerasRunner, relative_difference
 from keras_resnet.runtimes.select import open_file, open_runner
 

@@ -1,0 +1,133 @@
+"""`scan`, and what is done to files of models: `inspect`, `convert`, `verify` and `export`."""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras_resnet as kr
+from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.errors import InputError, NotFoundError, VerificationError
+from keras_resnet.system.files import write_text
+from keras_resnet.system.process import tune_process
+from keras_resnet.weights.keras_files import inspect_keras_file
+from keras_resnet.weights.matching import matching_variants
+from keras_resnet.weights.published import published_by_torchvision
+
+
+def scan(
+    directory: str, json: str | None, sheet: str | None, exclude_list: str | None, **options: Any
+) -> None:
+    """Says what may spoil training on a folder."""
+    tune_process()
+    report = kr.scan(directory, **options)
+    print(report)
+    if json:
+        write_text(json, report.to_json() + "\n")
+        print(f"Written: {json}")
+    if sheet:
+        print(f"{report.save_sheet(sheet)} images in {sheet}")
+    if exclude_list:
+        count = report.write_exclude_list(exclude_list)
+        print(f"{count} files to leave out in {exclude_list}")
+
+
+def inspect(file: str, key: str | None, json: str | None, tensors: bool) -> int:
+    """Says what a weight file is; 1 where it is refused or damaged."""
+    if file.endswith(".keras"):
+        print(inspect_keras_file(file))
+        return 0
+    from keras_resnet.system.progress import byte_bar
+
+    info = kr.inspect_checkpoint(file, key=key)
+    with byte_bar(f"sha256 of {info.path.name}", info.size) as progress:
+        digest = info.hash(progress)
+    lines = str(info).split("\n")
+    print("\n".join(line for line in lines if tensors or not line.startswith("    ")))
+    print(f"  sha256   {digest}")
+    verdict = _what_it_is(info, digest)
+    if verdict:
+        print(f"  is       {verdict}")
+    if json:
+        facts = {**json_text.loads(info.to_json()), "sha256": digest, "is": verdict}
+        text = json_text.dumps(facts, indent=2)
+        print(text) if json == "-" else write_text(json, text + "\n")
+    return 0 if info.safe and info.problem is None else 1
+
+
+def _what_it_is(info, digest: str) -> str:
+    """Which model a checkpoint fits, and which published file it is."""
+    published = published_by_torchvision(digest)
+    if published is not None:
+        return f"torchvision's {published.model} {published.tag}, published as {published.url}"
+    fits = matching_variants({name: shape for name, (shape, _) in info.tensors.items()})
+    names = " or ".join(name for name, _ in fits)
+    return f"weights for {names}, {fits[0][1] or 'no'} classes" if fits else ""
+
+
+def convert(
+    source: str, target: str, class_names: str | None,
+    image_size: int | None, resize_size: int | None,
+    mean: list[float] | None, std: list[float] | None, **options: Any,
+) -> int:  # fmt: skip
+    """Turns a weight file into another; 1 where the two disagree."""
+    preprocess = None
+    if any((image_size, resize_size, mean, std)):
+        colors = {"mean": mean or IMAGENET_MEAN, "std": std or IMAGENET_STD}
+        preprocess = Preprocess.for_size(image_size or 224, resize_size, **colors)
+    names = None if class_names is None else _read_names(class_names)
+    result = kr.convert_file(source, target, class_names=names, preprocess=preprocess, **options)
+    print(result)
+    write_text(f"{target}.report.json", result.to_json() + "\n")
+    return 0 if result.passed else 1
+
+
+def _read_names(path: str) -> list[str]:
+    """Class names out of a text file (one a line) or JSON (a list, or index to name)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise NotFoundError(f"Cannot read class names from {path!r}: {error.strerror}.") from None
+    if not path.endswith(".json"):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        names = json_text.loads(text)
+        by_number = isinstance(names, dict)
+        return [names[str(i)] for i in range(len(names))] if by_number else list(names)
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path!r} must hold a JSON list of names, or numbers from 0 to names."
+        ) from None
+
+
+def verify(model: str, source: str, json: str | None, **options: Any) -> int:
+    """Compares a model with the file it came from; 1 where they disagree."""
+    report = kr.verify(kr.load_model(model), source, **options)
+    print(report)
+    if json:
+        report.to_json(json)
+    return 0 if report.passed else 1
+
+
+def export(
+    model: str, format: str | None, output: str | None, pictures: list[str] | None, **options: Any
+) -> int:
+    """Writes a model for another runtime; 1 where it gives other numbers."""
+    if output is None and format is None:
+        raise InputError("Say which: --format onnx, openvino, saved_model, litert or torch.")
+    from keras_resnet.runtimes.export import default_path
+    from keras_resnet.system.device import backend_line
+
+    print(f"Backend: {backend_line()}")
+    images = pictures[0] if pictures and len(pictures) == 1 else pictures
+    try:
+        path = output or default_path(model, format)
+        report = kr.export(model, path, format, pictures=images, **options)
+    except VerificationError as error:
+        print(error.report)
+        print(f"keras-resnet: {error}", file=sys.stderr)
+        return 1
+    print(f"{report}\nWritten: {report.path}")
+    return 0

@@ -1,0 +1,41 @@
+"""`models` and `summary`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras_resnet as kr
+from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.variants import SPECS, get_spec
+from keras_resnet.weights.keras_files import find_keras_file
+from keras_resnet.weights.matching import multiply_adds, parameter_count
+from keras_resnet.weights.published import registry
+
+
+def models(pattern: str) -> None:
+    """Prints the table of models."""
+    names = kr.list_models(pattern)
+    if not names:
+        raise InputError(f"No model matches {pattern!r}.{did_you_mean(pattern, SPECS)}")
+    width = max(map(len, names))
+    print(f"{'Model':{width}}  {'Parameters':>11}  {'GFLOPs':>6}  {'Input':>7}  Published top-1")
+    for name in names:
+        spec = SPECS[name]
+        size, count, gflops = spec.input_size, parameter_count(spec), multiply_adds(spec) / 1e9
+        known = [f"{row.acc1:.3f} ({row.tag})" for row in registry() if row.model == name]
+        start = f"{name:{width}}  {count:>11,}  {gflops:6.3f}  {size:>3}x{size:<3}"
+        print(f"{start}  {', '.join(known) or '-'}")
+
+
+def summary(model: str, input_size: int | None, num_classes: int | None) -> None:
+    """Prints a model layer by layer."""
+    if model.endswith(".keras") or Path(model).exists():
+        path = find_keras_file(model)
+        made = kr.load_model(path)
+    else:
+        side = input_size or get_spec(model).input_size
+        from keras_resnet.system.device import image_shape
+
+        shape = image_shape(side, side, 3)
+        made = kr.create_model(model, input_shape=shape, num_classes=num_classes)
+    print(kr.summary(made, input_size))

@@ -1,0 +1,144 @@
+"""`evaluate`, `predict`, `explain`, `serve` and `report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras_resnet as kr
+from keras_resnet.cli import checks
+from keras_resnet.data.folders import split_folder
+from keras_resnet.data.sources import Images
+from keras_resnet.errors import InputError
+from keras_resnet.system.files import printable
+
+
+def _say_backend() -> None:
+    from keras_resnet.system.device import backend_line
+
+    print(f"Backend: {backend_line()}", flush=True)
+
+
+def _open(model: str, engine: str):
+    """A model ready to run; says which backend and engine do."""
+    _say_backend()
+    runner = kr.open_runner(model, engine)
+    print(f"Engine: {runner}")
+    return runner
+
+
+def _say_unreadable(count: int, images: Sequence[str] | Images) -> None:
+    if count:
+        print(f"{count} of {len(images)} images could not be read.", file=sys.stderr)
+
+
+def evaluate(model: str, directory: str, split: str | None, engine: str, **options: Any) -> None:
+    """Measures a model on a labelled folder."""
+    split_folder(directory, split)  # says what is wrong before the model is opened
+    print(kr.evaluate(_open(model, engine), directory, split=split, **options))
+
+
+def predict(
+    model: str, paths: list[str], output: str | None, restart: bool, engine: str,
+    csv: str | None, json: str | None, plot: str | None, **options: Any,
+) -> int:  # fmt: skip
+    """Classifies images; 2 where none could be read."""
+    checks.ends_in("csv", csv, ".csv")
+    checks.ends_in("json", json, ".json")
+    checks.ends_in("plot", plot, ".png", ".jpg", ".jpeg", ".svg", ".pdf")
+    wanted = [path for path in (csv, json, plot) if path is not None]
+    if output is not None:
+        if wanted:
+            raise InputError("--output stands alone: leave out --csv, --json and --plot.")
+        return _predict_to_file(model, paths, output, engine=engine, restart=restart, **options)
+    images = Images(paths)
+    runner = _open(model, engine)
+    from keras_resnet.inference.predict import PredictionTable
+    from keras_resnet.models.files import model_class_names
+
+    table = PredictionTable(images, model_class_names(runner), options["top"])
+    print(table.header)
+    kept, unreadable = [], 0
+    for prediction in kr.iter_predictions(runner, images, **options):
+        print(table.line(prediction))
+        unreadable += prediction.error is not None
+        if wanted:
+            kept.append(prediction)
+    _say_unreadable(unreadable, images)
+    if unreadable == len(images):
+        return 2
+    for path in wanted:
+        kr.save_predictions(kept, path)
+        print(f"Written: {path}")
+    return 0
+
+
+def _predict_to_file(model: str, paths: list[str], name: str, **options: Any) -> int:
+    from keras_resnet.inference.prediction_files import check_output
+    from keras_resnet.system.progress import Progress, ProgressLine
+
+    output, images, last = check_output(name), Images(paths), Progress(0, 0)
+    _say_backend()
+
+    def progress(now: Progress) -> None:
+        nonlocal last
+        if last.total == 0 and now.done:
+            print(f"Going on behind {now.done:,} of {now.total:,} images.", flush=True)
+        last = now
+        line(now)
+
+    try:
+        with ProgressLine() as line:
+            result = kr.write_predictions(model, images, output, progress=progress, **options)
+    except KeyboardInterrupt:
+        if not last.total:
+            raise
+        print(
+            f"Interrupted at {last.done:,} of {last.total:,} images, kept in "
+            f"{printable(output)}.part. The same command goes on.",
+            file=sys.stderr,
+        )
+        return 130
+    print(result)
+    return 2 if result.unreadable == result.count else 0
+
+
+def explain(model: str, paths: list[str], output: str, top: int, **options: Any) -> int:
+    """Draws where a model looked; 2 where no image could be read."""
+    images = list(Images(paths))
+    _say_backend()
+    from keras_resnet.inference.explain import overlay_names
+    from keras_resnet.inference.predict import PredictionTable
+    from keras_resnet.models.files import model_class_names
+
+    loaded, folder, written = kr.load_model(model), Path(output).expanduser(), 0
+    table = PredictionTable(images, model_class_names(loaded), top)
+    found = kr.iter_explanations(loaded, images, top=top, **options)
+    print(table.header)
+    for explanation, name in zip(found, overlay_names(images), strict=True):
+        print(table.line(explanation.prediction))
+        if explanation.heatmap is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            kr.save_overlay(explanation, folder / name)
+            written += 1
+    _say_unreadable(len(images) - written, images)
+    if written:
+        count = "1 image" if written == 1 else f"{written} images"
+        print(f"Written: {count} in {printable(folder)}")
+    return 0 if written else 2
+
+
+def serve(
+    model: str, max_mb: float, max_megapixels: float, max_pictures: int, **options: Any
+) -> None:
+    """Serves a page until Ctrl-C."""
+    limits = kr.Limits(max_mb, max_megapixels, max_pictures)
+    _say_backend()
+    kr.serve(model, limits=limits, **options)
+
+
+def report(runs: list[str], output: str | None) -> None:
+    """Writes a run, or several side by side, as a page."""
+    print(f"Written: {printable(kr.report(runs if len(runs) > 1 else runs[0], output))}")

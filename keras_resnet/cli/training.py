@@ -1,0 +1,44 @@
+"""`train`, `lr-find` and `demo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras_resnet as kr
+from keras_resnet.cli import checks
+from keras_resnet.cli.parser import RECIPE_FIELDS
+from keras_resnet.recipes import Recipe, get_recipe
+
+
+def _recipe(name: str, options: dict[str, Any]) -> Recipe:
+    """The recipe with the options that were given; several numbers become a tuple in them too."""
+    given = {field: options[field] for field in RECIPE_FIELDS if field in options}
+    options |= {field: tuple(value) for field, value in given.items() if isinstance(value, list)}
+    return get_recipe(name).with_options(**{field: options[field] for field in given})
+
+
+def train(directory: str, recipe: str, show: bool, **options: Any) -> int:
+    """Fits a model; 130 where it was interrupted."""
+    changed = _recipe(recipe, options)
+    if show:
+        print(changed)
+        return 0
+    checks.training(directory, changed)
+    return 130 if kr.train(directory, recipe=recipe, **options).interrupted else 0
+
+
+def lr_find(directory: str, recipe: str, plot: str, **options: Any) -> None:
+    """Draws the loss over the learning rate."""
+    checks.training(directory, _recipe(recipe, options))
+    from keras_resnet.system.device import backend_line
+
+    print(f"Backend: {backend_line()}")
+    result = kr.lr_find(directory, recipe=recipe, **options)
+    print(f"{result}\nWritten: {result.plot(plot)}")
+
+
+def demo(output: str, epochs: int | None) -> int:
+    """Trains, evaluates and predicts on data that needs no network; 130 where interrupted."""
+    from keras_resnet.cli.demo import run_demo
+
+    return 130 if run_demo(output, epochs=epochs).interrupted else 0

@@ -1,0 +1,107 @@
+"""The formats and engines by name: a table that needs neither Keras nor any runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from keras_resnet.errors import InputError, did_you_mean
+
+# Of the engines that take a Keras model, and those that an exported file names by itself.
+ENGINES = ("keras", "auto", "openvino", "onnxruntime", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A row of `FORMATS`.
+
+    Attributes:
+        name: What users call it.
+        keras_name: What `keras.Model.export` calls it.
+        suffix: Of its files; `""` for a folder.
+        needs: Backend that can write it -> `{import name of a package: pip extra that has it}`.
+        home: The file in this folder whose `Runner` finishes, describes and runs it.
+    """
+
+    name: str
+    keras_name: str
+    suffix: str
+    needs: dict[str, dict[str, str]]
+    home: str
+
+    @property
+    def runner(self) -> Any:
+        """The class that finishes and runs the files: a subclass of `runner.FileRunner`."""
+        return importlib.import_module(f"keras_resnet.runtimes.{self.home}").Runner
+
+
+# Left out, with Keras 3.15: on jax, OpenVINO (its converter knows no XlaCallModule, which jax2tf
+# writes) and ONNX (by jax2onnx, with 50 packages more); on torch, SavedModel (by torch_xla, and
+# Keras' call of torch.export fails) and LiteRT (by litert-torch, for one batch size alone).
+_ROWS = (
+    Format(
+        "onnx",
+        "onnx",
+        ".onnx",
+        {"torch": {"onnx": "onnx"}, "tensorflow": {"onnx": "onnx", "tf2onnx": "onnx"}},
+        home="onnx",
+    ),
+    Format(
+        "openvino",
+        "openvino",
+        ".xml",
+        {"torch": {"openvino": "openvino"}, "tensorflow": {"openvino": "openvino"}},
+        home="openvino",
+    ),
+    Format(
+        "saved_model",
+        "tf_saved_model",
+        "",
+        {"tensorflow": {}, "jax": {"tensorflow": "tensorflow"}},
+        home="saved_model",
+    ),
+    Format("litert", "litert", ".tflite", {"tensorflow": {}}, home="litert"),
+    Format("torch", "torch", ".pt2", {"torch": {}}, home="torch_program"),
+)
+FORMATS = {row.name: row for row in _ROWS}
+
+
+def get_format(name: str) -> Format:
+    """A row of `FORMATS` by its name.
+
+    Raises:
+        InputError: There is none of that name.
+
+    Examples:
+        >>> get_format("onxx")
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: Unknown format 'onxx'. Did you mean 'onnx'?
+    """
+    if name not in FORMATS:
+        hint = did_you_mean(name, FORMATS) or f" There are: {', '.join(FORMATS)}."
+        raise InputError(f"Unknown format {name!r}.{hint}")
+    return FORMATS[name]
+
+
+def format_of_file(path: str | os.PathLike) -> str | None:
+    """The format of an exported file or folder, by its suffix; `None` for anything else.
+
+    Examples:
+        >>> format_of_file("model.onnx"), format_of_file("model.keras")
+        ('onnx', None)
+    """
+    path = Path(path)
+    if path.is_dir():
+        return "saved_model" if (path / "saved_model.pb").is_file() else None
+    return next((row.name for row in FORMATS.values() if row.suffix == path.suffix != ""), None)
+
+
+def check_engine(name: str) -> None:
+    """Raises InputError where there is no engine of the name."""
+    if name not in ENGINES:
+        hint = did_you_mean(name, ENGINES) or f" There are: {', '.join(ENGINES)}."
+        raise InputError(f"Unknown engine {name!r}.{hint}")
