@@ -4,9 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from keras_resnet.errors import InputError, did_you_mean, one_of
+
+Shape = tuple[int, ...]
+COUNTER = "num_batches_tracked"  # torch's own entry of a batch norm; it has no shape
+
+
+def conv_output_size(size: int, kernel_size: int, strides: int = 1, padding: int = 0) -> int:
+    """Side of a convolution's or a pooling's output: `floor((i - k + 2p) / s) + 1`.
+
+    Args:
+        size: Side of the input `i`, pixels.
+        kernel_size: Side of the kernel or window `k`.
+        strides: Stride `s`.
+        padding: Zeros on each side `p`.
+
+    Examples:
+        >>> conv_output_size(224, 11, strides=4, padding=2)  # AlexNet's first convolution
+        55
+    """
+    return (size - kernel_size + 2 * padding) // strides + 1
+
+
+def layer_names(prefix: str, layout: str) -> tuple[list[str], list[str], list[str]]:
+    """Names of a block's convolutions, norms and shortcut, as its reference implementation's."""
+    one_of("layout", layout, ("torchvision", "sequential"))
+    if layout == "torchvision":
+        names = (
+            [f"conv{i}" for i in (1, 2, 3)],
+            [f"bn{i}" for i in (1, 2, 3)],
+            ["downsample_0", "downsample_1"],
+        )
+    else:
+        names = (
+            [f"longway_{i}" for i in (0, 3, 6)],
+            [f"longway_{i}" for i in (1, 4, 7)],
+            ["shortway_0", "shortway_1"],
+        )
+    return tuple([f"{prefix}_{name}" for name in group] for group in names)
+
+
+def _weight_and_bias(*shape: int, bias: bool = True) -> dict[str, Shape]:
+    return {"weight": shape, "bias": shape[:1]} if bias else {"weight": shape}
+
+
+def _norm(n: int) -> dict[str, Shape]:
+    names = ("weight", "bias", "running_mean", "running_var")
+    return dict.fromkeys(names, (n,)) | {COUNTER: ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +120,51 @@ class ResNetSpec:
         inner = int(width * self.width_per_group / 64) * self.groups
         return (inner, inner, 4 * width)
 
+    def weighted_layers(
+        self, num_classes: int, channels: int = 3
+    ) -> Iterator[tuple[str, dict[str, Shape], int]]:
+        """The layers with weights, in torch's order: how a graph of this row must look.
+
+        Gives a layer's name, its entries' shapes as torch has them, and the side of its output for
+        an image of `input_size`: 1 for a fully connected layer, 0 for a batch norm, whose work is
+        not counted.
+        """
+        kernel, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
+        side, bias = conv_output_size(self.input_size, kernel, strides, kernel // 2), self.use_bias
+        conv, norm = ("conv1", "bn1") if self.layout == "torchvision" else ("conv1_0", "conv1_1")
+        width = self.widths[0]
+        yield conv, _weight_and_bias(width, channels, kernel, kernel, bias=bias), side
+        yield norm, _norm(width), 0
+        if self.stem == "imagenet":
+            side = conv_output_size(side, 3, 2, 1)  # the max pooling
+        striding = 1 if self.bottleneck and self.stride_on == "3x3" else 0
+        for stage, depth in enumerate(self.blocks):
+            filters = self.filters(stage)
+            kernels, groups = ((1, 3, 1), self.groups) if self.bottleneck else ((3, 3), 1)
+            for block in range(depth):
+                prefix = f"{self.stage_name}{stage + 1}_{block}"
+                projects = block == 0 and (self.project_first or stage > 0 or width != filters[-1])
+                if projects and self.layout == "sequential":
+                    prefix += "_0"
+                convs, norms, shortcut = layer_names(prefix, self.layout)
+                fed = width
+                for i, (out, kernel) in enumerate(zip(filters, kernels, strict=True)):
+                    grouped = groups if i == 1 else 1
+                    if i == striding and stage > 0 and block == 0:
+                        side = conv_output_size(side, kernel, 2, kernel // 2)
+                    weights = _weight_and_bias(out, fed // grouped, kernel, kernel, bias=bias)
+                    yield convs[i], weights, side
+                    yield norms[i], _norm(out), 0
+                    fed = out
+                if projects and self.shortcut != "zero_padding":
+                    bare = self.shortcut == "bare_projection"
+                    weights = _weight_and_bias(filters[-1], width, 1, 1, bias=bias or bare)
+                    yield shortcut[0], weights, side
+                    if not bare:
+                        yield shortcut[1], _norm(filters[-1]), 0
+                width = filters[-1]
+        yield self.head, _weight_and_bias(num_classes, width), 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
@@ -131,6 +223,22 @@ class AlexNetSpec:
     def head(self) -> str:
         """Name of the classification layer."""
         return self.dense[-1]
+
+    def weighted_layers(
+        self, num_classes: int, channels: int = 3
+    ) -> Iterator[tuple[str, dict[str, Shape], int]]:
+        """The layers with weights; see `ResNetSpec.weighted_layers`."""
+        side = self.input_size
+        for row in self.convs:
+            side = conv_output_size(side, row.kernel_size, row.strides, row.padding)
+            weights = _weight_and_bias(row.filters, channels, row.kernel_size, row.kernel_size)
+            yield row.name, weights, side
+            side = conv_output_size(side, *row.pool) if row.pool else side
+            channels = row.filters
+        side = 6 if self.adaptive else side
+        widths = (channels * side**2, 4096, 4096, num_classes)
+        for name, fed, out in zip(self.dense, widths, widths[1:], strict=False):
+            yield name, _weight_and_bias(out, fed), 1
 
 
 def _cifar(depth: int) -> ResNetSpec:
@@ -285,37 +393,3 @@ def get_spec(name: str) -> ResNetSpec | AlexNetSpec:
         hint = did_you_mean(name, SPECS) or " See kr.list_models() or `keras-resnet models`."
         raise InputError(f"Unknown model {name!r}.{hint}")
     return spec
-
-
-def conv_output_size(size: int, kernel_size: int, strides: int = 1, padding: int = 0) -> int:
-    """Side of a convolution's or a pooling's output: `floor((i - k + 2p) / s) + 1`.
-
-    Args:
-        size: Side of the input `i`, pixels.
-        kernel_size: Side of the kernel or window `k`.
-        strides: Stride `s`.
-        padding: Zeros on each side `p`.
-
-    Examples:
-        >>> conv_output_size(224, 11, strides=4, padding=2)  # AlexNet's first convolution
-        55
-    """
-    return (size - kernel_size + 2 * padding) // strides + 1
-
-
-def layer_names(prefix: str, layout: str) -> tuple[list[str], list[str], list[str]]:
-    """Names of a block's convolutions, norms and shortcut, as its reference implementation's."""
-    one_of("layout", layout, ("torchvision", "sequential"))
-    if layout == "torchvision":
-        names = (
-            [f"conv{i}" for i in (1, 2, 3)],
-            [f"bn{i}" for i in (1, 2, 3)],
-            ["downsample_0", "downsample_1"],
-        )
-    else:
-        names = (
-            [f"longway_{i}" for i in (0, 3, 6)],
-            [f"longway_{i}" for i in (1, 4, 7)],
-            ["shortway_0", "shortway_1"],
-        )
-    return tuple([f"{prefix}_{name}" for name in group] for group in names)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from keras_resnet.variants import SPECS, AlexNetSpec, ResNetSpec, conv_output_size, layer_names
-
-Shape = tuple[int, ...]
-COUNTER = "num_batches_tracked"
+from keras_resnet.variants import COUNTER, SPECS, AlexNetSpec, ResNetSpec, Shape
 
 
 def spec_shapes(
@@ -27,10 +24,9 @@ def spec_shapes(
         (320, (256, 64, 1, 1))
     """
     num_classes = num_classes or spec.num_classes
-    rows = _alexnet_shapes if isinstance(spec, AlexNetSpec) else _resnet_shapes
     return {
         f"{name.replace('_', '.')}.{suffix}": shape
-        for name, entries, _ in rows(spec, num_classes, channels)
+        for name, entries, _ in spec.weighted_layers(num_classes, channels)
         for suffix, shape in entries.items()
     }
 
@@ -53,76 +49,10 @@ def multiply_adds(spec: ResNetSpec | AlexNetSpec) -> int:
         >>> multiply_adds(SPECS["resnet18"])
         1814073344
     """
-    rows = _alexnet_shapes if isinstance(spec, AlexNetSpec) else _resnet_shapes
     return sum(
         side**2 * math.prod(entries["weight"])
-        for _, entries, side in rows(spec, spec.num_classes, 3)
+        for _, entries, side in spec.weighted_layers(spec.num_classes, 3)
     )
-
-
-def _weight_and_bias(*shape: int, bias: bool = True) -> dict[str, Shape]:
-    return {"weight": shape, "bias": shape[:1]} if bias else {"weight": shape}
-
-
-def _norm(n: int) -> dict[str, Shape]:
-    names = ("weight", "bias", "running_mean", "running_var")
-    return dict.fromkeys(names, (n,)) | {COUNTER: ()}
-
-
-# Both give a layer's name, its entries, and the side of its output: 1 for a fully connected layer,
-# 0 for a batch norm, whose work is not counted.
-
-
-def _resnet_shapes(spec: ResNetSpec, num_classes: int, channels: int):
-    kernel, strides = (7, 2) if spec.stem == "imagenet" else (3, 1)
-    side, bias = conv_output_size(spec.input_size, kernel, strides, kernel // 2), spec.use_bias
-    conv, norm = ("conv1", "bn1") if spec.layout == "torchvision" else ("conv1_0", "conv1_1")
-    width = spec.widths[0]
-    yield conv, _weight_and_bias(width, channels, kernel, kernel, bias=bias), side
-    yield norm, _norm(width), 0
-    if spec.stem == "imagenet":
-        side = conv_output_size(side, 3, 2, 1)  # the max pooling
-    striding = 1 if spec.bottleneck and spec.stride_on == "3x3" else 0
-    for stage, depth in enumerate(spec.blocks):
-        filters = spec.filters(stage)
-        kernels, groups = ((1, 3, 1), spec.groups) if spec.bottleneck else ((3, 3), 1)
-        for block in range(depth):
-            prefix = f"{spec.stage_name}{stage + 1}_{block}"
-            projects = block == 0 and (spec.project_first or stage > 0 or width != filters[-1])
-            if projects and spec.layout == "sequential":
-                prefix += "_0"
-            convs, norms, shortcut = layer_names(prefix, spec.layout)
-            fed = width
-            for i, (out, kernel) in enumerate(zip(filters, kernels, strict=True)):
-                grouped = groups if i == 1 else 1
-                if i == striding and stage > 0 and block == 0:
-                    side = conv_output_size(side, kernel, 2, kernel // 2)
-                weights = _weight_and_bias(out, fed // grouped, kernel, kernel, bias=bias)
-                yield convs[i], weights, side
-                yield norms[i], _norm(out), 0
-                fed = out
-            if projects and spec.shortcut != "zero_padding":
-                bare = spec.shortcut == "bare_projection"
-                weights = _weight_and_bias(filters[-1], width, 1, 1, bias=bias or bare)
-                yield shortcut[0], weights, side
-                if not bare:
-                    yield shortcut[1], _norm(filters[-1]), 0
-            width = filters[-1]
-    yield spec.head, _weight_and_bias(num_classes, width), 1
-
-
-def _alexnet_shapes(spec: AlexNetSpec, num_classes: int, channels: int):
-    side = spec.input_size
-    for row in spec.convs:
-        side = conv_output_size(side, row.kernel_size, row.strides, row.padding)
-        weights = _weight_and_bias(row.filters, channels, row.kernel_size, row.kernel_size)
-        yield row.name, weights, side
-        side = conv_output_size(side, *row.pool) if row.pool else side
-        channels = row.filters
-    side = 6 if spec.adaptive else side
-    widths = (channels * side**2, 4096, 4096, num_classes)
-    for name, fed, out in zip(spec.dense, widths, widths[1:], strict=False):
-        yield name, _weight_and_bias(out, fed), 1
 
 
 def matching_variants(shapes: Mapping[str, Shape]) -> list[tuple[str, int | None]]:
