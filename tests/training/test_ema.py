@@ -385,14 +385,18 @@ def test_the_adjusted_decay_is_the_references():
         1.0, (1.0 - 0.99998) * (8 * 128 * 32 / 600)
     )
     assert adjusted_decay(0.9, 1024, 10) == 0.0
-    with pytest.raises(InputError, match="`epochs`"):
+    with pytest.raises(InputError, match="epochs must be above 0"):
         adjusted_decay(0.9, 32, 0)
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
     "options, message",
-    [({"decay": 1.5}, "`decay`"), ({"steps": 0}, "`steps`"), ({"warmup_epochs": -1}, "`warmup")],
+    [
+        ({"decay": 1.5}, "decay must be at least 0 and at most 1"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be at least 0"),
+    ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(InputError, match=message):
