@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.errors import reason_of
 from keras_resnet.reports.run_facts import RunFacts
 
 logger = logging.getLogger("keras_resnet")
@@ -36,7 +37,7 @@ def images(run: RunFacts, model: Any) -> dict[str, Any]:
         views = _looked_at(run, model, mistakes, uncertain)
     except Exception as error:  # an image less must not cost the report
         logger.debug("No Grad-CAM in the report.", exc_info=True)
-        problem = str(error).strip().split("\n")[0] or type(error).__name__
+        problem = reason_of(error)
     return {
         "mistakes": [_card(row, views.get(row["path"])) for row in mistakes],
         "uncertain": [_card(row, views.get(row["path"])) for row in uncertain],

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, reason_of
 from keras_resnet.recipes import RECIPES
 from keras_resnet.reports.run_facts import RunFacts
 from keras_resnet.variants import SPECS, get_spec
@@ -52,7 +52,7 @@ def origin(run: RunFacts) -> Origin:
             try:
                 found.check = _verify(path, run.variant, found.known.get("key") or None)
             except Exception as error:  # a report is no place for a traceback
-                found.unchecked = str(error).split("\n")[0]
+                found.unchecked = reason_of(error)
     return found
 
 

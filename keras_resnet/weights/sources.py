@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, reason_of
 from keras_resnet.system.files import printable, write_text
 from keras_resnet.weights import download, published
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
@@ -150,8 +150,7 @@ def _as_array(key: str, value) -> np.ndarray:
             return value.numpy()
         return np.asarray(value)
     except (TypeError, RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{key!r} cannot be read as a plain array: {reason}") from error
+        raise InputError(f"{key!r} cannot be read as a plain array: {reason_of(error)}") from error
 
 
 def _strip_common_prefix(source: Source, expected: Iterable[str]) -> None:
