@@ -255,6 +255,7 @@ class Augment:
         erasing: the `RandomErasing`, or None.
 
     Examples:
+        >>> from keras_resnet import RandomHorizontalFlip, RandomResizedCrop
         >>> augment = Augment([RandomResizedCrop(32), RandomHorizontalFlip()])
         >>> augment(np.zeros((60, 80, 3), np.uint8), np.random.default_rng(0)).shape
         (32, 32, 3)

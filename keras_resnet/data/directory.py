@@ -102,6 +102,7 @@ def image_dataset_from_directory(
 
     Examples:
         >>> import pathlib, tempfile
+        >>> from PIL import Image
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> for name in ("ants", "bees"):
         ...     (folder / name).mkdir()

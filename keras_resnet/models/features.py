@@ -68,6 +68,7 @@ def feature_extractor(model: keras.Model, strides: Sequence[int] = (4, 8, 16, 32
         InputError: No feature map has that stride; the message lists those there are.
 
     Examples:
+        >>> from keras_resnet import create_model
         >>> model = create_model("resnet18", input_shape=(64, 64, 3))
         >>> [y.shape for y in feature_extractor(model).outputs]
         [(None, 16, 16, 64), (None, 8, 8, 128), (None, 4, 4, 256), (None, 2, 2, 512)]

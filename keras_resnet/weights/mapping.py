@@ -208,10 +208,11 @@ def save_torchvision(model: keras.Model, path: str | os.PathLike) -> None:
         NotFoundError: The folder does not exist.
 
     Examples:
-        >>> import tempfile
+        >>> import pathlib, tempfile
+        >>> from keras_resnet import load_torchvision
         >>> x = keras.Input((8,))
         >>> model = keras.Model(x, keras.layers.Dense(2, name="fc")(x))
-        >>> path = Path(tempfile.mkdtemp()) / "head.pth"
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "head.pth"
         >>> save_torchvision(model, path)
         >>> load_torchvision(model, path).ok
         True

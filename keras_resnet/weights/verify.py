@@ -134,7 +134,7 @@ def verify(
         CheckpointError: The file cannot be read, or is refused.
 
     Examples:
-        >>> from keras_resnet import create_model
+        >>> from keras_resnet import create_model, to_torchvision
         >>> model = create_model("resnet20")
         >>> verify(model, to_torchvision(model)).passed
         True
