@@ -146,6 +146,8 @@ def train(
         TrainingError: The loss is no number any more; the last good model is kept.
         SaveError: The disk is full; what was saved before is whole.
     """
+    if isinstance(exclude, os.PathLike):
+        exclude = os.fspath(exclude)
     arguments = {
         "directory": os.path.abspath(os.path.expanduser(os.fspath(directory))),
         "seed": whole("seed", seed, 0),
@@ -182,7 +184,7 @@ def train(
         seed=seed,
         workers=workers,
         cache=cache,
-        exclude=exclude,
+        exclude=arguments["exclude"],
         strict=strict,
         exif=exif,
         look=not dry_run,
