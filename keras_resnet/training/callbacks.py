@@ -190,7 +190,8 @@ class RunCallbacks(keras.callbacks.CallbackList):
 
 def _wants_steps(callback: keras.callbacks.Callback) -> bool:
     base = keras.callbacks.Callback
+    # Of the instance: a LambdaCallback keeps its functions there.
     return any(
-        getattr(type(callback), name, None) is not getattr(base, name)
+        getattr(getattr(callback, name, None), "__func__", None) is not getattr(base, name)
         for name in ("on_batch_end", "on_train_batch_end")
     )
