@@ -39,8 +39,6 @@ EXTENSIONS_OF = {
     "GIF": (".gif",),
 }
 
-HASH_BITS = 128
-
 
 @dataclass
 class ScanReport:

@@ -8,6 +8,7 @@ import http.client
 import os
 import pathlib
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import IO
