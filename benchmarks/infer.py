@@ -116,7 +116,7 @@ def file_step(options, which: str):
 
 
 def export(options, name: str) -> None:
-    """Writes our model for another runtime; `exporting` itself says when it cannot."""
+    """Writes our model for another runtime; `export` itself says when it cannot."""
     import keras_resnet as kr
 
     shape = (options.image_size, options.image_size, 3)

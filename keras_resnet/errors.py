@@ -23,7 +23,7 @@ class InputError(KerasResNetError, ValueError):
 
 
 class DataError(KerasResNetError, ValueError):
-    """A folder or a picture that cannot be used."""
+    """A folder or an image that cannot be used."""
 
 
 class CheckpointError(KerasResNetError, ValueError):

@@ -107,7 +107,7 @@ def count_change(tensors) -> None:
     """Tells torch that tensors have changed in place, for kernels that do not tell it themselves.
 
     torch 2.13's fused optimizers do not, and who keeps something made of the tensors
-    (`keras_resnet.models.graph`) would not notice.
+    (`keras_resnet.models.torch_graph`) would not notice.
     """
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)

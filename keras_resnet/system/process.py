@@ -32,7 +32,7 @@ def tune_process() -> None:
     - In a container whose share is below the machine's cores, a backend would start a thread a
       core and wait for the slowest.
     - OpenMP's threads wait busily for their next task, and take the cores from those that read
-      pictures: a step of a small network took 320 ms beside one busy process, and 1,000 ms without
+      images: a step of a small network took 320 ms beside one busy process, and 1,000 ms without
       this. They are told to sleep soon, where no backend has been imported yet (on the command
       line, that is).
     """

@@ -19,7 +19,7 @@ class Progress(NamedTuple):
 
     Attributes:
         done: Images predicted, those of an interrupted run included.
-        total: Pictures in all.
+        total: Images in all.
         unreadable: Of those done.
     """
 

@@ -32,7 +32,7 @@ TINY = {
     "epochs": 2,
     "workers": 1,
     "verbose": False,
-    "report": False,  # test_reporting.py looks at those
+    "report": False,  # tests/reports/test_report.py looks at those
 }
 FLAGS = [
     "--model", "resnet_tiny", "--image-size", "16", "--batch-size", "8", "--workers", "1",
