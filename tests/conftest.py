@@ -56,6 +56,7 @@ def pytest_collection_modifyitems(config, items):
 # library keeps what it took. Without the following, a test process grows to 5 GB.
 
 _LIBC = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # malloc.h; set to its defaults below
 _MAY_GROW = 0.25  # GB between two collections
 _kept = 0.0  # GB after the last one
 _peaks: list[float] = []  # GB, of each process of pytest-xdist
@@ -84,6 +85,9 @@ def pytest_runtest_protocol(item, nextitem):
     if last_of_file or _resident() > _kept + _MAY_GROW:
         gc.collect()
         if _LIBC is not None:
+            # Training has told it to keep what is freed (see `system/process.py`).
+            _LIBC.mallopt(_MMAP_MAX, 65536)
+            _LIBC.mallopt(_TRIM_THRESHOLD, 128 * 1024)
             _LIBC.malloc_trim(0)
         _kept = _resident()
     return result
