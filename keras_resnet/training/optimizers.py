@@ -196,13 +196,20 @@ class SGD(keras.optimizers.Optimizer):
                 gradient = value
         self.assign_sub(variable, ops.multiply(gradient, rate))
 
-    # The one method of Keras' internals that is overridden: here its own optimizers for torch
-    # update all variables in one go. Were it renamed, `update_step` would do the same, slower.
+    # Two methods of Keras' internals are overridden. Here its own optimizers for torch update all
+    # variables in one go; were it renamed, `update_step` would do the same, slower.
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if keras.backend.backend() != "torch" or self._stateless:
             super()._backend_update_step(grads, trainable_variables, learning_rate)
         else:
             self._torch_update(grads, trainable_variables, learning_rate)
+
+    # TensorFlow never forgets the gradient function of a sum over replicas, and that holds the
+    # graph of the step: the weights and buffers of every trained model stayed in memory.
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        if self._distribution_strategy.num_replicas_in_sync == 1:
+            return grads_and_vars
+        return super()._all_reduce_sum_gradients(grads_and_vars)
 
     def _torch_update(self, gradients, variables, learning_rate) -> None:
         """Updates all variables with torch's multi-tensor SGD, one call for each rate and decay."""

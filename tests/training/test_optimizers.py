@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 
@@ -504,6 +505,22 @@ def test_fit_trains_a_model_to_torchs_weights(rng):
     theirs = train_torch(lambda x: x)
     found = difference(ours, theirs)
     assert found <= allowed(2e-5, found, train_torch, theirs, difference)
+
+
+def test_tensorflow_lets_a_trained_model_go(rng, backend):
+    if backend != "tensorflow":
+        pytest.skip("TensorFlow keeps the graphs")
+    from tensorflow.python.framework.func_graph import FuncGraph
+
+    def graphs_after_training():
+        model = small_model()
+        model.compile(SGD(0.1, momentum=0.9), loss="mse")
+        model.train_on_batch(*data(rng))
+        del model
+        gc.collect()
+        return sum(isinstance(thing, FuncGraph) for thing in gc.get_objects())
+
+    assert graphs_after_training() == graphs_after_training()
 
 
 @pytest.mark.parametrize(
