@@ -76,6 +76,7 @@ from .models.zoo import (
     ResNet34CIFAR10 as ResNet34CIFAR10,
     ResNet44 as ResNet44,
     ResNet50 as ResNet50,
+    ResNet50D as ResNet50D,
     ResNet50V1 as ResNet50V1,
     ResNet50V1ReLU as ResNet50V1ReLU,
     ResNet56 as ResNet56,

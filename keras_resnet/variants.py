@@ -36,13 +36,13 @@ def layer_names(prefix: str, layout: str) -> tuple[list[str], list[str], list[st
         names = (
             [f"conv{i}" for i in (1, 2, 3)],
             [f"bn{i}" for i in (1, 2, 3)],
-            ["downsample_0", "downsample_1"],
+            ["downsample_0", "downsample_1", "downsample_2"],
         )
     else:
         names = (
             [f"longway_{i}" for i in (0, 3, 6)],
             [f"longway_{i}" for i in (1, 4, 7)],
-            ["shortway_0", "shortway_1"],
+            ["shortway_0", "shortway_1", "shortway_2"],
         )
     return tuple([f"{prefix}_{name}" for name in group] for group in names)
 
@@ -67,10 +67,12 @@ class ResNetSpec:
         groups: Groups of a bottleneck's 3x3 convolution (ResNeXt's cardinality).
         width_per_group: Channels of a group in the first stage, torchvision's parameter.
         widths: Filters of each stage before the bottleneck's expansion by 4.
-        stem: `"imagenet"` is 7x7 stride 2 and a 3x3 stride 2 max pooling, `"cifar"` one 3x3.
+        stem: `"imagenet"` is 7x7 stride 2 and a 3x3 stride 2 max pooling, `"deep"` three 3x3 in
+            place of the 7x7, `"cifar"` one 3x3.
         stride_on: Which convolution of a bottleneck strides: `"1x1"` (v1) or `"3x3"` (v1.5).
-        shortcut: `"projection"` (1x1 and batch norm), `"zero_padding"` (He et al. option A)
-            or `"bare_projection"` (a biased 1x1 without batch norm).
+        shortcut: `"projection"` (1x1 and batch norm), `"pooled_projection"` (average pooling
+            strides, then 1x1 and batch norm), `"zero_padding"` (He et al. option A) or
+            `"bare_projection"` (a biased 1x1 without batch norm).
         project_first: A projection at the start of every stage, needed or not.
         use_bias: Biases on the convolutions.
         relu_before_add: A ReLU at the end of the residual branch, before the addition as well.
@@ -93,9 +95,11 @@ class ResNetSpec:
     groups: int = 1
     width_per_group: int = 64
     widths: tuple[int, ...] = (64, 128, 256, 512)
-    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stem: Literal["imagenet", "deep", "cifar"] = "imagenet"
     stride_on: Literal["1x1", "3x3"] = "3x3"
-    shortcut: Literal["projection", "zero_padding", "bare_projection"] = "projection"
+    shortcut: Literal["projection", "pooled_projection", "zero_padding", "bare_projection"] = (
+        "projection"
+    )
     project_first: bool = False
     use_bias: bool = False
     relu_before_add: bool = False
@@ -130,12 +134,19 @@ class ResNetSpec:
         not counted.
         """
         kernel, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
-        side, bias = conv_output_size(self.input_size, kernel, strides, kernel // 2), self.use_bias
-        conv, norm = ("conv1", "bn1") if self.layout == "torchvision" else ("conv1_0", "conv1_1")
-        width = self.widths[0]
-        yield conv, _weight_and_bias(width, channels, kernel, kernel, bias=bias), side
-        yield norm, _norm(width), 0
-        if self.stem == "imagenet":
+        first, last = ("conv1", "bn1") if self.layout == "torchvision" else ("conv1_0", "conv1_1")
+        bias, width, side = self.use_bias, self.widths[0], self.input_size
+        if self.stem == "deep":
+            for i, strides in ((0, 2), (3, 1)):
+                side = conv_output_size(side, 3, strides, 1)
+                yield f"conv1_{i}", _weight_and_bias(width // 2, channels, 3, 3, bias=bias), side
+                yield f"conv1_{i + 1}", _norm(width // 2), 0
+                channels = width // 2
+            first = "conv1_6"
+        side = conv_output_size(side, kernel, strides, kernel // 2)
+        yield first, _weight_and_bias(width, channels, kernel, kernel, bias=bias), side
+        yield last, _norm(width), 0
+        if self.stem != "cifar":
             side = conv_output_size(side, 3, 2, 1)  # the max pooling
         striding = 1 if self.bottleneck and self.stride_on == "3x3" else 0
         for stage, depth in enumerate(self.blocks):
@@ -159,9 +170,10 @@ class ResNetSpec:
                 if projects and self.shortcut != "zero_padding":
                     bare = self.shortcut == "bare_projection"
                     weights = _weight_and_bias(filters[-1], width, 1, 1, bias=bias or bare)
-                    yield shortcut[0], weights, side
+                    at = 1 if self.shortcut == "pooled_projection" else 0  # behind the pooling
+                    yield shortcut[at], weights, side
                     if not bare:
-                        yield shortcut[1], _norm(filters[-1]), 0
+                        yield shortcut[at + 1], _norm(filters[-1]), 0
                 width = filters[-1]
         yield self.head, _weight_and_bias(num_classes, width), 1
 
@@ -280,6 +292,14 @@ SPECS: dict[str, ResNetSpec | AlexNetSpec] = {
         ),
         ResNetSpec("wide_resnet50_2", _BOTTLENECK_50, bottleneck=True, width_per_group=128),
         ResNetSpec("wide_resnet101_2", _BOTTLENECK_101, bottleneck=True, width_per_group=128),
+        ResNetSpec(
+            "resnet50d",
+            _BOTTLENECK_50,
+            bottleneck=True,
+            stem="deep",
+            shortcut="pooled_projection",
+            source="He et al. 2018, arXiv:1812.01187, figure 2 (ResNet-D); timm/models/resnet.py",
+        ),
         ResNetSpec("resnet50_v1", _BOTTLENECK_50, bottleneck=True, stride_on="1x1", source=_V1),
         ResNetSpec("resnet101_v1", _BOTTLENECK_101, bottleneck=True, stride_on="1x1", source=_V1),
         ResNetSpec("resnet152_v1", _BOTTLENECK_152, bottleneck=True, stride_on="1x1", source=_V1),

@@ -199,7 +199,9 @@ def conv_block(
     *,
     groups: int = 1,
     stride_on: Literal["1x1", "3x3"] = "1x1",
-    shortcut: Literal["projection", "zero_padding", "bare_projection"] = "projection",
+    shortcut: Literal[
+        "projection", "pooled_projection", "zero_padding", "bare_projection"
+    ] = "projection",
     use_bias: bool = False,
     relu_before_add: bool = False,
     layout: Literal["torchvision", "sequential"] = "torchvision",
@@ -219,8 +221,9 @@ def conv_block(
         stride_on: Where a bottleneck strides: on the first 1x1 as in the paper (v1, and the
             `conv_block` of most tutorials), or on the k x k (`"3x3"`: v1.5, torchvision's; its
             pretrained weights need it). A basic block strides on its first convolution.
-        shortcut: `"projection"` (1x1 and batch norm, option B), `"zero_padding"` (option A) or
-            `"bare_projection"` (a biased 1x1 alone).
+        shortcut: `"projection"` (1x1 and batch norm, option B), `"pooled_projection"` (average
+            pooling strides, then the same without a stride: ResNet-D), `"zero_padding"`
+            (option A) or `"bare_projection"` (a biased 1x1 alone).
         use_bias: Biases on the convolutions.
         relu_before_add: A ReLU at the end of the branch, before the addition as well.
         layout: Names of the layers: torchvision's (`conv1`, `bn1`, `downsample_0`, ...) or those
@@ -241,9 +244,16 @@ def conv_block(
     """
     prefix = name or block_name(stage, block)
     strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
-    _, _, (first, second) = layer_names(prefix, layout)
-    one_of("shortcut", shortcut, ("projection", "zero_padding", "bare_projection"))
-    if shortcut == "projection":
+    _, _, (first, second, third) = layer_names(prefix, layout)
+    kinds = ("projection", "pooled_projection", "zero_padding", "bare_projection")
+    one_of("shortcut", shortcut, kinds)
+    if shortcut == "pooled_projection":
+        # Where nothing strides, timm's module downsample.0 is an identity.
+        pooling = keras.layers.AveragePooling2D(strides, padding="same", name=first)
+        side = pooling(x) if max(strides) > 1 else x
+        side = conv(side, filters[-1], 1, use_bias=use_bias, init=init, name=second)
+        side = norm(side, name=third)
+    elif shortcut == "projection":
         side = conv(x, filters[-1], 1, strides=strides, use_bias=use_bias, init=init, name=first)
         side = norm(side, name=second)
     elif shortcut == "zero_padding":

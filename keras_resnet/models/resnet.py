@@ -19,15 +19,19 @@ from keras_resnet.variants import ResNetSpec
 
 
 def stem(x, spec: ResNetSpec):
-    """Image -> features: 7x7 stride 2 and max pooling, or one 3x3 for 32x32 images."""
+    """Image -> features: 7x7 or three 3x3 and max pooling, or one 3x3 for 32x32 images."""
     first, second = ("conv1", "bn1") if spec.layout == "torchvision" else ("conv1_0", "conv1_1")
     kernel, strides = (7, 2) if spec.stem == "imagenet" else (3, 1)
-    x = conv(
-        x, spec.widths[0], kernel, strides=strides, use_bias=spec.use_bias, init=spec.init,
-        name=first,
-    )  # fmt: skip
+    options = {"use_bias": spec.use_bias, "init": spec.init}
+    if spec.stem == "deep":
+        # timm's names: conv1 is a Sequential, its last batch norm is bn1.
+        for i, strides in ((0, 2), (3, 1)):
+            x = conv(x, spec.widths[0] // 2, 3, strides=strides, name=f"conv1_{i}", **options)
+            x = norm(x, activation="relu", name=f"conv1_{i + 1}")
+        first = "conv1_6"
+    x = conv(x, spec.widths[0], kernel, strides=strides, name=first, **options)
     x = norm(x, activation="relu", name=second)
-    if spec.stem == "imagenet":
+    if spec.stem != "cifar":
         x = MaxPooling2D(3, strides=2, pad=1, name="maxpool")(x)
     return x
 

@@ -30,6 +30,7 @@ class Architecture:
 
     Attributes:
         family: `"resnet"` (torchvision's names), `"resnet_cifar"` (the same with a 3x3 stem),
+            `"resnet_d"` (timm's names: three 3x3 in the stem, a pooled shortcut),
             `"resnet_stage"` (stages named `stage1` ..., a ReLU before the addition as well),
             `"resnet_sequential"` (`longway`, `shortway`, biased convolutions), `"alexnet"`
             (torchvision's), `"alexnet_paper"` or `"alexnet_cifar10"`.
@@ -67,11 +68,15 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One residual block; a shortcut is a convolution, `"zero_padding"` or `None` (identity)."""
+    """One residual block; a shortcut is a convolution, `"zero_padding"` or `None` (identity).
+
+    `pooled` is the stride of an average pooling before the shortcut's convolution.
+    """
 
     branch: tuple[Conv, ...]
     shortcut: Conv | Literal["zero_padding"] | None
     relu_before_add: bool
+    pooled: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,14 +237,16 @@ def _describe(entries: dict[str, np.ndarray]) -> Architecture:
             f"('features.0.weight'). Received: {some} ..."
         )
     prefix = found[0][1]
-    sequential = "conv1.0.weight" in entries
-    stem = shape_of(entries, "conv1.0.weight" if sequential else "conv1.weight", 4)
+    deep = "conv1.3.weight" in entries
+    sequential = "conv1.0.weight" in entries and not deep
+    stem = shape_of(entries, "conv1.0.weight" if sequential or deep else "conv1.weight", 4)
     if sequential:
         family, bottleneck = "resnet_sequential", False
         first, second = "layer1.0.0.longway.0.weight", "layer1.0.0.longway.3.weight"
     else:
         family = "resnet_stage" if prefix == "stage" else "resnet"
         family = "resnet_cifar" if stem[2] == 3 and prefix == "layer" else family
+        family = "resnet_d" if deep else family
         bottleneck = any(m.string[m.end() :] == "conv3.weight" for m in found)
         first, second = f"{prefix}1.0.conv1.weight", f"{prefix}1.0.conv2.weight"
     inner, width = shape_of(entries, first, 4)[0], shape_of(entries, second, 4)[1]
@@ -290,10 +297,16 @@ def _alexnet(found: Architecture) -> Plan:
 def _resnet(found: Architecture, entries: dict[str, np.ndarray], stride_on: str | None) -> Plan:
     sequential = found.family == "resnet_sequential"
     conv, norm = ("conv1.0", "conv1.1") if sequential else ("conv1", "bn1")
-    if entries[f"{conv}.weight"].shape[2] == 3:
-        stem = Conv(conv, 3, 1, 1, bias=sequential, norm=norm)
+    if found.family == "resnet_d":
+        stem = (
+            Conv("conv1.0", 3, 2, 1, norm="conv1.1"),
+            Conv("conv1.3", 3, 1, 1, norm="conv1.4"),
+            Conv("conv1.6", 3, 1, 1, norm="bn1", pool=(3, 2, 1)),
+        )
+    elif entries[f"{conv}.weight"].shape[2] == 3:
+        stem = (Conv(conv, 3, 1, 1, bias=sequential, norm=norm),)
     else:
-        stem = Conv(conv, 7, 2, 3, bias=sequential, norm=norm, pool=(3, 2, 1))
+        stem = (Conv(conv, 7, 2, 3, bias=sequential, norm=norm, pool=(3, 2, 1)),)
 
     prefix = "stage" if found.family == "resnet_stage" else "layer"
     on_first = (stride_on or ("1x1" if prefix == "stage" else "3x3")) == "1x1"
@@ -306,7 +319,7 @@ def _resnet(found: Architecture, entries: dict[str, np.ndarray], stride_on: str 
             else _block(f"{name}.{j}", stride if j == 0 else 1, found, entries, on_first)
             for j in range(depth)
         )
-    return Plan((stem,), stages, (_head(entries),))
+    return Plan(stem, stages, (_head(entries),))
 
 
 def _block(name, stride: int, found: Architecture, entries, stride_on_first: bool) -> Block:
@@ -329,6 +342,9 @@ def _block(name, stride: int, found: Architecture, entries, stride_on_first: boo
         projected = any(".downsample." in key for key in entries)
         if found.family == "resnet_cifar" and not projected:
             shortcut = "zero_padding"
+        elif found.family == "resnet_d":  # downsample.0 is the pooling, or an identity
+            shortcut = Conv(f"{name}.downsample.1", 1, norm=f"{name}.downsample.2")
+            return Block(branch, shortcut, relu_before_add=False, pooled=stride)
         else:
             shortcut = Conv(f"{name}.downsample.0", 1, stride, norm=f"{name}.downsample.1")
     return Block(branch, shortcut, relu_before_add=found.family == "resnet_stage")
@@ -372,6 +388,7 @@ def _residual(x: np.ndarray, block: Block, weight) -> np.ndarray:
         if i < len(block.branch) - 1 or block.relu_before_add:
             y = relu(y)
     if isinstance(block.shortcut, Conv):
+        x = _average_pool(x, block.pooled) if block.pooled > 1 else x
         x = _conv_norm(x, block.shortcut, weight)
     elif block.shortcut == "zero_padding":
         # Every second pixel, and zero channels on both sides of the old ones (option A).
@@ -392,3 +409,11 @@ def _conv_norm(x: np.ndarray, conv: Conv, weight) -> np.ndarray:
         y *= scale[:, None, None]
         y += (beta - mean * scale)[:, None, None]
     return y
+
+
+def _average_pool(x: np.ndarray, size: int) -> np.ndarray:
+    """Means of size x size windows; those at the far edges are of what there is (ceil_mode)."""
+    rows, columns = (range(0, side, size) for side in x.shape[2:])
+    sums = np.add.reduceat(np.add.reduceat(x, rows, axis=2), columns, axis=3)
+    height, width = (np.minimum(size, n - np.arange(0, n, size)) for n in x.shape[2:])
+    return sums / np.multiply.outer(height, width).astype(x.dtype)

@@ -30,7 +30,7 @@ def trainable(model):
 # One of every block, stem, shortcut and head: no backend treats a deeper or wider row otherwise.
 KINDS = {
     *("resnet18", "resnet50", "resnext50_32x4d", "resnet50_v1", "resnet50_v1_relu", "resnet20"),
-    *("resnet34_cifar10", "alexnet", "alexnet_paper", "alexnet_cifar10"),
+    *("resnet34_cifar10", "resnet50d", "alexnet", "alexnet_paper", "alexnet_cifar10"),
 }
 ROWS = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.once) for name in SPECS]
 

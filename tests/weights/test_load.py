@@ -181,6 +181,7 @@ def test_shapes_from_the_table_are_torchvisions(torchvision, name):
     "name",
     [
         *("resnet50_v1_relu", "resnet20", "resnet32", "resnet34_cifar10", "alexnet_cifar10"),
+        "resnet50d",
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet110", "alexnet_paper")),
     ],
 )
@@ -188,6 +189,30 @@ def test_shapes_from_the_table_are_the_built_models(name):
     model = create_model(name, num_classes=7)
     assert list(expected_keys(model).items()) == list(spec_shapes(SPECS[name], 7).items())
     assert matching_variants(expected_keys(model)) == [(name, 7)]
+
+
+@pytest.fixture(scope="module")
+def timm_resnet50d(torchvision):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    return randomise_statistics(timm.create_model("resnet50d", num_classes=10))
+
+
+@pytest.mark.parametrize("side", [64, 75])  # an odd map is pooled with a window over its edge
+def test_resnet50d_is_timms(timm_resnet50d, side, rng):
+    module = timm_resnet50d
+    state = {key: tensor.numpy() for key, tensor in module.state_dict().items()}
+    model = create_model("resnet50d", num_classes=10, input_shape=(side, side, 3))
+    assert list(expected_keys(model).items()) == [(k, v.shape) for k, v in state.items()]
+    assert load_torchvision(model, state).ok
+    images = rng.standard_normal((2, side, side, 3)).astype("float32")
+    with torch.no_grad():
+        theirs = module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    ours = keras.ops.convert_to_numpy(model(images, training=False))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+    assert verify(model, state, images=images).passed
+    assert all(np.array_equal(value, state[key]) for key, value in to_torchvision(model).items()
+               if not key.endswith("num_batches_tracked"))  # fmt: skip
 
 
 @pytest.mark.once
