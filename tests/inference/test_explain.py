@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 import keras
@@ -84,13 +85,14 @@ def pair(torchvision):
         if name not in made:
             import torch
 
+            made.clear()  # one at a time
+            gc.collect()
             torch.manual_seed(0)
             side = {"alexnet": 128}.get(name, 96)
             theirs = randomised(getattr(torchvision.models, name)(num_classes=11))
             ours = kr.create_model(name, num_classes=11, input_shape=(side, side, 3))
             kr.load_torchvision(ours, theirs)
             images = np.random.default_rng(0).normal(size=(3, side, side, 3)).astype("float32")
-            made.clear()  # one at a time
             made[name] = theirs, ours, images
         return made[name]
 
