@@ -197,13 +197,15 @@ class Recipe:
 
 _REFERENCES = "pytorch/vision references/classification"
 
+# A row is part of a run's fingerprint, its words included: other words, and an unfinished run of an
+# earlier version would not be found (tests/test_files_of_v01.py).
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(
             "finetune",
             source="this package's default for a folder of a few hundred to some ten thousand "
-            "images: torchvision's resnet_v1 recipe at its rate per image (0.1 for 256) with "
+            "pictures: torchvision's resnet_v1 recipe at its rate per picture (0.1 for 256) with "
             "one epoch of warm-up, a cosine, and milder crops",
             aim="none published: it depends on the data; start from weights='DEFAULT'",
             model="resnet18",
@@ -217,7 +219,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "resnet_v1",
-            source=f"{_REFERENCES}, README 'ResNet': 8 GPUs, 32 images each",
+            source=f"{_REFERENCES}, README 'ResNet': 8 GPUs, 32 pictures each",
             aim="ImageNet top-1 of the IMAGENET1K_V1 files: resnet18 69.758, resnet34 73.314, "
             "resnet50 76.130, resnet101 77.374, resnet152 78.312",
             model="resnet50",
@@ -227,7 +229,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "resnet50_v2",
-            source=f"{_REFERENCES}, README 'Weights update'; 8 GPUs, 128 images each",
+            source=f"{_REFERENCES}, README 'Weights update'; 8 GPUs, 128 pictures each",
             aim="ImageNet top-1 80.858 (resnet50 IMAGENET1K_V2)",
             model="resnet50",
             epochs=600,
@@ -262,7 +264,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "cifar",
             source="He et al. 2015, arXiv:1512.03385, section 4.2: 64,000 steps of 128 out of "
-            "45,000 images (182 epochs), the rate divided by 10 at 32,000 and 48,000",
+            "45,000 pictures (182 epochs), the rate divided by 10 at 32,000 and 48,000",
             aim="CIFAR-10 test accuracy 91.25 (resnet20), 92.49 (32), 92.83 (44), 93.03 (56), "
             "93.57 (110; after a warm-up at 0.01)",
             model="resnet20",

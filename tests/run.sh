@@ -20,7 +20,7 @@ tests_on() { # BACKEND [options of pytest]
     shift
     # No second life for a process that dies: pytest-xdist waits for ever for the rest of its file.
     KERAS_BACKEND=$backend "$BIN/python" -m pytest -q -n "$workers" --dist loadfile \
-        --max-worker-restart 0 --memory-limit 3 tests "$@"
+        --max-worker-restart 0 --memory-limit 4 tests "$@"
 }
 
 echo "== ruff"

@@ -363,7 +363,8 @@ def test_the_bar_is_for_terminals_only(fetch, server, entry, home, monkeypatch, 
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
     fetch()
     shown = capsys.readouterr().err
-    assert entry.file_name in shown and "100%" in shown and shown.endswith("\n")
+    assert entry.file_name in shown and "100%" in shown
+    assert shown.removesuffix("\x1b[?25h").endswith("\n")  # the cursor is shown again last
     (home / entry.file_name).unlink()
     fetch(progress=False)
     assert capsys.readouterr().err == ""
