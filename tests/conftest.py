@@ -82,6 +82,8 @@ def pytest_runtest_protocol(item, nextitem):
     global _kept
     result = yield
     last_of_file = nextitem is None or nextitem.path != item.path
+    if last_of_file and os.environ["KERAS_BACKEND"] == "jax":
+        importlib.import_module("jax").clear_caches()  # 1 GB of programs after test_layers.py
     if last_of_file or _resident() > _kept + _MAY_GROW:
         gc.collect()
         if _LIBC is not None:
