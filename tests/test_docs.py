@@ -113,12 +113,14 @@ def small(world, monkeypatch):
     known = {}
     monkeypatch.setattr(download, "weights_path", fetched)
     monkeypatch.setattr(registry, "published_by_torchvision", known.get)
-    monkeypatch.setattr(
-        training, "train", shorter(training.train, epochs=1, image_size=32, workers=1)
-    )
-    monkeypatch.setattr(
-        lr_finder, "lr_find", shorter(lr_finder.lr_find, steps=8, image_size=32, workers=1)
-    )
+    # `kr` keeps a name once it has been asked for: to replace the module's is not enough.
+    for module, name, numbers in (
+        (training, "train", {"epochs": 1}),
+        (lr_finder, "lr_find", {"steps": 8}),
+    ):
+        short = shorter(getattr(module, name), image_size=32, workers=1, **numbers)
+        monkeypatch.setattr(module, name, short)
+        monkeypatch.setattr(kr, name, short)
     monkeypatch.setattr(keras.Model, "fit", shorter(keras.Model.fit, epochs=1))
     return world
 
