@@ -6,8 +6,7 @@ into weight files: a file made with these layers loads into a model of stock one
 Three things make them fast. Padding belongs to the convolution, so that no padded copy is made.
 Batch norm, shortcut and ReLU are one layer, hence one fused kernel and in-place operations on what
 that kernel made. On torch a call goes straight to `call` where Keras' own `__call__` would have
-nothing to do (it costs about as much as fifty small tensor operations), and kernels lie in memory
-as torch's channels-last convolution wants them.
+nothing to do (it costs about as much as fifty small tensor operations).
 """
 
 import keras  # noqa: F401 (first: see _registration.py)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import keras
 from keras import ops
 
@@ -10,8 +12,10 @@ from keras_resnet.layers.torch_call import (
     TORCH_DTYPES,
     DirectCall,
     activate,
+    is_plain,
     torch_value,
 )
+from keras_resnet.variants import conv_output_size
 
 if BACKEND == "torch":
     import torch
@@ -36,20 +40,41 @@ def paddings(data_format: str, pad: tuple[int, int]) -> list[tuple[int, int]]:
     return result
 
 
-def _ohwi(initializer):
-    """An initializer for `(height, width, in, out)` kernels that lie as OHWI in memory.
+if BACKEND == "torch":
 
-    Seen as torch's OIHW such a kernel is channels-last contiguous, and neither the convolution nor
-    its gradient makes a copy. Variables are assigned in place, gradients and optimizer slots take
-    their parameter's strides: the layout survives loading and training.
+    class _Transposed(torch.autograd.Function):
+        """A matrix's transpose in new memory, and its gradient's, of which autograd makes a view.
+
+        torch copies a transposed matrix block by block, but four axes element by element.
+        """
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(matrix):
+            return matrix.t().contiguous()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.t().contiguous()
+
+
+def torch_kernel(kernel):
+    """A kernel `(height, width, in, out)` as torch names it, OIHW, and lies it best, channels-last.
+
+    Variables are contiguous as they are, which much of torch asks of parameters (`LBFGS`,
+    `parameters_to_vector`, safetensors): what the convolution wants is a copy, made at each call.
     """
-
-    def initialize(shape, dtype=None):
-        oihw = ops.convert_to_tensor(initializer(shape, dtype=dtype), dtype).permute(3, 2, 0, 1)
-        kernel = torch.empty_like(oihw, memory_format=torch.channels_last)
-        return kernel.copy_(oihw).permute(2, 3, 1, 0)
-
-    return initialize
+    height, width, channels, filters = kernel.shape
+    if not is_plain(kernel):  # an exporter or a compiler copies as it likes
+        return kernel.permute(3, 2, 0, 1)
+    matrix = kernel.reshape(height * width * channels, filters)
+    transposed = _Transposed.apply(matrix) if matrix.requires_grad else matrix.t().contiguous()
+    return transposed.view(filters, height, width, channels).permute(0, 3, 1, 2)
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
@@ -82,13 +107,11 @@ class Conv2D(DirectCall, keras.layers.Conv2D):
         self._channels = input_shape[self._channel_axis]
         super().build(input_shape)
 
-    def add_weight(self, shape=None, initializer=None, *args, name=None, **kwargs):
-        if BACKEND == "torch":
+    def add_weight(self, *args, name=None, **kwargs):
+        if BACKEND == "torch" and self.is_own and name in ("kernel", "bias"):
             # `call` casts to the input's dtype itself, whatever policy the model around it has.
             kwargs["autocast"] = False
-            if name == "kernel":
-                initializer = _ohwi(keras.initializers.get(initializer))
-        return super().add_weight(shape, initializer, *args, name=name, **kwargs)
+        return super().add_weight(*args, name=name, **kwargs)
 
     def compute_output_shape(self, input_shape):
         shape = list(input_shape)
@@ -101,7 +124,7 @@ class Conv2D(DirectCall, keras.layers.Conv2D):
         return shape[self._channel_axis] == self._channels
 
     def call(self, inputs):
-        if BACKEND != "torch":
+        if BACKEND != "torch" or type(self).convolution_op is not Conv2D.convolution_op:
             return super().call(inputs)
         # Views, not copies: NHWC memory under an NCHW name is torch's channels_last.
         if self.data_format == "channels_last":
@@ -113,14 +136,45 @@ class Conv2D(DirectCall, keras.layers.Conv2D):
         if not x.is_floating_point():
             x = x.to(TORCH_DTYPES[self.compute_dtype])
         dtype = x.dtype
-        kernel = torch_value(self.kernel, dtype).permute(3, 2, 0, 1)
+        kernel = torch_value(self.kernel, dtype)
         bias = None if self.bias is None else torch_value(self.bias, dtype)
         pad = self.pad
         if self.padding == "same":
             x, pad = self._same(x)
-        y = F.conv2d(x, kernel, bias, self.strides, pad, self.dilation_rate, self.groups)
+        patches = self._patches(x, pad)
+        if patches is None:
+            kernel = torch_kernel(kernel)
+            y = F.conv2d(x, kernel, bias, self.strides, pad, self.dilation_rate, self.groups)
+        else:
+            y = patches.flatten(3).flatten(0, 2) @ kernel.reshape(-1, self.filters)
+            y = y if bias is None else y + bias
+            y = y.view(*patches.shape[:3], self.filters).permute(0, 3, 1, 2)
         # In place: the convolution's gradient needs its inputs, not its output.
         return activate(self.activation, y)
+
+    def _patches(self, x, pad):
+        """What the kernel meets, `(n, height, width, *kernel.shape[:3])`, where that is little.
+
+        With fewer positions than filters, as for a single image, copying patches costs less than
+        transposing the kernel; a product of matrices then takes the kernel as it lies.
+        """
+        if not is_plain(x) or x.device.type != "cpu" or self.groups != 1:
+            return None
+        sizes = [
+            conv_output_size(size, kernel, stride, padding)
+            for size, kernel, stride, padding in zip(
+                x.shape[2:], self.kernel_size, self.strides, pad, strict=True
+            )
+        ]
+        few = min(sizes) > 0 and 0 < x.shape[0] * math.prod(sizes) < self.filters
+        if not few or self.dilation_rate != (1, 1):
+            return None
+        x = x.permute(0, 2, 3, 1)
+        if any(pad):
+            x = F.pad(x, (0, 0, pad[1], pad[1], pad[0], pad[0]))
+        for axis in (0, 1):
+            x = x.unfold(1 + axis, self.kernel_size[axis], self.strides[axis])
+        return x.permute(0, 1, 2, 4, 5, 3)
 
     def _same(self, x):
         """The input padded for Keras' `"same"`, and the padding left to the convolution."""

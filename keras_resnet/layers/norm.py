@@ -72,9 +72,6 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
         with_shortcut = isinstance(input_shape[0], (list, tuple))
         shape = input_shape[0] if with_shortcut else input_shape
         self._channels, self._rank = shape[self.axis], len(shape)
-        # How often torch's kernel has moved the statistics: it does so without torch's own count,
-        # which its gradient would take for an error. No state, hence not Keras' to track.
-        object.__setattr__(self, "changes", [0])
         super().build(shape)
         # One tensor or two: Keras' specification can say only one of them, `_check` says both.
         self.input_spec = None
@@ -147,7 +144,6 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
             y = F.batch_norm(
                 x, mean, variance, gamma, beta, True, 1.0 - self.momentum, self.epsilon
             )
-            self.changes[0] += 1
         else:
             # Statistics that forget at once are the batch's own.
             mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
@@ -278,7 +274,7 @@ class Normalize(keras.layers.Layer):
     def torch_nchw(self, x):
         """What `call` does on torch, on maps in torch's order whatever the data format."""
         dtype = TORCH_DTYPES[keras.backend.result_type(self.compute_dtype, "float32")]
-        key = dtype, x.device
+        key = dtype, x.device, self.mean, self.std
         constants = self._constants.get(key)
         if constants is None:
             constants = tuple(

@@ -15,8 +15,8 @@ if BACKEND == "torch":
 _LINEAR, _RELU = keras.activations.linear, keras.activations.relu
 
 
-# Keras internals. Both are attributes read and never written; tests/layers/test_layers.py fails
-# where a Keras release stores them elsewhere.
+# Keras internals and torch's. All are read and never written; tests/layers/test_layers.py fails
+# where a release stores them elsewhere.
 
 
 def is_rematerialized(layer: keras.layers.Layer) -> bool:
@@ -39,6 +39,27 @@ def has_torch_hooks(layer: keras.layers.Layer) -> bool:
     )
 
 
+def has_global_hooks() -> bool:
+    """Whether torch would run hooks around a call of every layer."""
+    return torch.nn.modules.module._has_any_global_hook()
+
+
+def needs_keras(layer: keras.layers.Layer) -> bool:
+    """Whether `Layer.__call__` does more for the layer than what a list of kernels does as well.
+
+    Losses of its output, LoRA, inputs left in their own dtype, rematerialization, torch's hooks,
+    and a `call` that somebody has put in the place of the class's.
+    """
+    return (
+        layer.activity_regularizer is not None
+        or getattr(layer, "lora_enabled", False)
+        or not layer.autocast
+        or is_rematerialized(layer)
+        or has_torch_hooks(layer)
+        or "call" in vars(layer)
+    )
+
+
 def in_stateless_scope() -> bool:
     """Whether a `keras.StatelessScope` is active, in which no variable may be written."""
     with keras.StatelessScope(initialize_variables=False) as scope:
@@ -49,13 +70,22 @@ class DirectCall:
     """On torch, skips `Layer.__call__` where it has nothing to do.
 
     What it does for a built layer called on tensors of its own dtype, of the right shape and
-    without a mask comes to nothing, but takes 0.1 ms a layer. torch's hooks still run.
+    without a mask comes to nothing, but takes 0.1 ms a layer. torch's hooks still run. Of a class
+    that extends one of ours nothing is known: it is called by Keras.
+
+    Attributes:
+        is_own: Whether the class is this package's own.
     """
 
+    is_own = False
     _takes_training = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.is_own = DirectCall in cls.__bases__
+
     def __call__(self, *args, **kwargs):
-        if BACKEND == "torch" and self._nothing_to_prepare(args, kwargs):
+        if BACKEND == "torch" and self.is_own and self._nothing_to_prepare(args, kwargs):
             if not self._takes_training:
                 kwargs = {}
             return torch.nn.Module.__call__(self, *args, **kwargs)
@@ -65,7 +95,7 @@ class DirectCall:
         """What `torch.nn.Module.__call__` runs between the hooks."""
         first = args[0] if args else None
         first = first[0] if type(first) in (list, tuple) else first
-        if not isinstance(first, torch.Tensor) or is_rematerialized(self):
+        if not self.is_own or not isinstance(first, torch.Tensor) or is_rematerialized(self):
             return super().forward(*args, **kwargs)
         return self.call(*args, **kwargs)
 
@@ -96,21 +126,11 @@ class DirectCall:
 def is_plain(x) -> bool:
     """Whether a tensor is one of memory, not one that a compiler or an exporter traces with."""
     return (
-        type(x) is torch.Tensor
+        type(x) in (torch.Tensor, torch.nn.Parameter)
         and x.device.type != "meta"
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
-
-
-def count_change(tensors) -> None:
-    """Tells torch that tensors have changed in place, for kernels that do not tell it themselves.
-
-    torch 2.13's fused optimizers do not, and who keeps something made of the tensors
-    (`keras_resnet.models.torch_graph`) would not notice.
-    """
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(tensors)
 
 
 def torch_value(variable, dtype):

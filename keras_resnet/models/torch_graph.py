@@ -3,30 +3,37 @@
 Keras walks through a graph with tree operations and wraps each layer's call; together that takes
 longer than torch needs to start the kernels. Here a graph is turned into a list once.
 
-Two lists are made of it. The first runs the layers as they are, for training and for gradients;
-between layers that know torch's NCHW order, feature maps stay in it, so that nothing is permuted
-there and back. The second is for inference without gradients: batch norms are folded into the
-convolutions, shortcut and ReLU are done while a convolution writes its output, and kernels lie
-packed as oneDNN wants them. It is made anew whenever a weight has changed.
+Two lists are made of it. The first runs the layers as they are, for training, for gradients and
+for a direct call; between layers that know torch's NCHW order, feature maps stay in it, so that
+nothing is permuted there and back. The second is for `predict`, `evaluate` and their kind: batch
+norms are folded into the convolutions, shortcut and ReLU are done while a convolution writes its
+output, and kernels lie packed as oneDNN wants them. It is made anew whenever a weight has changed.
+
+Only the contents of weights tell whether they have changed: `.data`, NumPy views and fused
+optimizers go past torch's count of changes. To read them takes several percent of a batch of one,
+which a direct call is not to pay for: it uses the weights as they are.
 """
 
 from __future__ import annotations
 
+import contextvars
+import functools
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.layers.conv import Conv2D
+from keras_resnet.layers.conv import Conv2D, torch_kernel
 from keras_resnet.layers.norm import BatchNormalization, Normalize
 from keras_resnet.layers.pool import MaxPooling2D, ZeroPaddedShortcut
 from keras_resnet.layers.torch_call import (
-    has_torch_hooks,
+    has_global_hooks,
     in_stateless_scope,
     is_plain,
-    is_rematerialized,
+    needs_keras,
     torch_value,
 )
 from keras_resnet.models.graph import (
@@ -46,6 +53,24 @@ if _BACKEND == "torch":
     import torch.nn.functional as F
 
 
+# The call of `predict`, `evaluate` or their kind that is going on: an object of its own for each.
+_GOING_ON: contextvars.ContextVar[object | None] = contextvars.ContextVar("going on", default=None)
+
+
+def _announced(name: str):
+    """Keras' method of that name, during which weights are looked at once and then relied on."""
+
+    @functools.wraps(getattr(keras.Model, name))
+    def method(self, *args, **kwargs):
+        token = _GOING_ON.set(object())
+        try:
+            return getattr(super(DirectGraph, self), name)(*args, **kwargs)
+        finally:
+            _GOING_ON.reset(token)
+
+    return method
+
+
 class DirectGraph:
     """For a Functional `keras.Model`: on torch, runs its layers from lists made once.
 
@@ -53,6 +78,11 @@ class DirectGraph:
     among a class's bases. Other backends, symbolic tensors, masks and graphs of another kind (see
     `graph_steps`) are left to Keras.
     """
+
+    predict = _announced("predict")
+    evaluate = _announced("evaluate")
+    predict_on_batch = _announced("predict_on_batch")
+    test_on_batch = _announced("test_on_batch")
 
     def call(self, inputs, training=None, mask=None):
         """Runs the graph; arguments and result are those of `keras.Model.call`."""
@@ -64,38 +94,71 @@ class DirectGraph:
             and isinstance(inputs, (torch.Tensor, np.ndarray))
             and inputs.ndim == len(self.inputs[0].shape)
             and not in_stateless_scope()
+            and not has_global_hooks()
+            and keras.distribution.distribution() is None
         ):
             lists = self._lists()
-        if lists is None or not lists.are_valid():
+        if lists is None:
             return super().call(inputs, training=training, mask=mask)
         # As Keras does it: not to the policy's dtype but to the input's own.
         x = ops.convert_to_tensor(inputs, dtype=self.inputs[0].dtype)
         if not training and not torch.is_grad_enabled() and is_plain(x):
-            return lists.folded(x)
-        if training:
-            # An optimizer of torch's that is fused changes weights without torch's count of it.
-            lists.folded.forget()
+            call = _GOING_ON.get()
+            if call is not None:
+                return lists.folded(x, call)
         return lists.whole(x, training)
 
     def _lists(self) -> _Lists | None:
-        if "_flat_lists" not in self.__dict__:
+        """The lists as the layers now are; `None` where the graph is left to Keras."""
+        if "_steps" not in self.__dict__:
             steps = graph_steps(self)
+            if steps is not None and any(_may_mask(step.layer) for step in steps):
+                steps = None
             # No state, hence nothing for Keras to track.
-            object.__setattr__(self, "_flat_lists", None if steps is None else _Lists(steps))
+            object.__setattr__(self, "_steps", steps)
+            object.__setattr__(self, "_flat_lists", None)
+        if self._steps is None or any(needs_keras(step.layer) for step in self._steps):
+            return None
+        assumed = [
+            _ASSUMED[type(s.layer)](s.layer) for s in self._steps if type(s.layer) in _ASSUMED
+        ]
+        if self._flat_lists is None or self._flat_lists.assumed != assumed:
+            object.__setattr__(self, "_flat_lists", _Lists(self._steps, assumed))
         return self._flat_lists
 
 
 class _Lists:
-    """Both lists of one graph."""
+    """Both lists of one graph.
 
-    def __init__(self, steps: list[Step]):
+    Args:
+        steps: The layers.
+        assumed: What was true of them when the lists were made.
+    """
+
+    def __init__(self, steps: list[Step], assumed: list[Any]):
         self.whole = _List(steps)
         self.folded = _Folded(steps)
-        self._layers = [step.layer for step in steps]
+        self.assumed = assumed
 
-    def are_valid(self) -> bool:
-        """Whether no layer has something around its call that the lists would pass by."""
-        return not any(has_torch_hooks(layer) or is_rematerialized(layer) for layer in self._layers)
+
+# What lists are made by, and somebody may change afterwards.
+_ASSUMED = {
+    Conv2D: attrgetter("activation", "padding", "pad", "strides", "dilation_rate", "groups"),
+    BatchNormalization: attrgetter("activation", "epsilon", "synchronized"),
+    MaxPooling2D: attrgetter("padding"),
+    keras.layers.Activation: attrgetter("activation"),
+    keras.layers.ReLU: attrgetter("max_value", "negative_slope", "threshold"),
+    keras.layers.GlobalAveragePooling2D: attrgetter("keepdims"),
+}
+_MERGING = keras.layers.Add.__base__
+
+
+def _may_mask(layer: keras.layers.Layer) -> bool:
+    """Whether a mask may begin here, which Keras ties to tensors and the lists would lose."""
+    if isinstance(layer, keras.Model):
+        return any(_may_mask(inner) for inner in layer.layers)
+    hands_on = isinstance(layer, _MERGING)  # the masks of its inputs, if they have any
+    return not hands_on and type(layer).compute_mask is not keras.layers.Layer.compute_mask
 
 
 # --- the list of layers --------------------------------------------------------------------------
@@ -234,25 +297,45 @@ class _Folded:
 
     def __init__(self, steps: list[Step]):
         self._list = _List(fuse(steps))
-        self._made_of: list[Any] | None = None
         self._variables = [v for c in self._list.convolutions for v in c.variables]
-        self._norms = [c.norm for c in self._list.convolutions if c.norm is not None]
+        self._call: object | None = None  # the one in which the weights were last looked at
+        self._versions: list[Any] = []
+        self._contents: Any = None
 
-    def forget(self) -> None:
-        """Makes what is kept of the weights anew at the next call."""
-        self._made_of = None
-
-    def __call__(self, x):
+    def __call__(self, x, call):
         tensors = [variable.value for variable in self._variables]
-        # torch counts the changes of a tensor in place; `.data = ...` goes past the count, and so
-        # do some kernels, after which layers and optimizers here count for themselves.
-        made_of = [(t._version, t.data_ptr()) for t in tensors]
-        made_of += [norm.changes[0] for norm in self._norms]
-        if made_of != self._made_of:
-            for convolution in self._list.convolutions:
-                convolution.forget()
-            self._made_of = made_of
+        # Also within a call: a callback may assign weights.
+        versions = [(t._version, t.data_ptr()) for t in tensors]
+        if call is not self._call or versions != self._versions:
+            contents = _contents(tensors)
+            # Infinities are no equals here: behind one, anything may have changed.
+            if self._contents is None or not (contents - self._contents == 0).all():
+                for convolution in self._list.convolutions:
+                    convolution.forget()
+            self._call, self._versions, self._contents = call, versions, contents
         return self._list(x, False)
+
+
+def _contents(tensors) -> Any:
+    """What weights are, as far as rounding lets an output tell: one vector, of few numbers.
+
+    Vectors are in it as they are, kernels by the product of each row with fixed numbers.
+    """
+    found = []
+    for t in tensors:
+        if t.ndim > 1:
+            t = t.reshape(-1, t.shape[-1])
+            t = t if t.itemsize >= 4 else t.float()
+            t = torch.mv(t, _coefficients(t.shape[-1], t.dtype, t.device))
+        found.append(t)
+    return torch.cat(found).double().cpu() if found else torch.zeros(0)
+
+
+@functools.lru_cache(maxsize=32)
+def _coefficients(count: int, dtype, device) -> Any:
+    """Numbers of 1..2 with random signs: none of them makes a change small."""
+    numbers = np.random.default_rng(0).uniform(-1, 1, count)
+    return torch.tensor(numbers + np.sign(numbers), dtype=dtype, device=device)
 
 
 # The usual batch and the last, smaller one: each holds a copy of the weights.
@@ -318,7 +401,7 @@ class _FusedConvolution:
     def _fold(self, x) -> tuple[Any, Any, bool]:
         """`(kernel, bias, packed)` for inputs like `x`."""
         conv, norm = self._conv, self.norm
-        kernel = conv.kernel.value.permute(3, 2, 0, 1)
+        kernel = torch_kernel(conv.kernel.value)
         bias = None if conv.bias is None else conv.bias.value
         if norm is not None:
             scale, bias = (torch.from_numpy(v).to(kernel) for v in fold_norm(norm, bias))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 
 from keras_resnet.errors import InputError, did_you_mean
 from keras_resnet.models.files import load_model
 from keras_resnet.weights.load import load_torchvision
+from keras_resnet.weights.mapping import weighted_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ def parts(model: keras.Model) -> list[str]:
         ['conv1', 'layer1', 'layer2', 'layer3', 'layer4', 'fc']
     """
     found: list[str] = []
-    for layer in _weighted_layers(model):
+    for layer in weighted_layers(model):
         part = layer.name.split("_")[0]
         # The stem's norm belongs to the stem.
         if part not in found and not part.startswith("bn"):
@@ -66,14 +69,13 @@ def parts(model: keras.Model) -> list[str]:
     return found
 
 
-def _weighted_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    return [layer for layer in model.layers if layer.weights]
-
-
 def freeze(
     model: keras.Model, until: str | None = "head", *, freeze_norms: bool = False
 ) -> FreezeReport:
     """Freezes every layer before a part of the model, and unfreezes that part and all behind it.
+
+    Models inside the model are walked through; what was frozen as a whole before, with
+    `backbone.trainable = False`, is set anew as well.
 
     The choice is kept in the layers (`trainable`), so that it outlives compiling again, saving and
     loading; compile afterwards, as always in Keras. A frozen batch norm runs in inference mode
@@ -82,7 +84,7 @@ def freeze(
     Args:
         model: The model.
         until: `"head"` for the last layer alone, a part such as `"layer4"` or `"classifier"` (see
-            `parts`), a layer's name, or `None` to train everything.
+            `parts`), the name of a layer or of a model inside, or `None` to train everything.
         freeze_norms: Freeze the batch norms behind `until` as well.
 
     Returns:
@@ -96,41 +98,64 @@ def freeze(
         >>> freeze(create_model("resnet18", num_classes=2), until="layer4").training_norms
         5
     """
-    layers = _weighted_layers(model)
-    first = 0 if until is None else _first_trained(layers, until)
+    layers = list(weighted_layers(model))
+    first = 0 if until is None else _first_trained(model, layers, until)
+    # A frozen model trains nothing of what is in it, however that is set: from outside to inside.
+    model.trainable = True
+    norms = []
     for i, layer in enumerate(layers):
-        is_norm = isinstance(layer, keras.layers.BatchNormalization)
-        layer.trainable = i >= first and not (freeze_norms and is_norm)
-    norms = [x for x in layers if isinstance(x, keras.layers.BatchNormalization)]
+        layer.trainable = i >= first
+        for norm in _norms(layer):
+            norm.trainable = layer.trainable and not freeze_norms
+            norms.append(norm)
     trained = [x for x in layers if x.trainable]
     frozen = [x for x in layers if not x.trainable]
     return FreezeReport(
         until,
         [x.name for x in trained],
         [x.name for x in frozen],
-        _params(trained),
-        _params(frozen),
+        _params(v for x in layers for v in x.trainable_weights),
+        _params(v for x in layers for v in x.non_trainable_weights),
         sum(not x.trainable for x in norms),
         sum(x.trainable for x in norms),
     )
 
 
-def _first_trained(layers: list[keras.layers.Layer], until: str) -> int:
+def _norms(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The batch norms in a layer: itself, or those of a block that is one layer to the graph."""
+    # `_layers` is Keras' own; tests/training/test_freeze.py fails where it is gone.
+    own = [layer] if isinstance(layer, keras.layers.BatchNormalization) else []
+    return own + [norm for inner in layer._layers for norm in _norms(inner)]
+
+
+def _first_trained(model: keras.Model, layers: list[keras.layers.Layer], until: str) -> int:
     if until == "head":
         return len(layers) - 1
+    models = _models_inside(model)
+    if until in models:
+        inside = {id(layer) for layer in weighted_layers(models[until])}
+        return next((i for i, layer in enumerate(layers) if id(layer) in inside), 0)
     for i, layer in enumerate(layers):
         if layer.name == until or layer.name.startswith(f"{until}_"):
             return i
-    known = [*dict.fromkeys(x.name.split("_")[0] for x in layers), "head"]
+    known = [*dict.fromkeys(x.name.split("_")[0] for x in layers), *models, "head"]
     raise InputError(
         f"The model has no part {until!r}.{did_you_mean(until, known)} "
         f"Its parts: {', '.join(known)}."
     )
 
 
-def _params(layers: list[keras.layers.Layer]) -> int:
+def _models_inside(model: keras.Model) -> dict[str, keras.Model]:
+    found = {}
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            found |= {layer.name: layer, **_models_inside(layer)}
+    return found
+
+
+def _params(variables: Iterable[Any]) -> int:
     statistics = ("moving_mean", "moving_variance")
-    return sum(math.prod(w.shape) for x in layers for w in x.weights if w.name not in statistics)
+    return sum(math.prod(v.shape) for v in variables if v.name not in statistics)
 
 
 def load_pretrained(model: keras.Model, source: str | os.PathLike) -> str:
@@ -156,7 +181,7 @@ def load_pretrained(model: keras.Model, source: str | os.PathLike) -> str:
 
 def _load_from_keras(model: keras.Model, path: str) -> str:
     other = load_model(path)
-    theirs, ours = _weighted_layers(other), _weighted_layers(model)
+    theirs, ours = list(weighted_layers(other)), list(weighted_layers(model))
     head = ours[-1].name
     expected = {layer.name: _kind(layer) for layer in theirs[:-1]}
     wanted = {layer.name: _kind(layer) for layer in ours[:-1]}

@@ -17,7 +17,6 @@ import numpy as np
 from keras import ops
 
 from keras_resnet.errors import InputError, between, did_you_mean
-from keras_resnet.layers.torch_call import count_change
 from keras_resnet.training.schedules import Schedule
 
 
@@ -234,11 +233,10 @@ class SGD(keras.optimizers.Optimizer):
             for (decay, factor), members in groups.items():
                 weights, grads, buffers, _ = map(list, zip(*members, strict=True))
                 fused = not compiling and _can_fuse(weights, grads, buffers)
-                arrays = (weights, grads, buffers)
-                if fused:
-                    arrays = tuple(list(map(_in_memory_order, array)) for array in arrays)
                 sgd(
-                    *arrays,
+                    weights,
+                    grads,
+                    buffers,
                     weight_decay=decay,
                     momentum=self.momentum,
                     lr=rate * factor,
@@ -248,8 +246,6 @@ class SGD(keras.optimizers.Optimizer):
                     fused=fused,
                     foreach=not fused,
                 )
-                if fused:
-                    count_change(weights)
                 for (*_, before, index), after in zip(members, buffers, strict=True):
                     if before is not after:
                         self.momentums[index].assign(after)
@@ -350,23 +346,11 @@ def _can_fuse(weights: Sequence[Any], grads: Sequence[Any], buffers: Sequence[An
     """
     return all(
         buffer is not None
-        and weight.stride() == grad.stride() == buffer.stride()
+        and all(tensor.is_contiguous() for tensor in (weight, grad, buffer))
         and weight.device.type in ("cpu", "cuda")
         and weight.itemsize >= 4
         for weight, grad, buffer in zip(weights, grads, buffers, strict=True)
     )
-
-
-def _in_memory_order(tensor: Any) -> Any:
-    """A view with the axes in the order of memory, where it is a convolution's kernel.
-
-    torch's fused kernel makes a copy of what is not contiguous, which takes 20 times longer than
-    the update itself.
-    """
-    if tensor.ndim != 4 or tensor.is_contiguous():
-        return tensor
-    view = tensor.permute(3, 0, 1, 2)  # kernels lie as OHWI: keras_resnet.layers
-    return view if view.is_contiguous() else tensor
 
 
 def _path(variable: Any) -> str:

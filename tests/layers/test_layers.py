@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_resnet.layers.conv import Conv2D
+from keras_resnet.layers.conv import Conv2D, torch_kernel
 from keras_resnet.layers.norm import BatchNormalization, Normalize
 from keras_resnet.layers.pool import MaxPooling2D, ZeroPaddedShortcut
 
@@ -644,40 +644,80 @@ def test_tensorflow_runs_its_fused_kernel(monkeypatch, rng):
     assert calls == [True, False]
 
 
-def is_ohwi(tensor):
-    return tensor.permute(3, 2, 0, 1).is_contiguous(memory_format=torch.channels_last)
+KERNELS = [{}, {"groups": 2}, {"kernel_size": 1}, {"strides": 2, "padding": "same"}]
 
 
 @torch_only
-@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"kernel_size": 1}], ids=str)
-def test_kernels_gradients_and_slots_lie_as_the_convolution_wants_them(options, tmp_path, rng):
+@pytest.mark.parametrize("filters", [6, 600], ids=["few", "more than positions"])
+@pytest.mark.parametrize("options", KERNELS, ids=str)
+def test_kernels_gradients_and_slots_are_contiguous(options, filters, tmp_path, rng):
     from keras_resnet.training.optimizers import SGD
 
     inputs = keras.Input((8, 8, 4))
-    options = {"kernel_size": 3, **options}
-    conv = Conv2D(6, data_format="channels_last", **options)
-    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(conv(inputs)))
-    assert is_ohwi(conv.kernel.value)
-    strides = conv.kernel.value.stride()
-    optimizer = SGD(0.1, momentum=0.9)
-    model.compile(optimizer, "mse")
-    x, y = rng.normal(size=(4, 8, 8, 4)), rng.normal(size=(4, 6))
-    model.fit(x, y, verbose=0)
-    assert conv.kernel.value.grad.stride() == strides
-    assert optimizer.momentums[0].value.stride() == strides
-    conv.kernel.assign(np.ones(conv.kernel.shape, "float32"))
-    assert conv.kernel.value.stride() == strides
-    model.save(tmp_path / "model.keras")
+    options = {"kernel_size": 3, "kernel_initializer": keras.initializers.HeNormal(3), **options}
+    conv = Conv2D(filters, data_format="channels_last", **options)
+    stock = keras.layers.Conv2D(filters, data_format="channels_last", **options)
+    models = []
+    for layer in (conv, stock):
+        y = keras.layers.GlobalAveragePooling2D()(layer(inputs))
+        models.append(keras.Model(inputs, y))
+        models[-1].compile(SGD(0.1, momentum=0.9), "mse")
+    x, y = rng.normal(size=(4, 8, 8, 4)), rng.normal(size=(4, filters))
+    assert conv.kernel.value.is_contiguous()
+    np.testing.assert_array_equal(numpy(conv.kernel), numpy(stock.kernel))
+    for _ in range(2):
+        losses = [model.train_on_batch(x, y) for model in models]
+        assert_close(*losses)
+    assert conv.kernel.value.grad.is_contiguous()
+    assert_close(numpy(conv.kernel.value.grad), numpy(stock.kernel.value.grad))
+    assert models[0].optimizer.momentums[0].value.is_contiguous()
+    models[0].save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.layers[1].kernel.value.stride() == strides
-    loaded.load_state_dict(model.state_dict(), strict=False)
-    assert loaded.layers[1].kernel.value.stride() == strides
-    # The same random numbers as a stock layer's: only their place in memory differs.
-    build = dict(kernel_initializer=keras.initializers.HeNormal(seed=3), **options)
-    ours, stock = Conv2D(6, **build), keras.layers.Conv2D(6, **build)
-    for layer in (ours, stock):
-        layer.build((None, 8, 8, 4))
-    np.testing.assert_array_equal(numpy(ours.kernel), numpy(stock.kernel))
+    loaded.load_state_dict(models[0].state_dict(), strict=False)
+    assert all(p.is_contiguous() for p in loaded.parameters())
+
+
+@torch_only
+def test_what_torch_asks_of_parameters_holds(tmp_path, rng):
+    from safetensors.torch import load_file, save_file
+
+    model = small_graph()
+    x, labels = pictures(rng), torch.tensor(rng.integers(0, 5, size=2))
+    start = numpy(model(x, training=False))
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    vector = torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.vector_to_parameters(vector * 2, model.parameters())
+    assert np.abs(numpy(model(x, training=False)) - start).max() > 1e-3
+    model.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    np.testing.assert_array_equal(numpy(model(x, training=False)), start)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.LBFGS(weights, 0.1, max_iter=4), []
+
+    def closure():
+        optimizer.zero_grad()
+        losses.append(F.cross_entropy(model(x, training=True), labels))
+        losses[-1].backward()
+        return losses[-1]
+
+    optimizer.step(closure)
+    assert losses[-1] < losses[0]
+    torch.nn.utils.clip_grad_norm_(weights, 1e-3)
+    gradients = torch.cat([p.grad.view(-1) for p in weights])
+    assert float(gradients.norm()) < 1.1e-3
+    # Second derivatives and torch.func's transforms pass through the kernel's own function.
+    image = torch.tensor(rng.normal(size=(1, 2, 5, 5)))
+    kernel = torch.tensor(rng.normal(size=(3, 3, 2, 3)), requires_grad=True)
+
+    def loss(kernel):
+        return F.conv2d(image, torch_kernel(kernel)).square().sum()
+
+    assert torch.autograd.gradgradcheck(loss, (kernel,))
+    many = torch.stack([kernel, kernel * 2]).detach()
+    each = torch.func.vmap(torch.func.grad(loss))(many)
+    assert_close(numpy(each[1]), 2 * numpy(torch.func.grad(loss)(kernel.detach())), "float64")
 
 
 @torch_only

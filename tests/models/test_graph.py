@@ -103,8 +103,10 @@ def test_inference_folds_and_agrees_with_keras(name, onednn, lists_run, monkeypa
     with torch.no_grad():
         expected = by_keras(model)(x, training=False)
         for _ in range(2):  # the first call packs the weights
-            assert_close(model(x, training=False), expected)
-    assert lists_run == {"whole": 0, "folded": 2}
+            assert_close(model.predict_on_batch(x), expected)
+        assert lists_run == {"whole": 0, "folded": 2}
+        assert_close(model(x, training=False), expected)
+    assert lists_run == {"whole": 1, "folded": 2}
     assert torch.equal(x, before)
     norms = [s for s in fuse(graph_steps(model)) if isinstance(s, Fused) and s.norm is not None]
     assert len(norms) == sum(isinstance(layer, BatchNormalization) for layer in model.layers)
@@ -160,7 +162,7 @@ def test_channels_first_agrees_with_keras(lists_run, rng):
         model = randomized(create_model("resnet18", input_shape=(3, 48, 48)))
         x = pictures(model, rng)
         with torch.no_grad():
-            assert_close(model(x, training=False), by_keras(model)(x, training=False))
+            assert_close(model.predict_on_batch(x), by_keras(model)(x, training=False))
         assert_close(model(x, training=True).detach(), by_keras(model)(x, training=True).detach())
     finally:
         keras.config.set_image_data_format(before)
@@ -180,9 +182,10 @@ def test_other_precisions_agree_with_keras(policy, lists_run, rng):
     tolerance = 1e-6 if policy == "float64" else 3e-2
     with torch.no_grad():
         if policy == "float64":
-            assert_close(model._lists().folded(x), model._lists().whole(x, False), 1e-12)
+            folded = model._lists().folded(x, object())
+            assert_close(folded, model._lists().whole(x, False), 1e-12)
             lists_run["folded"] -= 1
-        assert_close(model(x, training=False), by_keras(model)(x, training=False), tolerance)
+        assert_close(model.predict_on_batch(x), by_keras(model)(x, training=False), tolerance)
     if policy != "bfloat16":  # its norms would have running statistics in bfloat16
         y, expected = model(x, training=True), by_keras(model)(x, training=True)
         assert y.dtype == expected.dtype
@@ -190,31 +193,85 @@ def test_other_precisions_agree_with_keras(policy, lists_run, rng):
     assert lists_run["folded"] == 1
 
 
-def _assign(variable):
-    variable.assign(variable * 1.5)
-
-
-def _in_place(variable):
-    with torch.no_grad():
-        variable.value.mul_(1.5)
-
-
 def _replace_data(variable):
     variable.value.data = variable.value.data * 1.5
 
 
+def _one_of_all(variable):
+    variable.value.detach().view(-1).numpy()[3] = 50.0
+
+
+def _permute(variable):
+    variable.value.data.copy_(variable.value.data.flip(-1))
+
+
+def _from_vector(variable):
+    value = torch.nn.utils.parameters_to_vector([variable.value])
+    torch.nn.utils.vector_to_parameters(value, [variable.value])
+    value.data.mul_(1.5)  # which the parameter is now a view of
+
+
+# What can be done to a weight; most of it goes past torch's count of changes.
+CHANGES = {
+    "assign": lambda v: v.assign(v * 1.5),
+    "in place": lambda v: v.value.detach().mul_(1.5),
+    "data =": _replace_data,
+    "data.copy_": lambda v: v.value.data.copy_(v.value.data * 1.5),
+    "data.mul_": lambda v: v.value.data.mul_(1.5),
+    "data[...] =": lambda v: v.value.data[..., ::2].fill_(3.0),
+    "nn.init": lambda v: torch.nn.init.uniform_(v.value.data, 1.0, 2.0),
+    "NumPy": lambda v: np.multiply(v.value.detach().numpy(), 1.5, v.value.detach().numpy()),
+    "DLPack": lambda v: np.from_dlpack(v.value.detach()).__imul__(1.5),
+    "one element": _one_of_all,
+    "permuted": _permute,
+    "vector_to_parameters": _from_vector,
+}
+
+
 @torch_only
-@pytest.mark.parametrize("change", [_assign, _in_place, _replace_data])
-@pytest.mark.parametrize("which", ["conv1/kernel", "bn1/gamma", "layer3_0_bn2/moving_variance"])
-def test_a_changed_weight_is_noticed(change, which, rng):
-    model = randomized(create_model("resnet20"))
+@pytest.mark.parametrize("which", ["conv1/kernel", "bn1/gamma", "layer2_0_bn2/moving_variance"])
+def test_a_changed_weight_is_noticed(which, rng):
+    model = randomized(create_model("resnet_tiny"))
+    model.compile(loss="mae")
     x = pictures(model, rng) / 255
-    with torch.no_grad():
-        before = model(x, training=False)
-        change(next(v for v in model.variables if v.path.endswith(which)))
-        after = model(x, training=False)
-        assert_close(after, by_keras(model)(x, training=False))
-    assert not torch.allclose(before, after, rtol=1e-3)
+    y = np.zeros((2, *model.output_shape[1:]), "float32")
+    plain = by_keras(model)
+    plain.compile(loss="mae")
+    variable = next(v for v in model.variables if v.path.endswith(which))
+    ways = {
+        "direct": lambda one: numpy(one(x, training=False)),
+        "on batch": lambda one: one.predict_on_batch(x),
+        "predict": lambda one: one.predict(x.numpy(), verbose=0),
+        "evaluate": lambda one: np.array(one.evaluate(x.numpy(), y, verbose=0)),
+        "test on batch": lambda one: np.array(one.test_on_batch(x, y)),
+    }
+    start = variable.value.detach().clone()
+    for name, change in CHANGES.items():
+        with torch.no_grad():
+            before = [way(model) for way in ways.values()]
+            change(variable)
+            for (way, run), old in zip(ways.items(), before, strict=True):
+                found, expected = run(model), run(plain)
+                np.testing.assert_allclose(found, expected, 1e-4, 1e-5, err_msg=f"{name}, {way}")
+                assert not np.array_equal(found, old), (name, way)
+            variable.value.data = start.clone()
+
+
+@torch_only
+def test_a_weight_that_a_callback_assigns_is_noticed(rng):
+    model = randomized(create_model("resnet_tiny"))
+    plain = by_keras(model)
+    kernel = model.get_layer("conv1").kernel
+    x, start = pictures(model, rng, 4).numpy() / 255, kernel.numpy()
+
+    class Assign(keras.callbacks.Callback):
+        def on_predict_batch_end(self, batch, logs=None):
+            kernel.assign(start * 1.5)
+
+    first, second = np.split(model.predict(x, 2, verbose=0, callbacks=[Assign()]), 2)
+    assert_close(plain.predict(x[2:], verbose=0), second)
+    kernel.assign(start)
+    assert_close(plain.predict(x[:2], verbose=0), first)
 
 
 @torch_only
@@ -224,6 +281,7 @@ def test_sizes_and_batches_may_change(rng):
     with torch.no_grad():
         for count, size in ((1, 32), (4, 32), (3, 48), (1, 32), (2, 33)):
             x = torch.tensor(rng.normal(size=(count, size, size, 3)).astype("float32"))
+            assert_close(model.predict_on_batch(x), plain(x, training=False))
             assert_close(model(x, training=False), plain(x, training=False))
     kept = [len(c._weights) for c in model._lists().folded._list.convolutions]
     assert max(kept) <= graph._KEPT_SIZES
@@ -262,12 +320,140 @@ def test_a_hook_is_not_passed_by(lists_run, rng):
     layer = model.get_layer("layer2_0_conv1")
     handle = layer.register_forward_hook(lambda *args: seen.append(args))
     x = pictures(model, rng)
-    with torch.no_grad():
-        model(x, training=False)
-        assert len(seen) == 1 and lists_run == {"whole": 0, "folded": 0}
-        handle.remove()
-        model(x, training=False)
+    model.predict_on_batch(x)
+    assert len(seen) == 1 and lists_run == {"whole": 0, "folded": 0}
+    handle.remove()
+    model.predict_on_batch(x)
     assert len(seen) == 1 and lists_run == {"whole": 0, "folded": 1}
+
+
+class Doubled(Conv2D):
+    """Somebody's own layer, which takes the place of `call`'s parts."""
+
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel * 2)
+
+
+class Noisy(Conv2D):
+    """Somebody's own layer, of which training is another thing."""
+
+    def call(self, inputs, training=None):
+        self.add_loss(ops.mean(inputs))
+        return super().call(inputs) + (5.0 if training else 1.0)
+
+
+class Wrapped(BatchNormalization):
+    """Somebody's own layer, which wraps the call itself."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs) * 3
+
+
+class Seen(keras.layers.Layer):
+    """Says whether its input has a mask."""
+
+    def call(self, x, mask=None):
+        return x * (1.0 if mask is None else 100.0)
+
+
+def particular_graphs():
+    """Graphs with a layer for which `Layer.__call__` does something."""
+    x = keras.Input((8, 8, 4))
+    l2 = {"activity_regularizer": keras.regularizers.L2(0.1)}
+
+    def conv(kind=Conv2D, **kwargs):
+        return kind(4, 3, pad=1, **kwargs)
+
+    def head(y):
+        return keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(y))
+
+    yield "activity of a convolution", x, BatchNormalization()(conv(**l2)(x))
+    yield "activity of a norm", x, BatchNormalization(activation="relu", **l2)(conv()(x))
+    yield "activity of a dense layer", x, keras.layers.Dense(2, **l2)(head(conv()(x)))
+    pooled = keras.layers.GlobalAveragePooling2D(**l2)
+    yield "activity of an average", x, keras.layers.Dense(2)(pooled(conv()(x)))
+    a, b = conv()(x), conv()(x)
+    yield "activity of a sum", x, keras.layers.Add(**l2)([a, b])
+    yield "activity of a ReLU", x, keras.layers.ReLU(**l2)(conv()(x))
+    yield "own convolution_op", x, BatchNormalization()(conv(Doubled)(x))
+    yield "own call and add_loss", x, BatchNormalization()(conv(Noisy)(x))
+    yield "own __call__", x, Wrapped()(conv()(x))
+    inner = keras.Model(x, conv(**l2)(x))
+    yield "activity inside a model", x, BatchNormalization()(inner(x))
+    yield "add_loss", x, keras.layers.ActivityRegularization(l1=0.1)(conv()(x))
+    with keras.RematScope(mode="full"):
+        yield "rematerialized", x, BatchNormalization()(conv()(x))
+    y = keras.layers.Flatten()(x)
+    y = keras.layers.Dense(3, activation="relu")(keras.layers.Masking()(y))
+    yield "a mask behind a dense layer", x, Seen()(keras.layers.ReLU()(y))
+    lora = conv()
+    y = BatchNormalization()(lora(x))
+    lora.enable_lora(2, lora_alpha=4)
+    lora.lora_kernel_b.assign(np.ones(lora.lora_kernel_b.shape))
+    yield "LoRA", x, y
+
+
+@torch_only
+def test_what_keras_does_around_a_layers_call_is_done(rng):
+    x = rng.normal(size=(3, 8, 8, 4)).astype("float32")
+    for what, inputs, outputs in particular_graphs():
+        model, plain = DirectModel(inputs, outputs), keras.Model(inputs, outputs)
+        y = np.zeros((3, *model.output_shape[1:]), "float32")
+        for one in (model, plain):
+            one.compile(loss="mse")
+        found, expected = model.predict(x, verbose=0), plain.predict(x, verbose=0)
+        np.testing.assert_allclose(found, expected, 1e-4, 1e-5, err_msg=what)
+        found, expected = model.evaluate(x, y, verbose=0), plain.evaluate(x, y, verbose=0)
+        np.testing.assert_allclose(found, expected, 1e-4, err_msg=what)
+        losses = []
+        for one in (model, plain):
+            found = numpy(one(torch.tensor(x), training=True).detach())
+            losses.append(
+                [found.mean(), found.std(), *(float(loss.detach()) for loss in one.losses)]
+            )
+        np.testing.assert_allclose(*losses, 1e-4, 1e-5, err_msg=what)
+
+
+@torch_only
+def test_what_is_changed_about_a_layer_later_is_noticed(rng):
+    x = rng.normal(size=(2, 16, 16, 3)).astype("float32")
+    model = randomized(create_model("resnet_tiny", include_preprocessing=True))
+    plain = by_keras(model)
+    norm, conv = model.get_layer("bn1"), model.get_layer("layer1_0_conv1")
+
+    def replace_call():
+        call = conv.call
+        conv.call = lambda inputs: call(inputs) * 2
+
+    for change in (
+        lambda: setattr(norm, "activation", keras.activations.gelu),
+        lambda: setattr(norm, "epsilon", 0.5),
+        lambda: setattr(conv, "dilation_rate", (2, 2)) or setattr(conv, "pad", (2, 2)),
+        lambda: setattr(conv, "activation", keras.activations.tanh),
+        lambda: setattr(model.layers[-1], "activation", keras.activations.softmax),
+        lambda: setattr(model.get_layer("preprocessing"), "mean", (0.1, 0.2, 0.3)),
+        lambda: setattr(norm, "activity_regularizer", keras.regularizers.L2(0.1)),
+        replace_call,
+    ):
+        before = model.predict_on_batch(x)
+        change()
+        assert_close(model.predict_on_batch(x), plain.predict_on_batch(x))
+        with torch.no_grad():
+            assert_close(model(x, training=False), plain(x, training=False))
+        changed = not np.allclose(before, model.predict_on_batch(x), rtol=1e-3)
+        assert changed == (norm.activity_regularizer is None or "call" in vars(conv))
+
+
+@torch_only
+def test_hooks_around_every_module_run(rng):
+    model, seen = create_model("resnet_tiny"), []
+    hook = torch.nn.modules.module.register_module_forward_hook
+    handle = hook(lambda module, *args: seen.append(module.name))
+    try:
+        model.predict_on_batch(rng.normal(size=(1, 16, 16, 3)).astype("float32"))
+    finally:
+        handle.remove()
+    assert {"conv1", "bn1", model.layers[-1].name} <= set(seen)
 
 
 @torch_only
@@ -282,8 +468,7 @@ def test_the_model_alone_is_called_by_keras(monkeypatch, rng):
     x = pictures(model, rng)
     monkeypatch.setattr(keras.layers.Layer, "__call__", counting)
     model(x, training=True)
-    with torch.no_grad():
-        model(x, training=False)
+    model.predict_on_batch(x)
     assert calls == ["resnet20", "resnet20"]
 
 
@@ -384,7 +569,9 @@ def test_awkward_graphs_agree_with_keras(training, lists_run, rng):
         before = x.clone()
         with torch.set_grad_enabled(training):
             for _ in range(2):
-                y, expected = model(x, training=training), plain(x, training=training)
+                expected = plain(x, training=training)
+                y = model(x, training=True) if training else model.predict_on_batch(x)
+                y = ops.convert_to_tensor(y)
                 assert np.abs(numpy(y.detach()) - numpy(expected.detach())).max() < 1e-4, what
         if training:
             assert_gradients_agree(model, plain, x, what)
@@ -408,8 +595,7 @@ def test_training_is_noticed_whoever_updates_the_weights(rng):
 
     def torchs(model, loss):
         loss.backward()
-        weights = [v.value for v in model.trainable_variables]
-        torch.optim.SGD(weights, 0.1, momentum=0.9, fused=True).step()
+        torch.optim.AdamW(model.parameters(), 0.1, fused=True).step()
 
     def statistics_alone(model, loss):
         pass
@@ -420,14 +606,14 @@ def test_training_is_noticed_whoever_updates_the_weights(rng):
     ]:  # fmt: skip
         model = create_model(name, dropout=0.0) if "alex" in name else create_model(name)
         plain = by_keras(model)
-        with torch.no_grad():
-            before = model(x, training=False)
-        # Also through another model over the same layers, of which this one is not told.
-        for through in (model, plain) if update is not torchs else (model,):
-            logits = through(x, training=True)
+        before = model.predict_on_batch(x)
+        # Also with frozen statistics, and through another model over the same layers.
+        for through, training in ((model, True), (model, False), (plain, True)):
+            if update is statistics_alone and not training:
+                continue
+            logits = through(x, training=training)
             update(model, torch.nn.functional.cross_entropy(logits, labels))
-            with torch.no_grad():
-                after = model(x, training=False)
-                assert_close(after, plain(x, training=False))
-            assert not torch.equal(before, after)
+            after = model.predict_on_batch(x)
+            assert_close(after, plain.predict_on_batch(x))
+            assert not np.allclose(before, after, rtol=1e-3)
             before = after

@@ -101,6 +101,108 @@ def test_the_backbone_learns_at_its_own_rate(model):
         np.testing.assert_allclose(step, expected, rtol=1e-4, err_msg=variable.path)
 
 
+class Block(keras.layers.Layer):
+    """A block that is one layer to the graph."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = keras.layers.Conv2D(4, 1)
+        self.norm = keras.layers.BatchNormalization()
+
+    def build(self, input_shape):
+        self.conv.build(input_shape)
+        self.norm.build(self.conv.compute_output_shape(input_shape))
+        self.built = True
+
+    def call(self, x, training=None):
+        return self.norm(self.conv(x), training=training)
+
+
+def nested(kind):
+    """A backbone in a model of one's own, and the last layer's name."""
+    keras.utils.set_random_seed(0)
+    shape = (16, 16, 3)
+    backbone = create_model("resnet_tiny", include_top=False, pooling="avg", input_shape=shape)
+    inputs, dense = keras.Input(shape), keras.layers.Dense(3, name="mine")
+    if kind == "sequential":
+        return keras.Sequential([inputs, backbone, dense])
+    if kind == "twice":
+        backbone = keras.Sequential([keras.Input(shape), backbone], name="outer")
+    if kind == "block":
+        return keras.Model(inputs, dense(backbone(Block(name="block")(inputs)[..., :3])))
+    if kind == "subclass":
+
+        class Mine(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.backbone, self.head = backbone, dense
+
+            def call(self, x, training=None):
+                return self.head(self.backbone(x, training=training))
+
+        model = Mine()
+        model(np.zeros((1, *shape), "float32"))
+        return model
+    return keras.Model(inputs, dense(backbone(inputs)))
+
+
+def learn(model):
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x = np.random.default_rng(0).normal(1.0, 1.0, (4, 16, 16, 3)).astype("float32")
+    model.fit(x, np.ones((4, 3), "float32"), verbose=0)
+
+
+@pytest.mark.parametrize("kind", ["functional", "sequential", "twice", "block", "subclass"])
+def test_models_inside_a_model_are_walked_through(kind):
+    model = nested(kind)
+    for part in ("head", "layer2"):
+        before = values(model)
+        report = freeze(model, part)
+        learn(model)
+        names = report.frozen + report.trained
+        if part == "head":
+            assert report.trained == ["mine"] and report.training_norms == 0
+        else:
+            assert report.trained[0].startswith("layer2_") and "conv1" in report.frozen
+            assert report.frozen_norms > 0 and report.training_norms > 0
+        assert moved(model, before) == set(report.trained)
+        assert names[-1] == "mine" and len(names) > 8
+        total = sum(np.prod(v.shape) for v in model.weights if "moving_" not in v.path)
+        assert report.trained_params + report.frozen_params == total
+
+
+def test_a_model_inside_that_was_frozen_as_a_whole_is_unfrozen(tmp_path):
+    model = nested("functional")
+    name = model.layers[1].name
+    model.layers[1].trainable = False
+    assert freeze(model, None).frozen == []
+    report = freeze(model, name)
+    assert report.frozen == [] and report.trained[-1] == "mine"
+    model.trainable = False
+    report = freeze(model, "layer2", freeze_norms=True)
+    assert report.training_norms == 0
+    model.save(tmp_path / "m.keras")
+    for one in (model, keras.saving.load_model(tmp_path / "m.keras")):
+        before = values(one)
+        learn(one)
+        assert moved(one, before) == set(report.trained)
+    with pytest.raises(InputError, match=rf"Its parts: conv1, .*{name}, head"):
+        freeze(model, "backbone")
+
+
+def test_norms_in_a_block_of_ones_own_are_counted_and_frozen():
+    model = nested("block")
+    assert freeze(model, None).training_norms == freeze(model, "head").frozen_norms
+    report = freeze(model, None, freeze_norms=True)
+    before = values(model)
+    learn(model)
+    statistics = [path for path in before if "moving_" in path]
+    after = values(model)
+    assert report.training_norms == 0 and any("block/" in path for path in statistics)
+    for path in statistics:
+        np.testing.assert_array_equal(before[path], after[path], err_msg=path)
+
+
 @pytest.mark.once
 def test_parts_go_from_the_input_to_the_head():
     assert parts(create_model("resnet20")) == ["conv1", "layer1", "layer2", "layer3", "linear"]
