@@ -131,6 +131,7 @@ def test_importing_the_package_imports_no_backend_and_no_keras():
 
 @once
 @pytest.mark.parametrize("first", ["keras_resnet", "keras"])
+@pytest.mark.slow
 def test_model_files_load_after_the_import_alone(first, tmp_path):
     path = tmp_path / "m.keras"
     keras_resnet.create_model("resnet20").save(path)
@@ -182,6 +183,7 @@ def first_words():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_any_public_name_and_any_module_may_be_a_programs_first_word(backend):
     run = subprocess.run(
         [sys.executable, "-c", FIRST_WORDS, *first_words()], capture_output=True, text=True
@@ -189,6 +191,7 @@ def test_any_public_name_and_any_module_may_be_a_programs_first_word(backend):
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_builders_may_be_the_first_word_of_a_fresh_process(backend):
     code = "import keras_resnet as kr; print(kr.conv_block.__name__)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

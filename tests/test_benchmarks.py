@@ -51,6 +51,7 @@ def contenders(path):
     return [[row["contender"] for row in table["rows"]] for table in result["tables"]]
 
 
+@pytest.mark.long
 def test_infer_writes_json_and_a_plot_and_says_who_is_left_out(tmp_path):
     written = tmp_path / "infer.json", tmp_path / "infer.png"
     done = run(
@@ -64,6 +65,7 @@ def test_infer_writes_json_and_a_plot_and_says_who_is_left_out(tmp_path):
     assert written[1].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_fit_has_a_native_loop_beside_it(tmp_path):
     path = tmp_path / "fit.json"
     arguments = "--fit", "--batch", "2", "--steps", "2", "--contenders", "torchvision", "ours"
@@ -71,6 +73,7 @@ def test_fit_has_a_native_loop_beside_it(tmp_path):
     assert contenders(path) == [["native torch", "ours"]]
 
 
+@pytest.mark.slow
 def test_gpu_runs_on_a_processor_too(tmp_path):
     path = tmp_path / "gpu.json"
     arguments = "--device", "cpu", "--batch", "2", "--what", "train", "--modes", "eager"

@@ -111,6 +111,7 @@ def test_every_example_is_run_here_and_described():
 
 
 @pytest.mark.parametrize("stride_on", ["1x1", "3x3"])
+@pytest.mark.slow
 def test_the_resnet50_written_by_hand_answers_as_the_one_of_the_table(stride_on, rng):
     by_hand = example("bird_photos_resnet50").resnet50((64, 64, 3), 10, stride_on)
     name = {"1x1": "resnet50_v1", "3x3": "resnet50"}[stride_on]

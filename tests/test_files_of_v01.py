@@ -177,6 +177,7 @@ def test_a_finished_run_is_reported(runs, tmp_path):
 
 @pytest.mark.once
 @pytest.mark.skipif(os.name == "nt", reason="the run knows its images by a POSIX path")
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(runs, monkeypatch):
     folder = runs / "killed" / "resnet20-pictures"
     config = json.loads((folder / "config.json").read_text())

@@ -175,6 +175,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_in_one_line_without_keras(world):
     found = run_all([words.split() for words, _ in WRONG], world)
     for (words, told), (code, out, err, modules) in zip(WRONG, found, strict=True):

@@ -96,6 +96,7 @@ def test_files_and_labels_are_those_of_torchvisions_image_folder(torchvision, fo
 
 
 @once
+@pytest.mark.slow
 def test_unshuffled_batches_hold_torchvisions_pixels_in_file_order(torchvision, shared):
     from torchvision import transforms
 

@@ -45,6 +45,7 @@ def noise(rng, height, width, channels=3):
     "resize, crop, every",
     [(256, 224, 1), (232, 224, 1), ((101, 77), None, 7), (77, 75, 7), (40, 64, 7), (None, 301, 7)],
 )
+@pytest.mark.slow
 def test_photographs_have_torchvisions_pixels_to_the_bit(torchvision, shared, resize, crop, every):
     from torchvision import transforms
 

@@ -157,6 +157,7 @@ def test_near_pairs_are_those_of_the_full_comparison(rng):
     assert expected
 
 
+@pytest.mark.slow
 def test_photographs_have_few_look_alikes(shared):
     report = scan(shared / "data" / "hymenoptera" / "val")
     assert report.pictures == 153 and not report.unreadable and not report.exact_duplicates

@@ -123,6 +123,7 @@ def test_maps_equal_the_packages(pair, name, backend):
         ("alexnet", "features_8", "features.8"),
     ],
 )
+@pytest.mark.slow
 def test_any_layer_can_be_looked_at(pair, name, layer, path, backend):
     if backend != "torch" and layer in ("layer2_0_downsample_1", "features_8"):
         pytest.skip("the cut is the same on every backend")

@@ -153,6 +153,7 @@ def test_reading_goes_on_while_the_model_computes_and_stays_bounded(folder, monk
     stream.close() if hasattr(stream, "close") else None
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(tmp_path):
     """20,000 pictures with KERAS_RESNET_LONG=1; the growth after the first thousand counts."""
     status = "/proc/self/statm"
@@ -319,6 +320,7 @@ def test_a_killed_run_goes_on_and_nothing_tells(folder, tmp_path, whole, suffix,
 
 @pytest.mark.once
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.slow
 def test_a_work_file_cut_off_anywhere_is_gone_on_with(folder, tmp_path, whole, suffix):
     expected = whole(suffix)
     output = tmp_path / f"answers{suffix}"
@@ -419,6 +421,7 @@ write_predictions(Brightness(), {folder!r}, {output!r}, batch_size=4,
 
 @pytest.mark.once
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"] if LONG else [".csv"])
+@pytest.mark.slow
 def test_kill_9_at_random_moments(folder, tmp_path, whole, suffix):
     """Once in the ordinary tests, eight times each with KERAS_RESNET_LONG=1."""
     expected = whole(suffix)

@@ -216,6 +216,7 @@ def form(*pictures):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_the_endpoint_answers_good_and_bad_in_order(client):
     answer = client.post(
         "/predict", files=form((HOSTILE, png_bytes()), ("t.txt", b"text"), ("a.jpg", png_bytes()))
@@ -348,6 +349,7 @@ def address(file):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_the_documented_client_lines_work(address, tmp_path):
     gradio_client = pytest.importorskip("gradio_client")
     (tmp_path / "cat.png").write_bytes(png_bytes())
@@ -391,6 +393,7 @@ def page(browser, address):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_person_drops_pictures_and_sees_answers(page, tmp_path):
     files = [
         {"name": HOSTILE, "mimeType": "image/png", "buffer": png_bytes(300, 200)},
@@ -468,6 +471,7 @@ def test_bad_addresses_are_said_in_one_line(file, capsys):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_without_gradio_the_pip_line_is_named(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingDependencyError, match=r"keras3-resnet\[serve\]"):

@@ -438,6 +438,7 @@ def test_open_sides_take_every_size(rng):
     ],
     ids=lambda layer: type(layer).__name__,
 )
+@pytest.mark.slow
 def test_config_makes_the_same_layer(layer):
     config = layer.get_config()
     again = type(layer).from_config(config)
@@ -861,6 +862,7 @@ def test_a_compiled_training_step_is_the_eager_one(policy, monkeypatch, rng):
 
 
 @torch_only
+@pytest.mark.slow
 def test_twenty_training_steps_in_float64_are_torchvisions(torchvision, rng):
     import copy
 

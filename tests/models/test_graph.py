@@ -121,6 +121,7 @@ def gradients_of(model, x):
 
 @torch_only
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_a_training_step_agrees_with_keras(name, lists_run, rng):
     size = VARIANTS[name]
     make = {"input_shape": (size, size, 3), "include_preprocessing": True, "dropout": 0.0}
@@ -581,6 +582,7 @@ def test_awkward_graphs_agree_with_keras(training, lists_run, rng):
 
 
 @torch_only
+@pytest.mark.slow
 def test_training_is_noticed_whoever_updates_the_weights(rng):
     """Batch norm and fused optimizers change tensors without torch's count of it."""
     x = torch.tensor(rng.normal(size=(4, 32, 32, 3)).astype("float32"))

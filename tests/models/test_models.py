@@ -109,6 +109,7 @@ def test_every_row_has_a_named_builder():
     assert built == {name for name, spec in SPECS.items() if not spec.hidden}
 
 
+@pytest.mark.slow
 def test_output_is_logits_unless_softmax_is_asked_for(rng):
     x = rng.normal(size=(2, 32, 32, 3)).astype("float32")
     keras.utils.set_random_seed(0)

@@ -42,6 +42,7 @@ def norms_of(model):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_a_folded_model_has_no_norms_and_gives_the_same_answers(name, tmp_path, rng):
     if keras.backend.backend() == "jax" and name in ("resnet18", "resnet50_v1_relu"):
         pytest.skip("jax compiles every shape by itself; the small ones show the same")

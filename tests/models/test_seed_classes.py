@@ -231,6 +231,7 @@ def both_outputs(module, model, size, rng):
 
 
 @pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.slow
 def test_a_saved_tutorial_class_imports_and_answers_the_same(tmp_path, rng, name):
     build, variant, num_classes, size = CASES[name]
     torch.manual_seed(0)
@@ -250,6 +251,7 @@ def test_a_saved_tutorial_class_imports_and_answers_the_same(tmp_path, rng, name
     )
 
 
+@pytest.mark.slow
 def test_a_headless_copy_imports_into_a_headless_model(rng):
     module = after_training(resnet34(head=False))
     model = create_model("resnet34", include_top=False, input_shape=(64, 64, 3))
@@ -258,6 +260,7 @@ def test_a_headless_copy_imports_into_a_headless_model(rng):
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
+@pytest.mark.slow
 def test_five_classes_over_a_thousand_the_two_ways():
     """Load all, then swap the last layer; or delete the last layer's entries, then load."""
     state = after_training(resnet34(1000)).state_dict()

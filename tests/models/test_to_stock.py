@@ -62,6 +62,7 @@ def pair(request, backend):
     return model, to_stock(model)
 
 
+@pytest.mark.slow
 def test_the_twin_is_stock_and_answers_alike(pair, tmp_path):
     model, twin = pair
     assert {type(op).__module__.split(".")[0] for op in twin.operations} == {"keras"}
@@ -82,8 +83,10 @@ def test_the_twin_is_stock_and_answers_alike(pair, tmp_path):
         assert_close(answer(fresh, x), expected)
 
 
+@pytest.mark.slow
 def test_saved_twins_load_without_the_package(tmp_path, backend):
-    names = VARIANTS if backend == "torch" else VARIANTS[:1]
+    every = backend == "torch" and os.environ.get("KERAS_RESNET_LONG")
+    names = VARIANTS if every else VARIANTS[:1]
     options = {"input_shape": (32, 32, 3), "num_classes": 7, "include_preprocessing": True}
     models = {name: with_random_state(create_model(name, **options)) for name in names}
     for name, model in models.items():
@@ -157,6 +160,7 @@ def test_other_things_are_refused():
             to_stock(thing)
 
 
+@pytest.mark.slow
 def test_twenty_training_steps_are_those_of_stock_layers(rng):
     """With Keras' variance rule, so that the statistics are comparable as well."""
     model = create_model("resnet20", input_shape=(16, 16, 3))

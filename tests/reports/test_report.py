@@ -267,6 +267,7 @@ def test_hostile_names_add_no_tag(tmp_path, copies):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_hostile_folders_in_a_comparison(tmp_path):
     named = [make_run(tmp_path / "a" / f'"<b>{i}\u202e', HOSTILE, seed=i) for i in (0, 1)]
     plain = [make_run(tmp_path / "b" / f"run{i}", PLAIN, seed=i) for i in (0, 1)]
@@ -627,6 +628,7 @@ def test_no_report_where_none_is_wanted(tmp_path, capsys):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_the_origin_of_the_weights_is_proven_again(tmp_path):
     source = kr.create_model("resnet20", num_classes=7)
     kr.save_torchvision(source, tmp_path / "start.pth")
@@ -687,6 +689,7 @@ def browser():
 @pytest.mark.once
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.slow
 def test_the_page_in_a_browser(browser, trained, tmp_path, width, scheme):
     hostile = make_run(tmp_path / "hostile", HOSTILE)
     pages = [trained[0].folder / "report.html", kr.report(hostile)]

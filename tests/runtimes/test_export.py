@@ -109,6 +109,7 @@ def by_hand(path: pathlib.Path, name: str, images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", WRITABLE)
+@pytest.mark.slow
 def test_a_file_answers_as_the_model_and_knows_what_the_model_knows(name, pictures, tmp_path):
     needs(name)
     # One that has never run: what layers make at their first call must not be an exporter's.
@@ -201,6 +202,7 @@ def test_grouped_convolutions_and_features_without_a_head(tmp_path):
 
 
 @pytest.mark.parametrize("twin", [to_stock, optimize_for_inference])
+@pytest.mark.slow
 def test_stock_and_folded_twins_are_exported_as_well(twin, model, tmp_path):
     needs(FIRST)
     path = target(tmp_path, FIRST)
@@ -210,6 +212,7 @@ def test_stock_and_folded_twins_are_exported_as_well(twin, model, tmp_path):
     assert relative_difference(by_hand(path, FIRST, images.astype("f4")), expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_not_kept(model, tmp_path, monkeypatch, capsys):
     needs(FIRST)
     path = target(tmp_path, FIRST)
@@ -234,6 +237,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(model, tmp_path, monkeypatch,
     assert "more than the tolerance" in out.out and "not kept" in out.err
 
 
+@pytest.mark.slow
 def test_engines_take_a_model_and_auto_measures(model, pictures):
     images = formats.sample_input(model, 3)
     expected = KerasRunner(model).outputs(images)
@@ -260,6 +264,7 @@ def test_an_engine_that_the_backend_cannot_feed_is_said(model):
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 @pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.slow
 def test_int8_is_measured(name, labelled, model, pictures, tmp_path, capsys):
     needs(name)
     pytest.importorskip("nncf")

@@ -204,6 +204,7 @@ def test_norms_in_a_block_of_ones_own_are_counted_and_frozen():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_parts_go_from_the_input_to_the_head():
     assert parts(create_model("resnet20")) == ["conv1", "layer1", "layer2", "layer3", "linear"]
     assert parts(create_model("alexnet", input_shape=(63, 63, 3))) == ["features", "classifier"]
@@ -268,6 +269,7 @@ def test_the_published_resnet20_goes_under_a_new_head(model, shared):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_weights_of_another_network_are_refused_and_nothing_is_changed(model, tmp_path):
     path = tmp_path / "other.keras"
     create_model("resnet32", input_shape=(16, 16, 3)).save(path)
@@ -281,6 +283,7 @@ def test_weights_of_another_network_are_refused_and_nothing_is_changed(model, tm
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_weights_of_other_strides_are_refused(tmp_path):
     path = tmp_path / "v1.keras"
     create_model("resnet50_v1", input_shape=(32, 32, 3)).save(path)

@@ -42,6 +42,7 @@ def swept(pictures):
     return model, before, result
 
 
+@pytest.mark.slow
 def test_the_rates_rise_by_a_constant_factor_until_the_loss_leaves(swept):
     _, _, result = swept
     factors = result.rates[1:] / result.rates[:-1]
@@ -86,6 +87,7 @@ def test_a_loss_that_never_falls_gets_no_suggestion():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_the_command_draws_its_plot(pictures, tmp_path, capsys):
     plot = tmp_path / "lr.png"
     code = cli.main(

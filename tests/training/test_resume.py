@@ -122,6 +122,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(pictures, peaceful, tmp_path):
     def die():
         raise Killed
@@ -166,6 +167,7 @@ def test_a_run_killed_while_it_writes_a_file_goes_on(
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_run_killed_while_its_report_is_written_goes_on(
     pictures, peaceful, tmp_path, monkeypatch
 ):
@@ -186,6 +188,7 @@ def test_a_run_killed_while_its_report_is_written_goes_on(
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_gradual_unfreezing_goes_on_where_it_was(pictures, tmp_path):
     options = {**OPTIONS, "epochs": 4, "unfreeze": "head", "gradual": 1, "backbone_rate": 0.5,
                "ema": False}  # fmt: skip
@@ -221,6 +224,7 @@ def test_pictures_that_changed_meanwhile_are_said(tmp_path):
 
 @pytest.mark.once
 @pytest.mark.parametrize("limited", ["state.npz", "last.keras", "history.csv"])
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_loses_nothing(pictures, peaceful, tmp_path, monkeypatch, limited):
     options = {**OPTIONS, "output": tmp_path, "epochs": 3}
     sync, full = os.fsync, []

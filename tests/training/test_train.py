@@ -81,6 +81,7 @@ def one_line(err):
 # --- what a run leaves ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_folder_holds_what_the_readme_promises(finished):
     names = {path.name for path in finished.folder.iterdir()}
     assert names == {
@@ -159,6 +160,7 @@ def test_a_model_file_is_enough_to_predict(finished, pictures, tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_finished_run_is_kept_and_a_new_one_made_beside_it(pictures, tmp_path):
     options = {**TINY, "epochs": 1, "output": tmp_path, "name": "my run"}
     first = train(pictures, **options)
@@ -203,6 +205,7 @@ def test_show_prints_the_recipe_in_full(pictures, tmp_path, capsys):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_train_and_val_folders_are_taken_as_they_are(tmp_path):
     write_pictures(tmp_path / "d" / "train", count=4)
     write_pictures(tmp_path / "d" / "val", classes=("bee", "cat"), count=2, seed=1)
@@ -286,6 +289,7 @@ def test_a_batch_without_a_readable_picture_is_left_out(tmp_path):
     assert np.isfinite(result.history["val_loss"]).all()
 
 
+@pytest.mark.slow
 def test_a_folder_that_changes_under_a_running_epoch(tmp_path, backend):
     folder = write_pictures(tmp_path / "pictures", count=10)
 
@@ -379,6 +383,7 @@ def test_an_output_that_cannot_be_written_gets_one_line(pictures, tmp_path, caps
         assert code == 2 and str(output) in one_line(err)
 
 
+@pytest.mark.slow
 def test_weights_with_another_number_of_classes_go_under_a_new_head(finished, tmp_path):
     folder = write_pictures(tmp_path / "two", classes=("dog", "eel"), count=4)
     result = train(
@@ -439,6 +444,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, m
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(pictures, tmp_path):
     result = train(
         pictures, output=tmp_path, patience=1, schedule="constant", learning_rate=1e-12,
@@ -476,6 +482,7 @@ def test_a_callback_sees_one_run_and_can_stop_it(pictures, tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_keep_saves_the_models_of_the_best_epochs(pictures, tmp_path):
     result = train(pictures, output=tmp_path, keep=2, **{**TINY, "epochs": 4})
     accuracy = result.history["val_accuracy"]

@@ -1017,6 +1017,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measure
 
 
 @linux
+@pytest.mark.slow
 def test_hostile_files_are_refused_within_a_second_and_200_megabytes(tmp_path):
     marker = tmp_path / "it_ran"
     cases = hostile(str(marker))
@@ -1119,6 +1120,7 @@ def test_reading_costs_the_tensors_and_touches_only_what_is_used(tmp_path, saver
     assert 100e6 < whole < 1.2 * 25 * 2**22
 
 
+@pytest.mark.slow
 def test_damaged_files_end_in_a_result_or_our_own_error(tmp_path, shared):
     count = int(os.environ.get("KERAS_RESNET_FUZZ", "1500"))
     outcomes, slowest, name = session(samples(shared), count, seed=7, folder=tmp_path)

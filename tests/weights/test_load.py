@@ -319,6 +319,7 @@ SAVERS = {
 
 
 @pytest.mark.parametrize("format", SAVERS)
+@pytest.mark.slow
 def test_every_file_format_imports_bit_exactly(tmp_path, resnet20, format):
     state = torch_resnet20()
     path = tmp_path / f"model.{'safetensors' if format == 'safetensors' else 'pth'}"

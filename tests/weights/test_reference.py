@@ -333,6 +333,7 @@ def test_alexnets_without_adaptive_pooling_agree_with_torch(build, size):
     assert list(ours) == ["features", "logits"]
 
 
+@pytest.mark.slow
 def test_a_trained_resnet20_gives_the_answers_of_its_own_code(shared):
     from PIL import Image
 
