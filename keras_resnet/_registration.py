@@ -16,7 +16,10 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.util
+import os
 import sys
+
+from keras_resnet.system.process import BACKENDS, choose_backend, keras_json
 
 REGISTERING = ("layers", "models.image_model", "training.optimizers", "training.schedules")
 
@@ -24,6 +27,7 @@ REGISTERING = ("layers", "models.image_model", "training.optimizers", "training.
 def register_with_keras() -> None:
     """Imports the modules that register classes: now, or right after Keras is imported."""
     if "keras" in sys.modules:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # where TensorFlow is imported later
         _import_registering()
     else:
         sys.meta_path.insert(0, _WhenKerasIsImported())
@@ -35,18 +39,31 @@ def _import_registering() -> None:
 
 
 class _WhenKerasIsImported(importlib.abc.MetaPathFinder):
-    """Finds Keras where it is, and registers when it has been imported."""
+    """Finds Keras where it is, with a backend that is there, and registers when it is imported."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "keras":
             return None
+        # What it raises is said again at the next attempt. Keras' backends for inference alone can
+        # run its layers, and some of this package's.
+        choose_backend((*BACKENDS, "numpy", "openvino"))
         sys.meta_path.remove(self)  # once is enough
         spec = importlib.util.find_spec("keras")
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module):
-                execute(module)
+                settings = keras_json()
+                known = settings.exists()
+                try:
+                    execute(module)
+                except BaseException:
+                    # Keras writes its settings first: of an import that failed they would decide
+                    # on the backend for ever.
+                    if not known:
+                        settings.unlink(missing_ok=True)
+                    sys.meta_path.insert(0, self)
+                    raise
                 _import_registering()
 
             spec.loader.exec_module = execute_and_register

@@ -17,7 +17,6 @@ from keras_resnet.system.process import choose_backend, tune_process
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives the exit code: 0, 1 (disagreement), 2 (bad input), 130 (Ctrl-C)."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     argv = sys.argv[1:] if argv is None else argv
     if not argv:

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean
@@ -117,34 +118,73 @@ def fit_threads() -> None:
             os.environ.setdefault(f"TF_NUM_{kind}_THREADS", str(cores))
 
 
-def choose_backend() -> None:
-    """Says in one line what Keras would say in a traceback: the chosen backend is not there.
+BACKENDS = ("torch", "tensorflow", "jax")
 
-    Where neither KERAS_BACKEND nor keras.json chooses and one backend alone is installed, it is
-    that one; every command prints which one runs.
+
+def choose_backend(known: Sequence[str] = BACKENDS) -> None:
+    """Settles which backend Keras will import, or says in one line why none can be.
+
+    Where nothing chooses, or a keras.json names a backend that is not there (Keras writes one by
+    itself, with its own default in it), and one backend alone is installed, it is that one.
+    TensorFlow's native log lines are turned off but for errors; all of them where it is not the
+    backend. What the environment says already stays. Called before Keras is imported: by the
+    command line, and by `import keras` itself (see `_registration`).
+
+    Args:
+        known: The backends that may be chosen.
+
+    Raises:
+        InputError: Another one is.
+        MissingDependencyError: The chosen one is not installed, or none is.
     """
-    known = ("torch", "tensorflow", "jax")
+    installed = [name for name in BACKENDS if _is_installed(name)]
     chosen = os.environ.get("KERAS_BACKEND")
     if not chosen:
-        home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
-        try:
-            chosen = json.loads((home / "keras.json").read_text(encoding="utf-8")).get("backend")
-        except (OSError, ValueError):
-            chosen = None
-    installed = [name for name in known if importlib.util.find_spec(name)]
-    if not chosen:
-        if len(installed) == 1:
-            os.environ["KERAS_BACKEND"] = installed[0]
-            return
-        chosen = "tensorflow"  # Keras' own default
-    if chosen not in known:
-        raise InputError(
-            f"KERAS_BACKEND is {chosen!r}; it must be torch, tensorflow or jax."
-            f"{did_you_mean(chosen, known)}"
-        )
-    if chosen not in installed:
-        other = f"set KERAS_BACKEND={installed[0]}, or " if installed else ""
+        chosen = _backend_of_keras_json()
+        if chosen not in installed and len(installed) == 1:
+            os.environ["KERAS_BACKEND"] = chosen = installed[0]
+    quiet = "2" if (chosen or "tensorflow") == "tensorflow" else "3"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", quiet)
+    if chosen is None and "tensorflow" in installed:
+        return  # Keras' own default
+    if chosen in installed or (chosen in known and chosen not in BACKENDS):
+        return
+    if not installed:
+        extras = ", ".join(f"keras3-resnet[{name}]" for name in BACKENDS)
         raise MissingDependencyError(
-            f"Keras is set to the {chosen} backend, which is not installed: {other}"
-            f"pip install 'keras3-resnet[{chosen}]'"
+            f"Keras needs a backend, and none is installed: pip install one of {extras}."
         )
+    where = "KERAS_BACKEND" if os.environ.get("KERAS_BACKEND") else str(keras_json())
+    if chosen is not None and chosen not in BACKENDS:
+        raise InputError(
+            f"The backend must be torch, tensorflow or jax. {where} says {chosen!r}."
+            f"{did_you_mean(chosen, BACKENDS)}"
+        )
+    set_to = f"{where} names the {chosen} backend, which is not installed"
+    found = f"Keras needs one backend, and {' and '.join(installed)} are installed"
+    install = f", or pip install 'keras3-resnet[{chosen}]'" if chosen else ""
+    raise MissingDependencyError(
+        f"{set_to if chosen else found}: set KERAS_BACKEND={' or '.join(installed)}{install}."
+    )
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a package can be imported; a mere folder of its name in the way is none."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # hidden by an import hook, or put there by a test
+        return name in sys.modules and sys.modules[name] is not None
+    return spec is not None and spec.origin is not None
+
+
+def keras_json() -> Path:
+    """Where Keras keeps its settings."""
+    home = Path.home() if os.access(Path.home(), os.W_OK) else Path("/tmp")
+    return Path(os.environ.get("KERAS_HOME", home / ".keras")).expanduser() / "keras.json"
+
+
+def _backend_of_keras_json() -> str | None:
+    try:
+        return json.loads(keras_json().read_text(encoding="utf-8")).get("backend")
+    except (OSError, ValueError, AttributeError):
+        return None

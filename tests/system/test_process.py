@@ -1,7 +1,9 @@
 """Settings of the process: what they do, and that they can be turned off."""
 
+import json
 import math
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from keras_resnet.system import process
 
 pytestmark = pytest.mark.once
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_share_of_a_container(tmp_path):
@@ -78,3 +81,101 @@ def test_threads_fit_the_cores_and_the_environment_wins(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     process.fit_threads()
     assert calls == [3]
+
+
+# Hides what is installed, and puts a Keras in its place that says what it would import: a real one
+# takes seconds. As Keras does, it writes its settings before it imports the backend.
+SITE = {
+    "sitecustomize.py": """
+import sys
+from importlib.machinery import PathFinder
+class Some:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target)
+        real = name in ("torch", "tensorflow", "jax") and spec and "site-packages" in str(spec.origin)
+        return None if real else spec
+sys.meta_path[sys.meta_path.index(PathFinder)] = Some
+""",
+    "keras/__init__.py": """
+import importlib, json, os, pathlib
+settings = pathlib.Path.home() / ".keras/keras.json"
+settings.parent.mkdir(exist_ok=True)
+if not settings.exists():
+    settings.write_text('{"backend": "tensorflow"}')
+backend = os.environ.get("KERAS_BACKEND") or json.loads(settings.read_text())["backend"]
+print(backend, os.environ.get("TF_CPP_MIN_LOG_LEVEL"), flush=True)
+importlib.import_module(backend)
+raise SystemExit
+""",
+}
+NONE = "pip install one of keras3-resnet[torch], keras3-resnet[tensorflow], keras3-resnet[jax]."
+BROKEN = "no libcudart"
+
+
+@pytest.mark.parametrize(
+    ("installed", "settings", "variable", "told"),
+    [
+        (["torch"], None, None, "torch 3"),
+        (["jax"], None, "", "jax 3"),
+        (["tensorflow"], None, None, "tensorflow 2"),
+        (["torch"], "tensorflow", None, "torch 3"),
+        (["tensorflow"], "jax", None, "tensorflow 2"),
+        (["torch"], "theano", None, "torch 3"),
+        (["torch"], "[not json", None, "torch 3"),
+        (["torch", "jax"], "jax", None, "jax 3"),
+        (["torch", "tensorflow"], None, None, "tensorflow 2"),
+        (["torch", "tensorflow"], "tensorflow", "torch", "torch 3"),
+        (["torch", "numpy"], None, "numpy", "numpy 3"),
+        ([], None, None, NONE),
+        ([], "torch", None, NONE),
+        ([], None, "jax", NONE),
+        (["torch", "jax"], None, None, "torch and jax are installed: set KERAS_BACKEND=torch or"),
+        (["torch", "jax"], "tensorflow", None, "keras.json names the tensorflow backend, which is"),
+        (["torch"], None, "jax", "KERAS_BACKEND names the jax backend, which is not installed: set"),
+        (["torch"], None, "pytorch", "KERAS_BACKEND says 'pytorch'. Did you mean 'torch'?"),
+        (["torch", BROKEN], None, None, BROKEN),
+    ],
+)
+def test_a_plain_import_finds_the_backend(tmp_path, installed, settings, variable, told):
+    for name, text in SITE.items():
+        path = tmp_path / "site" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for name in {"torch", "tensorflow", "jax"} - {*installed}:
+        (tmp_path / name).mkdir()  # a folder in the way is no package
+    for name in {*installed} - {BROKEN, "numpy"}:
+        broken = f"raise ImportError({BROKEN!r})" if BROKEN in installed else ""
+        (tmp_path / "site" / f"{name}.py").write_text(broken)
+    written = tmp_path / "home/.keras/keras.json"
+    written.parent.mkdir(parents=True)
+    if settings is not None:
+        written.write_text(settings if settings[0] == "[" else json.dumps({"backend": settings}))
+    hidden = ("KERAS_BACKEND", "KERAS_HOME", "TF_CPP_MIN_LOG_LEVEL")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    if variable is not None:
+        environment["KERAS_BACKEND"] = variable
+    paths = [str(tmp_path / "site"), str(ROOT), environment.get("PYTHONPATH", "")]
+    environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(paths)}
+    program = "import keras_resnet as kr\ntry: kr.ResNet18\nexcept ImportError: pass\nkr.ResNet18"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    if told[-1].isdigit():
+        assert (done.returncode, done.stdout) == (0, f"{told}\n"), done.stderr
+    else:
+        assert done.returncode == 1 and told in done.stderr.splitlines()[-1], done.stderr
+        assert written.exists() == (settings is not None)
+
+
+@pytest.mark.slow
+def test_tensorflow_beside_torch_prints_nothing(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    program = "import keras_resnet as kr; kr.ResNet18; import keras; keras.utils.set_random_seed(0)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}; import sys; print('tensorflow' in sys.modules)"],
+        env={**environment, "KERAS_BACKEND": "torch"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    if done.stdout == "False\n":
+        pytest.skip("set_random_seed imported no TensorFlow")
