@@ -6,6 +6,8 @@ import difflib
 import importlib.util
 import math
 import operator
+import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,6 +74,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(name).lower(), [str(k) for k in known], n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def meant_path(path: str | os.PathLike) -> str:
+    """What is likely meant by a path that does not exist: the end of a message, or nothing.
+
+    Examples:
+        >>> meant_path("https://example.org/resnet18.pth")
+        ' It is an address: download it, and give the path of the file.'
+    """
+    text = os.fspath(path)
+    if re.match(r"[a-z][a-z0-9+.-]+:/", text, re.IGNORECASE):
+        return " It is an address: download it, and give the path of the file."
+    folder, name = os.path.split(os.path.abspath(os.path.expanduser(text)))
+    if os.path.isdir(folder):
+        return did_you_mean(name, os.listdir(folder))
+    while not os.path.isdir(os.path.dirname(folder)):
+        folder = os.path.dirname(folder)
+    near = did_you_mean(os.path.basename(folder), os.listdir(os.path.dirname(folder)))
+    return f" There is no folder {folder!r}.{near}"
 
 
 def require(package: str, extra: str, purpose: str) -> None:

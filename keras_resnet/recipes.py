@@ -28,11 +28,11 @@ class Recipe:
         name: The name in `train(recipe=...)`.
         source: Where the numbers come from.
         aim: The accuracy that was published for it.
-        model: The variant it was published for.
+        model: The network: see `keras-resnet models`.
         weights: Where training starts: `None` (random), a tag such as `"DEFAULT"`, or a path.
         epochs: Passes over the training data.
         batch_size: Images a step, over all devices.
-        image_size: Side of the training images, pixels; `None` is the variant's own.
+        image_size: Side in training, pixels; `None` is the variant's own.
         eval_size: Side of the evaluated images; `None` is `image_size`.
         eval_resize: Short side before the evaluation's centre crop; `None` is 256/224 of
             `eval_size`, or for images up to 64 pixels a plain resize to it.
@@ -53,8 +53,8 @@ class Recipe:
         optimizer: `"sgd"` (torch's arithmetic), `"adam"`, `"adamw"` or `"rmsprop"`.
         learning_rate: Highest rate.
         momentum: Of SGD and RMSprop.
-        nesterov: Nesterov's momentum.
-        weight_decay: L2 factor, added to the gradient (`adamw`: decoupled).
+        nesterov: With Nesterov's momentum.
+        weight_decay: L2 factor in the gradient; `adamw`: decoupled.
         norm_decay: Batch norms' weights decay too.
         bias_decay: Biases decay too.
         schedule: `"constant"`, `"step"`, `"multistep"`, `"cosine"` or `"onecycle"`.
@@ -70,15 +70,14 @@ class Recipe:
             with that.
         ema_steps: Steps between two of its updates.
         ema_decay: Its decay, adjusted to batch size and epochs as torchvision does.
-        unfreeze: What is trained: `None` for all, `"head"`, or the first stage that is
-            (`"layer4"`).
+        unfreeze: What is trained: `"head"`, `"layer4"` and on, ...; `None` is all.
         gradual: Epochs after which one stage more is unfrozen; 0 for never.
         backbone_rate: Factor on the learning rate of everything but the head.
         freeze_norms: Batch norms keep their statistics and weights.
         dropout: Rate in the head; `None` is the variant's own.
         precision: `"fp32"`, `"bf16"` or `"fp16"` (mixed).
-        patience: Stop after so many epochs without a better validation accuracy; `None` never.
-        val_split: Fraction of the training images held out where there is no `val/`.
+        patience: Stop after so many epochs without a better accuracy.
+        val_split: Fraction held out where there is no `val/`.
     """
 
     name: str

@@ -3,64 +3,143 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from keras_resnet.data.folders import existing_folder
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean
+from keras_resnet.cli.pipes import STDOUT
+from keras_resnet.data.folders import class_folders, existing_folder, is_picture, split_folders
+from keras_resnet.errors import (
+    InputError,
+    MissingDependencyError,
+    NotFoundError,
+    between,
+    meant_path,
+    one_of,
+    require,
+)
 from keras_resnet.recipes import Recipe
 from keras_resnet.runtimes.rows import format_of_file
-from keras_resnet.variants import get_spec
-from keras_resnet.weights.keras_files import find_keras_file
+from keras_resnet.system.files import check_writable, check_writable_folder
+from keras_resnet.variants import SPECS, get_spec
+from keras_resnet.weights.keras_files import find_keras_file, run_models
 from keras_resnet.weights.published import is_tag, resolve_weights
 
 
 def existing(path: str | os.PathLike) -> None:
     """There is a file or folder."""
-    found = Path(path).expanduser()
-    if not found.exists():
-        near = os.listdir(found.parent) if found.parent.is_dir() else []
-        raise NotFoundError(f"{str(found)!r} does not exist.{did_you_mean(found.name, near)}")
+    if not Path(path).expanduser().exists():
+        raise NotFoundError(f"{os.fspath(path)!r} does not exist.{meant_path(path)}")
 
 
-def parent(path: str) -> None:
-    """The folder in which something shall be written is there."""
-    existing(Path(path).expanduser().parent)
+def source_first(command: str, arguments: dict[str, Any]) -> None:
+    """What `convert` reads is there, and not what it shall write."""
+    source, target = arguments["source"], arguments["target"]
+    if os.path.exists(target) and not os.path.exists(source):
+        raise InputError(f"The source comes first: keras-resnet {command} {target} {source}")
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise InputError(f"{target!r} would be written over what is read: give another name.")
 
 
-def output_file(path: str) -> None:
-    """A file can be written there."""
-    parent(path)
-    if os.path.isdir(path):
-        raise InputError(f"The output {path!r} is a folder; a file's name is needed.")
+def existing_file(path: str | os.PathLike) -> None:
+    """There is a file."""
+    existing(path)
+    if os.path.isdir(os.path.expanduser(path)):
+        raise InputError(f"{os.fspath(path)!r} is a folder; a file is needed.")
 
 
-def output_folder(path: str) -> None:
+def written(*endings: str, pipe: bool = False) -> Callable[[str], None]:
+    """A check of a file that shall be written: it can be, and its name says a kind that there is.
+
+    Args:
+        *endings: Of the kinds; any by default.
+        pipe: `-` means the standard output.
+    """
+
+    def check(path: str) -> None:
+        if pipe and path == STDOUT:
+            return
+        if endings and not os.path.isdir(path) and Path(path).suffix.lower() not in endings:
+            kinds = f"{', '.join(endings[:-1])} or {endings[-1]}" if endings[1:] else endings[0]
+            raise InputError(f"The output's name must end in {kinds}. Received: {path!r}.")
+        if not endings and os.path.exists(path) and (is_picture(path) or is_model(path)):
+            raise InputError(f"{path!r} is there, and is an image or a model: give another name.")
+        check_writable(path)
+
+    return check
+
+
+def output_folder(path: str | os.PathLike) -> None:
     """It is a folder, or can become one."""
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise InputError(f"The output {path!r} is a file; a folder is needed.")
+    check_writable_folder(path)
 
 
-def ends_in(option: str, path: str | None, *endings: str) -> None:
-    """A file's name says a kind that can be written."""
-    if path is not None and Path(path).suffix.lower() not in endings:
-        raise InputError(f"--{option} wants a name that ends in {endings[0]}, not {path!r}.")
+def cache(place: str) -> None:
+    """Decoded images can be kept there."""
+    if place != "ram":
+        check_writable_folder(place)
+
+
+def logger(name: str) -> None:
+    """Its package is installed, or torch's writer of the same files."""
+    package = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+    one_of("log", name, package)
+    try:
+        require(package[name], name, f"Logging to {name}")
+    except MissingDependencyError:
+        if name != "tensorboard":  # torch may have its own writer: training finds out
+            raise
+
+
+def port(number: int) -> None:
+    """A server can listen there."""
+    between("port", number, 0, 65535)
+
+
+def is_model(path: str) -> bool:
+    """Whether a path is a model's by its name, or a run folder."""
+    found = Path(path).expanduser()
+    named = found.suffix == ".keras" or (found.exists() and format_of_file(found) is not None)
+    return named or bool(run_models(found))
 
 
 def model(path: str) -> None:
-    """It is a `.keras` file, a run folder, or an exported file."""
+    """It is a `.keras` file, a run folder, or an exported file whose runtime is installed."""
     found = Path(path).expanduser()
-    if not found.exists() or format_of_file(found) is None:
+    kind = format_of_file(found) if found.exists() else None
+    if kind is None:
         find_keras_file(path)
 
 
 def weight_file(path: str) -> None:
     """It is a `.keras` file, or some other file."""
-    (find_keras_file if path.endswith(".keras") else existing)(path)
+    (find_keras_file if path.endswith(".keras") else existing_file)(path)
+
+
+def model_first(command: str, arguments: dict[str, Any]) -> None:
+    """The model is not among the words behind it."""
+    words: list[str] = []
+    for name in ("model", "directory", "paths", "source"):
+        value = arguments.get(name, [])
+        words += [value] if isinstance(value, str) else value
+    if is_model(words[0]) or words[0] in SPECS or not os.path.exists(words[0]):
+        return
+    found = [word for word in words[1:] if is_model(word) and os.path.exists(word)]
+    if found:
+        others = [word for word in words if word != found[0]]
+        raise InputError(
+            f"The model comes first: keras-resnet {command} {' '.join([found[0], *others])}"
+        )
 
 
 def training(directory: str, recipe: Recipe) -> None:
     """There is a folder to train on, and the weights that training starts from can be had."""
-    existing_folder(directory)
+    if is_model(directory) or directory in SPECS:
+        raise InputError(
+            f"{directory!r} is a model; a folder of images is needed: "
+            "keras-resnet train DIR --model NAME."
+        )
+    class_folders(split_folders(existing_folder(directory)).get("train", directory), least=2)
     weights = recipe.weights
     if weights is not None and not os.path.exists(weights):
         if is_tag(weights):

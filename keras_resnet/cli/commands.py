@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from keras_resnet.cli import files, models, predicting, training
-from keras_resnet.cli.checks import existing, model, output_file, output_folder, parent, weight_file
+from keras_resnet.cli.checks import (
+    cache,
+    existing,
+    existing_file,
+    logger,
+    model,
+    model_first,
+    output_folder,
+    port,
+    source_first,
+    weight_file,
+    written,
+)
 from keras_resnet.cli.parser import Command, arg
 from keras_resnet.data.folders import existing_folder
 from keras_resnet.data.sources import Images
 from keras_resnet.recipes import RECIPES
+from keras_resnet.reports.run_files import check_run
 from keras_resnet.runtimes.rows import check_engine, get_format
 from keras_resnet.variants import get_spec
 from keras_resnet.weights.keras_files import find_keras_file, target_ending
 
 _TRAIN_FOLDER = arg("directory DIR", "class folders, or train/ and val/")
-_RECIPE = arg("--recipe NAME=finetune", ", ".join(RECIPES))
-_SEED = arg("--seed N=0", least=0)
-_WORKERS = arg("--workers N", "threads that read images", least=0)
-_EXCLUDE = arg("--exclude-list FILE", "images to leave out (see scan)", existing, dest="exclude")
-_STRICT = arg("--strict", "stop at an unreadable image")
+_RECIPE = arg("--recipe NAME=finetune", f"what the options start from: {', '.join(RECIPES)}",
+              group="Model")  # fmt: skip
+_SEED = arg("--seed N=0", "of everything random", least=0, group="Training")
+_WORKERS = arg("--workers N", "threads that read images", least=0, group="Data")
+_EXCLUDE = arg("--exclude-list FILE", "images to leave out, as scan writes it", existing_file,
+               group="Data", dest="exclude")  # fmt: skip
+_STRICT = arg("--strict", "stop at an unreadable image", group="Data", rare=True)
 _MODEL = arg("model MODEL", "a .keras file, or a run folder", model)
 _KERAS_MODEL = arg("model MODEL", "a .keras file, or a run folder", find_keras_file)
 _IMAGES = arg("paths PATH", "images, folders, patterns", nargs="+")
+_FIGURE = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
 _TOP = arg("--top N=5", "classes to show", least=1)
-_BATCH = arg("--batch-size N=32", least=1)
+_BATCH = arg("--batch-size N=32", "images at a time", least=1)
 _KEY = arg("--key NAME", "which dict inside, such as model_ema")
 _ENGINE = arg("--engine NAME=keras", "keras, openvino, onnxruntime, torch; auto tries them",
               check_engine)  # fmt: skip
@@ -34,34 +50,37 @@ COMMANDS = {
     "summary": Command(models.summary, "a model's layers, parameters, memory", [
         arg("model NAME", "a model's name, or a .keras file"),
         arg("--input-size PIXELS", "side of the input", least=1),
-        arg("--num-classes N", least=1),
+        arg("--num-classes N", "of its last layer; as published by default", least=1),
     ]),
     "train": Command(training.train, "fit a model on an image folder", [
         _TRAIN_FOLDER,
-        arg("--output DIR=runs", "where the run folder is made", output_folder),
-        arg("--name NAME", "the run folder's name"),
-        _RECIPE,
-        arg("--show", "print the recipe in full, and stop"),
-        _SEED, _WORKERS,
-        arg("--cache ram|DIR", "keep decoded images"),
-        _EXCLUDE, _STRICT,
-        arg("--exif", "turn images by their EXIF tag"),
+        _WORKERS, _EXCLUDE, _STRICT,
+        arg("--exif", "turn images by their EXIF tag", group="Data", rare=True),
+        arg("--cache ram|DIR", "keep decoded images in memory, or in a folder", cache,
+            group="Data"),
+        _RECIPE, _SEED,
+        arg("--output DIR=runs", "where the run folder is made", output_folder, group="Output"),
+        arg("--name NAME", "the run folder's name, else of model and DIR", group="Output"),
+        arg("--keep N=0", "keep so many best epochs' models", least=0, group="Output",
+            rare=True),
+        arg("--log NAME", "tensorboard, wandb or mlflow (repeatable)", logger, group="Output",
+            action="append", default=[]),
+        arg("--no-report", "write no report.html at the end", group="Output", rare=True,
+            action="store_false", dest="report"),
+        arg("--checkpoint-steps N", "save the state so often", least=1, rare=True),
+        arg("--compile", "compile the training step", rare=True),
+        arg("--deterministic", "deterministic kernels only", rare=True),
         arg("--restart", "never go on from an unfinished run"),
-        arg("--deterministic", "deterministic kernels only"),
-        arg("--compile", "compile the training step"),
-        arg("--keep N=0", "keep N best epochs' models", least=0),
-        arg("--log NAME", "tensorboard, wandb or mlflow (repeatable)", action="append", default=[]),
-        arg("--no-report", "write no report.html at the end", action="store_false", dest="report"),
-        arg("--checkpoint-steps N", "save the state so often", least=1),
         arg("--dry-run", "say what would happen, and stop"),
+        arg("--show", "print the recipe in full, and stop"),
     ], recipe=True),
     "lr-find": Command(training.lr_find, "find a learning rate by a sweep", [
         _TRAIN_FOLDER,
-        arg("--plot FILE=lr_find.png", "the image to write", output_file),
+        arg("--plot FILE=lr_find.png", "the image to write", written(*_FIGURE)),
         _RECIPE,
-        arg("--start X=1e-6", "first rate"),
-        arg("--stop X=10", "last rate"),
-        arg("--steps N=100", "batches"),
+        arg("--start X=1e-6", "first rate", above=0),
+        arg("--stop X=10", "last rate", above=0),
+        arg("--steps N=100", "batches", least=3),
         _SEED, _WORKERS, _EXCLUDE,
     ], recipe=True),
     "evaluate": Command(predicting.evaluate, "measure a model on a labelled folder", [
@@ -70,17 +89,17 @@ COMMANDS = {
         arg("--split", "which of them", choices=("test", "val", "train")),
         arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
         _BATCH, _WORKERS, _STRICT, _ENGINE,
-    ]),
+    ], order=model_first),
     "predict": Command(predicting.predict, "classify images", [
         _MODEL, _IMAGES, _TOP,
         arg("--output FILE", "write .csv, .jsonl or .parquet as answers come, and print none; for "
             "any number of images: an interrupted run goes on"),
         arg("--restart", "never go on from an interrupted --output"),
-        arg("--csv FILE", "write a line per image at the end", output_file),
-        arg("--json FILE", "write the same as JSON", output_file),
-        arg("--plot FILE", "draw the images with their titles", output_file),
+        arg("--csv FILE", "write a line per image; - for stdout", written(".csv", pipe=True)),
+        arg("--json FILE", "write the same as JSON; - for stdout", written(".json", pipe=True)),
+        arg("--plot FILE", "draw the images with their titles", written(*_FIGURE)),
         _BATCH, _WORKERS, _ENGINE,
-    ]),
+    ], order=model_first),
     "explain": Command(predicting.explain, "draw where a model looked, by Grad-CAM", [
         _KERAS_MODEL, _IMAGES,
         arg("--class NAME", "the class to explain; each image's most probable one by default",
@@ -88,19 +107,20 @@ COMMANDS = {
         arg("--layer NAME", "the last feature map by default"),
         arg("--output DIR=explained", "for the images", output_folder),
         _TOP, _WORKERS,
-    ]),
+    ], order=model_first),
     "serve": Command(predicting.serve, "a page to try a model on, and an HTTP endpoint", [
         arg("model MODEL", "a .keras file, a run folder, an exported file", model),
         arg("--host NAME=127.0.0.1", "where to listen"),
-        arg("--port N=7860", "0 takes a free one"),
-        arg("--max-mb X=20", "of one file"),
-        arg("--max-megapixels X=50", "of one image"),
-        arg("--max-pictures N=16", "at a time"),
+        arg("--port N=7860", "0 takes a free one", port),
+        arg("--max-mb X=20", "of one file", above=0),
+        arg("--max-megapixels X=50", "of one image", above=0),
+        arg("--max-pictures N=16", "at a time", least=1),
         _ENGINE,
     ]),
     "report": Command(predicting.report, "show a run, or several side by side, as a page", [
-        arg("runs RUN", "a run folder", existing, nargs="+"),
-        arg("--output FILE", "report.html in the run folder, or comparison.html", output_file),
+        arg("runs RUN", "a run folder", check_run, nargs="+"),
+        arg("--output FILE", "report.html in the run folder, or comparison.html",
+            written(".html", ".htm")),
     ]),
     "demo": Command(training.demo, "train, evaluate and predict on handwritten digits", [
         arg("--output DIR=demo", None, output_folder),
@@ -108,15 +128,15 @@ COMMANDS = {
     ]),
     "scan": Command(files.scan, "look for trouble in a folder of images", [
         arg("directory DIR", "class folders, or train/ val/ test/", existing_folder),
-        arg("--json FILE", "write the report as JSON", output_file),
-        arg("--sheet FILE", "write an image of the worst, .png or .jpg", output_file),
-        arg("--exclude-list FILE", "write what `train` should leave out", output_file),
+        arg("--json FILE", "write the report as JSON; - for stdout", written(pipe=True)),
+        arg("--sheet FILE", "write an image of the worst", written(".png", ".jpg", ".jpeg")),
+        arg("--exclude-list FILE", "write what `train` should leave out", written()),
         _WORKERS,
     ], keras=False),
     "inspect": Command(files.inspect, "say what a weight file is, running nothing", [
         arg("file FILE", ".pth, .pt, .th, .tar, .safetensors, .keras"),
         _KEY,
-        arg("--json OUT", "write the answer as JSON, - for stdout", output_file),
+        arg("--json OUT", "write the answer as JSON; - for stdout", written(pipe=True)),
         arg("--tensors", "list every tensor"),
     ], keras=False),
     "convert": Command(files.convert, "turn a torch checkpoint into .keras, or back", [
@@ -128,26 +148,26 @@ COMMANDS = {
         arg("--image-size PIXELS", "side of the input", least=1),
         arg("--resize-size PIXELS", "short side before the crop", least=1),
         arg("--mean X", "ImageNet's by default", nargs=3),
-        arg("--std X", "ImageNet's by default", nargs=3),
+        arg("--std X", "ImageNet's by default", nargs=3, above=0),
         arg("--include-preprocessing", "the Keras model takes pixel values 0..255"),
         arg("--no-verify", "skip the numerical proof", action="store_false", dest="check"),
         arg("--allow-other-strides", "weights of unknown origin for a v1 model"),
-    ]),
+    ], order=source_first),
     "verify": Command(files.verify, "compare a model with the file it came from", [
         arg("model MODEL", "a .keras file", find_keras_file),
-        arg("source SRC", "the checkpoint", existing),
+        arg("source SRC", "the checkpoint", existing_file),
         _KEY,
-        arg("--tolerance X=1e-4", "relative"),
-        arg("--json OUT", "write the report as JSON", output_file),
-    ]),
+        arg("--tolerance X=1e-4", "relative", above=0),
+        arg("--json OUT", "write the report as JSON; - for stdout", written(pipe=True)),
+    ], order=model_first),
     "export": Command(files.export, "write a model for another runtime, and prove it", [
         _KERAS_MODEL,
         arg("--format NAME", "onnx, openvino, saved_model, litert or torch", get_format),
-        arg("--output PATH", "the file to write; beside the model", parent),
+        arg("--output PATH", "the file to write; beside the model by default"),
         arg("--pictures PATH", "compare on these (repeatable); packaged by default", Images,
             action="append"),
         arg("--batch-size N", "a fixed one; any by default", least=1),
-        arg("--tolerance X=1e-4", "largest difference, relative to the largest output"),
+        arg("--tolerance X=1e-4", "largest difference, relative to the largest output", above=0),
         arg("--int8 DIR", "quantise, with ranges from these images", existing),
         arg("--max-drop X=0.02", "share of right answers that int8 may cost"),
         arg("--no-verify", "do not run the file", action="store_false", dest="verify"),

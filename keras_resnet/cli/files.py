@@ -5,14 +5,16 @@ from __future__ import annotations
 import json as json_text
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import keras_resnet as kr
+from keras_resnet.cli.pipes import piped, say, write_answer
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.errors import InputError, NotFoundError, VerificationError
+from keras_resnet.runtimes.rows import check_target, default_path, format_for
 from keras_resnet.system.files import write_text
 from keras_resnet.system.process import tune_process
-from keras_resnet.weights.keras_files import inspect_keras_file
+from keras_resnet.weights.keras_files import inspect_keras_file, run_models
 from keras_resnet.weights.matching import matching_variants
 from keras_resnet.weights.published import published_by_torchvision
 
@@ -22,38 +24,46 @@ def scan(
 ) -> None:
     """Says what may spoil training on a folder."""
     tune_process()
-    report = kr.scan(directory, **options)
-    print(report)
-    if json:
-        write_text(json, report.to_json() + "\n")
-        print(f"Written: {json}")
-    if sheet:
-        print(f"{report.save_sheet(sheet)} images in {sheet}")
-    if exclude_list:
-        count = report.write_exclude_list(exclude_list)
-        print(f"{count} files to leave out in {exclude_list}")
+    with piped(json) as stdout:
+        report = kr.scan(directory, **options)
+        say(report, stdout)
+        if json:
+            write_answer(json, report.to_json() + "\n", stdout)
+        if sheet:
+            print(f"{report.save_sheet(sheet)} images in {sheet}")
+        if exclude_list:
+            count = report.write_exclude_list(exclude_list)
+            print(f"{count} files to leave out in {exclude_list}")
 
 
 def inspect(file: str, key: str | None, json: str | None, tensors: bool) -> int:
     """Says what a weight file is; 1 where it is refused or damaged."""
-    if file.endswith(".keras"):
-        print(inspect_keras_file(file))
-        return 0
+    with piped(json) as stdout:
+        if file.endswith(".keras") or run_models(Path(file)):
+            found = inspect_keras_file(file)
+            say(found, stdout)
+            if json:
+                write_answer(json, found.to_json() + "\n", stdout)
+            return 0
+        return _inspect_checkpoint(file, key, json, tensors, stdout)
+
+
+def _inspect_checkpoint(
+    file: str, key: str | None, json: str | None, tensors: bool, stdout: TextIO | None
+) -> int:
     from keras_resnet.system.progress import byte_bar
 
     info = kr.inspect_checkpoint(file, key=key)
     with byte_bar(f"sha256 of {info.path.name}", info.size) as progress:
         digest = info.hash(progress)
     lines = str(info).split("\n")
-    print("\n".join(line for line in lines if tensors or not line.startswith("    ")))
-    print(f"  sha256   {digest}")
+    lines = [line for line in lines if tensors or not line.startswith("    ")]
     verdict = _what_it_is(info, digest)
-    if verdict:
-        print(f"  is       {verdict}")
+    lines += [f"  sha256   {digest}", *([f"  is       {verdict}"] if verdict else [])]
+    say("\n".join(lines), stdout)
     if json:
         facts = {**json_text.loads(info.to_json()), "sha256": digest, "is": verdict}
-        text = json_text.dumps(facts, indent=2)
-        print(text) if json == "-" else write_text(json, text + "\n")
+        write_answer(json, json_text.dumps(facts, indent=2) + "\n", stdout)
     return 0 if info.safe and info.problem is None else 1
 
 
@@ -90,6 +100,8 @@ def _read_names(path: str) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise NotFoundError(f"Cannot read class names from {path!r}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"Class names are read from UTF-8 text; {path!r} is none.") from None
     if not path.endswith(".json"):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
@@ -104,10 +116,11 @@ def _read_names(path: str) -> list[str]:
 
 def verify(model: str, source: str, json: str | None, **options: Any) -> int:
     """Compares a model with the file it came from; 1 where they disagree."""
-    report = kr.verify(kr.load_model(model), source, **options)
-    print(report)
-    if json:
-        report.to_json(json)
+    with piped(json) as stdout:
+        report = kr.verify(kr.load_model(model), source, **options)
+        say(report, stdout)
+        if json:
+            write_answer(json, f"{report.to_json()}\n", stdout)
     return 0 if report.passed else 1
 
 
@@ -117,14 +130,14 @@ def export(
     """Writes a model for another runtime; 1 where it gives other numbers."""
     if output is None and format is None:
         raise InputError("Say which: --format onnx, openvino, saved_model, litert or torch.")
-    from keras_resnet.runtimes.export import default_path
+    target = default_path(model, format) if output is None else output
+    check_target(target, format_for(target, format))
     from keras_resnet.system.device import backend_line
 
     print(f"Backend: {backend_line()}")
     images = pictures[0] if pictures and len(pictures) == 1 else pictures
     try:
-        path = output or default_path(model, format)
-        report = kr.export(model, path, format, pictures=images, **options)
+        report = kr.export(model, target, format, pictures=images, **options)
     except VerificationError as error:
         print(error.report)
         print(f"keras-resnet: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from keras_resnet import __version__
 from keras_resnet.cli.commands import COMMANDS
 from keras_resnet.cli.parser import Command, make_parser
 from keras_resnet.errors import KerasResNetError
@@ -18,10 +19,11 @@ from keras_resnet.system.process import choose_backend, tune_process
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives the exit code: 0, 1 (disagreement), 2 (bad input), 130 (Ctrl-C)."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv:
-        build_parser().print_help()
-        return 0
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in ([], ["help"]):
+        argv = [*argv[1:], "--help"]
+    elif argv == ["version"]:
+        argv = ["--version"]
     try:
         return _run(**vars(build_parser().parse_args(argv)))
     except KerasResNetError as error:
@@ -41,11 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `keras-resnet`; the reference of the command line is written from it."""
-    return make_parser(COMMANDS)
+    return make_parser(COMMANDS, __version__)
 
 
 def _run(command: Command, parser: argparse.ArgumentParser, **arguments) -> int:
     """Checks what can be checked without Keras, then runs: importing a backend takes seconds."""
+    if command.order is not None:
+        command.order(parser.prog.split()[-1], arguments)
     for argument in command.arguments:
         value = arguments[argument.dest]
         if argument.check is not None and value is not None:

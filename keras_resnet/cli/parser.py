@@ -9,28 +9,48 @@ between an option that is not given and `none`.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from keras_resnet.errors import did_you_mean, whole
-from keras_resnet.recipes import Recipe
+from keras_resnet.cli.words import command_hint, option_hint, spelled
+from keras_resnet.errors import between, did_you_mean, whole
+from keras_resnet.recipes import Recipe, get_recipe
 
 _KINDS = {"N": int, "PIXELS": int, "X": float}  # by metavar; all others are text
 RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe)[3:])
 
+# Where a recipe's fields stand in the help; `--help` shows the first three groups.
+_GROUPS = {
+    "Data": "val_split",
+    "Model": "model weights image_size unfreeze",
+    "Training": "epochs batch_size learning_rate weight_decay optimizer schedule patience "
+    "precision",
+    "Sizes and crops": "crop crop_scale eval_size eval_resize resize_exact interpolation "
+    "normalization",
+    "Augmentation": "flip policy color_jitter random_erasing mixup cutmix label_smoothing repeats",
+    "Optimizer": "momentum nesterov norm_decay bias_decay clip_norm accumulate",
+    "Schedule": "schedule_per step_size milestones gamma warmup_epochs warmup_decay",
+    "Fine-tuning": "gradual backbone_rate freeze_norms dropout",
+    "Average of the weights": "ema ema_steps ema_decay",
+}
+
 
 class Argument(typing.NamedTuple):
-    """What `add_argument` takes, and a check of the value that needs no Keras."""
+    """What `add_argument` takes, a check that needs no Keras, and a place in the help."""
 
     name: str
     options: dict[str, Any]
     check: Callable[[Any], Any] | None
+    group: str = "Options"
+    rare: bool = False
 
     @property
     def dest(self) -> str:
@@ -43,6 +63,9 @@ def arg(
     help: str | None = None,
     check: Callable[[Any], Any] | None = None,
     least: int | None = None,
+    above: float | None = None,
+    group: str = "Options",
+    rare: bool = False,
     **options: Any,
 ) -> Argument:
     """An argument, written as the help shows it: `"--seed N=0"`, or `"--strict"` for a flag.
@@ -51,7 +74,10 @@ def arg(
         spec: Its name, what stands for its value (`N` is an int, `X` a float) and the default.
         help: What it is for.
         check: Called with a value that was given, one by one where there are several.
-        least: The smallest number that is taken.
+        least: The smallest whole number that is taken.
+        above: Every number that is larger is taken.
+        group: Heading in the help.
+        rare: `--help` leaves it to `--help-all`.
         **options: Further ones of `add_argument`.
     """
     name, _, rest = spec.partition(" ")
@@ -62,9 +88,12 @@ def arg(
     elif "choices" not in options:
         options.setdefault("action", "store_true")
 
+    words = name.lstrip("-").replace("-", "_")
     if least is not None:
-        check = functools.partial(whole, name.lstrip("-").replace("-", "_"), least=least)
-    return Argument(name, options | {"help": help}, check)
+        check = functools.partial(whole, words, least=least)
+    if above is not None:
+        check = functools.partial(between, words, low=above, ends="(]")
+    return Argument(name, options | {"help": help}, check, group, rare)
 
 
 class Command(typing.NamedTuple):
@@ -76,6 +105,7 @@ class Command(typing.NamedTuple):
         arguments: In the order of the help.
         recipe: Every field of `Recipe` is an option too, and an argument where it is given.
         keras: It computes with Keras, so a backend is needed.
+        order: Called first, with the command and the arguments: are those in their right order?
     """
 
     run: Callable[..., int | None]
@@ -83,10 +113,35 @@ class Command(typing.NamedTuple):
     arguments: list[Argument]
     recipe: bool = False
     keras: bool = True
+    order: Callable[[str, dict[str, Any]], None] | None = None
+
+
+class _HelpAll(argparse._HelpAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser._print_message(parser.format_help(full=True), sys.stdout)
+        parser.exit()
+
+
+class _Lines(argparse.HelpFormatter):
+    """A line an option where it fits, with its default."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=25)
+
+    def _get_help_string(self, action):
+        plain = action.default in (None, False, True, argparse.SUPPRESS) or action.default == []
+        return (action.help or "") + ("" if plain else " (%(default)s)")
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line: the usage of `train` alone fills a screen."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, formatter_class=_Lines, add_help=False)
+        self._positionals.title = "Arguments"
+        self._optionals.title = "Options"
+        self.rare: set[str] = set()
+        self.add_argument("-h", "--help", action="help", help="show this, and stop")
 
     def error(self, message: str) -> typing.NoReturn:
         """Prints the line, and exits with 2."""
@@ -96,50 +151,146 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"keras-resnet: {where}{message}{stop} See {self.prog} --help.\n")
 
     def parse_args(self, args=None, namespace=None):
-        """Parses, and names an unknown option with those that are near."""
-        found, unknown = self.parse_known_args(args, namespace)
+        """Parses, and says what is likely meant by a word that is none of the command's."""
+        words, commands = list(args), self.commands()
+        if words and words[0].startswith("-") and words[0] not in self._option_string_actions:
+            self.error(f"the command comes first, not {words[0]!r}: keras-resnet COMMAND ...")
+        if words and words[0] in commands:
+            words[1:] = spelled(words[1:], commands[words[0]]._option_string_actions)
+        found, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            known = [option for action in found.parser._actions for option in action.option_strings]
-            name = unknown[0].partition("=")[0]
-            near = did_you_mean(name, known) if name.startswith("-") else ""
-            found.parser.error(f"unknown argument {name!r}.{near}")
+            parser, name = found.parser, unknown[0].partition("=")[0]
+            usage = parser.format_usage().strip().removeprefix("usage: ")
+            hint = option_hint(unknown[0], list(parser._option_string_actions), usage)
+            parser.error(f"unknown argument {name!r}.{hint}")
         return found
+
+    def commands(self) -> dict[str, Parser]:
+        """The parsers of the commands, by name."""
+        return next(a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction))
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
+            command = isinstance(action, argparse._SubParsersAction)
             known = f" There are: {', '.join(action.choices)}."
-            near = did_you_mean(value, action.choices) or known
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r}.{near}")
+            hint = command_hint(value, action.choices) if command else None
+            hint = hint or did_you_mean(value, action.choices) or known
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}.{hint}")
+
+    def format_help(self, full: bool = False) -> str:
+        """The help by groups, without what is rare."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        left_out = 0
+        for group in self._action_groups:
+            shown = [a for a in group._group_actions if full or a.dest not in self.rare]
+            left_out += len(group._group_actions) - len(shown)
+            if shown:
+                formatter.start_section(group.title)
+                formatter.add_text(group.description)
+                formatter.add_arguments(shown)
+                formatter.end_section()
+        formatter.add_text(self.epilog)
+        if left_out:
+            formatter.add_text(f"{left_out} further options: {self.prog} --help-all")
+        return formatter.format_help()
 
 
-def make_parser(commands: Mapping[str, Command]) -> Parser:
+def make_parser(commands: Mapping[str, Command], version: str) -> Parser:
     """The parser of a table of commands; it gives `command`, `parser` and the arguments."""
     parser = Parser(
         prog="keras-resnet",
+        usage="%(prog)s COMMAND ...",
         description="ResNets and AlexNets for Keras 3. The backend is chosen by KERAS_BACKEND "
         "(torch, tensorflow or jax).",
+        epilog="To begin: keras-resnet train FOLDER, where FOLDER holds one folder of images a "
+        "class; then keras-resnet predict runs/... IMAGE.",
     )
-    table = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument("-V", "--version", action="version", version=f"keras-resnet {version}",
+                        help="show the version, and stop")  # fmt: skip
+    table = parser.add_subparsers(
+        metavar="COMMAND", required=True, title="Commands", prog=parser.prog
+    )
     for name, command in commands.items():
         text = command.help
-        one = table.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        given = [a.options for a in command.arguments if not a.name.startswith("-")]
+        words = " ".join(_usage_word(options) for options in given)
+        one = table.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            usage=f"keras-resnet {name} {words}".rstrip() + " [options]",
+        )
         one.set_defaults(command=command, parser=one)
-        for argument in command.arguments:
-            one.add_argument(argument.name, **argument.options)
-        if command.recipe:
-            group = one.add_argument_group("what a recipe holds; each option overrides it")
-            hints, texts = typing.get_type_hints(Recipe), _attribute_texts(Recipe)
-            for field in RECIPE_FIELDS:
-                options = {"help": texts[field], "default": argparse.SUPPRESS}
-                group.add_argument(f"--{field.replace('_', '-')}", **options, **_kind(hints[field]))
+        _add(one, [*command.arguments, *(_recipe_arguments() if command.recipe else ())])
     return parser
+
+
+def _usage_word(options: dict[str, Any]) -> str:
+    word = options["metavar"]
+    return {"+": f"{word} ...", "?": f"[{word}]"}.get(options.get("nargs"), word)
+
+
+def _add(parser: Parser, arguments: list[Argument]) -> None:
+    """Adds arguments by their groups, those with rare ones alone last."""
+    groups = {"Options": parser._optionals}
+    sizes = collections.Counter(a.group for a in arguments)
+    for argument in sorted(arguments, key=lambda a: a.rare):
+        if not argument.name.startswith("-"):
+            parser.add_argument(argument.name, **argument.options)
+            continue
+        title = argument.group if sizes[argument.group] > 1 else "Options"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        added = groups[title].add_argument(argument.name, **argument.options)
+        if argument.rare:
+            parser.rare.add(added.dest)
+    if parser.rare:
+        parser.add_argument("--help-all", action=_HelpAll, help="show every option, and stop")
+    parser._action_groups.append(parser._action_groups.pop(1))  # the plain options last
+    if parser.rare:  # and behind them what is rare
+        some = [
+            g for g in parser._action_groups if {a.dest for a in g._group_actions} <= parser.rare
+        ]
+        for group in some:
+            parser._action_groups.remove(group)
+            parser._action_groups.append(group)
+
+
+def _recipe_arguments() -> list[Argument]:
+    """An argument a field of a recipe: it changes the recipe where it is given."""
+    hints, texts = typing.get_type_hints(Recipe), _attribute_texts(Recipe)
+    usual = get_recipe("finetune")
+    groups = {field: title for title, names in _GROUPS.items() for field in names.split()}
+    made = []
+    for field in sorted(RECIPE_FIELDS, key=lambda f: list(groups).index(f) if f in groups else 99):
+        value = getattr(usual, field)
+        shown = "" if value is None or value is False or value == () else f" ({_shown(value)})"
+        options = {"help": texts[field] + shown, "default": argparse.SUPPRESS}
+        options |= _kind(hints[field])
+        group = groups.get(field, "Further")
+        name = f"--{field.replace('_', '-')}"
+        made.append(
+            Argument(name, options, None, group, group not in ("Data", "Model", "Training"))
+        )
+    return made
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(f"{v:g}" for v in value)
+    if isinstance(value, bool):
+        return "yes"
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _attribute_texts(cls: type) -> dict[str, str]:
     """What the section `Attributes:` of a class's docstring says, by name."""
-    doc = inspect.cleandoc(cls.__doc__).replace("`", "").replace("%", "%%")
+    doc = inspect.cleandoc(cls.__doc__).replace("`", "").replace('"', "").replace("%", "%%")
     found = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", doc, re.MULTILINE)
-    return {name: " ".join(text.split()).rstrip(".") for name, text in found}
+    texts = {name: " ".join(text.split()).rstrip(".") for name, text in found}
+    return {n: t if t[1].isdigit() else t[0].lower() + t[1:] for n, t in texts.items()}
 
 
 def _kind(hint: Any) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import keras_resnet as kr
-from keras_resnet.cli import checks
-from keras_resnet.data.folders import split_folder
+from keras_resnet.cli.pipes import STDOUT, piped
+from keras_resnet.data.folders import class_folders, split_folder
 from keras_resnet.data.sources import Images
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, require
 from keras_resnet.system.files import printable
 
 
@@ -36,7 +36,7 @@ def _say_unreadable(count: int, images: Sequence[str] | Images) -> None:
 
 def evaluate(model: str, directory: str, split: str | None, engine: str, **options: Any) -> None:
     """Measures a model on a labelled folder."""
-    split_folder(directory, split)  # says what is wrong before the model is opened
+    class_folders(split_folder(directory, split))  # says what is wrong before the model is opened
     print(kr.evaluate(_open(model, engine), directory, split=split, **options))
 
 
@@ -45,33 +45,39 @@ def predict(
     csv: str | None, json: str | None, plot: str | None, **options: Any,
 ) -> int:  # fmt: skip
     """Classifies images; 2 where none could be read."""
-    checks.ends_in("csv", csv, ".csv")
-    checks.ends_in("json", json, ".json")
-    checks.ends_in("plot", plot, ".png", ".jpg", ".jpeg", ".svg", ".pdf")
     wanted = [path for path in (csv, json, plot) if path is not None]
     if output is not None:
+        if output == STDOUT:
+            raise InputError("--output is a file that an interrupted run goes on with; for a pipe "
+                             "give --csv - or --json -.")  # fmt: skip
         if wanted:
             raise InputError("--output stands alone: leave out --csv, --json and --plot.")
         return _predict_to_file(model, paths, output, engine=engine, restart=restart, **options)
     images = Images(paths)
-    runner = _open(model, engine)
-    from keras_resnet.inference.predict import PredictionTable
-    from keras_resnet.models.files import model_class_names
+    with piped(csv, json) as stdout:
+        runner = _open(model, engine)
+        from keras_resnet.inference.predict import PredictionTable, predictions_text
+        from keras_resnet.models.files import model_class_names
 
-    table = PredictionTable(images, model_class_names(runner), options["top"])
-    print(table.header)
-    kept, unreadable = [], 0
-    for prediction in kr.iter_predictions(runner, images, **options):
-        print(table.line(prediction))
-        unreadable += prediction.error is not None
-        if wanted:
-            kept.append(prediction)
-    _say_unreadable(unreadable, images)
-    if unreadable == len(images):
-        return 2
-    for path in wanted:
-        kr.save_predictions(kept, path)
-        print(f"Written: {path}")
+        table = PredictionTable(images, model_class_names(runner), options["top"])
+        if stdout is None:
+            print(table.header)
+        kept, unreadable = [], 0
+        for prediction in kr.iter_predictions(runner, images, **options):
+            if stdout is None:
+                print(table.line(prediction))
+            unreadable += prediction.error is not None
+            if wanted:
+                kept.append(prediction)
+        _say_unreadable(unreadable, images)
+        if stdout is not None:
+            stdout.write(predictions_text(kept, ".csv" if csv == STDOUT else ".json"))
+        if unreadable == len(images):
+            return 2
+        for path in wanted:
+            if path != STDOUT:
+                kr.save_predictions(kept, path)
+                print(f"Written: {path}")
     return 0
 
 
@@ -134,6 +140,7 @@ def serve(
     model: str, max_mb: float, max_megapixels: float, max_pictures: int, **options: Any
 ) -> None:
     """Serves a page until Ctrl-C."""
+    require("gradio", "serve", "serve")
     limits = kr.Limits(max_mb, max_megapixels, max_pictures)
     _say_backend()
     kr.serve(model, limits=limits, **options)

@@ -7,6 +7,7 @@ from typing import Any
 import keras_resnet as kr
 from keras_resnet.cli import checks
 from keras_resnet.cli.parser import RECIPE_FIELDS
+from keras_resnet.errors import between
 from keras_resnet.recipes import Recipe, get_recipe
 
 
@@ -30,6 +31,7 @@ def train(directory: str, recipe: str, show: bool, **options: Any) -> int:
 def lr_find(directory: str, recipe: str, plot: str, **options: Any) -> None:
     """Draws the loss over the learning rate."""
     checks.training(directory, _recipe(recipe, options))
+    between("stop", options["stop"], options["start"], ends="(]")
     from keras_resnet.system.device import backend_line
 
     print(f"Backend: {backend_line()}")

@@ -26,11 +26,13 @@ from PIL import Image
 
 from keras_resnet.data.augment import Mix, repeated_augmentation, smooth_labels
 from keras_resnet.data.folders import Stream, generator, listed
-from keras_resnet.data.labels import checked_labels, encoded
+from keras_resnet.data.labels import checked_labels, described, encoded
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.reading import ImageCache, ReadAhead, load
 from keras_resnet.errors import DataError, InputError, NotFoundError, between, one_of, whole
+from keras_resnet.system.device import in_data_format
 from keras_resnet.system.process import default_threads
+from keras_resnet.system.shown import Shown
 
 logger = logging.getLogger("keras_resnet")
 
@@ -45,7 +47,7 @@ class Batch(NamedTuple):
     indices: np.ndarray
 
 
-class ImageDataset(keras.utils.PyDataset):
+class ImageDataset(Shown, keras.utils.PyDataset):
     """Batches of images from files.
 
     Threads read ahead, whether batches are asked for by iterating, by `[index]` in order, or by
@@ -185,6 +187,8 @@ class ImageDataset(keras.utils.PyDataset):
         with self._lock:
             return sorted(self._skipped.items())
 
+    _shown = described
+
     def __len__(self) -> int:
         """Batches in an epoch."""
         full, rest = divmod(len(self._epoch_order()[1]), self.batch_size)
@@ -253,9 +257,7 @@ class ImageDataset(keras.utils.PyDataset):
         return self._as_fed(self.read_batch(index))
 
     def _as_fed(self, batch: Batch) -> tuple[np.ndarray, np.ndarray] | np.ndarray:
-        images = batch.images
-        if self.data_format == "channels_first":
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        images = in_data_format(batch.images, self.data_format)
         return images if batch.labels is None else (images, batch.labels)
 
     def read_batch(self, index: int) -> Batch:
@@ -351,9 +353,8 @@ class ImageDataset(keras.utils.PyDataset):
         if self.labels is not None and self.label_mode is not None:
             labels = encoded(self.labels[kept], self.label_mode, len(self.class_names))
         if self.mix is not None:
-            images, labels = self.mix(
-                images, labels, generator(self.seed, Stream.MIX, epoch, index)
-            )
+            rng = generator(self.seed, Stream.MIX, epoch, index)
+            images, labels = self.mix(images, labels, rng)
         if self.label_smoothing:
             labels = smooth_labels(labels, self.label_smoothing)
         return Batch(images, labels, kept)
@@ -437,8 +438,7 @@ class ImageDataset(keras.utils.PyDataset):
             good = [i for i, e in enumerate(errors) if e is None]
             self.file_paths = [self.file_paths[i] for i in good]
             self.labels = None if self.labels is None else self.labels[good]
-            self._order = None
-            self._ahead = None
+            self._order = self._ahead = None
             for path, why in bad:
                 self._skip(path, why)
         return bad

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import DataError, InputError, NotFoundError, did_you_mean
+from keras_resnet.errors import DataError, InputError, NotFoundError, meant_path
 
 # torchvision/datasets/folder.py IMG_EXTENSIONS, and GIF, of which the first frame is read.
 IMG_EXTENSIONS = (
@@ -48,17 +48,7 @@ def find_pictures(
         InputError: class_names that are not there.
     """
     directory = existing_folder(directory)
-    found = sorted(
-        entry.name
-        for entry in os.scandir(directory)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if not found:
-        here = [entry.name for entry in os.scandir(directory) if entry.is_file()]
-        raise DataError(
-            f"{directory!r} has no class folder: it must hold one folder of images a class. "
-            f"It holds {_extension_counts(here)}."
-        )
+    found = class_folders(directory)
     if class_names is None:
         class_names = found
     else:
@@ -93,6 +83,53 @@ def find_pictures(
     return paths, np.asarray(labels, np.int32), list(class_names)
 
 
+def class_folders(directory: str | os.PathLike, least: int = 1) -> list[str]:
+    """Names of the class folders in a folder, sorted, without a look at the images in them.
+
+    Raises:
+        NotFoundError: The folder does not exist.
+        DataError: It is a file, or has fewer class folders than `least`; the message names the
+            folder that is likely meant.
+    """
+    directory = existing_folder(directory)
+    found = _subfolders(directory)
+    if not found:
+        here = [entry.name for entry in os.scandir(directory) if entry.is_file()]
+        raise DataError(
+            f"{directory!r} has no class folder: it must hold one folder of images a class. "
+            f"It holds {_extension_counts(here)}.{_meant_folder(directory)}"
+        )
+    if len(found) < least:
+        raise DataError(
+            f"{directory!r} has one class folder only ({listed(found)}); a classifier needs two or "
+            f"more.{_meant_folder(directory)}"
+        )
+    return found
+
+
+def _meant_folder(directory: str) -> str:
+    """The end of a message: the folder of class folders above or below another folder."""
+    below = [os.path.join(directory, name) for name in _subfolders(directory)]
+    found = [path for path in below if _classes(path) > 1 or "train" in split_folders(path)]
+    if found:
+        return f" Did you mean {found[0]!r}?"
+    above = os.path.dirname(os.path.abspath(directory))
+    if not below and _classes(above) > 1:
+        return f" It looks like one class of {above!r}: give that folder."
+    return ""
+
+
+def _classes(directory: str) -> int:
+    """Folders in a folder that hold an image themselves."""
+    folders = [os.path.join(directory, name) for name in _subfolders(directory)]
+    return sum(any(map(is_picture, os.listdir(folder))) for folder in folders)
+
+
+def _subfolders(directory: str) -> list[str]:
+    with os.scandir(directory) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
 def flat_images(directory: str, follow_links: bool, exclude: Any) -> list[str]:
     """Lists the images anywhere below a folder, or raises DataError that says what is there."""
     directory = existing_folder(directory)
@@ -114,9 +151,7 @@ def existing_folder(directory: str | os.PathLike) -> str:
         return directory
     if os.path.exists(directory):
         raise DataError(f"{directory!r} is a file; a folder with one folder a class is needed.")
-    parent, name = os.path.split(os.path.abspath(directory))
-    siblings = os.listdir(parent) if os.path.isdir(parent) else []
-    raise NotFoundError(f"{directory!r} does not exist.{did_you_mean(name, siblings)}")
+    raise NotFoundError(f"{directory!r} does not exist.{meant_path(directory)}")
 
 
 def walk_pictures(folder: str, follow_links: bool) -> tuple[list[str], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,15 @@ def encoded(labels: np.ndarray, mode: str, classes: int) -> np.ndarray:
     if mode == "binary":
         return labels.astype(np.float32)[:, None]
     return labels
+
+
+def described(dataset: Any) -> tuple[str, Sequence[str], list[tuple[str, int]]]:
+    """What a prompt and a notebook show of an `ImageDataset`: a line, and the classes' images."""
+    line = (
+        f"{dataset.num_samples:,} images, {len(dataset.class_names or ())} classes, "
+        f"{len(dataset):,} batches of {dataset.batch_size}, {dataset.output}"
+    )
+    return line, ("Class", "Images"), list(dataset.class_counts.items())
 
 
 def check_classes(class_counts: Mapping[str, int], where: str = "The dataset") -> None:

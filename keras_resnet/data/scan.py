@@ -23,6 +23,7 @@ from keras_resnet.data.folders import IMG_EXTENSIONS, existing_folder, walk_pict
 from keras_resnet.data.reading import load
 from keras_resnet.errors import DataError, KerasResNetError
 from keras_resnet.system.process import default_threads
+from keras_resnet.system.shown import Shown
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 TRAINING_SPLITS = ("train", "training")
@@ -40,8 +41,8 @@ EXTENSIONS_OF = {
 }
 
 
-@dataclass
-class ScanReport:
+@dataclass(repr=False)
+class ScanReport(Shown):
     """What `scan` found.
 
     Attributes:
@@ -87,6 +88,18 @@ class ScanReport:
     def to_json(self) -> str:
         """Returns everything as JSON text."""
         return json.dumps(asdict(self), indent=1)
+
+    def _shown(self):
+        rows = [
+            (title, len(items), ", ".join("  ".join(map(self._short, item)) for item in items[:3]))
+            for title, items in self._troubles()
+            if items
+        ]
+        found = sum(count for _, count, _ in rows)
+        classes = len({name for counts in self.class_counts.values() for name in counts})
+        line = f"{self.directory!r}, {self.pictures:,} images, {classes} classes, "
+        line += f"{found:,} findings" if found else "nothing wrong"
+        return line, ("Trouble", "Found", "The first of them"), rows
 
     def __str__(self) -> str:
         """A table, with the first few files of every kind of trouble."""

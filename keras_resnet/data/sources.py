@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from keras_resnet.data.folders import flat_images, picture_folders, pictures_in
-from keras_resnet.errors import NotFoundError, did_you_mean
+from keras_resnet.errors import NotFoundError, meant_path
 from keras_resnet.system.files import printable
 
 Sources = str | os.PathLike | Iterable[str | os.PathLike]
@@ -45,15 +45,13 @@ class Images:
             self._parts.append(_Folders(folders))
         elif os.path.exists(text):
             self._add_files([text])
-        elif glob.has_magic(text):
+        elif glob.has_magic(text) and "://" not in text:
             matches = sorted(p for p in glob.glob(text, recursive=True) if os.path.isfile(p))
             if not matches:
                 raise NotFoundError(f"No file matches {text!r}.")
             self._add_files(matches)
         else:
-            parent, name = os.path.split(text)
-            near = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
-            raise NotFoundError(f"No file or folder at {text!r}.{did_you_mean(name, near)}")
+            raise NotFoundError(f"No file or folder at {text!r}.{meant_path(text)}")
 
     def _add_files(self, paths: list[str]) -> None:
         if self._parts and isinstance(self._parts[-1], list):

@@ -19,10 +19,11 @@ from keras_resnet.models.files import dataset_output, model_class_names, model_p
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.files import csv_line, plain_path, printable, write_json, write_text
+from keras_resnet.system.shown import Shown
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """The result of `evaluate`; `print` it for the table.
 
     Attributes:
@@ -48,6 +49,20 @@ class Evaluation:
     confusion: np.ndarray
     rows: list[dict[str, Any]]
     skipped: list[tuple[str, str]]
+
+    def _shown(self):
+        top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
+        skipped = f", {len(self.skipped):,} unreadable" if self.skipped else ""
+        numbers = ("precision", "recall", "f1")
+        rows = [
+            [row["name"], *(f"{row[name]:.3f}" for name in numbers), f"{row['count']:,}"]
+            for row in self.per_class
+        ]
+        return (
+            f"{self.count:,} images, top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f}{skipped}",
+            ("Class", "Precision", "Recall", "F1", "Count"),
+            rows,
+        )
 
     def __str__(self) -> str:
         width = max([5, *(len(printable(row["name"])) for row in self.per_class)])

@@ -413,6 +413,14 @@ def _identity(runner: Runner, preprocess: Preprocess, top: int, batch_size: int)
     }
 
 
+def predictions_text(predictions: Sequence[Prediction], kind: str) -> str:
+    """Predictions as the text of a `.csv` file, a line an image, or of a `.json` file."""
+    if kind == ".json":
+        return json.dumps([p.to_dict() for p in predictions], indent=2) + "\n"
+    top = max([1, *(len(p.classes) for p in predictions)])
+    return "".join(csv_lines(predictions, top))
+
+
 def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike) -> None:
     """Writes predictions as `.csv` (a line an image), `.json`, or an image sheet (`.png`, ...).
 
@@ -420,11 +428,8 @@ def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike)
         InputError: The extension names no known form.
     """
     path = Path(path)
-    if path.suffix == ".csv":
-        top = max([1, *(len(p.classes) for p in predictions)])
-        write_text(path, "".join(csv_lines(predictions, top)))
-    elif path.suffix == ".json":
-        write_text(path, json.dumps([p.to_dict() for p in predictions], indent=2) + "\n")
+    if path.suffix.lower() in (".csv", ".json"):
+        write_text(path, predictions_text(predictions, path.suffix.lower()))
     elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
         # All of them short-sided to 256, so that one grid holds portraits and landscapes.
         square = Preprocess(256, 256)

@@ -22,12 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean, require
+from keras_resnet.errors import InputError, did_you_mean, require
 from keras_resnet.system.files import (
+    check_writable,
     csv_line,
+    drop_lock,
     plain_path,
     printable,
     replace_file,
+    take_lock,
     valid_text,
     write_json,
 )
@@ -142,7 +145,7 @@ def check_output(output: str | os.PathLike) -> Path:
     """The path of an output, before any work is done for it.
 
     Raises:
-        InputError: The extension names no known format, or there is a folder of that name.
+        InputError: The extension names no known format, or nothing can be written there.
         MissingDependencyError: Parquet without pyarrow.
         NotFoundError: The folder that it shall be in does not exist.
     """
@@ -154,10 +157,7 @@ def check_output(output: str | os.PathLike) -> Path:
         )
     if path.suffix.lower() == ".parquet":
         require("pyarrow", "parquet", "Parquet")
-    if path.is_dir():
-        raise InputError(f"The output {str(path)!r} is a folder; a file's name is needed.")
-    if not path.parent.is_dir():
-        raise NotFoundError(f"The output's folder {str(path.parent)!r} does not exist.")
+    check_writable(path)
     return path
 
 
@@ -213,7 +213,7 @@ class PredictionWriter:
         self._identity = identity
         self._work = output.with_name(f"{output.name}.part")
         self._note = output.with_name(f"{output.name}.part.json")
-        self._stream = None
+        self._stream = self._lock = None
 
     def open(self, paths: Iterable[str]) -> None:
         """Takes the work file, and finds out how far it goes.
@@ -225,8 +225,13 @@ class PredictionWriter:
             InputError: Another process writes to it, or it was begun with another model, other
                 options or other images.
         """
+        self._lock = take_lock(self.output.with_name(f".{self.output.name}.lock"))
+        if self._lock is None:
+            raise InputError(
+                f"Another process is writing {str(self.output)!r}. Wait for it, or give another "
+                "output."
+            )
         self._stream = open(self._work, "ab")  # noqa: SIM115 (until close)
-        self._lock()
         end = 0
         if not self._restart and self._note.is_file():
             self._check_identity()
@@ -239,19 +244,6 @@ class PredictionWriter:
         else:
             self._stream.truncate(end)
         self.resumed = self.done
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows: without the guard
-            return
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"Another process is writing {str(self.output)!r}. Wait for it, or give another "
-                "output."
-            ) from None
 
     def _check_identity(self) -> None:
         before = {}
@@ -304,9 +296,10 @@ class PredictionWriter:
             errors.unlink(missing_ok=True)  # of an earlier run
         save = FORMATS[self.output.suffix.lower()]
         replace_file(self.output, lambda name: save(self._work, self._top, name))
-        self.close()  # Windows deletes no open file
+        self._stream.close()  # Windows deletes no open file
         self._work.unlink()
         self._note.unlink(missing_ok=True)
+        self.close()
 
     def _save_errors(self, name: str) -> None:
         with open(name, "w", encoding="utf-8", newline="") as stream:
@@ -319,6 +312,9 @@ class PredictionWriter:
         """Leaves what is there for the next run."""
         if self._stream is not None:
             self._stream.close()
+        if self._lock is not None:
+            drop_lock(self._lock)
+            self._lock = None
 
 
 def _alike(before: Any, now: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean
+from keras_resnet.errors import InputError, NotFoundError, meant_path
 from keras_resnet.reports.run_facts import Results, RunFacts
 from keras_resnet.reports.wording import is_number
 from keras_resnet.system.files import read_json
@@ -42,7 +42,7 @@ def read_run(folder: str | os.PathLike) -> RunFacts:
         InputError: It is a file, or no run folder.
     """
     folder = Path(folder).expanduser()
-    _check(folder)
+    check_run(folder)
     facts = RunFacts(folder)
     config = _json(folder / "config.json", facts.missing)
     facts.config = {k: v for k, v in config.items() if isinstance(v, _KINDS.get(k, object))}
@@ -67,10 +67,16 @@ def read_run(folder: str | os.PathLike) -> RunFacts:
     return facts
 
 
-def _check(folder: Path) -> None:
+def check_run(path: str | os.PathLike) -> None:
+    """Says what is wrong with a path that is no run folder, and which one is likely meant.
+
+    Raises:
+        NotFoundError: There is no such folder; a near name is suggested.
+        InputError: It is a file, or no run folder.
+    """
+    folder = Path(path).expanduser()
     if not folder.exists():
-        near = os.listdir(folder.parent) if folder.parent.is_dir() else []
-        raise NotFoundError(f"No run folder at {str(folder)!r}.{did_you_mean(folder.name, near)}")
+        raise NotFoundError(f"No run folder at {os.fspath(path)!r}.{meant_path(path)}")
     if not folder.is_dir():
         hint = f" Its folder is one: {str(folder.parent)!r}." if _is_run(folder.parent) else ""
         raise InputError(f"{str(folder)!r} is a file; a run folder is needed.{hint}")

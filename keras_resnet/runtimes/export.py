@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.data.sources import image_paths
-from keras_resnet.errors import DataError, InputError, NotFoundError, VerificationError, whole
+from keras_resnet.errors import DataError, InputError, VerificationError, whole
 from keras_resnet.models.files import dataset_output, load_model, model_preprocess
 from keras_resnet.runtimes import formats, int8 as quantization, rows, writing
 from keras_resnet.runtimes.int8 import Int8Images, Int8Report, spread
@@ -148,14 +148,14 @@ def export(
         DataError: None of the images can be read.
     """
     path = Path(path).expanduser()
-    name = _format_for(path, format)
+    name = rows.format_for(path, format)
     # All that can be said before the work.
     formats.check_backend(name)
     if verify or int8 is not None:
         runtime_of(name)
     if int8 is not None:
         quantization.check(name)
-    _check_target(path, name)
+    rows.check_target(path, name)
     if batch_size is not None:
         whole("batch_size", batch_size, 1)
     if isinstance(model, (str, os.PathLike)):
@@ -223,51 +223,6 @@ def _as_written(model: keras.Model, notes: list[str]) -> keras.Model:
         policies = " and ".join(sorted({layer.dtype_policy.name for layer in model.layers}))
         notes.append(f"The model computes in {policies}; file and comparison are in float32.")
     return plain
-
-
-def default_path(model: str | os.PathLike, format: str) -> Path:
-    """Where a model file's export goes unless it is said: beside it.
-
-    Examples:
-        >>> default_path("runs/a/best.keras", "onnx").as_posix()
-        'runs/a/best.onnx'
-        >>> default_path("best.keras", "saved_model").as_posix()
-        'best_saved_model'
-    """
-    path, suffix = Path(model).expanduser(), rows.get_format(format).suffix
-    if path.is_dir():
-        path = path / "best.keras"
-    return path.with_suffix(suffix) if suffix else path.with_name(f"{path.stem}_{format}")
-
-
-def _format_for(path: Path, name: str | None) -> str:
-    suffix = path.suffix
-    by_suffix = {row.suffix: row.name for row in rows.FORMATS.values() if row.suffix}
-    if name is None:
-        if suffix not in by_suffix:
-            raise InputError(
-                f"{path.name!r} names no format: it ends in {', '.join(by_suffix)}, or format= "
-                "says which."
-            )
-        return by_suffix[suffix]
-    wanted = rows.get_format(name).suffix
-    if wanted and suffix != wanted:
-        raise InputError(f"A file of the format {name} ends in {wanted!r}, not {path.name!r}.")
-    if not wanted and suffix in (*by_suffix, ".keras"):
-        raise InputError(f"{name} is a folder; {path.name!r} looks like a file.")
-    return name
-
-
-def _check_target(path: Path, name: str) -> None:
-    if not path.parent.is_dir():
-        raise NotFoundError(f"The folder {str(path.parent)!r} does not exist.")
-    if rows.FORMATS[name].suffix:
-        if path.is_dir():
-            raise InputError(f"{str(path)!r} is a folder; {name} is written as a file.")
-    elif path.is_file() or (
-        path.is_dir() and any(path.iterdir()) and rows.format_of_file(path) != name
-    ):
-        raise InputError(f"{str(path)!r} is there, and is no {name}: it is left alone.")
 
 
 def _version(module: str) -> str:

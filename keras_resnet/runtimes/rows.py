@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.errors import InputError, NotFoundError, did_you_mean
+from keras_resnet.system.files import check_writable, check_writable_folder
 
 # Of the engines that take a Keras model, and those that an exported file names by itself.
 ENGINES = ("keras", "auto", "openvino", "onnxruntime", "torch")
@@ -87,6 +88,30 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def format_for(path: str | os.PathLike, name: str | None) -> str:
+    """The format of a file to write, by its name or by the path's suffix.
+
+    Raises:
+        InputError: Neither says which, or the two disagree.
+    """
+    path = Path(path)
+    suffix = path.suffix
+    by_suffix = {row.suffix: row.name for row in FORMATS.values() if row.suffix}
+    if name is None:
+        if suffix not in by_suffix:
+            raise InputError(
+                f"{path.name!r} names no format: it ends in {', '.join(by_suffix)}, or format= "
+                "says which."
+            )
+        return by_suffix[suffix]
+    wanted = get_format(name).suffix
+    if wanted and suffix != wanted:
+        raise InputError(f"A file of the format {name} ends in {wanted!r}, not {path.name!r}.")
+    if not wanted and suffix in (*by_suffix, ".keras"):
+        raise InputError(f"{name} is a folder; {path.name!r} looks like a file.")
+    return name
+
+
 def format_of_file(path: str | os.PathLike) -> str | None:
     """The format of an exported file or folder, by its suffix; `None` for anything else.
 
@@ -98,6 +123,39 @@ def format_of_file(path: str | os.PathLike) -> str | None:
     if path.is_dir():
         return "saved_model" if (path / "saved_model.pb").is_file() else None
     return next((row.name for row in FORMATS.values() if row.suffix == path.suffix != ""), None)
+
+
+def default_path(model: str | os.PathLike, format: str) -> Path:
+    """Where a model file's export goes unless it is said: beside it.
+
+    Examples:
+        >>> default_path("runs/a/best.keras", "onnx").as_posix()
+        'runs/a/best.onnx'
+        >>> default_path("best.keras", "saved_model").as_posix()
+        'best_saved_model'
+    """
+    path, suffix = Path(model).expanduser(), get_format(format).suffix
+    if path.is_dir():
+        path = path / "best.keras"
+    return path.with_suffix(suffix) if suffix else path.with_name(f"{path.stem}_{format}")
+
+
+def check_target(path: str | os.PathLike, name: str) -> None:
+    """Says before any work that a file of a format cannot be written.
+
+    Raises:
+        NotFoundError: The folder that it shall be in does not exist.
+        InputError: Something else is there, or nothing can be written there.
+    """
+    path = Path(path).expanduser()
+    if not path.parent.is_dir():
+        raise NotFoundError(f"The folder {str(path.parent)!r} does not exist.")
+    if FORMATS[name].suffix:
+        check_writable(path)
+        return
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and format_of_file(path) != name):
+        raise InputError(f"{str(path)!r} is there, and is no {name}: it is left alone.")
+    check_writable_folder(path)
 
 
 def check_engine(name: str) -> None:

@@ -15,7 +15,7 @@ from keras_resnet.errors import (
     InputError,
     MissingDependencyError,
     NotFoundError,
-    did_you_mean,
+    meant_path,
     require,
 )
 from keras_resnet.models.files import load_model
@@ -67,8 +67,7 @@ def open_file(
     """
     path = Path(path).expanduser()
     if not path.exists():
-        near = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise NotFoundError(f"No model file at {str(path)!r}.{did_you_mean(path.name, near)}")
+        raise NotFoundError(f"No model file at {str(path)!r}.{meant_path(path)}")
     kind = rows.format_of_file(path)
     if kind is None:
         raise InputError(f"{str(path)!r} is no exported model: {_suffixes()}.")

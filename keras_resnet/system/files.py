@@ -12,6 +12,63 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import filelock
+
+from keras_resnet.errors import InputError, NotFoundError, meant_path
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Says before any work that a file cannot be written, by writing an empty one beside it.
+
+    Raises:
+        NotFoundError: The folder that it shall be in does not exist.
+        InputError: It is a folder, a device or a pipe, or nothing can be written there.
+    """
+    path = Path(path).expanduser()
+    _check_kind(path)
+    if not path.parent.is_dir():
+        raise NotFoundError(
+            f"The folder {str(path.parent)!r} does not exist.{meant_path(path.parent)}"
+        )
+    _write_empty(path)
+
+
+def check_writable_folder(path: str | os.PathLike) -> None:
+    """Says before any work that a folder is none, or cannot be made or written to.
+
+    Raises:
+        InputError: It is a file, or is below one, or nothing can be written there.
+    """
+    path = Path(path).expanduser()
+    found = path
+    while not os.path.lexists(found):
+        found = found.parent
+    if not found.is_dir():
+        raise InputError(f"The output {str(found)!r} is a file; a folder is needed.")
+    _write_empty(found / path.name)
+
+
+def _check_kind(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"The output {str(path)!r} is a folder; a file's name is needed.")
+    if path.exists() and not path.is_file():
+        raise InputError(f"The output {str(path)!r} is a device or a pipe; a file is needed.")
+
+
+def _write_empty(path: Path) -> None:
+    name = _beside(path)
+    try:
+        with open(name, "xb"):
+            pass
+        os.unlink(name)
+    except OSError as error:
+        raise InputError(f"Cannot write {str(path)!r}: {error.strerror}.") from None
+
+
+def _beside(path: Path) -> str:
+    # Not tempfile.mkstemp: its files are the owner's alone, a saved one follows the umask.
+    return str(path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"))
+
 
 def replace_file(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
     """Writes a file so that at any instant the old or the new one is there, whole.
@@ -21,11 +78,12 @@ def replace_file(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
         write: Called with the name of a temporary file beside it, of the same extension.
 
     Raises:
+        InputError: There is a folder, a device or a pipe of that name.
         OSError: What `write` or the file system raised; the old file is as it was.
     """
-    path = Path(path)
-    # Not tempfile.mkstemp: its files are the owner's alone, a saved one follows the umask.
-    name = str(path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"))
+    path = Path(path).expanduser()
+    _check_kind(path)
+    name = _beside(path)
     try:
         write(name)
         with open(name, "rb+") as stream:
@@ -46,6 +104,35 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def take_lock(path: str | os.PathLike) -> filelock.BaseFileLock | None:
+    """Takes a lock that other processes see; `None` where one of them holds it.
+
+    Args:
+        path: A file for the lock alone. A process that is killed gives the lock back, not the file.
+
+    Raises:
+        OSError: The file cannot be made.
+    """
+    lock = filelock.FileLock(path, thread_local=False)
+    try:
+        # Not in no time: a file whose holder is about to remove it is no lock, and tried again.
+        lock.acquire(timeout=0.5, poll_interval=0.05)
+    except filelock.Timeout:
+        return None
+    return lock
+
+
+def drop_lock(lock: filelock.BaseFileLock) -> None:
+    """Gives a lock back, and removes its file.
+
+    In this order: were the file removed after the lock is given back, it might be the next
+    holder's, and a third process would make a new one. filelock takes no lock on a removed file.
+    """
+    with contextlib.suppress(OSError):  # Windows removes no open file
+        os.unlink(lock.lock_file)
+    lock.release()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

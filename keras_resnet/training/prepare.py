@@ -14,7 +14,13 @@ import numpy as np
 
 from keras_resnet.data import augment, transforms
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.data.folders import find_pictures, labels_by_name, split_folders, stratified_split
+from keras_resnet.data.folders import (
+    class_folders,
+    find_pictures,
+    labels_by_name,
+    split_folders,
+    stratified_split,
+)
 from keras_resnet.data.labels import check_classes
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
 from keras_resnet.data.statistics import dataset_statistics
@@ -108,6 +114,7 @@ def prepare_data(
     if "train" not in folders:
         folders |= {"train": directory}
         folders.pop("val", None)
+    class_folders(folders["train"], least=2)
     parts, names = _find_parts(folders, recipe.val_split, seed, exclude)
     soft = bool(recipe.mixup or recipe.cutmix or recipe.label_smoothing)
     common = {

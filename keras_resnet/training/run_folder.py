@@ -22,9 +22,11 @@ from keras_resnet.errors import InputError, KerasResNetError, reason_of
 from keras_resnet.system.device import sync
 from keras_resnet.system.files import (
     csv_line,
+    drop_lock,
     plain_path,
     read_json,
     replace_file,
+    take_lock,
     write_json,
     write_text,
 )
@@ -97,21 +99,14 @@ class Run:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 (until close)
+            self._lock = take_lock(self.folder / ".lock")
         except OSError as error:
             raise InputError(f"Cannot write to {str(self.folder)!r}: {error.strerror}.") from None
-        try:
-            import fcntl
-        except ImportError:  # Windows: without the guard, not without the run
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
+        if self._lock is None:
             raise InputError(
                 f"Another process is training in {str(self.folder)!r}. Wait for it, or pass "
                 "--restart to start a new run beside it."
-            ) from None
+            )
         for path in self.folder.iterdir():
             if _TEMPORARY.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -119,9 +114,8 @@ class Run:
     def close(self) -> None:
         """Gives the lock back."""
         if self._lock is not None:
-            self._lock.close()
+            drop_lock(self._lock)
             self._lock = None
-            (self.folder / ".lock").unlink(missing_ok=True)
 
     # What is written.
 

@@ -32,6 +32,7 @@ from keras_resnet.system.device import (
 )
 from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.process import tune_process
+from keras_resnet.system.shown import Shown
 from keras_resnet.training.callbacks import Settings
 from keras_resnet.training.loggers import Loggers
 from keras_resnet.training.loop import Loop
@@ -39,8 +40,8 @@ from keras_resnet.training.prepare import Data, build_model, prepare_data
 from keras_resnet.training.run_folder import Run
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
+@dataclasses.dataclass(frozen=True, repr=False)
+class TrainResult(Shown):
     """What `train` leaves behind; `print` it.
 
     Attributes:
@@ -60,6 +61,17 @@ class TrainResult:
     test: Evaluation | None = None
     skipped: Sequence[tuple[str, str]] = ()
     interrupted: bool = False
+
+    def _shown(self):
+        epochs = max(map(len, self.history.values()), default=0)
+        parts = [str(self.folder), f"{epochs} epoch{'' if epochs == 1 else 's'}"]
+        rows = []
+        for name, result in (("validation", self.evaluation), ("test", self.test)):
+            if result is not None:
+                parts.append(f"{name} top-1 {result.top1:.2%}")
+                rows.append((name, f"{result.top1:.2%}", f"{result.loss:.4f}", f"{result.count:,}"))
+        parts += ["interrupted"] if self.interrupted else []
+        return ", ".join(parts), ("Best model", "Top-1", "Loss", "Images"), rows
 
     def __str__(self) -> str:
         lines = []

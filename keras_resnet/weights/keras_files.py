@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean, reason_of
-from keras_resnet.system.files import printable
+from keras_resnet.errors import InputError, NotFoundError, meant_path, reason_of
+from keras_resnet.system.files import check_writable, printable
 
 TORCH_WRITTEN = (".pth", ".pt", ".safetensors")
 KERAS_WRITTEN = (".keras", ".weights.h5")
@@ -31,16 +31,18 @@ def find_keras_file(path: str | os.PathLike) -> Path:
         ...
         keras_resnet.errors.NotFoundError: No model file at 'no-such.keras'.
     """
-    path = Path(path).expanduser()
+    given, path = os.fspath(path), Path(path).expanduser()
     if path.is_dir():
-        found = [path / name for name in ("best.keras", "last.keras") if (path / name).is_file()]
-        if not found:
-            raise NotFoundError(f"No best.keras or last.keras in the folder {str(path)!r}.")
-        path = found[0]
+        if not run_models(path):
+            raise NotFoundError(
+                f"No best.keras or last.keras in the folder {str(path)!r}.{meant_run(path)}"
+            )
+        path = run_models(path)[0]
     if not path.exists():
-        near = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise NotFoundError(f"No model file at {str(path)!r}.{did_you_mean(path.name, near)}")
+        raise NotFoundError(f"No model file at {given!r}.{meant_path(given)}")
     if path.suffix != ".keras":
+        if run_models(path.parent):
+            raise InputError(f"{str(path)!r} is not a .keras file.{meant_run(path.parent)}")
         raise InputError(
             f"{str(path)!r} is not a .keras file. A checkpoint of torch becomes one with: "
             f"keras-resnet convert {path.name} {path.stem}.keras"
@@ -50,7 +52,26 @@ def find_keras_file(path: str | os.PathLike) -> Path:
             f"{str(path)!r} is no whole .keras file ({path.stat().st_size:,} bytes, not a zip "
             "archive): it was cut off or is something else; copy or save it again."
         )
+    _check_names(path)
     return path
+
+
+def run_models(folder: Path) -> list[Path]:
+    """The models of a run folder, the best one first; none of any other folder."""
+    return [folder / name for name in ("best.keras", "last.keras") if (folder / name).is_file()]
+
+
+def meant_run(folder: Path) -> str:
+    """The run folder that is likely meant by another folder: the end of a message, or nothing."""
+    if run_models(folder):
+        return f" Did you mean the run folder {str(folder)!r}?"
+    if run_models(folder.absolute().parent):
+        return f" Did you mean the run folder {str(folder.absolute().parent)!r}?"
+    runs = [path for path in folder.iterdir() if path.is_dir() and run_models(path)]
+    if not runs:
+        return ""
+    newest = max(runs, key=lambda path: run_models(path)[0].stat().st_mtime)
+    return f" It is a folder of runs: give one of them, such as {str(newest)!r}."
 
 
 def target_ending(path: str | os.PathLike) -> str:
@@ -58,13 +79,12 @@ def target_ending(path: str | os.PathLike) -> str:
 
     Raises:
         NotFoundError: The folder that it shall be in does not exist.
-        InputError: The ending is none that can be written.
+        InputError: The ending is none that can be written, or nothing can be written there.
     """
     path = Path(path).expanduser()
-    if not path.parent.is_dir():
-        raise NotFoundError(f"The folder {str(path.parent)!r} does not exist.")
     for ending in (*KERAS_WRITTEN, *TORCH_WRITTEN):
         if path.name.endswith(ending):
+            check_writable(path)
             return ending
     raise InputError(
         f"{path.name!r} must end in one of {', '.join((*KERAS_WRITTEN, *TORCH_WRITTEN))}."
@@ -94,6 +114,10 @@ class KerasFile:
         text = f"{printable(self.name)}: {self.parameters:,} parameters{output}"
         return f"{text}\n{json.dumps(self.info, indent=2)}"
 
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
 
 def inspect_keras_file(path: str | os.PathLike) -> KerasFile:
     """Reads what a `.keras` file says of its model, and builds nothing.
@@ -121,6 +145,17 @@ def inspect_keras_file(path: str | os.PathLike) -> KerasFile:
         raise InputError(
             f"{str(path)!r} cannot be read as a Keras model: {reason_of(error)}"
         ) from error
+
+
+def _check_names(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            missing = {"config.json", "metadata.json"} - {*archive.namelist()}
+        reason = f"it has no {min(missing)}" if missing else ""
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        reason = reason_of(error)
+    if reason:
+        raise InputError(f"{str(path)!r} cannot be read as a Keras model: {reason}.")
 
 
 def _json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from keras_resnet.errors import (
     CheckpointError,
     KerasResNetError,
     NotFoundError,
-    did_you_mean,
+    meant_path,
 )
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.pickle_names import IDENTIFIER
@@ -146,10 +146,7 @@ def _check_path(path: pathlib.Path) -> None:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        near = ""
-        with contextlib.suppress(OSError):
-            near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
-        raise NotFoundError(f"no file {one_line(path, 500)}.{near}") from None
+        raise NotFoundError(f"no file {one_line(path, 500)}.{meant_path(path)}") from None
     if stat.S_ISDIR(status.st_mode):
         kinds = (".pth", ".pt", ".th", ".tar", ".safetensors")
         inside = sorted(p.name for p in path.iterdir() if p.suffix in kinds)[:3]

@@ -1,10 +1,13 @@
 """The command line: what needs no Keras imports none, and what is wrong is said in one line."""
 
 import contextlib
+import csv
 import dataclasses
 import io
 import json
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,7 +19,7 @@ import pytest
 from PIL import Image
 
 import keras_resnet as kr
-from keras_resnet.cli import main as cli
+from keras_resnet.cli import main as cli, words as foreign
 from keras_resnet.cli.commands import COMMANDS
 from keras_resnet.errors import InputError
 from keras_resnet.recipes import Recipe, get_recipe
@@ -63,7 +66,9 @@ def world(tmp_path_factory):
         path = folder / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((40, 30), 50).convert("RGB").save(path)
-    kr.create_model("resnet_tiny").save(folder / "tiny.keras")
+    model = kr.create_model("resnet_tiny")
+    model.info["preprocess"] = kr.Preprocess(36, 32).get_config()
+    model.save(folder / "tiny.keras")
     shapes = spec_shapes(SPECS["resnet20"])
     kr.write_checkpoint(
         folder / "r20.pth", {name: np.zeros(shape, "float32") for name, shape in shapes.items()}
@@ -71,6 +76,14 @@ def world(tmp_path_factory):
     (folder / "text.txt").write_text("no model")
     (folder / "broken.keras").write_bytes((folder / "tiny.keras").read_bytes()[:500])
     (folder / "empty").mkdir()
+    for name in ("a", "b"):
+        (folder / "runs" / name).mkdir(parents=True)
+        shutil.copy(folder / "tiny.keras", folder / "runs" / name / "best.keras")
+        (folder / "runs" / name / "history.csv").write_text("")
+    shutil.copytree(folder / "photos", folder / "data" / "photos")
+    shutil.copytree(folder / "photos", folder / "sets" / "photos" / "train")
+    with zipfile.ZipFile(folder / "other.keras", "w") as archive:
+        archive.writestr("a.txt", "no model")
     return folder
 
 
@@ -84,6 +97,11 @@ def test_help_models_scan_and_inspect_import_no_keras(world):
         ["inspect", "tiny.keras"],
         ["train", "photos", "--recipe", "cifar", "--show"],
         ["--help"],
+        ["--version"],
+        ["version"],
+        ["help"],
+        ["help", "predict"],
+        ["train", "--help-all"],
         *([command, "--help"] for command in COMMANDS),
     ]
     found = run_all(lines, world)
@@ -103,8 +121,8 @@ WRONG = [
         "argument COMMAND: invalid choice: 'trian'. Did you mean 'train'? See ",
     ),
     (
-        "train photos --imagesize 3",
-        "train: unknown argument '--imagesize'. Did you mean '--ima",
+        "train photos --imagsize 3",
+        "train: unknown argument '--imagsize'. Did you mean '--ima",
     ),
     ("train photos --image-size abc", "argument --image-size: invalid int value: 'abc'."),
     ("train photos extra", "unknown argument 'extra'."),
@@ -145,8 +163,14 @@ WRONG = [
     ("predict tiny.keras empty", "'empty' holds no image. It holds no file"),
     ("predict tiny.keras no*.png", "No file matches 'no*.png'."),
     ("predict tiny.keras photos --csv no/x.csv", "'no' does not exist."),
-    ("predict tiny.keras photos --csv x.txt", "--csv wants a name that ends in .csv, not 'x.txt'."),
-    ("predict tiny.keras photos --plot x.doc", "--plot wants a name that ends in .png"),
+    (
+        "predict tiny.keras photos --csv x.txt",
+        "The output's name must end in .csv. Received: 'x.txt'.",
+    ),
+    (
+        "predict tiny.keras photos --plot x.doc",
+        "must end in .png, .jpg, .jpeg, .svg or .pdf. Received: 'x.doc'.",
+    ),
     ("predict tiny.keras photos --csv empty", "'empty' is a folder; a file's name is needed."),
     ("predict tiny.keras photos --output x.txt", "must end in .csv, .jsonl or .parquet"),
     ("predict tiny.keras photos --output a.csv --csv b.csv", "--output stands alone"),
@@ -175,10 +199,111 @@ WRONG = [
 ]
 
 
+# What people type who know other programs, or take one thing for another.
+HABITS = [
+    ("Train photos", "Did you mean 'train'?"),
+    ("test tiny.keras photos", "Did you mean 'evaluate'?"),
+    ("eval tiny.keras photos", "Did you mean 'evaluate'?"),
+    ("gradcam tiny.keras photos", "Did you mean 'explain'?"),
+    ("find-lr photos", "Did you mean 'lr-find'?"),
+    ("help trian", "Did you mean 'train'?"),
+    ("photos", "Did you mean 'train photos', or 'scan photos'?"),
+    ("runs/a", "Did you mean 'predict runs/a IMAGE'?"),
+    ("photos/ants/1.png", "Did you mean 'predict MODEL photos/ants/1.png'?"),
+    ("r20.pth", "Did you mean 'inspect r20.pth'?"),
+    ("xyz", "There are: models, summary, train"),
+    ("--epochs 3 train photos", "the command comes first, not '--epochs'"),
+    ("train photos --resume", "goes on with an unfinished run by itself; --restart begins anew."),
+    ("train photos --resume=last.pt", "goes on with an unfinished run by itself"),
+    ("train photos --pretrained", "--weights DEFAULT starts from the published weights"),
+    ("train photos --amp", "Give --precision bf16, or fp16."),
+    ("train photos --mixed_precision", "Give --precision bf16, or fp16."),
+    ("train photos --device cuda:0", "CUDA_VISIBLE_DEVICES in the environment chooses"),
+    ("train photos --gpus 2", "CUDA_VISIBLE_DEVICES in the environment chooses"),
+    ("train photos --backend jax", "KERAS_BACKEND in the environment chooses it"),
+    ("train --data photos", "It stands without an option: keras-resnet train DIR [options]."),
+    (
+        "predict -m tiny.keras photos",
+        "It stands without an option: keras-resnet predict MODEL PATH",
+    ),
+    ("predict --weights tiny.keras photos", "It stands without an option"),
+    ("train photos --num-classes 2", "The classes are the folders"),
+    ("train photos --val-dir photos", "Put train/, val/ and test/ into one folder"),
+    ("train photos --freeze", "--unfreeze head trains the head alone."),
+    ("train photos --freeze-backbone", "--unfreeze head trains the head alone."),
+    ("train photos --wandb", "Give --log tensorboard, wandb or mlflow."),
+    ("train photos --cos-lr", "Give --schedule cosine."),
+    ("train photos --lr fast", "argument --learning-rate: invalid float value: 'fast'."),
+    ("train photos --sched linear", "Received: 'linear'."),
+    ("train photos epochs=3", "Did you mean '--epochs 3'?"),
+    ("train photos lr=0.1", "Did you mean '--learning-rate 0.1'?"),
+    ("train photos resnet50", "Did you mean '--model resnet50'?"),
+    ("train photos r20.pth", "Did you mean '--weights r20.pth'?"),
+    ("train photos photos", "Usage: keras-resnet train DIR [options]."),
+    ("train tiny.keras", "'tiny.keras' is a model; a folder of images is needed"),
+    ("train resnet50", "'resnet50' is a model; a folder of images is needed"),
+    ("train photos/ants", "It looks like one class of"),
+    ("train data", "Did you mean 'data/photos'?"),
+    ("train sets", "Did you mean 'sets/photos'?"),
+    ("train https://example.org/photos.zip", "It is an address: download it"),
+    ("train fotos/ants", "There is no folder"),
+    ("train photos --weights https://example.org/x.pth", "It is an address: download it"),
+    ("train photos --log tensorbord", "Did you mean 'tensorboard'?"),
+    ("train photos --cache text.txt", "'text.txt' is a file; a folder is needed."),
+    ("train photos --output text.txt/runs", "'text.txt' is a file; a folder is needed."),
+    ("train photos --output /proc/runs", "Cannot write '/proc/runs'"),
+    ("train photos --exclude-list photos", "'photos' is a folder; a file is needed."),
+    ("lr-find photos --plot x.doc", "must end in .png, .jpg"),
+    ("lr-find photos --start 0", "start must be above 0. Received: 0.0."),
+    ("lr-find photos --start 2 --stop 1", "stop must be above 2.0. Received: 1.0."),
+    ("evaluate photos tiny.keras", "comes first: keras-resnet evaluate tiny.keras photos"),
+    ("evaluate tiny.keras photos/ants", "It looks like one class of"),
+    ("evaluate other.keras photos", "cannot be read as a Keras model: it has no config.json."),
+    ("evaluate tiny.keras photos --output /proc/x", "Cannot write '/proc/x'"),
+    ("predict photos tiny.keras", "comes first: keras-resnet predict tiny.keras photos"),
+    ("predict photos/ants/1.png runs/a", "keras-resnet predict runs/a photos/ants/1.png"),
+    ("predict runs photos", "It is a folder of runs: give one of them, such as 'runs/"),
+    ("predict runs/a/history.csv photos", "Did you mean the run folder 'runs/a'?"),
+    ("predict https://example.org/x.keras photos", "It is an address: download it"),
+    ("predict tiny.keras https://a.org/x.jpg?a=[b]", "It is an address: download it"),
+    ("predict tiny.keras photos --csv /nowhere/x.csv", "The folder '/nowhere' does not exist."),
+    ("predict tiny.keras photos --csv=~/nowhere/x.csv", "nowhere' does not exist."),
+    ("predict tiny.keras photos --csv /proc/x.csv", "Cannot write '/proc/x.csv'"),
+    (f"predict tiny.keras photos --json {'x' * 250}.json", "File name too long"),
+    ("predict tiny.keras photos --output /proc/x.csv", "Cannot write '/proc/x.csv'"),
+    ("predict tiny.keras photos --output -", "for a pipe give --csv - or --json -."),
+    ("predict tiny.keras photos --csv - --json -", "Only one answer can go to"),
+    ("explain photos tiny.keras", "comes first: keras-resnet explain tiny.keras photos"),
+    ("explain tiny.keras photos --output text.txt", "'text.txt' is a file; a folder is needed."),
+    ("serve runs", "It is a folder of runs"),
+    ("serve tiny.keras --port 99999", "port must be at least 0 and at most 65535."),
+    ("serve tiny.keras --max-mb 0", "max_mb must be above 0. Received: 0.0."),
+    ("report runs", "There are run folders in it: 'runs/a', 'runs/b'."),
+    ("report photos", "'photos' is no run folder."),
+    ("report runs/a --output x.pdf", "must end in .html or .htm. Received: 'x.pdf'."),
+    ("report runs/a --output /proc/x.html", "Cannot write '/proc/x.html'"),
+    ("scan photos --sheet x.doc", "must end in .png, .jpg or .jpeg. Received: 'x.doc'."),
+    ("scan photos --exclude-list photos/ants/1.png", "is an image or a model: give another name."),
+    ("scan photos --json /dev/null", "'/dev/null' is a device or a pipe; a file is needed."),
+    ("inspect https://example.org/x.pth", "It is an address: download it"),
+    ("convert x.keras r20.pth", "comes first: keras-resnet convert r20.pth x.keras"),
+    ("convert tiny.keras tiny.keras", "would be written over what is read"),
+    ("convert r20.pth /proc/x.keras", "Cannot write '/proc/x.keras'"),
+    ("convert r20.pth x.keras --class-names r20.pth", "Class names are read from UTF-8 text"),
+    ("convert r20.pth x.keras --std 1 0 1", "std must be above 0. Received: 0.0."),
+    ("verify r20.pth tiny.keras", "comes first: keras-resnet verify tiny.keras r20.pth"),
+    ("verify tiny.keras r20.pth --json /proc/x", "Cannot write '/proc/x'"),
+    ("export tiny.keras --format onnx --output x.xml", "ends in '.onnx', not 'x.xml'."),
+    ("export tiny.keras --output /proc/x.onnx", "Cannot write '/proc/x.onnx'"),
+    ("demo --output text.txt", "'text.txt' is a file; a folder is needed."),
+]
+
+
 @pytest.mark.slow
 def test_what_is_wrong_is_said_in_one_line_without_keras(world):
-    found = run_all([words.split() for words, _ in WRONG], world)
-    for (words, told), (code, out, err, modules) in zip(WRONG, found, strict=True):
+    cases = WRONG + HABITS
+    found = run_all([words.split() for words, _ in cases], world)
+    for (words, told), (code, out, err, modules) in zip(cases, found, strict=True):
         assert (code, out, modules) == (2, "", []), words
         assert err.startswith("keras-resnet: ") and err.count("\n") == 1, words
         assert told in err, (words, err)
@@ -211,12 +336,65 @@ def test_abbreviations_lists_and_none_are_understood():
     ) == f"{expected}\n"  # fmt: skip
 
 
+def test_words_of_other_programs_are_taken():
+    expected = get_recipe("finetune").with_options(
+        learning_rate=0.5, weight_decay=0.0, image_size=64, batch_size=8, model="resnet50",
+        epochs=3, val_split=0.5, ema=True, label_smoothing=0.1, clip_norm=1.0,
+    )  # fmt: skip
+    assert shown(
+        "--lr=0.5", "--wd", "0", "--imgsz", "64", "--batch_size", "8", "-a", "resnet50", "-e", "3",
+        "--Validation_Split", "0.5", "--model-ema", "--smoothing", "0.1", "--clip-grad=1",
+    ) == f"{expected}\n"  # fmt: skip
+
+
+def test_words_of_other_programs_mean_options_that_there_are():
+    parsers = cli.build_parser().commands()
+    known = {option for parser in parsers.values() for option in parser._option_string_actions}
+    assert {*foreign.SAME.values()} <= known
+    assert not {*foreign.SAME} & {*foreign.HINTS} and {*foreign.COMMANDS.values()} <= {*COMMANDS}
+    for text in foreign.HINTS.values():
+        assert {*re.findall(r"--[a-z][a-z-]*", text)} <= known
+
+
+def test_help_fits_two_screens(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, parser in cli.build_parser().commands().items():
+        text = parser.format_help()
+        assert text.count("\n") <= 48 and max(map(len, text.split("\n"))) <= 80, name
+        assert text.startswith(f"usage: keras-resnet {name} ")
+    parser = cli.build_parser().commands()["train"]
+    short, full = parser.format_help(), parser.format_help(full=True)
+    assert "--epochs N           passes over the training data (15)\n" in short
+    assert "\nTraining:\n" in short and "further options: keras-resnet train --help-all" in short
+    for action in parser._actions:
+        assert all(option in full for option in action.option_strings)
+
+
+def test_pipes_hold_nothing_else(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    images = ["photos/ants/1.png", "text.txt"]
+    assert cli.main(["predict", "tiny.keras", *images, "--csv", "-", "--top", "2"]) == 0
+    out, err = capsys.readouterr()
+    rows = list(csv.reader(io.StringIO(out)))
+    assert rows[0] == ["path", "class1", "probability1", "class2", "probability2", "error"]
+    assert [row[0] for row in rows[1:]] == images and "text.txt" in rows[2][-1]
+    assert "Backend: " in err and "1 of 2 images could not be read." in err
+    assert cli.main(["predict", "tiny.keras", *images, "--json", "-", "--csv", "x.csv"]) == 0
+    assert [row["path"] for row in json.loads(capsys.readouterr().out)] == images
+    assert (world / "x.csv").read_text().count("\n") == 3
+    assert cli.main(["scan", "photos", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 3
+    for file in ("r20.pth", "tiny.keras"):
+        assert cli.main(["inspect", file, "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out)
+
+
 def test_every_field_of_a_recipe_has_its_words_in_the_help():
     parser = cli.build_parser().parse_args(["lr-find", "x"]).parser
     texts = {action.dest: action.help for action in parser._actions}
     for field in dataclasses.fields(Recipe)[3:]:
         assert texts[field.name] and "`" not in texts[field.name]
-    assert texts["crop"].endswith("padded for 32-pixel variants, else resized")
+    assert texts["crop"].endswith("padded for 32-pixel variants, else resized (auto)")
 
 
 def test_inspect_counts_a_keras_file_as_keras_does(tmp_path):

@@ -396,7 +396,6 @@ def test_an_earlier_output_stays_until_the_new_one_is_whole(folder, tmp_path):
 
 @pytest.mark.once
 def test_two_processes_do_not_write_one_output(folder, tmp_path):
-    pytest.importorskip("fcntl")
     output = tmp_path / "answers.csv"
 
     def progress(now):

@@ -394,7 +394,7 @@ def test_the_command_writes_beside_the_model(model, tmp_path, capsys):
     model.save(file)
     assert cli.main(["export", str(file), "--format", FIRST]) == 0
     out = capsys.readouterr().out
-    written = exporting.default_path(file, FIRST)
+    written = exporting.rows.default_path(file, FIRST)
     assert f"Written: {written}" in out and "batch 3: differs by at most" in out
     assert written.exists()
     assert cli.main(["export", str(file)]) == 2

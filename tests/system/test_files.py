@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
+from keras_resnet.errors import InputError
 from keras_resnet.system.files import printable, replace_file, write_json, write_text
 
 pytestmark = pytest.mark.once
@@ -79,3 +82,42 @@ def test_text_is_written_byte_by_byte_as_given(tmp_path):
 )
 def test_names_do_no_harm_in_a_terminal(text, shown):
     assert printable(text) == shown
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_not_replaced(tmp_path, kind):
+    """As root, a file moved to /dev/null would take its place."""
+    path = tmp_path / "out"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(InputError, match=f"is a .*{kind}"):
+        write_text(path, "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and not path.is_file()
+
+
+HOLD = """
+import sys, time
+from keras_resnet.system.files import drop_lock, take_lock
+folder, holds = sys.argv[1], 0
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    lock = take_lock(f"{folder}/lock")
+    if lock is not None:
+        open(f"{folder}/holder", "x").close()  # fails where another process holds it too
+        holds += 1
+        __import__("os").unlink(f"{folder}/holder")
+        drop_lock(lock)
+print(holds)
+"""
+
+
+def test_a_lock_has_one_holder_whoever_removes_its_file(tmp_path):
+    """Removed after it is given back, a lock's file lets a second and a third process hold it."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    holds = [int(process.communicate(timeout=60)[0] or -1) for process in processes]
+    assert min(holds) >= 0 and sum(holds) > 20
+    assert list(tmp_path.iterdir()) == []

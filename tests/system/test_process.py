@@ -93,8 +93,8 @@ class Some:
     @staticmethod
     def find_spec(name, path=None, target=None):
         spec = PathFinder.find_spec(name, path, target)
-        real = name in ("torch", "tensorflow", "jax") and spec and "site-packages" in str(spec.origin)
-        return None if real else spec
+        known = name in ("torch", "tensorflow", "jax") and spec
+        return None if known and "site-packages" in str(spec.origin) else spec
 sys.meta_path[sys.meta_path.index(PathFinder)] = Some
 """,
     "keras/__init__.py": """
@@ -132,7 +132,12 @@ BROKEN = "no libcudart"
         ([], None, "jax", NONE),
         (["torch", "jax"], None, None, "torch and jax are installed: set KERAS_BACKEND=torch or"),
         (["torch", "jax"], "tensorflow", None, "keras.json names the tensorflow backend, which is"),
-        (["torch"], None, "jax", "KERAS_BACKEND names the jax backend, which is not installed: set"),
+        (
+            ["torch"],
+            None,
+            "jax",
+            "KERAS_BACKEND names the jax backend, which is not installed",
+        ),
         (["torch"], None, "pytorch", "KERAS_BACKEND says 'pytorch'. Did you mean 'torch'?"),
         (["torch", BROKEN], None, None, BROKEN),
     ],
@@ -159,7 +164,11 @@ def test_a_plain_import_finds_the_backend(tmp_path, installed, settings, variabl
     environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(paths)}
     program = "import keras_resnet as kr\ntry: kr.ResNet18\nexcept ImportError: pass\nkr.ResNet18"
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     if told[-1].isdigit():
         assert (done.returncode, done.stdout) == (0, f"{told}\n"), done.stderr
