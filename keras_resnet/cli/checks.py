@@ -19,7 +19,7 @@ from keras_resnet.errors import (
     require,
 )
 from keras_resnet.recipes import Recipe
-from keras_resnet.runtimes.rows import format_of_file
+from keras_resnet.runtimes.rows import FORMATS, format_of_file, require_runtime
 from keras_resnet.system.files import check_writable, check_writable_folder
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.keras_files import find_keras_file, run_models
@@ -104,11 +104,19 @@ def is_model(path: str) -> bool:
 
 
 def model(path: str) -> None:
-    """It is a `.keras` file, a run folder, or an exported file whose runtime is installed."""
+    """It is a `.keras` file, a run folder, or an exported file."""
     found = Path(path).expanduser()
     kind = format_of_file(found) if found.exists() else None
     if kind is None:
         find_keras_file(path)
+
+
+def runtime(path: str, engine: str) -> None:
+    """What runs the model is installed."""
+    kind = format_of_file(Path(path).expanduser())
+    for name, row in FORMATS.items():
+        if engine == row.module or (kind == name and engine in ("keras", "auto")):
+            require_runtime(name)
 
 
 def weight_file(path: str) -> None:

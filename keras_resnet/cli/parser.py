@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from keras_resnet.cli.words import command_hint, option_hint, spelled
+from keras_resnet.cli.words import command_hint, is_other, option_hint, spelled
 from keras_resnet.errors import between, did_you_mean, whole
 from keras_resnet.recipes import Recipe, get_recipe
 
@@ -156,14 +156,22 @@ class Parser(argparse.ArgumentParser):
         if words and words[0].startswith("-") and words[0] not in self._option_string_actions:
             self.error(f"the command comes first, not {words[0]!r}: keras-resnet COMMAND ...")
         if words and words[0] in commands:
-            words[1:] = spelled(words[1:], commands[words[0]]._option_string_actions)
+            parser = commands[words[0]]
+            words[1:] = spelled(words[1:], parser._option_string_actions)
+            # argparse would take --freeze for --freeze-norms.
+            for word in words[1:]:
+                if is_other(word, parser._option_string_actions):
+                    parser.refuse(word)
         found, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            parser, name = found.parser, unknown[0].partition("=")[0]
-            usage = parser.format_usage().strip().removeprefix("usage: ")
-            hint = option_hint(unknown[0], list(parser._option_string_actions), usage)
-            parser.error(f"unknown argument {name!r}.{hint}")
+            found.parser.refuse(unknown[0])
         return found
+
+    def refuse(self, word: str) -> typing.NoReturn:
+        """Says that a word is none of the command's, and what is likely meant."""
+        usage = self.format_usage().strip().removeprefix("usage: ")
+        hint = option_hint(word, list(self._option_string_actions), usage)
+        self.error(f"unknown argument {word.partition('=')[0]!r}.{hint}")
 
     def commands(self) -> dict[str, Parser]:
         """The parsers of the commands, by name."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import keras_resnet as kr
+from keras_resnet.cli import checks
 from keras_resnet.cli.pipes import STDOUT, piped
 from keras_resnet.data.folders import class_folders, split_folder
 from keras_resnet.data.sources import Images
@@ -23,6 +24,7 @@ def _say_backend() -> None:
 
 def _open(model: str, engine: str):
     """A model ready to run; says which backend and engine do."""
+    checks.runtime(model, engine)
     _say_backend()
     runner = kr.open_runner(model, engine)
     print(f"Engine: {runner}")
@@ -86,6 +88,7 @@ def _predict_to_file(model: str, paths: list[str], name: str, **options: Any) ->
     from keras_resnet.system.progress import Progress, ProgressLine
 
     output, images, last = check_output(name), Images(paths), Progress(0, 0)
+    checks.runtime(model, options["engine"])
     _say_backend()
 
     def progress(now: Progress) -> None:
@@ -141,6 +144,7 @@ def serve(
 ) -> None:
     """Serves a page until Ctrl-C."""
     require("gradio", "serve", "serve")
+    checks.runtime(model, options["engine"])
     limits = kr.Limits(max_mb, max_megapixels, max_pictures)
     _say_backend()
     kr.serve(model, limits=limits, **options)

@@ -153,6 +153,12 @@ def spelled(words: list[str], known: Iterable[str]) -> list[str]:
     return out
 
 
+def is_other(word: str, known: Iterable[str]) -> bool:
+    """Whether a word is another program's option, though it may be the beginning of one here."""
+    plain = word.partition("=")[0].lower().replace("_", "-")
+    return plain not in known and "{usage}" not in HINTS.get(plain, "{usage}")
+
+
 def option_hint(word: str, known: Iterable[str], usage: str) -> str:
     """What is likely meant by a word that is none of a command's options; begins with a space."""
     name, equals, value = word.partition("=")

@@ -187,7 +187,9 @@ def export(
             size=writing.size_of(staged, name),
             model=model.name,
             batch_size=batch_size,
-            runtime=None if runner is None else f"{runner.runtime} {_version(runner.module)}",
+            runtime=None
+            if runner is None
+            else f"{runner.runtime} {_version(rows.FORMATS[name].module)}",
             pictures=shown,
             comparisons=comparisons,
             tolerance=tolerance,

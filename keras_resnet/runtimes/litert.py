@@ -14,7 +14,7 @@ from keras_resnet.runtimes.runner import FileRunner
 class Runner(FileRunner):
     """LiteRT on a `.tflite` file."""
 
-    runtime, module, extra = "litert", "ai_edge_litert", "litert"
+    runtime = "litert"
     reads = ("litert",)
 
     def _open(self, path, precision, threads):

@@ -20,7 +20,7 @@ from keras_resnet.runtimes.writing import all_layers, clone
 class Runner(FileRunner):
     """ONNX Runtime on an `.onnx` file."""
 
-    runtime, module, extra = "onnxruntime", "onnxruntime", "onnx"
+    runtime = "onnxruntime"
     fixes_batch = True  # Keras takes another exporter for fixed sizes
     reads = ("onnx",)
     quantizers: ClassVar = {"onnxruntime": "onnx"}

@@ -17,7 +17,7 @@ from keras_resnet.runtimes.runner import FileRunner
 class Runner(FileRunner):
     """OpenVINO on an `.xml` file and the `.bin` beside it, or on an `.onnx` file."""
 
-    runtime, module, extra = "openvino", "openvino", "openvino"
+    runtime = "openvino"
     reads = ("openvino", "onnx")
     quantizers: ClassVar = {"nncf": "int8"}
     precisions = ("float32", "bfloat16", "float16")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean
+from keras_resnet.errors import InputError, NotFoundError, did_you_mean, require
 from keras_resnet.system.files import check_writable, check_writable_folder
 
 # Of the engines that take a Keras model, and those that an exported file names by itself.
@@ -25,6 +25,8 @@ class Format:
         suffix: Of its files; `""` for a folder.
         needs: Backend that can write it -> `{import name of a package: pip extra that has it}`.
         home: The file in this folder whose `Runner` finishes, describes and runs it.
+        module: Import name of the package that runs the files.
+        extra: The pip extra that has it.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Format:
     suffix: str
     needs: dict[str, dict[str, str]]
     home: str
+    module: str
+    extra: str
 
     @property
     def runner(self) -> Any:
@@ -49,6 +53,8 @@ _ROWS = (
         ".onnx",
         {"torch": {"onnx": "onnx"}, "tensorflow": {"onnx": "onnx", "tf2onnx": "onnx"}},
         home="onnx",
+        module="onnxruntime",
+        extra="onnx",
     ),
     Format(
         "openvino",
@@ -56,6 +62,8 @@ _ROWS = (
         ".xml",
         {"torch": {"openvino": "openvino"}, "tensorflow": {"openvino": "openvino"}},
         home="openvino",
+        module="openvino",
+        extra="openvino",
     ),
     Format(
         "saved_model",
@@ -63,9 +71,27 @@ _ROWS = (
         "",
         {"tensorflow": {}, "jax": {"tensorflow": "tensorflow"}},
         home="saved_model",
+        module="tensorflow",
+        extra="tensorflow",
     ),
-    Format("litert", "litert", ".tflite", {"tensorflow": {}}, home="litert"),
-    Format("torch", "torch", ".pt2", {"torch": {}}, home="torch_program"),
+    Format(
+        "litert",
+        "litert",
+        ".tflite",
+        {"tensorflow": {}},
+        home="litert",
+        module="ai_edge_litert",
+        extra="litert",
+    ),
+    Format(
+        "torch",
+        "torch",
+        ".pt2",
+        {"torch": {}},
+        home="torch_program",
+        module="torch",
+        extra="torch",
+    ),
 )
 FORMATS = {row.name: row for row in _ROWS}
 
@@ -156,6 +182,16 @@ def check_target(path: str | os.PathLike, name: str) -> None:
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and format_of_file(path) != name):
         raise InputError(f"{str(path)!r} is there, and is no {name}: it is left alone.")
     check_writable_folder(path)
+
+
+def require_runtime(name: str) -> None:
+    """Says before any work that files of a format cannot be run.
+
+    Raises:
+        MissingDependencyError: The package for it is not installed.
+    """
+    row = get_format(name)
+    require(row.module, row.extra, f"Running {name} files")
 
 
 def check_engine(name: str) -> None:

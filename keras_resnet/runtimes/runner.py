@@ -120,8 +120,6 @@ class FileRunner(Runner):
     """
 
     runtime: str  # its name
-    module: str  # what is imported
-    extra: str  # of this package, for pip
     precisions: tuple[str, ...] = ("float32",)
     reads: tuple[str, ...]  # the formats
     fixes_batch: bool = False  # `finish` does; the exporter leaves the batch free

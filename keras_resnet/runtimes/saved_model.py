@@ -13,7 +13,7 @@ from keras_resnet.runtimes.runner import FileRunner
 class Runner(FileRunner):
     """TensorFlow on a SavedModel folder."""
 
-    runtime, module, extra = "tensorflow", "tensorflow", "tensorflow"
+    runtime = "tensorflow"
     reads = ("saved_model",)
 
     def _open(self, path, precision, threads):

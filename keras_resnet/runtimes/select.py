@@ -16,7 +16,6 @@ from keras_resnet.errors import (
     MissingDependencyError,
     NotFoundError,
     meant_path,
-    require,
 )
 from keras_resnet.models.files import load_model
 from keras_resnet.runtimes import formats, rows, writing
@@ -33,9 +32,8 @@ def runtime_of(name: str) -> type[FileRunner]:
     Raises:
         MissingDependencyError: It is not installed; the message has the pip line.
     """
-    kind = rows.get_format(name).runner
-    require(kind.module, kind.extra, f"Running {name} files")
-    return kind
+    rows.require_runtime(name)
+    return rows.FORMATS[name].runner
 
 
 def _format_of_engine(engine: str) -> str:

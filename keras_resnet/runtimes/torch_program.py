@@ -13,7 +13,7 @@ from keras_resnet.runtimes.runner import FileRunner
 class Runner(FileRunner):
     """torch on an exported program, a `.pt2` file; Keras is not asked."""
 
-    runtime, module, extra = "torch", "torch", "torch"
+    runtime = "torch"
     reads = ("torch",)
 
     def _open(self, path, precision, threads):

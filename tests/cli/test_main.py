@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import importlib.util
 import io
 import json
 import pathlib
@@ -19,9 +20,10 @@ import pytest
 from PIL import Image
 
 import keras_resnet as kr
-from keras_resnet.cli import main as cli, words as foreign
+from keras_resnet import errors
+from keras_resnet.cli import checks, main as cli, words as foreign
 from keras_resnet.cli.commands import COMMANDS
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, MissingDependencyError
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.variants import SPECS
 from keras_resnet.weights.keras_files import inspect_keras_file
@@ -67,7 +69,7 @@ def world(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((40, 30), 50).convert("RGB").save(path)
     model = kr.create_model("resnet_tiny")
-    model.info["preprocess"] = kr.Preprocess(36, 32).get_config()
+    model.info["preprocess"] = kr.Preprocess(20, 16).get_config()
     model.save(folder / "tiny.keras")
     shapes = spec_shapes(SPECS["resnet20"])
     kr.write_checkpoint(
@@ -179,7 +181,7 @@ WRONG = [
     ("explain tiny.keras foto", "No file or folder at 'foto'. Did you mean 'photos'?"),
     ("explain tinny.keras photos", "No model file at 'tinny.keras'."),
     ("serve tinny.keras", "No model file at 'tinny.keras'."),
-    ("report run", "'run' does not exist."),
+    ("report run", "No run folder at 'run'. Did you mean 'runs'?"),
     ("scan foto", "'foto' does not exist. Did you mean 'photos'?"),
     ("scan empty", "holds no image"),
     ("scan photos --json no/x.json", "'no' does not exist."),
@@ -354,6 +356,25 @@ def test_words_of_other_programs_mean_options_that_there_are():
     assert not {*foreign.SAME} & {*foreign.HINTS} and {*foreign.COMMANDS.values()} <= {*COMMANDS}
     for text in foreign.HINTS.values():
         assert {*re.findall(r"--[a-z][a-z-]*", text)} <= known
+
+
+def test_a_missing_runtime_is_said_before_keras(monkeypatch, tmp_path):
+    (tmp_path / "m.onnx").touch()
+    missing = {"onnxruntime", "openvino"}
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        errors.importlib.util, "find_spec", lambda name: None if name in missing else found(name)
+    )
+    checks.runtime(str(tmp_path / "m.keras"), "keras")
+    for path, engine, extra in (
+        ("m.onnx", "keras", "onnx"),
+        ("m.onnx", "openvino", "openvino"),
+        ("m.keras", "onnxruntime", "onnx"),
+    ):
+        with pytest.raises(MissingDependencyError, match=rf"keras3-resnet\[{extra}\]"):
+            checks.runtime(str(tmp_path / path), engine)
+    missing.remove("openvino")
+    checks.runtime(str(tmp_path / "m.onnx"), "openvino")  # which reads it too
 
 
 def test_help_fits_two_screens(monkeypatch):

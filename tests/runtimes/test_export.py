@@ -70,7 +70,7 @@ def needs(name):
     """Skips where a format's packages are missing."""
     for module in FORMATS[name].needs[BACKEND]:
         pytest.importorskip(module)
-    pytest.importorskip(FORMATS[name].runner.module)
+    pytest.importorskip(FORMATS[name].module)
 
 
 def target(folder: pathlib.Path, name: str) -> pathlib.Path:
