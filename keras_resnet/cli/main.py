@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in ([], ["help"]):
-        argv = [*argv[1:], "--help"]
-    elif argv == ["version"]:
+        argv = [*(word for word in argv[1:2] if word != "help"), "--help"]
+    elif argv[0] == "version":
         argv = ["--version"]
     try:
         return _run(**vars(build_parser().parse_args(argv)))

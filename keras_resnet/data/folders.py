@@ -104,6 +104,12 @@ def class_folders(directory: str | os.PathLike, least: int = 1) -> list[str]:
             f"{directory!r} has one class folder only ({listed(found)}); a classifier needs two or "
             f"more.{_meant_folder(directory)}"
         )
+    inside = [os.path.join(directory, name) for name in found]
+    if least > 1 and all("train" in split_folders(folder) for folder in inside):
+        raise DataError(
+            f"{directory!r} holds datasets, each with a training folder, and no classes: give one "
+            f"of them, such as {inside[0]!r}."
+        )
     return found
 
 

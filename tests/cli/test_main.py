@@ -84,6 +84,8 @@ def world(tmp_path_factory):
         (folder / "runs" / name / "history.csv").write_text("")
     shutil.copytree(folder / "photos", folder / "data" / "photos")
     shutil.copytree(folder / "photos", folder / "sets" / "photos" / "train")
+    for name in ("a", "b"):
+        shutil.copytree(folder / "photos", folder / "many" / name / "train")
     with zipfile.ZipFile(folder / "other.keras", "w") as archive:
         archive.writestr("a.txt", "no model")
     return folder
@@ -247,6 +249,7 @@ HABITS = [
     ("train photos/ants", "It looks like one class of"),
     ("train data", "Did you mean 'data/photos'?"),
     ("train sets", "Did you mean 'sets/photos'?"),
+    ("train many", "holds datasets, each with a training folder"),
     ("train https://example.org/photos.zip", "It is an address: download it"),
     ("train fotos/ants", "There is no folder"),
     ("train photos --weights https://example.org/x.pth", "It is an address: download it"),
