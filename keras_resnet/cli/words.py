@@ -94,7 +94,8 @@ HINTS = _pairs({
     "--unfreeze head trains the head alone.":
         "--freeze --freeze-backbone --freeze-layers --freeze-epochs --feature-extract "
         "--feature-extraction --head-only --linear-probe",
-    "keras-resnet evaluate measures a model.": "--eval --evaluate --test-only --validate --val-only --test",
+    "keras-resnet evaluate measures a model.":
+        "--eval --evaluate --test-only --validate --val-only --test",
     "A run folder is never overwritten, other files are replaced.":
         "--force -f --overwrite --exist-ok -y --yes",
     "The run folder gets best.keras and last.keras; --output says where it is made.":
