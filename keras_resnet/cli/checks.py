@@ -13,7 +13,6 @@ from keras_resnet.errors import (
     InputError,
     MissingDependencyError,
     NotFoundError,
-    between,
     meant_path,
     one_of,
     require,
@@ -93,7 +92,8 @@ def logger(name: str) -> None:
 
 def port(number: int) -> None:
     """A server can listen there."""
-    between("port", number, 0, 65535)
+    if not 0 <= number < 65536:
+        raise InputError(f"The port must be from 0 to 65535. Received: {number}.")
 
 
 def is_model(path: str) -> bool:

@@ -99,10 +99,11 @@ def class_folders(directory: str | os.PathLike, least: int = 1) -> list[str]:
             f"{directory!r} has no class folder: it must hold one folder of images a class. "
             f"It holds {_extension_counts(here)}.{_meant_folder(directory)}"
         )
-    if len(found) < least:
+    meant = _meant_folder(directory) if len(found) < least else ""
+    if meant or (len(found) < least and _classes(directory)):
         raise DataError(
-            f"{directory!r} has one class folder only ({listed(found)}); a classifier needs two or "
-            f"more.{_meant_folder(directory)}"
+            f"{directory!r} has images of one class only ({listed(found)}); a classifier needs two "
+            f"or more class folders.{meant}"
         )
     inside = [os.path.join(directory, name) for name in found]
     if least > 1 and all("train" in split_folders(folder) for folder in inside):

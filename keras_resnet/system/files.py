@@ -44,7 +44,8 @@ def check_writable_folder(path: str | os.PathLike) -> None:
     while not os.path.lexists(found):
         found = found.parent
     if not found.is_dir():
-        raise InputError(f"The output {str(found)!r} is a file; a folder is needed.")
+        what = "The output" if found == path else f"Cannot write {str(path)!r}:"
+        raise InputError(f"{what} {str(found)!r} is a file; a folder is needed.")
     _write_empty(found / path.name)
 
 

@@ -150,8 +150,7 @@ def inspect_keras_file(path: str | os.PathLike) -> KerasFile:
 def _check_names(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            missing = {"config.json", "metadata.json"} - {*archive.namelist()}
-        reason = f"it has no {min(missing)}" if missing else ""
+            reason = "" if "config.json" in archive.namelist() else "it has no config.json"
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         reason = reason_of(error)
     if reason:

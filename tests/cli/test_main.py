@@ -281,7 +281,7 @@ HABITS = [
     ("explain photos tiny.keras", "comes first: keras-resnet explain tiny.keras photos"),
     ("explain tiny.keras photos --output text.txt", "'text.txt' is a file; a folder is needed."),
     ("serve runs", "It is a folder of runs"),
-    ("serve tiny.keras --port 99999", "port must be at least 0 and at most 65535."),
+    ("serve tiny.keras --port 99999", "The port must be from 0 to 65535. Received: 99999."),
     ("serve tiny.keras --max-mb 0", "max_mb must be above 0. Received: 0.0."),
     ("report runs", "There are run folders in it: 'runs/a', 'runs/b'."),
     ("report photos", "'photos' is no run folder."),

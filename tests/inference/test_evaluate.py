@@ -243,7 +243,7 @@ def test_the_commands_write_what_they_are_asked_for(file, pictures, expected, tm
             ["predict", "{file}", "{pictures}", "--top", "0"],
             "top must be a whole number of at least 1",
         ),
-        (["predict", "{file}", "{pictures}", "--csv", "x.txt"], "ends in .csv"),
+        (["predict", "{file}", "{pictures}", "--csv", "x.txt"], "must end in .csv"),
         (["predict", "{pictures}", "{pictures}"], "No best.keras"),
         (["predict", "{pictures}/class 0/0.png", "{pictures}"], "keras-resnet convert"),
         (["evaluate", "{file}", "{pictures}", "--split", "val"], "has no 'val' folder"),

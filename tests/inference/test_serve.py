@@ -460,7 +460,7 @@ def test_bad_addresses_are_said_in_one_line(file, capsys):
             (["--port", port], "Give another --port"),
             (["--port", "70000"], "from 0 to 65535"),
             (["--host", "no.such.host.invalid"], "no address of the name"),
-            (["--max-mb", "0"], "megabytes must be above 0"),
+            (["--max-mb", "0"], "max_mb must be above 0"),
         ]
         for arguments, message in cases:
             assert cli.main(["serve", file, *arguments]) == 2

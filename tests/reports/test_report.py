@@ -496,7 +496,7 @@ def test_wrong_paths_get_a_suggestion(tmp_path, capsys):
         ([folder / "config.json"], "Its folder is one: "),
         ([tmp_path / "empty"], "is no run folder"),
         ([folder, folder], "named twice"),
-        ([folder, "--output", tmp_path / "x.pdf"], "written as .html"),
+        ([folder, "--output", tmp_path / "x.pdf"], "must end in .html"),
         ([folder, "--output", tmp_path / "no" / "x.html"], "does not exist"),
     ]:
         assert cli.main(["report", *map(str, bad)]) == 2

@@ -130,7 +130,7 @@ def test_a_recipes_augmentation_is_the_preset_of_torchvisions_references():
 @pytest.mark.once
 def test_every_field_of_a_recipe_is_an_option_of_the_command_line(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+        cli.main(["train", "--help-all"])
     shown = capsys.readouterr().out
     for field in dataclasses.fields(Recipe)[3:]:
         assert f"--{field.name.replace('_', '-')}" in shown
