@@ -1,7 +1,13 @@
 """AlexNet: the sizes of its layers, the paper's network, and one for CIFAR-10, trained and tested.
 
-On a folder that holds train/ and test/, each with a folder a class:
-    python examples/alexnet_cifar10.py --data CIFAR10
+On CIFAR-10 as Keras downloads it, or a folder that holds train/ and test/ with a folder a class:
+    python examples/alexnet_cifar10.py --data cifar10
+
+Where the program's parts are: the table of sizes and the formula are `print_sizes`;
+`AlexNet_Paper` and `AlexNet_CIFAR10` are `kr.AlexNetPaper` and `kr.AlexNetCIFAR10`
+(keras_resnet/models/alexnet.py); `get_CIFAR10_mean_std` is `kr.dataset_statistics`; the training
+and validation loop is `model.fit` with `line`; the test is `kr.evaluate`; the two charts are
+`plots.curves`.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import keras
 
 import keras_resnet as kr
 from keras_resnet import plots
-from keras_resnet.cli.demo import write_digits
+from keras_resnet.cli.demo import write_cifar10, write_digits
 
 # Kernel size, stride and padding of AlexNet_Paper's convolutions and poolings.
 PAPER = {
@@ -38,10 +44,14 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32, help="batch size in training")
     parser.add_argument("--num_epochs", type=int, default=20, help="epochs in training")
     parser.add_argument("--softmax", action="store_true", help="make the well-known mistake")
-    parser.add_argument("--data", help="folder with train/ and test/, or class folders")
+    parser.add_argument("--data", help="cifar10, or a folder (default: handwritten digits)")
     parser.add_argument("--output", default="runs/alexnet_cifar10")
-    parser.add_argument("--smoke", action="store_true", help="one epoch on a few pictures")
+    parser.add_argument("--smoke", action="store_true", help="a trial: few digits, one epoch")
     args = parser.parse_args()
+    if args.smoke:
+        args.data, args.num_epochs = write_digits("runs/digits-8", each=8), 1
+    if args.data == "cifar10":
+        args.data = write_cifar10("runs/cifar10")
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -50,12 +60,11 @@ def main():
     print(kr.summary(kr.AlexNetPaper()))
 
     # The data sets: random_split of train/ into 80 % and 20 %, and test/.
-    data = Path(args.data or write_digits("runs/digits")).resolve()
-    few = [p for i, p in enumerate(sorted(data.rglob("*.*"))) if args.smoke and i % 15]
-    options = {"image_size": 32, "batch_size": args.batch_size, "exclude": few}
+    data = Path(args.data or write_digits("runs/digits"))
+    options = {"image_size": 32, "batch_size": args.batch_size}
     train_set, eval_set = kr.image_dataset_from_directory(
         data / "train" if (data / "train").is_dir() else data,
-        validation_split=0.2, subset="both", seed=0, drop_last=args.smoke or "auto", **options,
+        validation_split=0.2, subset="both", seed=0, drop_last="auto", **options,
     )  # fmt: skip
     names = train_set.class_names
     test_set = eval_set  # a folder without test/ has nothing better
@@ -88,7 +97,9 @@ def main():
         metrics=["accuracy"],
     )
 
-    # The training loop. Keras calls model.train() and model.eval(), so to speak, by itself.
+    # The training loop. Keras calls model.train() and model.eval(), so to speak, by itself, and
+    # divides the epoch's loss by its batches. The program divides by batch_idx, the last batch's
+    # index, which is one less: its losses are larger by N / (N - 1), and one batch is an error.
     def line(epoch, logs):
         print(
             f"\n[Epoch {epoch + 1:3d}] train_loss: {logs['loss']:.3f} "
@@ -97,10 +108,10 @@ def main():
         )
 
     report = keras.callbacks.LambdaCallback(on_epoch_end=line)
-    epochs = 1 if args.smoke else args.num_epochs
     history = model.fit(
-        train_set, validation_data=eval_set, epochs=epochs, shuffle=False, callbacks=[report]
-    )
+        train_set, validation_data=eval_set, epochs=args.num_epochs, shuffle=False,
+        callbacks=[report],
+    )  # fmt: skip
     print("Training process has finished. Saving trained model.")
     # torch.save(model.state_dict(), ...): the PyTorch class of these layers loads this file.
     kr.save_torchvision(model, output / "AlexNet_CIFAR10.pth")

@@ -2,6 +2,11 @@
 
 It needs no data:
     python examples/resnet50_v1_relu.py
+
+Where the program's parts are: `Bottleneck` and `ResNet` are `kr.ResNet50V1ReLU` (its block:
+keras_resnet/models/blocks.py; its row, with the stride and the ReLU: keras_resnet/variants.py); the
+random image, the forward pass and the printed shape are `main`; why its weights look like another
+network's is `compare`.
 """
 
 from __future__ import annotations
@@ -21,32 +26,12 @@ WHAT_DIFFERS = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", help="a folder whose first picture is taken instead of noise")
-    parser.add_argument("--output", default="runs/resnet50_v1_relu")
-    parser.add_argument("--smoke", action="store_true", help="64 pixels instead of 224")
-    args = parser.parse_args()
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    size = 64 if args.smoke else 224
+def compare(resnet, x, y, size):
+    """The same weights in three networks: lines that say how far the answers are apart.
 
-    # x = torch.randn(1, 3, 224, 224), channels last here
-    x = np.random.default_rng(0).standard_normal((1, size, size, 3)).astype("float32")
-    if args.data:
-        dataset = kr.image_dataset_from_directory(args.data, labels=None, shuffle=False)
-        prepare = kr.Preprocess(resize_size=round(size * 256 / 224), crop_size=size)
-        x = prepare(dataset.file_paths[0])[None]
-
-    # resnet = ResNet(Bottleneck, [3, 4, 6, 3]); x = resnet(x); print(x.shape)
-    # Its AvgPool2d(7) fits 224 pixels only; here the mean is over whatever is there.
-    resnet = kr.ResNet50V1ReLU(input_shape=(size, size, 3))
-    y = keras.ops.convert_to_numpy(resnet(x, training=False))
-    print("Output shape:", y.shape)
-    (output / "summary.txt").write_text(f"{kr.summary(resnet)}\n")
-
-    # The weights of one go into the others: all shapes are the same, and only `stage1` is called
-    # `layer1`. That is why a wrong file loads without an error, and why kr asks to be sure.
+    They fit, for all shapes are the same, and only `stage1` is called `layer1`. That is why a wrong
+    file loads without an error, and why kr asks to be sure.
+    """
     state = {k.replace("stage", "layer"): v for k, v in kr.to_torchvision(resnet).items()}
     lines = []
     for name, difference in WHAT_DIFFERS.items():
@@ -66,7 +51,34 @@ def main():
             f"    with the same weights, logits that differ by up to "
             f"{np.abs(answer - y).max() / np.abs(y).max():.1%} of the largest",
         ]
-    text = "\n".join(lines)
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="a folder whose first picture is taken instead of noise")
+    parser.add_argument("--output", default="runs/resnet50_v1_relu")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--smoke", action="store_true", help="a trial: 64 pixels instead of 224")
+    args = parser.parse_args()
+    size, output = 64 if args.smoke else args.image_size, Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+
+    # x = torch.randn(1, 3, 224, 224), channels last here
+    x = np.random.default_rng(0).standard_normal((1, size, size, 3)).astype("float32")
+    if args.data:
+        dataset = kr.image_dataset_from_directory(args.data, labels=None, shuffle=False)
+        prepare = kr.Preprocess(resize_size=round(size * 256 / 224), crop_size=size)
+        x = prepare(dataset.file_paths[0])[None]
+
+    # resnet = ResNet(Bottleneck, [3, 4, 6, 3]); x = resnet(x); print(x.shape)
+    # Its AvgPool2d(7) fits 224 pixels only; here the mean is over whatever is there.
+    resnet = kr.ResNet50V1ReLU(input_shape=(size, size, 3))
+    y = keras.ops.convert_to_numpy(resnet(x, training=False))
+    print("Output shape:", y.shape)
+    (output / "summary.txt").write_text(f"{kr.summary(resnet)}\n")
+
+    text = compare(resnet, x, y, size)
     print(text)
     (output / "differences.txt").write_text(text + "\n")
     print(f"Look into {output}: summary.txt, differences.txt")

@@ -77,7 +77,7 @@ class Recipe:
         dropout: Rate in the head; `None` is the variant's own.
         precision: `"fp32"`, `"bf16"` or `"fp16"` (mixed).
         patience: Stop after so many epochs without a better accuracy.
-        val_split: Fraction held out where there is no `val/`.
+        val_split: Fraction held out where there is no `val/`; 0: none, and the last is the best.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Recipe:
                 whole(name, getattr(self, name), 1)
         for name in ("flip", "random_erasing", "label_smoothing"):
             between(name, getattr(self, name), 0, 1)
-        between("val_split", self.val_split, 0, 1, ends="()")
+        between("val_split", self.val_split, 0, 1, ends="[)")
         for name in ("learning_rate", "backbone_rate"):
             between(name, getattr(self, name), 0, ends="(]")
         for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "gradual"):

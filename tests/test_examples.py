@@ -14,6 +14,9 @@ import pytest
 from conftest import ROOT
 
 import keras_resnet as kr
+from keras_resnet.cli.demo import write_cifar10, write_digits
+from keras_resnet.recipes import get_recipe
+from keras_resnet.training.prepare import make_schedule
 
 EXAMPLES = ROOT / "examples"
 
@@ -22,7 +25,13 @@ RUNS = {
     "bird_photos_resnet50": (
         [],
         ["batch.png", "curves.png", "model.keras"],
-        ["Shape of X [N, H, W, C]: (21, 32, 32, 3)", "Multiply-adds", "Epoch: 1, Train_acc:"],
+        [
+            "Shape of X [N, H, W, C]: (16, 32, 32, 3)",
+            "Multiply-adds",
+            "Epoch: 1, Train_acc:",
+            "Dataset ImageDataset\n    Number of images: 64\n    Root location: runs/digits-8\n",
+            "Beside torchsummary's table",
+        ],
     ),
     "alexnet_cifar10": (
         ["--batch_size", "16"],
@@ -37,13 +46,23 @@ RUNS = {
             "ResNet/train.log",
             "ResNet/history.csv",
             "ResNet/curves.png",
+            "logs/ResNet0.txt",
         ],
-        ["learning rates: [0.01", "Look into"],
+        [
+            "20 for training, none held out for validation: best.keras is the last epoch",
+            "learning rates: [0.01, 0.001, 0.001, 0.0001]",
+            "Look into",
+        ],
     ),
     "flowers_transfer": (
         ["--freeze"],
         ["resNet34.keras", "resNet34.pth", "class_indices.json", "predicted.png"],
-        ["[left out]:\nfc.bias\nfc.weight", "Training 1 layers (5,130 weights)", "class: 0"],
+        [
+            "[missing_keys]:\nfc.weight\nfc.bias\n[unexpected_keys]:\n",
+            "Training 1 layers (5,130 weights)",
+            "\n[epoch 1] train_loss: ",
+            "class: 0",
+        ],
     ),
     "resnet50_v1_relu": (
         [],
@@ -108,6 +127,89 @@ def test_every_example_is_run_here_and_described():
 
     assert scripts == set(RUNS)
     assert all(f"({name}.py)" in readme for name in scripts)
+
+
+@pytest.mark.once
+def test_every_example_says_where_the_programs_parts_are_and_keeps_its_trial_apart():
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "Where the program's parts are: " in text
+        assert text.count("args.smoke") == 1, path.name
+
+
+@pytest.mark.once
+def test_the_rate_drops_where_the_posted_rule_lowers_it():
+    rate_drops = example("resnet34_cifar10").rate_drops
+    for epochs in (2, 3, 4, 5, 50, 1000):
+        rate, rates = 0.01, []
+        for epoch in range(epochs):  # the rule as posted, its crash repaired
+            if (epoch + 1) % int(epochs / 2) == 0:
+                rate /= 10
+            rates.append(rate)
+        recipe = get_recipe("resnet34_cifar10").with_options(
+            epochs=epochs, milestones=rate_drops(epochs)
+        )
+        schedule = make_schedule(recipe, steps_per_epoch=3)
+        ours = [schedule.value_at(3 * epoch) for epoch in range(epochs)]
+        np.testing.assert_allclose(ours, rates, rtol=1e-6)
+    assert rate_drops(1) == ()
+
+
+@pytest.mark.once
+def test_the_loss_of_every_part_is_the_mean_of_its_steps(tmp_path):
+    callback = example("resnet34_cifar10").PartLosses(6, tmp_path / "logs" / "ResNet0.txt")
+    losses = [3.0, 1.0, 2.0, 0.5, 0.25, 0.0, 9.0]
+    callback.on_epoch_begin(0)
+    for i in range(7):
+        callback.on_train_batch_end(i, {"loss": np.mean(losses[: i + 1])})
+    callback.on_epoch_end(0, {"accuracy": 0.5})
+    assert callback.path.read_text().splitlines() == [
+        "epoch 0   part 2     loss: 2.0000000", "epoch 0   part 5     loss: 0.2500000",
+        "Accuracy of the network on the train images: 50%",
+    ]  # fmt: skip
+
+
+@pytest.mark.once
+def test_cifar10_as_keras_gives_it_becomes_folders(tmp_path, rng):
+    arrays = [
+        (rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n)[:, None] % 10)
+        for n in (20, 10)
+    ]
+    folder = write_cifar10(tmp_path / "cifar10", arrays)
+    test_set = kr.image_dataset_from_directory(
+        folder / "test", image_size=32, batch_size=10, shuffle=False
+    )
+    assert test_set.class_names[:3] == ["airplane", "automobile", "bird"]
+    np.testing.assert_array_equal(test_set[0][0], arrays[1][0])
+    assert len(list((folder / "train").rglob("*.png"))) == 20
+
+
+@pytest.mark.once
+def test_few_digits_are_as_many_of_each(tmp_path):
+    folder = write_digits(tmp_path / "few", each=2)
+    assert [len(list((folder / str(d)).iterdir())) for d in range(10)] == [2] * 10
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_the_third_way_trains_one_layer_behind_the_head_of_1000_classes(tmp_path):
+    module = example("flowers_transfer")
+    kr.save_torchvision(kr.ResNet34(), tmp_path / "resnet34-pre.pth")
+    net = module.transfer(3, tmp_path / "resnet34-pre.pth", 5, 64)
+    report = kr.freeze(net, until="head")
+    assert net.output_shape == (None, 5) and report.trained == ["new_head"]
+    assert sum(np.prod(w.shape) for w in net.trainable_weights) == 1000 * 5 + 5
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_the_saved_resnet34_is_the_best_epoch(run):
+    _, folder = run("flowers_transfer")
+    model = kr.load_model(folder / "resNet34.keras")
+    loaded = kr.ResNet34(num_classes=10)
+    assert kr.load_torchvision(loaded, folder / "resNet34.pth").ok
+    ours, theirs = (keras.ops.convert_to_numpy(m.layers[-1].kernel) for m in (model, loaded))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("stride_on", ["1x1", "3x3"])

@@ -26,7 +26,7 @@ from PIL import Image
 
 from keras_resnet.data.augment import Mix, repeated_augmentation, smooth_labels
 from keras_resnet.data.folders import Stream, generator, listed
-from keras_resnet.data.labels import checked_labels, described, encoded
+from keras_resnet.data.labels import checked_labels, described, encoded, printed
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.reading import ImageCache, ReadAhead, load
 from keras_resnet.errors import DataError, InputError, NotFoundError, between, one_of, whole
@@ -188,6 +188,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             return sorted(self._skipped.items())
 
     _shown = described
+    __str__ = printed
 
     def __len__(self) -> int:
         """Batches in an epoch."""

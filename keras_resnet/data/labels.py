@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from keras_resnet.data.folders import listed
 from keras_resnet.errors import DataError, InputError
+from keras_resnet.system.files import printable
 
 
 def checked_labels(
@@ -56,6 +59,25 @@ def described(dataset: Any) -> tuple[str, Sequence[str], list[tuple[str, int]]]:
         f"{len(dataset):,} batches of {dataset.batch_size}, {dataset.output}"
     )
     return line, ("Class", "Images"), list(dataset.class_counts.items())
+
+
+def printed(dataset: Any) -> str:
+    """What `print` shows of an `ImageDataset`: counts, root, transform, as torchvision's."""
+    paths, labels = dataset.file_paths, dataset.labels
+    root = os.path.dirname(paths[0])
+    with contextlib.suppress(ValueError):  # relative and absolute ones have nothing in common
+        root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    if labels is not None and len(set(labels)) == 1:
+        root = os.path.dirname(root)
+    counts = [f"{printable(name)} {count:,}" for name, count in dataset.class_counts.items()]
+    lines = [f"Dataset {type(dataset).__name__}", f"Number of images: {dataset.num_samples:,}"]
+    lines += [f"Root location: {printable(root)}"]
+    if counts:
+        lines.append(f"Classes: {len(counts)} ({', '.join(counts[:8])}"
+                     f"{f' and {len(counts) - 8} more' if len(counts) > 8 else ''})")  # fmt: skip
+    lines += [] if dataset.augment is None else [f"Augmentation: {dataset.augment}"]
+    lines += [f"Transform: {dataset.preprocess}"]
+    return "\n    ".join(lines)
 
 
 def check_classes(class_counts: Mapping[str, int], where: str = "The dataset") -> None:

@@ -137,7 +137,7 @@ class Loop:
             self._compile()
         if progress["step"]:
             # Compiled metrics are made at the first batch; testing changes no weight.
-            images, labels = readable_batch(self.data.val, 0)
+            images, labels = readable_batch(self.data.val or self.data.train, 0)
             self.model.test_on_batch(images[:1], labels[:1])
         progress, extra = run.load_state(self.model)
         if self.ema is not None:
@@ -177,6 +177,7 @@ class Loop:
     def _run_epoch(self, callbacks: RunCallbacks) -> None:
         started = time.perf_counter()
         self.at.validating = False
+        val = self.data.val
         batches = _EpochBatches(self.data.train, self.at.epoch, self.at.step)
         callbacks.begin_epoch(len(batches))
         try:
@@ -184,7 +185,7 @@ class Loop:
                 batches,
                 epochs=self.at.epoch + 1,
                 initial_epoch=self.at.epoch,
-                validation_data=_EpochBatches(self.data.val, 0, 0),
+                validation_data=None if val is None else _EpochBatches(val, 0, 0),
                 shuffle=False,  # the dataset has shuffled already, by the seed
                 callbacks=callbacks,
                 verbose=0,
@@ -193,23 +194,21 @@ class Loop:
             raise
         except Exception:
             # Backends wrap what went wrong in reading an image in errors of their own.
-            failure = self.data.train.failure or self.data.val.failure
+            failure = self.data.train.failure or (val and val.failure)
             if isinstance(failure, KerasResNetError):
                 raise failure from None
             raise
-        logs = callbacks.logs
+        measured = ("accuracy", "loss") + (() if val is None else ("val_accuracy", "val_loss"))
         row = {
-            "accuracy": logs["accuracy"],
-            "loss": logs["loss"],
-            "val_accuracy": logs["val_accuracy"],
-            "val_loss": logs["val_loss"],
+            **{name: callbacks.logs[name] for name in measured},
             "learning_rate": self.schedule.value_at((self.at.epoch + 1) * self.steps - 1),
             "seconds": time.perf_counter() - started,
         }
         self._record(row)
-        improved = row["val_accuracy"] > self.best
+        # Without validation the last epoch is the best.
+        improved = val is None or row["val_accuracy"] > self.best
         self.stale = 0 if improved else self.stale + 1
-        self.best = max(self.best, row["val_accuracy"])
+        self.best = max(self.best, row.get("val_accuracy", -math.inf))
         with contextlib.nullcontext() if self.ema is None else self.ema.applied():
             self._describe(row)
             if improved:
@@ -224,10 +223,13 @@ class Loop:
     def _record(self, row: dict[str, float]) -> None:
         for key, value in row.items():
             self.run_folder.history.setdefault(key, []).append(float(value))
+        parts = [
+            f"{part}_acc:{row[f'{key}accuracy'] * 100:.1f}%, {part}_loss:{row[f'{key}loss']:.3f}"
+            for part, key in (("Train", ""), ("Val", "val_"))
+            if f"{key}loss" in row
+        ]
         self._note(
-            f"Epoch:{self.at.epoch + 1:2d}, Train_acc:{row['accuracy'] * 100:.1f}%, "
-            f"Train_loss:{row['loss']:.3f}, Val_acc:{row['val_accuracy'] * 100:.1f}%, "
-            f"Val_loss:{row['val_loss']:.3f}, Lr:{row['learning_rate']:.2e}, "
+            f"Epoch:{self.at.epoch + 1:2d}, {', '.join(parts)}, Lr:{row['learning_rate']:.2e}, "
             f"{row['seconds']:.1f} s"
         )
 
@@ -236,10 +238,9 @@ class Loop:
             "recipe": self.recipe.name,
             "epoch": self.at.epoch + 1,
             "epochs": self.recipe.epochs,
-            "val_accuracy": float(row["val_accuracy"]),
-            "val_loss": float(row["val_loss"]),
+            **{name: float(row[name]) for name in ("val_accuracy", "val_loss") if name in row},
             "train_pictures": self.data.train.num_samples,
-            "val_pictures": self.data.val.num_samples,
+            "val_pictures": self.data.val.num_samples if self.data.val else 0,
             "keras_resnet": package_version(),
             "backend": keras.backend.backend(),
         }
@@ -248,8 +249,9 @@ class Loop:
         """Saves this epoch's model under its number where it is one of the best so far."""
         if not self.settings.keep:
             return
-        accuracies = self.run_folder.history["val_accuracy"]
-        # Of equal ones the earlier is kept, as in best.keras.
+        history = self.run_folder.history
+        accuracies = history.get("val_accuracy", range(len(history["loss"])))
+        # Of equal ones the earlier is kept, as in best.keras; without validation the last ones.
         ranked = sorted(range(len(accuracies)), key=lambda i: (-accuracies[i], i))
         kept = {f"epoch-{i + 1:03d}.keras" for i in ranked[: self.settings.keep]}
         name = f"epoch-{self.at.epoch + 1:03d}.keras"
@@ -280,7 +282,8 @@ class Loop:
 
     def skipped(self) -> list[tuple[str, str]]:
         """Unreadable images of both parts, those met before a run was killed too."""
-        return sorted({*self._skipped_before, *self.data.train.skipped, *self.data.val.skipped})
+        held_out = self.data.val.skipped if self.data.val else ()
+        return sorted({*self._skipped_before, *self.data.train.skipped, *held_out})
 
     # After each step.
 

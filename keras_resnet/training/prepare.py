@@ -55,7 +55,7 @@ class Data:
 
     Attributes:
         train: Shuffled, augmented.
-        val: In order, as `evaluate` sees it.
+        val: In order, as `evaluate` sees it; `None` where nothing is held out.
         test_folder: `test/`, where the folder has one.
         names: Class names in the order of the model's outputs.
         preprocess: Of `val`, and of every later prediction.
@@ -65,7 +65,7 @@ class Data:
     """
 
     train: ImageDataset
-    val: ImageDataset
+    val: ImageDataset | None
     test_folder: str | None
     names: list[str]
     preprocess: Preprocess
@@ -141,10 +141,18 @@ def prepare_data(
     preprocess = evaluation_preprocess(recipe, eval_size, **options)
     if recipe.normalization == "dataset" and look:
         preprocess = dataclasses.replace(preprocess, **_measured(training, workers))
-    validation = ImageDataset(*parts["val"], names, preprocess=preprocess, shuffle=False, **common)
-    if look:
-        # A last batch of which nothing can be read would otherwise end the run in its first epoch.
-        validation.verify()
+    validation = None
+    if "val" in parts:
+        validation = ImageDataset(
+            *parts["val"], names, preprocess=preprocess, shuffle=False, **common
+        )
+        if look:
+            # A last batch of which nothing can be read would otherwise end the first epoch.
+            validation.verify()
+    elif recipe.patience is not None:
+        raise InputError(
+            f"patience={recipe.patience} needs images to validate on: pass a val_split above 0."
+        )
     return Data(
         training,
         validation,
@@ -153,7 +161,7 @@ def prepare_data(
         preprocess,
         size,
         soft,
-        _fingerprint(training.file_paths, validation.file_paths),
+        _fingerprint(training.file_paths, validation.file_paths if validation else []),
     )
 
 
@@ -170,7 +178,7 @@ def _check_sizes(variant: str, **sizes: int) -> None:
 def _find_parts(
     folders: dict[str, str], val_split: float, seed: int, exclude: Any
 ) -> tuple[dict[str, tuple[list[str], np.ndarray]], list[str]]:
-    """Paths and labels of the training and the validation images, and the class names."""
+    """Paths and labels of the training images, of the validation images if any, and the names."""
     paths, labels, names = find_pictures(folders["train"], exclude=exclude)
     if "val" in folders:
         val_paths, val_labels, found = find_pictures(folders["val"], exclude=exclude)
@@ -178,6 +186,8 @@ def _find_parts(
             val_labels, found, names, "The validation folder", "the training folder"
         )
         return {"train": (paths, labels), "val": (val_paths, val_labels)}, names
+    if not val_split:
+        return {"train": (paths, labels)}, names
     kept, held = stratified_split(labels, val_split, seed)
     parts = {"train": kept, "val": held}
     return {

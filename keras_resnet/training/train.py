@@ -48,7 +48,8 @@ class TrainResult(Shown):
         folder: The run folder.
         model: The best model, as in `best.keras`; `None` before the first whole epoch.
         history: Columns of `history.csv`, one value an epoch.
-        evaluation: The best model on the validation images; `None` of an interrupted run.
+        evaluation: The best model on the validation images; `None` of an interrupted run, and
+            where nothing was held out (`val_split=0`).
         test: The same on `test/`, where the folder has one.
         skipped: `(path, reason)` of images that could not be read.
         interrupted: Ctrl-C (or SIGTERM) ended it; the same call goes on from there.
@@ -111,7 +112,8 @@ def train(
 ) -> TrainResult:
     """Fits a model on an image folder and writes a run folder.
 
-    The run folder holds `best.keras` (highest validation accuracy), `last.keras`, `history.csv`,
+    The run folder holds `best.keras` (highest validation accuracy; the last epoch's where nothing
+    is held out), `last.keras`, `history.csv`,
     `curves.png`, `batch.png` (images as they are fed), `class_indices.json`, `config.json`,
     `train.log`, `skipped.csv` where images could not be read, and the best model's
     `evaluation.json`, `predictions.csv` and `confusion_matrix.png`; and `report.html`, which shows
@@ -253,7 +255,7 @@ def _train(
         result = _finish(run, data, recipe, loop.skipped(), interrupted)
         status = "interrupted" if interrupted else "finished"
         settings.say(f"\n{result}")
-        if result.evaluation is not None:
+        if result.model is not None and not interrupted:
             if with_report:
                 _report(run, result.model, settings.say)
             run.drop_state()  # last of all: until here the same command goes on
@@ -272,11 +274,14 @@ def _plan(run: Run, recipe: Recipe, data: Data, seed: int) -> str:
     counts = [f"{printable(n)} {c:,}" for n, c in data.train.class_counts.items()]
     if len(counts) > 8:
         counts[8:] = [f"{len(counts) - 8} more"]
+    held_out = "none held out for validation: best.keras is the last epoch"
+    if data.val is not None:
+        held_out = f"{data.val.num_samples:,} for validation"
     return "\n".join(
         [
             f"Backend: {backend_line()}",
-            f"Images: {data.train.num_samples:,} for training, {data.val.num_samples:,} for "
-            f"validation, {len(data.names)} classes ({', '.join(counts)})",
+            f"Images: {data.train.num_samples:,} for training, {held_out}, "
+            f"{len(data.names)} classes ({', '.join(counts)})",
             f"Model: {recipe.model}, {data.train_size}x{data.train_size} pixels in training, "
             f"{height}x{width} in validation; recipe {recipe.name}, {recipe.epochs} epochs of "
             f"{len(data.train):,} steps of {recipe.batch_size}, {recipe.optimizer} at "
@@ -295,7 +300,10 @@ def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
             "multiply_adds": count_flops(model, data.train_size),
             "weights": model.info.get("weights"),
         },
-        "class_counts": {"train": data.train.class_counts, "val": data.val.class_counts},
+        "class_counts": {
+            "train": data.train.class_counts,
+            "val": data.val.class_counts if data.val else {},
+        },
         "preprocess": data.preprocess.get_config(),
         "augment": None if data.train.augment is None else data.train.augment.get_config(),
         "devices": devices(),
@@ -333,9 +341,11 @@ def _finish(
     if interrupted or model is None:
         run.write_config(status="interrupted")
         return TrainResult(run.folder, model, run.history, None, None, skipped, interrupted)
-    options: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": data.val.threads}
-    result = evaluate(model, data.val)
-    run.guard(result.save, run.folder)
+    options: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": data.train.threads}
+    result = None
+    if data.val is not None:
+        result = evaluate(model, data.val)
+        run.guard(result.save, run.folder)
     test = None
     if data.test_folder is not None:
         test = evaluate(model, data.test_folder, **options)
@@ -344,8 +354,8 @@ def _finish(
         status="finished",
         ended=_now(),
         results={
-            "val_accuracy": result.top1,
-            "val_loss": result.loss,
+            "val_accuracy": None if result is None else result.top1,
+            "val_loss": None if result is None else result.loss,
             "test_accuracy": None if test is None else test.top1,
             "skipped": len(skipped),
         },

@@ -347,7 +347,7 @@ def test_bad_folders_get_one_line(tmp_path, capsys):
         (["--recipe", "fintune"], "Did you mean 'finetune'?"),
         (["--crop", "paded"], "Did you mean 'padded'?"),
         (["--model", "alexnet", "--image-size", "32"], "at least 63x63"),
-        (["--val-split", "1.5"], "above 0 and below 1"),
+        (["--val-split", "1.5"], "at least 0 and below 1"),
         (["--epochs", "0"], "at least 1"),
         (["--optimizer", "adam"], "--weight-decay 0"),
         (["--unfreeze", "layer9"], "layer9"),
@@ -452,6 +452,46 @@ def test_patience_ends_a_run_that_gets_no_better(pictures, tmp_path):
     )  # fmt: skip
     accuracy = result.history["val_accuracy"]
     assert len(accuracy) < 9 and accuracy[-1] <= max(accuracy[:-1])
+
+
+def test_without_validation_the_last_epoch_is_the_best(pictures, tmp_path, capsys):
+    options = {**TINY, "val_split": 0, "report": True, "verbose": True, "keep": 1}
+    result = train(pictures, output=tmp_path, **options)
+    said = capsys.readouterr().out
+    assert "30 for training, none held out for validation: best.keras is the last epoch" in said
+    assert result.evaluation is None and not result.interrupted
+    assert set(result.history) == {"accuracy", "loss", "learning_rate", "seconds"}
+    assert len(result.history["loss"]) == 2 and "Val_acc" not in said
+    best, last = (load_model(result.folder / name) for name in ("best.keras", "last.keras"))
+    for ours, theirs in zip(best.get_weights(), last.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["status"] == "finished" and not (result.folder / "state.npz").exists()
+    assert (result.folder / "epoch-002.keras").exists()
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert "nothing was held out" in page
+
+
+@pytest.mark.once
+def test_without_validation_a_stopped_run_goes_on(pictures, tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                raise RuntimeError("power cut")
+
+    options = {**TINY, "val_split": 0, "deterministic": True, "checkpoint_steps": 2}
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(pictures, output=tmp_path / "a", callbacks=[Stop()], **options)
+    stopped = train(pictures, output=tmp_path / "a", **options)
+    peaceful = train(pictures, output=tmp_path / "b", **options)
+    assert stopped.history["loss"] == pytest.approx(peaceful.history["loss"], abs=1e-6)
+
+
+@pytest.mark.once
+def test_patience_needs_images_to_validate_on(pictures, tmp_path):
+    with pytest.raises(InputError, match="patience=3 needs images to validate on"):
+        train(pictures, output=tmp_path, patience=3, **{**TINY, "val_split": 0})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.once
