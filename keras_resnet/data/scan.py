@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from keras_resnet.data.folders import IMG_EXTENSIONS, existing_folder, walk_pictures
 from keras_resnet.data.reading import load
 from keras_resnet.errors import DataError, KerasResNetError
+from keras_resnet.system.files import column
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.shown import Shown
 
@@ -113,10 +114,14 @@ class ScanReport(Shown):
                 f"  {split or 'all':12} {total:7} in {len(counts)} classes, largest / smallest "
                 f"{ratio:.3g}"
             )
-            lines += [
-                f"    {name:24.24} {count:7}  {'#' * round(40 * count / max(counts.values()))}"
-                for name, count in sorted(counts.items(), key=lambda item: -item[1])[:20]
+            most = max(counts.values())
+            rows = [
+                f"    {column(name, 24)} {count:7}  {'#' * round(40 * count / most)}"
+                for name, count in sorted(counts.items(), key=lambda item: -item[1])
             ]
+            if len(rows) > 20:  # the largest and the smallest
+                rows[10:-10] = [f"    ... and {len(rows) - 20} between"]
+            lines += rows
         for title, items in self._troubles():
             lines.append(f"  {title:44} {len(items):6}")
             for item in items[:5]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from keras_resnet.data.folders import flat_images, picture_folders, pictures_in
 from keras_resnet.errors import NotFoundError, meant_path
-from keras_resnet.system.files import printable
+from keras_resnet.system.files import printable, text_width
 
 Sources = str | os.PathLike | Iterable[str | os.PathLike]
 
@@ -70,7 +70,7 @@ class Images:
             self._count = 0
             for path in self:
                 self._count += 1
-                self._width = max(self._width, len(printable(path)))
+                self._width = max(self._width, text_width(printable(path)))
         return self._count
 
     @property

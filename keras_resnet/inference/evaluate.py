@@ -18,8 +18,19 @@ from keras_resnet.errors import DataError, InputError
 from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
-from keras_resnet.system.files import csv_line, plain_path, printable, write_json, write_text
+from keras_resnet.system.files import (
+    column,
+    csv_line,
+    plain_path,
+    printable,
+    shortened,
+    text_width,
+    write_json,
+    write_text,
+)
 from keras_resnet.system.shown import Shown
+
+_ROWS, _WORST = 30, 10  # classes in the table; of more than that, so many of the worst
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -65,18 +76,31 @@ class Evaluation(Shown):
         )
 
     def __str__(self) -> str:
-        width = max([5, *(len(printable(row["name"])) for row in self.per_class)])
         top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
-        lines = [
-            f"{self.count:,} images: top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f}",
-            "",
-            f"{'Class':{width}}  Precision  Recall      F1   Count",
-        ]
+        lines = [f"{self.count:,} images: top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f}", ""]
+        shown = self.per_class
+        if len(shown) > _ROWS:
+            shown = sorted(shown, key=lambda row: row["f1"])[:_WORST]
+        width = max([5, *(text_width(shortened(row["name"], 40)) for row in shown)])
+        lines.append(f"{'Class':{width}}  Precision  Recall      F1   Count")
         lines += [
-            f"{printable(row['name']):{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}"
+            f"{column(row['name'], width)}  {row['precision']:9.3f}  {row['recall']:6.3f}"
             f"  {row['f1']:6.3f}  {row['count']:6d}"
-            for row in self.per_class
+            for row in shown
         ]
+        if len(shown) < len(self.per_class):
+            lines += [
+                f"These {len(shown)} of {len(self.per_class):,} classes have the lowest F1; "
+                "`per_class` and evaluation.json have all.",
+                "",
+                "The most frequent mistakes:",
+            ]
+            lines += [
+                f"  {shortened(true, 40)} taken for {shortened(taken, 40)}: {n:,} ({part:.0%})"
+                for true, taken, n, part in plots.frequent_mistakes(
+                    self.confusion, self.class_names, 5
+                )
+            ]
         if self.skipped:
             lines += ["", f"Skipped {len(self.skipped)} unreadable images:"]
             lines += [f"  {printable(reason)}" for _, reason in self.skipped[:10]]

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import keras
 import numpy as np
-from PIL import Image
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
@@ -26,7 +25,6 @@ from keras_resnet.inference.prediction_files import Prediction, most_probable
 from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.device import in_data_format
-from keras_resnet.system.files import replace_file
 
 # --- for people ----------------------------------------------------------------------------------
 
@@ -85,12 +83,14 @@ class Explanation:
         class_name: The class that the heat map speaks for; `None` where it cannot be read.
         pixels: uint8 `(height, width, channels)`, the image as the model saw it, or `None`.
         heatmap: float32 `(height, width)` in 0..1, or `None`.
+        probability: Of the class that the heat map speaks for.
     """
 
     prediction: Prediction
     class_name: str | None = None
     pixels: np.ndarray | None = None
     heatmap: np.ndarray | None = None
+    probability: float | None = None
 
     def overlay(self, alpha: float = 0.75, least: int = 256) -> np.ndarray:
         """The image under its heat map, uint8 `(height, width, 3)`.
@@ -195,7 +195,9 @@ def _explain_batch(model, batch, dataset, names, wanted, layer, top):
     maps = grad_cam(model, images, np.asarray(chosen, np.int32), layer)
     for i, sample in enumerate(map(int, batch.indices)):
         prediction = Prediction(dataset.file_paths[sample], most_probable(logs[i], names, top))
-        yield sample, Explanation(prediction, names[int(chosen[i])], pixels[i], maps[i])
+        k = int(chosen[i])
+        probability = float(np.exp(logs[i, k]))
+        yield sample, Explanation(prediction, names[k], pixels[i], maps[i], probability)
 
 
 def overlay_names(paths: Sequence[str | os.PathLike]) -> list[str]:
@@ -220,14 +222,21 @@ def overlay_names(paths: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def save_overlay(explanation: Explanation, path: str | os.PathLike) -> None:
-    """Writes the image under its heat map; the extension decides the format.
+    """Writes the image beside itself under its heat map, with its class, probability and scale.
+
+    `Explanation.overlay` is the image under its heat map alone.
+
+    Args:
+        explanation: As `iter_explanations` gives it.
+        path: The image to write; its extension decides the format.
 
     Raises:
         DataError: The image could not be read, or the file cannot be written.
     """
-    image = Image.fromarray(explanation.overlay())
+    drawn, e = explanation.overlay(), explanation
+    predicted = e.prediction.classes[0]
     try:
-        replace_file(path, image.save)
+        plots.explanation(e.pixels, drawn, predicted, (e.class_name, e.probability), path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"The image {os.fspath(path)!r} cannot be written: {reason}.") from error

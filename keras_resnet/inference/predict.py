@@ -36,7 +36,7 @@ from keras_resnet.inference.prediction_files import (
 from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
-from keras_resnet.system.files import printable, write_text
+from keras_resnet.system.files import column, printable, text_width, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.progress import Progress
 
@@ -61,9 +61,11 @@ class PredictionTable:
 
     def __init__(self, paths: Sequence[str] | Images, class_names: Sequence[str], top: int):
         known = isinstance(paths, Images)
-        longest = paths.width if known else max((len(printable(p)) for p in paths), default=0)
+        longest = (
+            paths.width if known else max((text_width(printable(p)) for p in paths), default=0)
+        )
         self._path = min(60, max(5, longest))
-        self._name = min(30, max(len(printable(n)) for n in class_names))
+        self._name = min(30, max(text_width(printable(n)) for n in class_names))
         self._top = min(top, len(class_names))
 
     @property
@@ -73,17 +75,15 @@ class PredictionTable:
         return f"{'Image':{self._path}}  {'  '.join([cell] * self._top)}".rstrip()
 
     def line(self, prediction: Prediction) -> str:
-        """One image; a path too long for its column loses its beginning."""
+        """One image; a path too long for its column loses its beginning, a name its middle."""
         path = printable(prediction.path)
-        if len(path) > self._path:
-            path = f"...{path[3 - self._path :]}"
+        while text_width(path) > self._path:
+            path = f"...{path.removeprefix('...')[1:]}"
+        path += " " * (self._path - text_width(path))
         if prediction.error is not None:
-            return f"{path:{self._path}}  {printable(prediction.error)}"
-        cells = [
-            f"{printable(name)[: self._name]:{self._name}} {p:6.1%}"
-            for name, p in prediction.classes
-        ]
-        return f"{path:{self._path}}  {'  '.join(cells)}"
+            return f"{path}  {printable(prediction.error)}"
+        cells = [f"{column(name, self._name)} {p:6.1%}" for name, p in prediction.classes]
+        return f"{path}  {'  '.join(cells)}"
 
 
 # --- reading ahead, running ----------------------------------------------------------------------

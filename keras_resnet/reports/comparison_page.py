@@ -22,7 +22,7 @@ class Row(NamedTuple):
         label: Its name, unlike the others'.
         link: The URL of its own report where that is near, else `None`.
         results: Its results on the part that all have, or else the ones that count; or `None`.
-        best: The columns in which no other run is better.
+        best: The columns in which no other run is better, and some is worse.
     """
 
     run: RunFacts
@@ -43,16 +43,17 @@ def comparison(runs: list[RunFacts], path: Path) -> dict[str, Any]:
         for run, label, *found in zip(runs, labels, results, best, strict=True)
     ]
     known = [row for row in rows if row.results]
-    winner = max(known, key=lambda row: row.results.top1, default=None)
+    highest = max((row.results.top1 for row in known), default=None)
+    winners = [row for row in known if row.results.top1 == highest]
     same = part is not None and same_images(runs, part)
     return {
         "part": part,
         "rows": rows,
-        "winner": winner,
+        "winners": winners,
         "same": same,
         "single_images": all(row.results.rows for row in known),
         "charts": _overlaid(rows),
-        "pairs": _paired(rows, winner) if same else [],
+        "pairs": _paired(rows, winners[0]) if same else [],
         "classes": _classes(results),
         **_differences(runs),
     }
@@ -75,7 +76,7 @@ def _link(run: RunFacts, path: Path) -> str | None:
 
 
 def _best_columns(results: list[Results | None]) -> list[set[str]]:
-    """By run: the columns whose best value is its own."""
+    """By run: the columns whose best value is its own; none where all are equal."""
     columns = {
         "top1": [r and r.top1 for r in results],
         "loss": [None if r is None or r.loss is None else -r.loss for r in results],
@@ -86,7 +87,7 @@ def _best_columns(results: list[Results | None]) -> list[set[str]]:
     for column, values in columns.items():
         known = [value for value in values if value is not None]
         for i, value in enumerate(values):
-            if len(known) > 1 and value == max(known):
+            if len(set(known)) > 1 and value == max(known):
                 found[i].add(column)
     return found
 
@@ -133,7 +134,8 @@ def _paired(rows: list[Row], winner: Row) -> list[dict[str, Any]]:
         best_alone = sum(first[k] and not other[k] for k in first)
         counts = [both, alone, best_alone, len(first) - both - alone - best_alone]
         p = paired_p_value(alone, best_alone)
-        found.append({"label": row.label, "counts": counts, "p": p})
+        equal = not alone and not best_alone  # right and wrong on the same images
+        found.append({"label": row.label, "counts": counts, "p": p, "equal": equal})
     return found
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from keras_resnet.inference.calibration import Calibration, accuracy_interval
-from keras_resnet.plots import label_text
+from keras_resnet.plots import DASHES as DASHES, confusion_pixels, draw_lines, label_text
 
 # --- for a web page ------------------------------------------------------------------------------
 
@@ -27,8 +27,6 @@ ROLES = {
     "surface": "#040404",
     **{f"s{i}": f"#0505{i:02d}" for i in range(1, 9)},  # series
 }
-# Every series has a dash of its own too: colour alone does not tell them apart for everyone.
-DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 _SVG_SETTINGS = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
@@ -107,41 +105,9 @@ def lines_svg(
         `--surface`, `--s1` to `--s8`.
     """
     figure, axes = _page_axes(5.4, 3.0)
-    drawn = []
-    for values, color, dash in series:
-        values = np.asarray(values, float)
-        if not np.isfinite(values).any():
-            continue
-        drawn.append(values[np.isfinite(values)])
-        marker = "o" if values.size < 16 else None
-        axes.plot(
-            np.arange(1, values.size + 1), values, color=ROLES[f"s{(color - 1) % 8 + 1}"],
-            ls=dash, lw=2, marker=marker, ms=4.5, clip_on=False,
-        )  # fmt: skip
-    every = np.concatenate(drawn) if drawn else np.zeros(0)
-    if percent:
-        low = min(0.9, float(np.floor(every.min() * 10) / 10)) if every.size else 0
-        axes.set_ylim(max(0, low), 1)
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-    elif every.size and every.min() > 0 and every.max() > 30 * every.min():
-        axes.set_yscale("log")  # one bad first epoch would press the rest flat
-    elif every.size and every.min() >= 0:
-        axes.set_ylim(0, float(every.max()) * 1.08 or 1)
-    if mark is not None and np.isfinite(mark[1]):
-        text = f"{mark[1]:.1%}" if percent else f"{mark[1]:.3g}"
-        axes.plot(*mark, "o", ms=10, mfc="none", mec=ROLES["ink"], mew=1.4, clip_on=False, zorder=5)
-        longest = max((v.size for v in drawn), default=1)
-        left = mark[0] > (1 + longest) / 2
-        high = mark[1] > sum(axes.get_ylim()) / 2
-        axes.annotate(
-            text, mark, textcoords="offset points", xytext=(-4 if left else 4, -22 if high else 12),
-            ha="right" if left else "left", fontsize=11, fontweight="bold", color=ROLES["ink"],
-            bbox={"facecolor": ROLES["surface"], "edgecolor": "none", "pad": 1.5, "alpha": 0.8},
-            zorder=6,
-        )  # fmt: skip
-    axes.set_xlabel("Epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=8))
-    axes.margins(x=0.02)
+    colored = [(values, ROLES[f"s{(color - 1) % 8 + 1}"], dash) for values, color, dash in series]
+    ink, surface = ROLES["ink"], ROLES["surface"]
+    draw_lines(axes, colored, percent=percent, mark=mark, ink=ink, surface=surface)
     return _svg(figure, key)
 
 
@@ -183,7 +149,7 @@ def reliability_svg(result: Calibration, key: str) -> str:
 
 
 def confusion_svg(matrix: np.ndarray, class_names: Sequence[str], key: str) -> str:
-    """Draws a confusion matrix of many classes for a page: the fuller the colour, the more.
+    """Draws a confusion matrix of many classes for a page, coloured as `plots.confusion_pixels`.
 
     Args:
         matrix: Counts, `(classes, classes)`, rows are true classes.
@@ -196,13 +162,7 @@ def confusion_svg(matrix: np.ndarray, class_names: Sequence[str], key: str) -> s
     count = len(class_names)
     figure, axes = _page_axes(7.2, 7.2)
     axes.grid(False)
-    totals = matrix.sum(axis=1, keepdims=True)
-    fractions = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
-    # One blue for both modes, more or less transparent: few mistakes must be seen, hence the root.
-    pixels = np.empty((count, count, 4))
-    pixels[..., :3] = (0.24, 0.49, 0.92)
-    pixels[..., 3] = np.sqrt(fractions)
-    axes.imshow(pixels, interpolation="nearest", aspect="equal")
+    axes.imshow(confusion_pixels(matrix), interpolation="nearest", aspect="equal")
     axes.spines[:].set_visible(True)
     axes.set(xlabel="Predicted class", ylabel="True class")
     if count <= 40:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.inference.calibration import Calibration, accuracy_interval, calibration
+from keras_resnet.plots import frequent_mistakes
 
 
 @dataclasses.dataclass
@@ -89,15 +90,7 @@ class Results:
         """The most frequent mistakes: true and predicted class, count, fraction of the class."""
         if self.confusion is None:
             return []
-        totals = self.confusion.sum(axis=1)
-        wrong = self.confusion * (1 - np.eye(len(self.confusion), dtype=int))
-        order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
-        pairs = [np.unravel_index(i, wrong.shape) for i in order]
-        return [
-            (self.class_names[i], self.class_names[j], int(wrong[i, j]), wrong[i, j] / totals[i])
-            for i, j in pairs
-            if wrong[i, j]
-        ]
+        return frequent_mistakes(self.confusion, self.class_names, limit)
 
     @property
     def mistakes(self) -> list[dict[str, Any]]:

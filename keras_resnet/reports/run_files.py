@@ -18,7 +18,7 @@ import numpy as np
 from keras_resnet.errors import InputError, NotFoundError, meant_path
 from keras_resnet.reports.run_facts import Results, RunFacts
 from keras_resnet.reports.wording import is_number
-from keras_resnet.system.files import read_json
+from keras_resnet.system.files import csv_value, read_json
 
 # A folder with one of these is a run's, or what `evaluate --output` wrote.
 _MARKS = ("config.json", "history.csv", "evaluation.json", "test_evaluation.json", "best.keras")
@@ -53,7 +53,12 @@ def read_run(folder: str | os.PathLike) -> RunFacts:
         if results is not None:
             facts.results[part] = results
     if not facts.results:
-        facts.missing.append("no evaluation: no evaluation.json")
+        held_out = facts.recipe.get("val_split") != 0
+        facts.missing.append(
+            "no evaluation: no evaluation.json"
+            if held_out
+            else "no evaluation: nothing was held out (val_split=0), and there is no test/"
+        )
     with contextlib.suppress(OSError, KeyError, csv.Error):
         facts.skipped = [(r["path"], r["reason"]) for r in _table(folder / "skipped.csv")]
     facts.files = {
@@ -121,7 +126,9 @@ def _model_info(folder: Path) -> dict[str, Any]:
 
 def _table(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    # As csv_line wrote them: a class may be called "=1+1".
+    return [{k: csv_value(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
 
 
 def _number(text: Any) -> float:

@@ -75,13 +75,13 @@ def _matrix(results: Results | None) -> dict[str, Any]:
     return {**found, "matrix": rows}
 
 
-def _cell(count: int, total: int, diagonal: bool) -> dict[str, Any]:
+def _cell(count: int, total: int, right: bool) -> dict[str, Any]:
     fraction = count / total if total else 0.0
-    # Where black or white is read best on the blue, in the page's light and dark mode.
+    # Where black or white is read best on the colour, in the page's light and dark mode.
     steps = {"full": 0.85, "half": 0.65, "some": 0.45, "": 0.0}
     kind = next((k for k, least in steps.items() if fraction > least), "none")
-    kind += " diagonal" if diagonal else ""
-    return {"count": count, "fraction": fraction, "kind": kind.strip()}
+    kind += " diagonal" if right else " wrong"
+    return {"count": count, "fraction": fraction, "kind": kind.strip(), "right": right}
 
 
 def _reliability(results: Results | None) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from keras_resnet.system.files import printable
+from keras_resnet.system.files import printable, shortened
 
 NOTHING = "\N{EN DASH}"  # in place of a number that is not known
 
@@ -20,6 +20,11 @@ NOTHING = "\N{EN DASH}"  # in place of a number that is not known
 def name(text: Any) -> Markup:
     """A name that people chose, for a page: escaped, and kept from turning what is around it."""
     return Markup("<bdi>{}</bdi>").format(plain(text))
+
+
+def short(text: Any) -> Markup:
+    """A name where there is little room, without its middle if it is long."""
+    return Markup("<bdi>{}</bdi>").format(shortened(text, 20))
 
 
 def plain(text: Any) -> str:
@@ -184,6 +189,7 @@ FILTERS = {
     "scientific": as_scientific,
     "setting": as_setting,
     "shell": as_shell,
+    "short": short,
     "size": as_size,
     "time": as_time,
     "width": as_width,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -146,9 +147,15 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     replace_file(path, write)
 
 
+# A list of numbers of indented JSON. Within a text a line break is written as an escape.
+_NUMBERS = re.compile(r"\[\n\s*([-+.\w]+(?:,\n\s*[-+.\w]+)*)\n\s*\]")
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=True, default=str) + "\n")
+    """Writes JSON, whole or not at all: indented, but a list of numbers is one line."""
+    text = json.dumps(value, indent=2, ensure_ascii=True, default=str) + "\n"
+    # A confusion matrix of 1,000 classes is 2 MB so, and 11 MB with a line a number.
+    write_text(path, _NUMBERS.sub(lambda m: "[" + re.sub(r"\s+", "", m[1]) + "]", text))
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -175,6 +182,51 @@ def printable(text: Any) -> str:
     )  # fmt: skip
 
 
+def shortened(text: Any, width: int) -> str:
+    """A name as one printable line of at most so many columns; a long one loses its middle.
+
+    Letters are cut, not words: names that begin alike often end otherwise. A Chinese, Japanese or
+    Korean letter and an emoji take two columns, an accent none.
+
+    Examples:
+        >>> shortened("Chevrolet Silverado 1500 Hybrid Crew Cab 2012", 24)
+        'Chevrolet Silv...ab 2012'
+        >>> shortened("a" * 200, 10), shortened("\u732b" * 9, 10)
+        ('aaaaa...aa', '\u732b\u732b...\u732b')
+    """
+    text = " ".join(printable(text).split())
+    if text_width(text) <= width:
+        return text
+    room = max(0, width - 3)
+    tail = _fitting(text[::-1], room // 3)[::-1]
+    while tail and text_width(tail[0]) == 0:  # an accent whose letter is cut
+        tail = tail[1:]
+    return f"{_fitting(text, room - text_width(tail))}...{tail}"
+
+
+def column(text: Any, width: int) -> str:
+    """A name as a cell of a table: `shortened`, and filled with blanks.
+
+    Examples:
+        >>> column("\u732b", 4) + "|", column("golden retriever", 8) + "|"
+        ('\u732b  |', 'gold...r|')
+    """
+    text = shortened(text, width)
+    return text + " " * (width - text_width(text))
+
+
+def text_width(text: str) -> int:
+    """Columns that a text takes in a terminal, as Unicode's East Asian Width has it."""
+    narrow = sum(not unicodedata.combining(c) and unicodedata.category(c) != "Mn" for c in text)
+    return narrow + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+
+
+def _fitting(text: str, width: int) -> str:
+    """As much of the beginning as fits into so many columns, and at least one letter."""
+    widths = itertools.accumulate(map(text_width, text))
+    return text[: max(1, sum(w <= width for w in widths))]
+
+
 # What makes a spreadsheet take a cell for a formula, its full-width forms included (OWASP, "CSV
 # Injection"); a plain number is none.
 _FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -185,9 +237,10 @@ _QUOTED = re.compile(r'[",;\t\r\n]|^\s|\s$')
 def csv_line(cells: Iterable[Any]) -> str:
     r"""One line of a CSV file (RFC 4180), harmless in a spreadsheet and always valid UTF-8.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe in front; give paths by
-    way of `plain_path`, which stay paths. Bytes of a file name that are no UTF-8 are written as
-    escapes. Semicolons and tabs are quoted as commas are: a spreadsheet may split at them.
+    A text that a spreadsheet would take for a formula gets an apostrophe in front, which
+    `csv_value` takes away; give paths by way of `plain_path`, which stay paths. Bytes
+    of a file name that are no UTF-8 are written as escapes. Semicolons and tabs are quoted as
+    commas are: a spreadsheet may split at them.
 
     Examples:
         >>> csv_line(["a, b", "=HYPERLINK(1)", "-1", 0.5, None]).rstrip()
@@ -200,9 +253,21 @@ def _csv_cell(value: Any) -> str:
     if value is None:
         return ""
     text = valid_text(value)
-    if isinstance(value, str) and _is_formula(text):
-        text = f"'{text}"
+    if isinstance(value, str) and _is_formula(text.lstrip("'")):
+        text = f"'{text}"  # also where it has one of its own: the way back must be clear
     return '"' + text.replace('"', '""') + '"' if _QUOTED.search(text) else text
+
+
+def csv_value(text: str) -> str:
+    r"""The text that `csv_line` wrote as this cell: without the apostrophe, with a name's bytes.
+
+    Examples:
+        >>> csv_value("'=1+1"), csv_value("'tis"), csv_value("-1")
+        ('=1+1', "'tis", '-1')
+    """
+    if text[:1] == "'" and _is_formula(text.lstrip("'")):
+        text = text[1:]
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), text)
 
 
 def _is_formula(text: str) -> bool:

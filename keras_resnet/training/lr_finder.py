@@ -27,6 +27,8 @@ from keras_resnet.training.prepare import (
 
 # A loss so many times the lowest has left for good (fastai's rule).
 _DIVERGED = 4.0
+# Standard deviations of the smoothed loss: one of 25 flat curves of 100 steps falls further.
+_CHANCE = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +39,10 @@ class LrFinderResult:
         rates: The learning rate of every step, rising by a constant factor.
         losses: The loss of the batch before each step, nats.
         smoothed: Their bias-corrected moving average.
-        suggestion: The rate where the smoothed loss falls fastest per decade; `None` where it
-            never falls.
+        suggestion: The rate in the longest valley of the smoothed loss, as fastai finds it;
+            `None` where it never falls, or by no more than chance.
         diverged: Whether the sweep ended because the loss left.
+        noise: Whether the loss falls by no more than it would by chance.
     """
 
     rates: np.ndarray
@@ -47,6 +50,7 @@ class LrFinderResult:
     smoothed: np.ndarray
     suggestion: float | None
     diverged: bool
+    noise: bool = False
 
     def __str__(self) -> str:
         lowest = int(np.argmin(self.smoothed))
@@ -55,15 +59,22 @@ class LrFinderResult:
             f"{', where the loss diverged' if self.diverged else ''}.",
             f"Lowest loss: {self.smoothed[lowest]:.4f} at {self.rates[lowest]:.1e}.",
         ]
-        if self.suggestion is None:
+        if self.noise:
+            lines.append(
+                "The curve is noise: the loss falls by no more than it varies from batch to batch, "
+                "so no suggestion. Try more steps, larger batches, or higher rates."
+            )
+        elif self.suggestion is None:
             lines.append("The loss never fell: no suggestion. Try other rates, or more steps.")
         else:
-            lines.append(f"Suggested learning rate, at the steepest descent: {self.suggestion:.1e}")
+            lines.append(f"Suggested learning rate, in the longest valley: {self.suggestion:.1e}")
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike) -> Path:
         """Draws the losses over the rates."""
-        return plots.learning_rates(self.rates, self.losses, self.smoothed, self.suggestion, path)
+        return plots.learning_rates(
+            self.rates, self.losses, self.smoothed, self.suggestion, path, noise=self.noise
+        )
 
 
 def smooth(losses: np.ndarray, beta: float = 0.98) -> np.ndarray:
@@ -80,22 +91,71 @@ def smooth(losses: np.ndarray, beta: float = 0.98) -> np.ndarray:
     return np.asarray(out)
 
 
-def suggest(rates: np.ndarray, smoothed: np.ndarray) -> float | None:
-    """The rate at which the loss falls fastest per decade, before its minimum.
+def valley(losses: np.ndarray) -> tuple[int, int, int] | None:
+    """The longest valley of a curve: where it begins and ends, and the place to train at.
+
+    fastai's rule (`fastai.callback.schedule.valley`, 2.8): the longest strictly falling
+    subsequence, and in it the middle of its second third.
+
+    Returns:
+        Three indices; `None` where the losses never fall.
+
+    Examples:
+        >>> valley(np.array([3.0, 2.9, 2.5, 1.8, 1.2, 1.0, 1.1, 4.0]))
+        (0, 5, 2)
+    """
+    length = np.ones(len(losses), int)  # of the longest such subsequence that ends there
+    for i in range(1, len(losses)):
+        length[i] = 1 + max(length[:i][losses[:i] > losses[i]], default=0)
+    end = int(length.argmax())
+    if length[end] == 1:
+        return None
+    start = end - int(length[end])  # as fastai has it: one before its first, where it has no gaps
+    third = (end - start) / 3
+    return max(0, start), end, max(0, start + int(third) + int(third / 2))
+
+
+def suggest(rates: np.ndarray, smoothed: np.ndarray, steps: int | None = None) -> float | None:
+    """The rate in the longest valley of the smoothed loss; see `valley`.
+
+    Args:
+        rates: One a step.
+        smoothed: The moving average of the losses.
+        steps: Steps planned, where the sweep ended early. The first tenth of them and the last
+            five are left out, as in fastai, where enough are left.
 
     Examples:
         >>> rates = np.logspace(-5, 0, 51)
-        >>> losses = 1 / (1 + (rates / 1e-2) ** 2)  # steepest, over log(rate), at 1e-2
+        >>> losses = 1 / (1 + (rates / 1e-2) ** 2)
         >>> round(suggest(rates, losses), 6)
-        0.01
+        0.001259
     """
-    lowest = int(np.argmin(smoothed))
-    if lowest < 2:
-        return None
-    # Over all of them: cut at the minimum first, its own slope would be one-sided, and never flat.
-    slopes = np.gradient(smoothed, np.log10(rates))[: lowest + 1]
-    steepest = int(np.argmin(slopes))
-    return float(rates[steepest]) if slopes[steepest] < 0 else None
+    part = _looked_at(len(smoothed), steps)
+    found = valley(smoothed[part])
+    return None if found is None else float(rates[part][found[2]])
+
+
+def _looked_at(count: int, steps: int | None) -> slice:
+    cut = slice((steps or count) // 10, count - 5)
+    return cut if cut.stop - cut.start >= 3 else slice(0, count)
+
+
+def is_noise(losses: np.ndarray, smoothed: np.ndarray, beta: float, steps: int) -> bool:
+    """Whether the loss falls by no more than the smoothed loss of a flat curve would by chance.
+
+    How much losses vary is taken from the differences of neighbours, in which a slow fall has no
+    part; smoothing leaves the fraction sqrt((1 - beta) / (1 + beta)) of it.
+    """
+    part = _looked_at(len(smoothed), steps)
+    found = valley(smoothed[part])
+    if found is None:
+        return False
+    start, end, _ = found
+    fall = smoothed[part][start : end + 1].max() - smoothed[part][end]
+    until = part.start + end + 1  # behind the valley losses vary for another reason
+    steps_between = np.abs(np.diff(losses[:until]))
+    deviation = 1.4826 * np.median(steps_between) / math.sqrt(2)
+    return bool(fall < _CHANCE * deviation * math.sqrt((1 - beta) / (1 + beta)))
 
 
 def lr_find(
@@ -171,8 +231,9 @@ def lr_find(
         for variable, value in zip(model.variables, before, strict=True):
             variable.assign(value)
     tried = rates[: len(losses)]
-    suggestion = suggest(tried, smoothed)
-    return LrFinderResult(tried, losses, smoothed, suggestion, diverged=len(losses) < steps)
+    noise = is_noise(losses, smoothed, beta, steps)
+    suggestion = None if noise else suggest(tried, smoothed, steps)
+    return LrFinderResult(tried, losses, smoothed, suggestion, len(losses) < steps, noise)
 
 
 def _sweep(model, dataset, rates, beta) -> tuple[np.ndarray, np.ndarray]:

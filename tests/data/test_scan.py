@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from keras_resnet.data.directory import image_dataset_from_directory
-from keras_resnet.data.scan import near_pairs, scan
+from keras_resnet.data.scan import ScanReport, near_pairs, scan
 from keras_resnet.errors import DataError, NotFoundError
+from keras_resnet.system.files import text_width
 
 pytestmark = pytest.mark.once
 
@@ -169,3 +170,12 @@ def test_folders_that_cannot_be_scanned(tmp_path):
         scan(tmp_path / "gone")
     with pytest.raises(DataError, match="no image"):
         scan(tmp_path)
+
+
+def test_of_many_classes_the_largest_and_the_smallest_are_printed():
+    counts = {f"class {i} " + "\u732b" * 20: 1000 - i for i in range(200)}
+    report = ScanReport("d", 1, class_counts={"": counts}, imbalance={"": 1.2})
+    lines = [line for line in str(report).split("\n") if line.startswith("    ")]
+    assert len(lines) == 21 and lines[10] == "    ... and 180 between"
+    assert lines[0].startswith("    class 0 \u732b") and lines[-1].startswith("    class 199 ")
+    assert {text_width(line.split("#")[0]) for line in lines if "#" in line} == {4 + 24 + 8 + 2}

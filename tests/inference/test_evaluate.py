@@ -17,12 +17,14 @@ from keras_resnet.data.directory import image_dataset_from_directory
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, NotFoundError
-from keras_resnet.inference.evaluate import evaluate
-from keras_resnet.inference.predict import iter_predictions, predict
+from keras_resnet.inference.evaluate import Evaluation, evaluate
+from keras_resnet.inference.predict import PredictionTable, iter_predictions, predict
+from keras_resnet.inference.prediction_files import Prediction
 from keras_resnet.models.files import load_model, model_preprocess
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.runner import logarithms
 from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.files import text_width
 
 NAMES = [f"class {i}" for i in range(7)]
 
@@ -102,6 +104,38 @@ def test_evaluation_equals_scikit_learns(model, pictures, expected, batch_size):
     np.testing.assert_allclose(
         [row["probability"] for row in result.rows], probabilities.max(1), rtol=1e-3
     )
+
+
+def table_of(count):
+    """An evaluation of so many classes, of which the first is mistaken for the second."""
+    names = [f"class {i} " + "\u732b" * 30 for i in range(count)]
+    confusion = 8 * np.eye(count, dtype=int)
+    confusion[0, 1] = 4
+    row = {"precision": 0.5, "recall": 0.5, "count": 8}
+    per_class = [{"name": n, "f1": (i + 1) / count, **row} for i, n in enumerate(names)]
+    return Evaluation(0.1, 0.9, 0.95, 800, names, per_class, confusion, [], [])
+
+
+@pytest.mark.once
+def test_the_table_of_many_classes_shows_the_worst():
+    lines = str(table_of(1000)).split("\n")
+    assert len(lines) < 20 and max(map(text_width, lines)) <= 100
+    assert lines[3].startswith("class 0 \u732b") and lines[12].startswith("class 9 \u732b")
+    assert "10 of 1,000 classes have the lowest F1" in lines[13]
+    assert lines[-1].startswith("  class 0 \u732b") and lines[-1].endswith(": 4 (33%)")
+    lines = str(table_of(30)).split("\n")
+    assert len(lines) == 33 and len({text_width(line) for line in lines[2:]}) == 1
+
+
+@pytest.mark.once
+def test_columns_stay_in_place_with_names_of_wide_letters():
+    table = PredictionTable(["a.png", "\u732b.png", "x" * 99], ["\u732b\u72ac", "ant", "b" * 50], 1)
+    lines = [
+        table.line(Prediction(path, [(name, 0.5)]))
+        for path, name in [("a.png", "ant"), ("\u732b.png", "\u732b\u72ac"), ("x" * 99, "b" * 50)]
+    ]
+    assert {text_width(line) for line in lines} == {60 + 2 + 30 + 7}
+    assert "b...b" in lines[2] and lines[2].startswith("...x")
 
 
 def test_predictions_are_the_models_in_the_order_of_the_files(model, pictures, expected):

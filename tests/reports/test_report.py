@@ -302,6 +302,28 @@ def test_markdown_renders_names_as_they_are():
         assert [tag for tag, _ in page.tags] == ["p"]
 
 
+@pytest.mark.once
+def test_names_that_a_spreadsheet_would_calculate_are_shown_as_they_are(tmp_path):
+    names = ["=1+1", "'=1", "caf\udce9", "ant"]
+    folder = make_run(tmp_path / "run", names)
+    results = read_run(folder).main
+    assert {row["true"] for row in results.rows} == set(names) == set(results.class_names)
+    assert {row["path"].split("/")[-1].split("-")[0] for row in results.rows} == set(names)
+    found = assert_harmless(kr.report(folder))
+    assert "'=1+1" not in found.text and "It is =1+1" in found.text
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("copies", [1, 2])  # up to 12 classes a table, above a drawing
+def test_what_is_right_and_mistakes_have_two_colours(tmp_path, copies):
+    folder = make_run(tmp_path / "run", [f"{name}{i}" for i in range(copies) for name in PLAIN])
+    found = page_of(kr.report(folder))
+    styles = [v for v in found.values("style") if "rgba(" in v]
+    assert "mistakes are orange" in found.text
+    if copies == 1:
+        assert sum("--cell" in v for v in styles) == 8 and sum("--miss" in v for v in styles) == 56
+
+
 # --- runs of all kinds ---------------------------------------------------------------------------
 
 
@@ -461,6 +483,24 @@ def test_runs_side_by_side(tmp_path):
     first, second = np.array(right)
     p = paired_p_value(int((first & ~second).sum()), int((second & ~first).sum()))
     assert f"{p:.3f}" in found.text and str(int((first & second).sum())) in found.text
+
+
+@pytest.mark.once
+def test_equal_runs_are_called_equal(tmp_path):
+    one, two = (make_run(tmp_path / name) for name in ("one", "two"))
+    found = page_of(kr.report([one, two]))
+    score = json.loads((one / "evaluation.json").read_text())["top1"]
+    said = f"one and two are equal in accuracy on the validation images: {score:.1%}"
+    assert said in found.text and "has the highest accuracy" not in found.text
+    assert "best" not in found.values("class")
+    assert re.search(r"two \d+ 0 0 \d+ equal", found.text)
+    # A third that is worse: the two are equal still, and marked.
+    three = make_run(tmp_path / "three")
+    path = three / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "top1": 0.1}))
+    found = page_of(kr.report([one, three, two]))
+    assert "one and two are equal in accuracy" in found.text
+    assert found.values("class").count("best") == 2
 
 
 @pytest.mark.once

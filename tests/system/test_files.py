@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
 import stat
 import subprocess
@@ -10,7 +13,16 @@ import sys
 import pytest
 
 from keras_resnet.errors import InputError
-from keras_resnet.system.files import printable, replace_file, write_json, write_text
+from keras_resnet.system.files import (
+    csv_line,
+    csv_value,
+    printable,
+    replace_file,
+    shortened,
+    text_width,
+    write_json,
+    write_text,
+)
 
 pytestmark = pytest.mark.once
 
@@ -121,3 +133,53 @@ def test_a_lock_has_one_holder_whoever_removes_its_file(tmp_path):
     holds = [int(process.communicate(timeout=60)[0] or -1) for process in processes]
     assert min(holds) >= 0 and sum(holds) > 20
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["=1+1", "'=1", "''=1", "'", "'tis", "-1", "'-1", "@x", "\t=1", "\uff1dx", '"=1"', "a\nb",
+     "=1;2\r", "caf\udce9", "1.5", " x "],
+)  # fmt: skip
+def test_a_csv_cell_is_read_as_it_was_meant(name):
+    line = csv_line([name, "b"])
+    [cell, _] = next(csv.reader(io.StringIO(line, newline="")))
+    assert csv_value(cell) == name
+
+
+def test_json_keeps_its_values_and_a_row_of_numbers_is_one_line(tmp_path):
+    value = {
+        "confusion": [[1, 0], [-2, 3.5e-7]],
+        "text": ["[\n1,\n2]", "a b"],
+        "none": [],
+        "n": [[]],
+    }
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == value
+    assert "    [1,0],\n    [-2,3.5e-07]\n" in text
+
+    write_json(tmp_path / "b.json", {"confusion": [[0] * 1000] * 1000})
+    assert (tmp_path / "b.json").stat().st_size < 2.1e6  # 11 MB with a line a number
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "shown"),
+    [
+        ("cat", 8, "cat"),
+        ("a" * 200, 10, "aaaaa...aa"),
+        ("\u732b" * 30, 10, "\u732b\u732b...\u732b"),  # two columns each
+        ("\u732b" * 5, 10, "\u732b" * 5),
+        ("one two three four", 12, "one tw...our"),
+        ("Chevrolet Silverado 1500 Hybrid", 24, "Chevrolet Silv... Hybrid"),
+        ("a\nb  c", 24, "a\\nb c"),
+        ("abcdefg", 2, "a...g"),  # at least its ends
+    ],
+)
+def test_long_names_lose_letters_and_never_all_of_them(text, width, shown):
+    assert shortened(text, width) == shown
+    assert width < 5 or text_width(shown) <= width
+
+
+def test_no_accent_is_left_without_its_letter():
+    cut = shortened("e\u0301" * 30, 11)
+    assert cut == "e\u0301" * 6 + "..." + "e\u0301" * 2

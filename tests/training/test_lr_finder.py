@@ -10,7 +10,14 @@ from PIL import Image
 from keras_resnet.cli import main as cli
 from keras_resnet.errors import InputError
 from keras_resnet.models.zoo import create_model
-from keras_resnet.training.lr_finder import lr_find, smooth, suggest
+from keras_resnet.training.lr_finder import (
+    LrFinderResult,
+    is_noise,
+    lr_find,
+    smooth,
+    suggest,
+    valley,
+)
 
 OPTIONS = {"image_size": 16, "batch_size": 8, "workers": 1, "model": None}
 
@@ -84,6 +91,59 @@ def test_a_loss_that_never_falls_gets_no_suggestion():
     rates = np.geomspace(1e-4, 1, 9)
     assert suggest(rates, np.linspace(1, 2, 9)) is None
     assert suggest(rates, np.ones(9)) is None
+
+
+def curve(limit, wave):
+    """100 rates, and a loss that falls around 1e-2 and leaves at the limit."""
+    i = np.arange(100)
+    rates = 10 ** (-6 + 7 * i / 99)
+    loss = 2.3 - 1 / (1 + 0.01 / rates) + 2 * (rates / limit) ** 2 + wave * np.sin(1.7 * i)
+    return rates, loss
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("limit", "wave", "step"),
+    [(1, 0, 40), (1, 0.02, 52), (1, 0.1, 65), (3, 0.02, 56), (0.1, 0.05, 50), (100, 0.01, 60)],
+)
+def test_the_suggestion_is_fastais(limit, wave, step):
+    # Steps by fastai 2.8.12: valley(lrs[10:-5], losses[10:-5], 100), as its lr_find calls it.
+    rates, losses = curve(limit, wave)
+    assert suggest(rates, losses) == rates[step]
+
+
+@pytest.mark.once
+def test_a_sweep_that_ended_early_leaves_out_a_tenth_of_the_planned_steps():
+    rates, losses = curve(1, 0.05)
+    assert suggest(rates[:60], losses[:60], steps=100) == rates[44]  # by fastai 2.8.12, too
+    assert valley(np.array([3.0, 2.9, 2.5, 1.8, 1.2, 1.0, 1.1, 4.0])) == (0, 5, 2)
+    assert valley(np.ones(4)) is None
+
+
+@pytest.mark.once
+def test_a_curve_that_is_noise_gets_no_suggestion_and_a_fall_does(tmp_path):
+    flat = falling = 0
+    for seed in range(40):
+        noise = np.random.default_rng(seed).normal(0, 0.1, 100)
+        for losses, fall in ((2.3 + noise, False), (curve(1, 0)[1] + noise, True)):
+            called = is_noise(losses, smooth(losses, 0.9), 0.9, 100)
+            flat += called and not fall
+            falling += called and fall
+    assert flat >= 36 and falling == 0
+    rates, _ = curve(1, 0)
+    result = LrFinderResult(rates, losses, smooth(losses, 0.9), None, False, noise=True)
+    assert "The curve is noise" in str(result) and "no suggestion" in str(result)
+    assert result.plot(tmp_path / "lr.png").is_file()
+
+
+@pytest.mark.once
+def test_noisy_first_steps_give_no_tiny_rate():
+    # The steepest descent of 0.1 was among the first steps, where little is averaged yet.
+    for seed in range(20):
+        rates, losses = curve(1, 0)
+        losses = losses + np.random.default_rng(seed).normal(0, 0.2, 100)
+        smoothed = smooth(losses, 0.9)
+        assert rates[smoothed.argmin()] / 100 < suggest(rates, smoothed) < 0.3
 
 
 @pytest.mark.once
