@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a trial: few digits, one epoch")
     args = parser.parse_args()
     if args.smoke:
-        args.data, args.num_epochs = write_digits("runs/digits-8", each=8), 1
+        args.data, args.num_epochs = write_digits("runs/digits-10", each=10), 1
     if args.data == "cifar10":
         args.data = write_cifar10("runs/cifar10")
     output = Path(args.output)

@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a trial: few digits, tiny, shallow")
     args = parser.parse_args()
     if args.smoke:
-        args.data, args.epochs = write_digits("runs/digits-8", each=8), 1
+        args.data, args.epochs = write_digits("runs/digits-10", each=10), 1
         args.image_size, args.blocks = 32, 1
     size, output = args.image_size, Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,7 @@ def main():
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     if args.smoke:
-        args.data, args.image_size, args.epochs = write_digits("runs/digits-8", each=8), 64, 1
+        args.data, args.image_size, args.epochs = write_digits("runs/digits-10", each=10), 64, 1
         args.weights = output / "resnet34-pre.pth"
         kr.save_torchvision(kr.ResNet34(), args.weights)
 

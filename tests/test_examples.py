@@ -26,10 +26,10 @@ RUNS = {
         [],
         ["batch.png", "curves.png", "model.keras"],
         [
-            "Shape of X [N, H, W, C]: (16, 32, 32, 3)",
+            "Shape of X [N, H, W, C]: (20, 32, 32, 3)",
             "Multiply-adds",
             "Epoch: 1, Train_acc:",
-            "Dataset ImageDataset\n    Number of images: 64\n    Root location: runs/digits-8\n",
+            "Dataset ImageDataset\n    Number of images: 80\n    Root location: runs/digits-10\n",
             "Beside torchsummary's table",
         ],
     ),
