@@ -187,8 +187,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         with self._lock:
             return sorted(self._skipped.items())
 
-    _shown = described
-    __str__ = printed
+    _shown, __str__ = described, printed
 
     def __len__(self) -> int:
         """Batches in an epoch."""
