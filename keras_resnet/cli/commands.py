@@ -40,6 +40,8 @@ _FIGURE = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
 _TOP = arg("--top N=5", "classes to show", least=1)
 _BATCH = arg("--batch-size N=32", "images at a time", least=1)
 _KEY = arg("--key NAME", "which dict inside, such as model_ema")
+_PIXELS = arg("--pixels RANGE", "what the model takes, where its layers do not tell",
+              choices=("0..255", "0..1", "normalized"))  # fmt: skip
 _ENGINE = arg("--engine NAME=keras", "keras, openvino, onnxruntime, torch; auto tries them",
               check_engine)  # fmt: skip
 
@@ -88,7 +90,7 @@ COMMANDS = {
         arg("directory DIR", "class folders, or test/ val/ train/", existing_folder),
         arg("--split", "which of them", choices=("test", "val", "train")),
         arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
-        _BATCH, _WORKERS, _STRICT, _ENGINE,
+        _BATCH, _WORKERS, _STRICT, _ENGINE, _PIXELS,
     ], order=model_first),
     "predict": Command(predicting.predict, "classify images", [
         _MODEL, _IMAGES, _TOP,
@@ -98,7 +100,7 @@ COMMANDS = {
         arg("--csv FILE", "write a line per image; - for stdout", written(".csv", pipe=True)),
         arg("--json FILE", "write the same as JSON; - for stdout", written(".json", pipe=True)),
         arg("--plot FILE", "draw the images with their titles", written(*_FIGURE)),
-        _BATCH, _WORKERS, _ENGINE,
+        _BATCH, _WORKERS, _ENGINE, _PIXELS,
     ], order=model_first),
     "explain": Command(predicting.explain, "draw where a model looked, by Grad-CAM", [
         _KERAS_MODEL, _IMAGES,
@@ -106,7 +108,7 @@ COMMANDS = {
             dest="class_name"),
         arg("--layer NAME", "the last feature map by default"),
         arg("--output DIR=explained", "for the images", output_folder),
-        _TOP, _WORKERS,
+        _TOP, _WORKERS, _PIXELS,
     ], order=model_first),
     "serve": Command(predicting.serve, "a page to try a model on, and an HTTP endpoint", [
         arg("model MODEL", "a .keras file, a run folder, an exported file", model),

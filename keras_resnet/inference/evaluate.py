@@ -15,7 +15,8 @@ from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures, labels_by_name, split_folder
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import DataError, InputError
-from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
+from keras_resnet.models.files import model_class_names, model_input
+from keras_resnet.models.meaning import Meaning
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.files import (
@@ -38,7 +39,7 @@ class Evaluation(Shown):
     """The result of `evaluate`; `print` it for the table.
 
     Attributes:
-        loss: Mean cross-entropy, nats.
+        loss: Mean cross-entropy, nats; of a multi-label model the mean binary one.
         top1: Fraction of images whose predicted class is the true one.
         top5: Fraction whose true class is among the five most probable; `None` for five classes or
             fewer, where it says nothing.
@@ -154,6 +155,7 @@ def evaluate(
     strict: bool = False,
     output: str | os.PathLike | None = None,
     engine: str = "keras",
+    pixels: str | None = None,
 ) -> Evaluation:
     """Measures a model on labelled images.
 
@@ -161,7 +163,8 @@ def evaluate(
         model: A model, a `.keras` file or a run folder, or a `Runner`.
         data: A folder with a folder a class, or one that holds such folders as `test`, `val` and
             `train`; or an unshuffled `ImageDataset`. Classes go by their names: the folder may
-            lack some of the model's, but has none that the model does not know.
+            lack some of the model's, but has none that the model does not know. Those of a model
+            without names are the folder's, where there are as many.
         batch_size: Images at a time; the result does not depend on it.
         workers: Threads that read images.
         split: Which of `test`, `val`, `train`; the first that is there by default.
@@ -169,12 +172,14 @@ def evaluate(
         strict: Stop at an image that cannot be read, instead of skipping it.
         output: A folder for `evaluation.json`, `predictions.csv` and `confusion_matrix.png`.
         engine: What runs the model: see `open_runner`.
+        pixels: As for `predict`.
 
     Returns:
         The `Evaluation`.
 
     Raises:
-        InputError: The classes are not the model's, or the model names no preprocessing.
+        InputError: The classes are not the model's, or it is unclear how its images are prepared
+            or what its outputs say.
         DataError: A folder without images, or, if strict, an image that cannot be read.
         NotFoundError: A path does not exist.
     """
@@ -182,20 +187,21 @@ def evaluate(
     names = model_class_names(runner)
     if isinstance(data, ImageDataset):
         dataset = data
-        if dataset.shuffle:
-            raise InputError("evaluate needs a dataset in a fixed order: build it shuffle=False.")
+        names, true = _by_name(runner, names, dataset.labels, dataset.class_names, "The dataset")
+        _check_dataset(runner, dataset, pixels)
     else:
         paths, labels, found = find_pictures(split_folder(data, split))
-        labels = labels_by_name(labels, found, names)
+        names, true = _by_name(runner, names, labels, found, "The folder")
+        prepared, fed = model_input(runner, preprocess, pixels)
         dataset = ImageDataset(
             paths,
-            labels,
+            true,
             names,
             shuffle=False,
             batch_size=batch_size,
             workers=workers,
-            preprocess=preprocess or model_preprocess(runner),
-            output=dataset_output(runner),
+            preprocess=prepared,
+            output=fed,
             on_error="raise" if strict else "skip",
         )
     logs, kept = [], []
@@ -212,14 +218,37 @@ def evaluate(
         reason = dataset.skipped[0][1]
         raise DataError(f"None of the {dataset.num_samples} images can be read: {reason}")
     logs, kept = np.concatenate(logs), np.concatenate(kept)
-    true = np.asarray(dataset.labels)[kept]
-    result = _measure(logs, true, [dataset.file_paths[i] for i in kept], names, dataset.skipped)
+    paths = [dataset.file_paths[i] for i in kept]
+    result = _measure(runner.meaning(), logs, true[kept], paths, names, dataset.skipped)
     if output is not None:
         result.save(output)
     return result
 
 
-def _measure(logs, true, paths, names, skipped) -> Evaluation:
+def _by_name(
+    runner: Runner, names: list[str], labels, found: list[str], what: str
+) -> tuple[list[str], np.ndarray]:
+    """The names of the model's classes, and labels by them."""
+    if labels is None:
+        raise InputError("evaluate needs labels: the dataset has none.")
+    if not runner.info.get("class_names") and len(found) == len(names):
+        return list(found), np.asarray(labels)  # trained on a folder's classes, in their order
+    return names, labels_by_name(labels, found, names, what)
+
+
+def _check_dataset(runner: Runner, dataset: ImageDataset, pixels: str | None) -> None:
+    """A dataset must be in a fixed order, and give what the model takes."""
+    if dataset.shuffle:
+        raise InputError("evaluate needs a dataset in a fixed order: build it shuffle=False.")
+    prepared, fed = model_input(runner, dataset.preprocess, pixels)
+    if dataset.output != fed or prepared != dataset.preprocess:
+        raise InputError(
+            f"The model {runner.model_name!r} takes images as preprocess={prepared}, "
+            f"output={fed!r} give them. Received: a dataset of output={dataset.output!r}."
+        )
+
+
+def _measure(meaning: Meaning, logs, true, paths, names, skipped) -> Evaluation:
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     classes = np.arange(len(names))
@@ -231,7 +260,6 @@ def _measure(logs, true, paths, names, skipped) -> Evaluation:
     if len(names) > 5:
         best = np.argpartition(-logs, 5, axis=1)[:, :5]
         top5 = float((best == true[:, None]).any(axis=1).mean())
-    picked = logs[np.arange(len(true)), true]
     rows = [
         {
             "path": path,
@@ -244,7 +272,7 @@ def _measure(logs, true, paths, names, skipped) -> Evaluation:
     ]
     occurring = [i for i in classes if support[i] or (predicted == i).any()]
     return Evaluation(
-        loss=float(-picked.mean()),
+        loss=float(meaning.losses(logs, true).mean()),
         top1=float((predicted == true).mean()),
         top5=top5,
         count=len(true),

@@ -22,7 +22,7 @@ from keras_resnet.inference.grad_cam import (
     resized,
 )
 from keras_resnet.inference.prediction_files import Prediction, most_probable
-from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
+from keras_resnet.models.files import model_class_names, model_input
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.device import in_data_format
 
@@ -117,6 +117,7 @@ def iter_explanations(
     batch_size: int = 16,
     workers: int | None = None,
     preprocess: Preprocess | None = None,
+    pixels: str | None = None,
 ) -> Iterator[Explanation]:
     """Classifies images and says where the model looked, one `Explanation` at a time.
 
@@ -130,6 +131,7 @@ def iter_explanations(
         batch_size: Images at a time; the result does not depend on it.
         workers: Threads that read images.
         preprocess: In place of the model's own.
+        pixels: As for `predict`.
 
     Yields:
         An `Explanation` an image, in order; those of unreadable images hold an error.
@@ -144,6 +146,8 @@ def iter_explanations(
     names = model_class_names(model)
     paths = image_paths(sources)
     wanted = _classes_by_name(class_name, names, len(paths))
+    prepared, fed = model_input(model, preprocess, pixels)
+    runner = open_runner(model)
     network_of(model, layer)  # an unknown layer is said before any image is read
     dataset = ImageDataset(
         paths,
@@ -151,7 +155,7 @@ def iter_explanations(
         shuffle=False,
         batch_size=batch_size,
         workers=workers,
-        preprocess=preprocess or model_preprocess(model),
+        preprocess=prepared,
         output="uint8",
     )
     for index in range(len(dataset)):
@@ -162,7 +166,8 @@ def iter_explanations(
             if not dataset.skipped:
                 raise
         else:
-            found = dict(_explain_batch(model, batch, dataset, names, wanted, layer, top))
+            images = batch.images if fed == "uint8" else prepared.normalize(batch.images)
+            found = dict(_explained(runner, model, batch, images, dataset, wanted, layer, top))
         reasons = dict(dataset.skipped)
         for sample in map(int, dataset.batch_indices(index)):
             path = paths[sample]
@@ -185,11 +190,9 @@ def _classes_by_name(given, names: list[str], count: int) -> list[int] | None:
     return [names.index(name) for name in asked]
 
 
-def _explain_batch(model, batch, dataset, names, wanted, layer, top):
-    pixels = batch.images
-    raw = dataset_output(model) == "uint8"
-    images = pixels if raw else dataset.preprocess.normalize(pixels)
-    logs = open_runner(model).log_probabilities(images)
+def _explained(runner, model, batch, images, dataset, wanted, layer, top):
+    names = model_class_names(runner)
+    logs = runner.log_probabilities(images)
     images = in_data_format(images, data_format_of(model))
     chosen = logs.argmax(axis=1) if wanted is None else [wanted[i] for i in batch.indices]
     maps = grad_cam(model, images, np.asarray(chosen, np.int32), layer)
@@ -197,7 +200,7 @@ def _explain_batch(model, batch, dataset, names, wanted, layer, top):
         prediction = Prediction(dataset.file_paths[sample], most_probable(logs[i], names, top))
         k = int(chosen[i])
         probability = float(np.exp(logs[i, k]))
-        yield sample, Explanation(prediction, names[k], pixels[i], maps[i], probability)
+        yield sample, Explanation(prediction, names[k], batch.images[i], maps[i], probability)
 
 
 def overlay_names(paths: Sequence[str | os.PathLike]) -> list[str]:

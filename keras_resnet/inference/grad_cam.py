@@ -12,6 +12,8 @@ from keras import ops
 
 from keras_resnet.errors import InputError, did_you_mean, whole
 from keras_resnet.models.files import load_model
+from keras_resnet.models.image_model import as_functional
+from keras_resnet.models.meaning import activation_of, gives_on, meaning_of, node_of
 from keras_resnet.system.device import in_data_format, sync
 
 _BACKEND = keras.backend.backend()
@@ -44,8 +46,9 @@ def grad_cam(
     Channels of a feature map are weighted by the mean gradient of the class's logit, summed, and
     cut off below zero; the sum is scaled from its minimum to its maximum and enlarged to the input
     (bilinear, pixel centres at half, no antialias). The numbers are those of the `grad-cam`
-    package (pytorch-grad-cam 1.5.7) on the same weights. Where a model ends in softmax, the logits
-    in front of it are used: behind it a certain class has no gradient left.
+    package (pytorch-grad-cam 1.5.7) on the same weights. Where a model ends in a softmax or a
+    sigmoid, the logits in front of it are used: behind it a certain class has no gradient left. The
+    one logit of two classes speaks for the second, and its negative for the first.
 
     A map says where the evidence was, not how strong it was: each is scaled by itself. It has the
     resolution of the layer's feature map; of a map of one value nothing can be said, and it is
@@ -77,7 +80,8 @@ def grad_cam(
     images = np.asarray(ops.convert_to_numpy(images))
     _check_images(classifier, images)
     whole("batch_size", batch_size, 1)
-    wanted = _class_indices(class_index, len(images), classifier.output_shape[-1])
+    classes = meaning_of(classifier).num_classes(classifier.output_shape[-1])
+    wanted = _class_indices(class_index, len(images), classes)
     network = network_of(classifier, layer)
     sync(classifier)
     last = data_format_of(classifier) == "channels_last"
@@ -98,17 +102,13 @@ def grad_cam(
 
 
 def as_classifier(model: keras.Model | str | os.PathLike) -> keras.Model:
-    """The model, opened where a path is given.
+    """The model as a graph of layers, opened where a path is given.
 
     Raises:
-        InputError: It has no classification head.
+        InputError: It has no classification head, or it is unclear what its outputs say.
     """
-    model = model if isinstance(model, keras.Model) else load_model(model)
-    shape = model.output_shape
-    if isinstance(shape, list) or len(shape) != 2:
-        raise InputError(
-            f"The model {model.name!r} has no classification head: its output is {shape}."
-        )
+    model = as_functional(model if isinstance(model, keras.Model) else load_model(model))
+    meaning_of(model)
     return model
 
 
@@ -190,18 +190,23 @@ def network_of(model: keras.Model, layer) -> Callable[..., tuple[np.ndarray, ...
         object.__setattr__(model, "_grad_cam_networks", kept)  # no state, hence not Keras' to track
     if name not in kept:
         front, back = _cut(model, name)
+        if meaning_of(model).task == "binary":
+            back = _of_two(back)
         kept[name] = _RUNNERS[_BACKEND](model, front, back)
     return kept[name]
 
 
+def _of_two(back: Back) -> Back:
+    def both(x, features):
+        logit = back(x, features)
+        return ops.concatenate([-logit, logit], axis=1)
+
+    return both
+
+
 def _cut(model: keras.Model, name: str | None) -> tuple[Front, Back]:
     """A model as what leads to a feature map, and what leads from there to the logits."""
-    if not hasattr(model, "_nodes_by_depth"):
-        # A Sequential model holds a Functional one; a subclassed model has no graph.
-        inner = getattr(model, "_functional", None)
-        if inner is None:
-            raise InputError(f"{model.name} has no graph of layers: grad_cam cannot look inside.")
-        return _cut(inner, name)
+    model = as_functional(model)
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise InputError(f"grad_cam needs a model of one input and one output: {model.name}.")
     tensor = _last_map(model) if name is None else _map_of(model, name)
@@ -243,21 +248,16 @@ def _nodes(model: keras.Model) -> list:
     return [node for nodes in model._nodes_by_depth.values() for node in nodes]
 
 
-def _producer(model: keras.Model, tensor) -> Any:
-    """The node that makes a tensor of the model."""
-    return next(n for n in _nodes(model) if any(t is tensor for t in n.outputs))
-
-
 def _last_map(model: keras.Model):
     """The tensor of the last feature map, or the model inside that has it."""
     waiting, found = [model.outputs[0]], []
     while waiting:
         tensor = waiting.pop()
-        node = _producer(model, tensor)
+        node = node_of(model, tensor)
         is_map = len(tensor.shape) == 4
         if is_map and not node.is_input and not isinstance(node.operation, _NO_MAPS):
             candidate = tensor
-        elif isinstance(node.operation, keras.Model):
+        elif isinstance(node.operation, keras.Model) and _may_have_maps(node.operation):
             candidate = node.operation
         else:
             waiting += node.input_tensors
@@ -268,6 +268,11 @@ def _last_map(model: keras.Model):
         what = "no feature map" if not found else "more than one last feature map"
         raise InputError(f"{model.name} has {what}: name one with layer=.{_listed(model)}")
     return found[0]
+
+
+def _may_have_maps(inner: keras.Model) -> bool:
+    """Whether it is no mere head; one without a graph may be anything."""
+    return as_functional(inner, strict=False) is None or bool(_map_names(inner))
 
 
 def _map_of(model: keras.Model, name: str):
@@ -305,25 +310,35 @@ def _listed(model: keras.Model) -> str:
     return f" Its last layers with one: {', '.join(names[-6:])}."
 
 
-def _logits(model: keras.Model) -> tuple[Any, Callable[[Any], Any]]:
+def _logits(model: keras.Model, tensor: Any = None) -> tuple[Any, Callable[[Any], Any]]:
     """A tensor of the graph, and what is left to do to get the logits from it."""
-    softmax = keras.activations.softmax
-    node = _producer(model, model.outputs[0])
+    tensor = model.outputs[0] if tensor is None else tensor
+    node = node_of(model, tensor)
     layer = node.operation
-    if getattr(layer, "activation", None) is softmax:
-        if isinstance(layer, keras.layers.Dense):
+    if isinstance(layer, keras.Model) and as_functional(layer, strict=False) is not None:
+        inner = as_functional(layer)
+        logits, finish = _logits(inner)
+        head = keras.Model(inner.inputs[0], logits)
+        return node.input_tensors[0], lambda x: finish(head(x, training=False))
+    if gives_on(layer):
+        return _flat(*_logits(model, node.input_tensors[0]))
+    if activation_of(layer) not in ("softmax", "sigmoid"):
+        return tensor, lambda x: x
+    if isinstance(layer, keras.layers.Dense):
 
-            def dense(x):
-                kernel = ops.cast(layer.kernel, x.dtype)
-                y = ops.matmul(x, kernel)
-                return y if layer.bias is None else y + ops.cast(layer.bias, y.dtype)
+        def dense(x):
+            kernel = ops.cast(layer.kernel, x.dtype)
+            y = ops.matmul(x, kernel)
+            return y if layer.bias is None else y + ops.cast(layer.bias, y.dtype)
 
-            return node.input_tensors[0], dense
-        if isinstance(layer, keras.layers.Activation):
-            return node.input_tensors[0], lambda x: x
-    if isinstance(layer, keras.layers.Softmax):
-        return node.input_tensors[0], lambda x: x
-    return model.outputs[0], lambda x: x
+        return node.input_tensors[0], dense
+    if getattr(layer, "weights", None):  # a convolution, say, that ends in one
+        return tensor, lambda x: x
+    return node.input_tensors[0], lambda x: x
+
+
+def _flat(tensor: Any, finish: Callable[[Any], Any]) -> tuple[Any, Callable[[Any], Any]]:
+    return tensor, lambda x: ops.reshape(y := finish(x), (y.shape[0], -1))
 
 
 # --- gradients, a function a backend -------------------------------------------------------------

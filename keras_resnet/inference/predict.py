@@ -33,7 +33,7 @@ from keras_resnet.inference.prediction_files import (
     errors_path,
     most_probable,
 )
-from keras_resnet.models.files import dataset_output, model_class_names, model_preprocess
+from keras_resnet.models.files import model_class_names, model_input
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.files import column, printable, text_width, write_text
@@ -150,10 +150,10 @@ def _batches(
     top: int,
     batch_size: int,
     workers: int | None,
-    preprocess: Preprocess,
+    prepared: tuple[Preprocess, str],
 ) -> Iterator[list[Prediction]]:
-    """Predictions, a batch at a time."""
-    raw = dataset_output(runner) == "uint8"
+    """Predictions, a batch at a time; `prepared` is what `model_input` gives."""
+    preprocess, raw = prepared[0], prepared[1] == "uint8"
 
     def read(path: str) -> np.ndarray | str:
         try:
@@ -186,6 +186,7 @@ def iter_predictions(
     workers: int | None = None,
     preprocess: Preprocess | None = None,
     engine: str = "keras",
+    pixels: str | None = None,
 ) -> Iterator[Prediction]:
     """As `predict`, one `Prediction` at a time in the order of the files, in flat memory."""
     _check(top, batch_size, workers)
@@ -197,7 +198,7 @@ def iter_predictions(
         top=top,
         batch_size=batch_size,
         workers=workers,
-        preprocess=preprocess or model_preprocess(runner),
+        prepared=model_input(runner, preprocess, pixels),
     )
     return itertools.chain.from_iterable(batches)
 
@@ -212,6 +213,7 @@ def predict(
     workers: int | None = ...,
     preprocess: Preprocess | None = ...,
     engine: str = ...,
+    pixels: str | None = ...,
     output: None = ...,
     restart: bool = ...,
 ) -> list[Prediction]: ...
@@ -225,6 +227,7 @@ def predict(
     workers: int | None = ...,
     preprocess: Preprocess | None = ...,
     engine: str = ...,
+    pixels: str | None = ...,
     output: str | os.PathLike,
     restart: bool = ...,
 ) -> PredictionFile: ...
@@ -237,6 +240,7 @@ def predict(
     workers=None,
     preprocess=None,
     engine="keras",
+    pixels=None,
     output=None,
     restart=False,
 ):
@@ -251,6 +255,9 @@ def predict(
         workers: Threads that read images.
         preprocess: In place of the model's own.
         engine: What runs the model: see `open_runner`.
+        pixels: What the model takes, where its layers do not tell: `"0..255"` where it normalises
+            pixels itself, `"0..1"`, or `"normalized"` by the mean and deviation of its
+            preprocessing.
         output: A file to write the predictions to as they come, in flat memory: see
             `write_predictions`.
         restart: With `output`: begin anew where an interrupted run could be gone on with.
@@ -260,7 +267,8 @@ def predict(
         `output`, a `PredictionFile` instead.
 
     Raises:
-        InputError: The model has no head, or names no preprocessing.
+        InputError: The model has no head, or names no preprocessing; or it is unclear what its
+            outputs say, or which pixels it takes.
         NotFoundError: A path does not exist.
         DataError: A folder holds no image.
     """
@@ -270,6 +278,7 @@ def predict(
         "workers": workers,
         "preprocess": preprocess,
         "engine": engine,
+        "pixels": pixels,
     }
     if output is not None:
         return write_predictions(model, sources, output, restart=restart, **options)
@@ -321,6 +330,7 @@ def write_predictions(
     workers: int | None = None,
     preprocess: Preprocess | None = None,
     engine: str = "keras",
+    pixels: str | None = None,
     restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> PredictionFile:
@@ -342,6 +352,7 @@ def write_predictions(
         workers: Threads that read images.
         preprocess: In place of the model's own.
         engine: What runs the model: see `open_runner`.
+        pixels: As for `predict`.
         restart: Begin anew where an interrupted run could be gone on with.
         progress: Called after each batch.
 
@@ -360,9 +371,9 @@ def write_predictions(
     images = sources if isinstance(sources, Images) else Images(sources)
     total = len(images)
     runner = open_runner(model, engine)
-    preprocess = preprocess or model_preprocess(runner)
+    prepared = model_input(runner, preprocess, pixels)
     top = min(top, runner.num_classes)
-    identity = _identity(runner, preprocess, top, min(batch_size, total))
+    identity = _identity(runner, prepared, top, min(batch_size, total))
     started = time.monotonic()
     writer = PredictionWriter(path, top, identity, batch_size, restart)
     try:
@@ -371,7 +382,7 @@ def write_predictions(
             progress(Progress(writer.done, total, writer.unreadable))
         rest = itertools.islice(iter(images), writer.done, None)
         batches = _batches(
-            runner, rest, top=top, batch_size=batch_size, workers=workers, preprocess=preprocess
+            runner, rest, top=top, batch_size=batch_size, workers=workers, prepared=prepared
         )
         for batch in batches:
             writer.write(batch)
@@ -390,17 +401,20 @@ def write_predictions(
     )
 
 
-def _identity(runner: Runner, preprocess: Preprocess, top: int, batch_size: int) -> dict[str, Any]:
+def _identity(
+    runner: Runner, prepared: tuple[Preprocess, str], top: int, batch_size: int
+) -> dict[str, Any]:
     """What must be the same for an interrupted run to be gone on with.
 
     A model is known by what it predicts for a fixed image: weights are, whatever file or engine
     holds them.
     """
+    preprocess, fed = prepared
     height, width, channels = preprocess.output_shape
     shape = (height or 224, width or 224, channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     pixels //= np.arange(1, channels + 1, dtype=np.uint8)  # not gray on the whole
-    image = pixels if dataset_output(runner) == "uint8" else preprocess.normalize(pixels)
+    image = pixels if fed == "uint8" else preprocess.normalize(pixels)
     # A whole batch: what is compiled for it is used again.
     logs = runner.log_probabilities(np.stack([image] * batch_size))[0]
     names = json.dumps(model_class_names(runner))

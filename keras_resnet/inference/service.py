@@ -21,12 +21,7 @@ from keras_resnet.errors import DataError, InputError, KerasResNetError, between
 from keras_resnet.inference.explain import enlarged, overlay
 from keras_resnet.inference.grad_cam import grad_cam
 from keras_resnet.inference.prediction_files import most_probable
-from keras_resnet.models.files import (
-    dataset_output,
-    load_model,
-    model_class_names,
-    model_preprocess,
-)
+from keras_resnet.models.files import load_model, model_class_names, model_input
 from keras_resnet.runtimes.rows import format_of_file
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
@@ -181,7 +176,7 @@ class Service:
         self.runner, self.model, self.limits, self.why_blind = runner, model, limits, why_blind
         self.name = str(runner.info.get("variant") or runner.model_name)
         self.names = model_class_names(runner)
-        self.preprocess = model_preprocess(runner)
+        self.preprocess, self._fed = model_input(runner)
         self._lock = threading.Lock()
 
     def results(
@@ -226,8 +221,7 @@ class Service:
             return Result(name, error="The server failed at this image; its log says why.")
 
     def _input(self, pixels: np.ndarray) -> np.ndarray:
-        raw = dataset_output(self.runner) == "uint8"
-        return (pixels if raw else self.preprocess.normalize(pixels))[None]
+        return (pixels if self._fed == "uint8" else self.preprocess.normalize(pixels))[None]
 
     def _heat(self, pixels: np.ndarray, best: int) -> np.ndarray:
         images = in_data_format(self._input(pixels))
@@ -274,7 +268,7 @@ def open_service(
     runner = open_runner(model if found is None else found, engine)
     if found is not None:
         try:  # once, before anybody waits for it
-            height, width, channels = model_preprocess(runner).output_shape
+            height, width, channels = model_input(runner)[0].output_shape
             blank = np.zeros((1, height or 224, width or 224, channels), np.float32)
             grad_cam(found, in_data_format(blank))
         except InputError as error:

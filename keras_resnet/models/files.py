@@ -12,7 +12,9 @@ from typing import Any
 import keras
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from keras_resnet.errors import InputError, reason_of
+from keras_resnet.errors import InputError, one_of, reason_of
+from keras_resnet.models.image_model import as_functional
+from keras_resnet.models.meaning import PIXELS, meaning_of, pixels_of
 from keras_resnet.models.zoo import create_model
 from keras_resnet.system.device import image_shape
 from keras_resnet.system.files import replace_file
@@ -224,15 +226,46 @@ def model_preprocess(model: keras.Model | Any) -> Preprocess:
 
 
 def model_class_names(model: keras.Model | Any) -> list[str]:
-    """Names of a model's classes; their numbers where it knows none."""
-    names = getattr(model, "info", {}).get("class_names")
-    if names:
-        return list(names)
-    count = model.num_classes if hasattr(model, "num_classes") else model.output_shape[-1]
-    return [str(i) for i in range(count)]
+    """Names of a model's classes; their numbers where it knows none.
+
+    Raises:
+        InputError: There are more or fewer names than classes, or it is no classifier.
+    """
+    if hasattr(model, "num_classes"):  # a Runner
+        count, label = model.num_classes, model.model_name
+    else:
+        count = meaning_of(model).num_classes(as_functional(model).outputs[0].shape[1])
+        label = model.name
+    names = list(getattr(model, "info", {}).get("class_names") or map(str, range(count)))
+    if len(names) != count:
+        raise InputError(
+            f"The model {label!r} has {count} classes and info['class_names'] {len(names)} names: "
+            "give as many, in the order of the outputs."
+        )
+    return names
 
 
-def dataset_output(model: keras.Model | Any) -> str:
-    """What the model wants: raw pixels where it normalises itself."""
-    inside = getattr(model, "info", {}).get("options", {}).get("include_preprocessing")
-    return "uint8" if inside else "float32"
+def model_input(
+    model: keras.Model | Any, preprocess: Preprocess | None = None, pixels: str | None = None
+) -> tuple[Preprocess, str]:
+    """How images are prepared for a model: the one place that knows what it is fed.
+
+    Args:
+        model: A model, or a `Runner`.
+        preprocess: In place of the model's own.
+        pixels: `"0..255"`, `"0..1"` or `"normalized"`, in place of what its graph says.
+
+    Returns:
+        The `Preprocess`, and what an `ImageDataset` of it gives: `"uint8"`, the pixels, or
+        `"float32"`, what the `Preprocess` makes of them.
+
+    Raises:
+        InputError: The model names no preprocessing, or it is unclear which pixels it takes.
+    """
+    one_of("pixels", pixels, (None, *PIXELS))
+    preprocess = preprocess or model_preprocess(model)
+    if pixels is None:
+        pixels = pixels_of(model) if isinstance(model, keras.Model) else model.pixels
+    if pixels == "0..1":
+        preprocess = dataclasses.replace(preprocess, mean=None, std=None)
+    return preprocess, "uint8" if pixels == "0..255" else "float32"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, overload
 
 import keras
 
@@ -36,6 +36,45 @@ class ImageModel(DirectGraph, keras.Model):
 
     def get_config(self):
         return {**super().get_config(), "info": copy.deepcopy(self._info)}
+
+
+@overload
+def as_functional(model: keras.Model) -> keras.Model: ...
+@overload
+def as_functional(model: keras.Model, strict: bool) -> keras.Model | None: ...
+def as_functional(model, strict=True):
+    """A model as a graph of layers: itself, or what a `keras.Sequential` holds, with its `info`.
+
+    Args:
+        model: A built model.
+        strict: Say what has no graph; otherwise `None` stands for it.
+
+    Raises:
+        InputError: A class of one's own without a graph, or a model that is not built.
+    """
+    if hasattr(model, "_nodes_by_depth"):
+        return model
+    outputs = getattr(model, "outputs", None) if isinstance(model, keras.Sequential) else None
+    if not outputs:
+        if not strict:
+            return None
+        if isinstance(model, keras.Sequential):
+            raise InputError(
+                f"The model {model.name!r} has no shapes yet: begin it with keras.Input((224, 224, "
+                "3)), or build it, model.build((None, 224, 224, 3))."
+            )
+        raise InputError(
+            "A Functional or Sequential model is needed, a graph of layers; wrap one of another "
+            "class: x = keras.Input((224, 224, 3)); model = keras.Model(x, model(x)). Received: "
+            f"{getattr(model, 'name', model)!r}, {type(model).__name__}."
+        )
+    kept = model.__dict__.get("_as_functional")
+    if kept is None or kept.outputs[0] is not outputs[0]:  # layers may have been added
+        inputs = model.inputs[0] if len(model.inputs) == 1 else model.inputs
+        kept = ImageModel(inputs=inputs, outputs=outputs[0], name=model.name)
+        object.__setattr__(model, "_as_functional", kept)  # no state, hence not Keras' to track
+    object.__setattr__(kept, "_info", getattr(model, "info", {}))
+    return kept
 
 
 def check_input_shape(name: str, input_shape, min_size: int) -> tuple[int | None, ...]:

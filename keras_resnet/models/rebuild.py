@@ -15,7 +15,7 @@ from keras_resnet.layers.conv import Conv2D, paddings
 from keras_resnet.layers.norm import BatchNormalization, Normalize
 from keras_resnet.layers.pool import MaxPooling2D, ZeroPaddedShortcut
 from keras_resnet.models.graph import Step, can_take_over, count_users, fold_norm, graph_steps
-from keras_resnet.models.image_model import ImageModel
+from keras_resnet.models.image_model import ImageModel, as_functional
 
 PRECISIONS = {
     "fp32": "float32",
@@ -39,8 +39,8 @@ def optimize_for_inference(
     this.
 
     Args:
-        model: A built Functional model with one input and one output. Its convolutions keep their
-            names; norms that follow none, or one that others use too, stay.
+        model: A built Functional or Sequential model with one input and one output. Its
+            convolutions keep their names; norms that follow none, or one that others use too, stay.
         precision: `"bf16"` or `"fp16"` (or `"bfloat16"`, `"float16"`) stores the weights and
             computes in that type, apart from the normalisation of pixels and the last layer;
             `"fp32"` in float32. By default as in `model`.
@@ -59,11 +59,12 @@ def optimize_for_inference(
         False
     """
     one_of("precision", precision, (None, *PRECISIONS))
-    steps = graph_steps(model) if getattr(model, "inputs", None) else None
+    model = as_functional(model)
+    steps = graph_steps(model)
     if steps is None:
         raise InputError(
-            f"optimize_for_inference takes a built Functional model with one input and one output, "
-            f"of layers called on tensors alone. Received: {model.name!r}, {type(model).__name__}."
+            "optimize_for_inference takes a model with one input and one output, of layers called "
+            f"on tensors alone. Received: {model.name!r}, {type(model).__name__}."
         )
     dtype = None if precision is None else PRECISIONS[precision]
     builder = _Builder(steps, dtype)
@@ -170,8 +171,8 @@ def to_stock(model: keras.Model, name: str | None = None) -> keras.Model:
     running variance then moves by Keras' rule (the batch's variance as it is), not by torch's.
 
     Args:
-        model: A Functional model, of this package or with its layers in it. Layers of other kinds
-            are copied with their weights.
+        model: A Functional or Sequential model, of this package or with its layers in it. Layers
+            of other kinds are copied with their weights.
         name: Name of the new model; the old one's by default.
 
     Returns:
@@ -179,7 +180,7 @@ def to_stock(model: keras.Model, name: str | None = None) -> keras.Model:
         part of a layer become layers of their own, named after it (`conv1_pad`, `bn1_relu`).
 
     Raises:
-        InputError: The model is not Functional.
+        InputError: The model has no graph of layers, or is not built.
 
     Examples:
         >>> from keras_resnet import create_model
@@ -187,10 +188,7 @@ def to_stock(model: keras.Model, name: str | None = None) -> keras.Model:
         >>> {type(layer).__module__.split(".")[0] for layer in stock.layers}
         {'keras'}
     """
-    if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
-        raise InputError(
-            f"to_stock takes a Functional model, a graph of layers. Received: {type(model)}."
-        )
+    model = as_functional(model)
     made: dict[str, keras.layers.Layer] = {}  # a layer called twice has one twin
 
     def once(name, make):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import keras
 
 from keras_resnet.errors import InputError
+from keras_resnet.models.image_model import as_functional
 
 _MIB = 1024**2
 
@@ -102,7 +103,7 @@ def summary(model: keras.Model, input_size: int | Sequence[int] | None = None) -
     """Lists a model's layers with output shapes, parameters, multiply-adds and memory.
 
     Args:
-        model: A Functional model whose layers each have one output.
+        model: A Functional or Sequential model whose layers each have one output.
         input_size: Side, or height and width, in pixels; by default the model's own.
 
     Returns:
@@ -116,34 +117,57 @@ def summary(model: keras.Model, input_size: int | Sequence[int] | None = None) -
         >>> summary(create_model("resnet18")).trainable_params
         11689512
     """
+    model = as_functional(model)
     shape = _input_shape(model, input_size)
-    shapes: dict[str, tuple] = {}
-    rows = []
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.InputLayer):
-            shapes[layer.name] = shape
-            continue
-        sources = layer.input if isinstance(layer.input, (list, tuple)) else [layer.input]
-        inputs = [shapes[t._keras_history[0].name] for t in sources]
-        out = layer.compute_output_shape(inputs[0] if len(inputs) == 1 else inputs)
-        shapes[layer.name] = tuple(out)
-        rows.append(
-            LayerRow(
-                layer.name,
-                type(layer).__name__,
-                tuple(out[1:]),
-                layer.count_params(),
-                _flops(layer, out),
-            )
-        )
     return ModelSummary(
         model.name,
         shape[1:],
-        tuple(rows),
+        tuple(_rows(model, shape)),
         sum(math.prod(w.shape) for w in model.trainable_weights),
         sum(math.prod(w.shape) for w in model.non_trainable_weights if "seed" not in w.path),
         2 if "16" in model.dtype_policy.compute_dtype else 4,
     )
+
+
+def _rows(model: keras.Model, shape: tuple) -> list[LayerRow]:
+    """The layers in order; those of a model inside stand in its place."""
+    shapes: dict[int, tuple] = {}  # by the tensor
+    rows: list[LayerRow] = []
+    counted: set[int] = set()  # a layer called twice has its weights once
+    place = {id(layer): i for i, layer in enumerate(model.layers)}
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        nodes = model._nodes_by_depth[depth]
+        for node in sorted(nodes, key=lambda n: place.get(id(n.operation), len(place))):
+            layer = node.operation
+            if node.is_input:
+                shapes[id(node.outputs[0])] = shape
+                continue
+            given = [shapes[id(tensor)] for tensor in node.input_tensors]
+            out = _output_shape(node, shapes)
+            shapes[id(node.outputs[0])] = out
+            inner = as_functional(layer, strict=False) if isinstance(layer, keras.Model) else None
+            if inner is not None:
+                rows += _rows(inner, given[0])
+            elif isinstance(layer, keras.Layer):
+                params = 0 if id(layer) in counted else layer.count_params()
+                kind = type(layer).__name__
+                rows.append(LayerRow(layer.name, kind, out[1:], params, _flops(layer, out)))
+            counted.add(id(layer))
+    return rows
+
+
+def _output_shape(node, shapes: dict[int, tuple]) -> tuple[int, ...]:
+    """The shape that a layer or operation gives for these."""
+    given = [shapes[id(tensor)] for tensor in node.input_tensors]
+    if isinstance(node.operation, keras.Layer):
+        return tuple(node.operation.compute_output_shape(given[0] if len(given) == 1 else given))
+
+    def sized(value):
+        known = isinstance(value, keras.KerasTensor)
+        return keras.KerasTensor(shapes[id(value)], value.dtype) if known else value
+
+    args, kwargs = keras.tree.map_structure(sized, (node.arguments.args, node.arguments.kwargs))
+    return tuple(node.operation.compute_output_spec(*args, **kwargs).shape)
 
 
 def _input_shape(model: keras.Model, input_size) -> tuple[int, ...]:
@@ -171,7 +195,7 @@ def count_flops(model: keras.Model, input_size: int | Sequence[int] | None = Non
     This is what torchvision's table and the papers call FLOPs: half the arithmetic operations.
 
     Args:
-        model: A model of this package, or any Functional one of such layers.
+        model: A model of this package, or any Functional or Sequential one of such layers.
         input_size: Side, or height and width, in pixels; needed where the model's are `None`.
 
     Returns:

@@ -16,7 +16,8 @@ import numpy as np
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, VerificationError, whole
-from keras_resnet.models.files import dataset_output, load_model, model_preprocess
+from keras_resnet.models.files import load_model, model_input, model_preprocess
+from keras_resnet.models.image_model import as_functional
 from keras_resnet.runtimes import formats, int8 as quantization, rows, writing
 from keras_resnet.runtimes.int8 import Int8Images, Int8Report, spread
 from keras_resnet.runtimes.runner import KerasRunner, Runner, relative_difference
@@ -160,6 +161,7 @@ def export(
         whole("batch_size", batch_size, 1)
     if isinstance(model, (str, os.PathLike)):
         model = _load(model)
+    model = as_functional(model)
     notes: list[str] = []
     prepared = _preprocess_for(model, notes)
     images, shown = _images(model, prepared, pictures) if verify else (None, "")
@@ -303,7 +305,8 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
     for i in range(max(0, 3 - len(found))):
         found.append(found[i][:, ::-1])
     batch = np.stack(found)
-    if dataset_output(model) == "float32":
+    prepared, output = model_input(model, prepared, formats.pixels_held(model))
+    if output == "float32":
         batch = prepared.normalize(batch)
     return batch, f"{len(batch)} {shown}"
 

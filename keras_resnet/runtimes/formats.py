@@ -16,7 +16,7 @@ import keras
 
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import InputError, require
-from keras_resnet.models.files import dataset_output
+from keras_resnet.models.meaning import meaning_of, pixels_of
 from keras_resnet.runtimes.rows import get_format
 from keras_resnet.system.device import image_shape, package_version
 
@@ -24,6 +24,12 @@ from keras_resnet.system.device import image_shape, package_version
 METADATA = "keras_resnet"
 METADATA_FILE = f"{METADATA}.json"
 INPUT = "images"
+# What the input holds, in words that files of 0.1 have too.
+HOLDS = {
+    "0..255": "pixel values 0 to 255",
+    "0..1": "pixel values 0 to 1",
+    "normalized": "normalised pixels",
+}
 
 
 def check_backend(name: str) -> None:
@@ -86,10 +92,10 @@ def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any
     """
     first = keras.config.image_data_format() == "channels_first"
     info = getattr(model, "info", {})
-    inside = dataset_output(model) == "uint8"
+    pixels = pixels_held(model)
     steps = ["decode to RGB"]
     if info.get("preprocess"):
-        steps = _steps(Preprocess.from_config(info["preprocess"]), inside)
+        steps = _steps(Preprocess.from_config(info["preprocess"]), pixels)
     return {
         "name": model.name,
         "written_by": f"keras3-resnet {package_version()}, Keras {keras.__version__} on "
@@ -99,15 +105,35 @@ def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any
             "shape": [batch_size, *image_shape(*input_size(model))],
             "layout": "NCHW" if first else "NHWC",
             "dtype": "float32",
-            "holds": "pixel values 0 to 255" if inside else "normalised pixels",
+            "holds": HOLDS[pixels],
         },
-        "output": "probabilities" if ends_in_softmax(model) else "logits",
+        **_outputs(model),
         "steps_before_the_model": steps,
         "info": info,
     }
 
 
-def _steps(preprocess: Preprocess, inside: bool) -> list[str]:
+def pixels_held(model: keras.Model) -> str:
+    """As `pixels_of`; where that is unclear, which export need not mind, `"normalized"`."""
+    try:
+        return pixels_of(model)
+    except InputError:
+        return "normalized"
+
+
+def _outputs(model: keras.Model) -> dict[str, Any]:
+    """What the output is called, and the task of a classifier."""
+    try:
+        meaning = meaning_of(model)
+    except InputError:  # feature maps, or numbers of another kind
+        return {"output": "outputs"}
+    return {
+        "output": "probabilities" if meaning.activated else "logits",
+        "task": meaning.task,
+    }
+
+
+def _steps(preprocess: Preprocess, pixels: str) -> list[str]:
     """What is to be done to an image before the model gets it, in words."""
     steps = [f"decode to {preprocess.color_mode}"]
     if preprocess.exif:
@@ -125,8 +151,10 @@ def _steps(preprocess: Preprocess, inside: bool) -> list[str]:
         )
     if preprocess.crop_size is not None:
         steps.append("centre crop to {}x{}".format(*preprocess.crop_size))
-    if inside:
+    if pixels == "0..255":
         steps.append("leave pixel values 0 to 255: the model normalises them")
+    elif pixels == "0..1":
+        steps.append("pixels / 255")
     else:
         steps.append(f"(pixels / 255 - mean) / std, mean {preprocess.mean}, std {preprocess.std}")
     return steps
@@ -152,9 +180,3 @@ def from_json(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"What {str(path)!r} says about its model is no JSON object.")
     return found
-
-
-def ends_in_softmax(model: keras.Model) -> bool:
-    """Whether a model gives probabilities already."""
-    activation = getattr(model.layers[-1], "activation", None)
-    return activation is not None and activation is keras.activations.softmax

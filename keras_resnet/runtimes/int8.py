@@ -16,7 +16,7 @@ from keras_resnet.data.folders import find_pictures, labels_by_name
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, require
-from keras_resnet.models.files import dataset_output, model_class_names
+from keras_resnet.models.files import model_class_names, model_input
 from keras_resnet.runtimes.rows import FORMATS
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.system.device import in_data_format
@@ -118,10 +118,8 @@ class Int8Images:
 
     def __init__(self, model: keras.Model, prepared: Preprocess, folder, images=None):
         self.folder = Path(folder).expanduser()
-        self._prepared, self._output = prepared, dataset_output(model)
+        self._prepared, self._output = model_input(model, prepared)
         self._names = model_class_names(model)
-        if len(model.output_shape) != 2:
-            raise InputError(f"int8 needs a classifier; {model.name!r} has no head.")
         paths, labels = self._labelled(self.folder)
         chosen = set(spread(range(len(paths)), _CALIBRATED))
         self._calibrate = [paths[i] for i in sorted(chosen)]
@@ -174,7 +172,11 @@ class Int8Images:
     def measure(self, reference: Runner, runner: Runner, size_before: int) -> Int8Report:
         """Compares both on the same images."""
         found = [
-            (indices, reference.outputs(images).argmax(1), runner.outputs(images).argmax(1))
+            (
+                indices,
+                reference.log_probabilities(images).argmax(1),
+                runner.log_probabilities(images).argmax(1),
+            )
             for images, indices in self._readable(self._measured)
         ]
         if not found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,11 +17,19 @@ import keras
 import numpy as np
 
 from keras_resnet.errors import InputError, NotFoundError, one_of, reason_of
-from keras_resnet.models.graph import graph_steps
+from keras_resnet.models.graph import Step, graph_steps
+from keras_resnet.models.image_model import as_functional
+from keras_resnet.models.meaning import (
+    Meaning,
+    check_head,
+    meaning_of,
+    meaning_of_numbers,
+    pixels_in,
+    pixels_of,
+)
 from keras_resnet.models.rebuild import optimize_for_inference
 from keras_resnet.models.torch_graph import DirectGraph
 from keras_resnet.runtimes import formats
-from keras_resnet.runtimes.formats import ends_in_softmax
 from keras_resnet.system.device import in_data_format
 from keras_resnet.system.process import available_cores
 
@@ -34,8 +42,9 @@ class Runner(abc.ABC):
         model_name: What the model is called.
         info: What is known about the model, as `ImageModel.info`: `class_names`, `preprocess`,
             `options` and so on.
-        num_classes: Number of outputs.
-        gives_probabilities: Whether the model ends in a softmax, and gives no logits.
+        num_classes: Number of classes: of outputs, but where one output speaks for two classes.
+        gives_probabilities: Whether the model gives probabilities, and no logits.
+        task: `"single-label"`, `"binary"` (one output) or `"multi-label"`.
         trials: What `engine="auto"` measured to choose it.
     """
 
@@ -44,7 +53,37 @@ class Runner(abc.ABC):
     info: dict[str, Any]
     num_classes: int
     gives_probabilities: bool = False
+    task: str = "single-label"
     trials: Sequence[Trial] = ()
+    _unclear: InputError | None = None  # why it is unknown what the outputs say
+
+    def meaning(self) -> Meaning:
+        """What the outputs say.
+
+        Raises:
+            InputError: It is no classifier, or that is unclear.
+        """
+        if self._unclear is not None:
+            raise self._unclear
+        return Meaning(self.task, self.gives_probabilities)
+
+    @property
+    def pixels(self) -> str:
+        """Which pixels it takes: `"0..255"`, `"0..1"` or `"normalized"`.
+
+        Raises:
+            InputError: That is unclear.
+        """
+        return pixels_in(self.info) or "normalized"
+
+    def _find_meaning(self, outputs: int | None, find: Callable[[], Meaning]) -> None:
+        try:
+            meaning = find()
+        except InputError as error:  # said when it is needed: outputs alone can be had
+            self._unclear, self.num_classes = error, outputs or 0
+            return
+        self.task, self.gives_probabilities = meaning.task, meaning.activated
+        self.num_classes = meaning.num_classes(outputs or 0)
 
     @abc.abstractmethod
     def outputs(self, images: np.ndarray) -> np.ndarray:
@@ -70,7 +109,7 @@ class Runner(abc.ABC):
         Args:
             images: As `outputs` takes them.
         """
-        return logarithms(self.outputs(images), self.gives_probabilities)
+        return self.meaning().log_probabilities(self.outputs(images))
 
 
 class KerasRunner(Runner):
@@ -84,11 +123,16 @@ class KerasRunner(Runner):
 
     def __init__(self, model: keras.Model, precision: str | None = None, optimize: bool = True):
         self.name = f"keras/{keras.backend.backend()}"
+        model = as_functional(model)
         self.model_name = model.name
         self.info = getattr(model, "info", {})
-        self.num_classes = model.output_shape[-1]
-        self.gives_probabilities = ends_in_softmax(model)
+        self._find_meaning(model.outputs[0].shape[-1], lambda: meaning_of(model))
+        self._given = model
         self._model = _for_inference(model, precision) if optimize else model
+
+    @property
+    def pixels(self) -> str:  # noqa: D102 (of the base)
+        return pixels_of(self._given)
 
     def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
         return np.asarray(self._model.predict_on_batch(in_data_format(images)))
@@ -98,9 +142,14 @@ def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:
     """The model that gives the same outputs, sooner: the one place that decides it."""
     if precision is None and keras.backend.backend() == "torch" and isinstance(model, DirectGraph):
         return model  # folds itself while it predicts
-    if precision is None and graph_steps(model) is None:
+    steps = graph_steps(model)
+    if precision is None and (steps is None or not any(map(_is_norm, steps))):
         return model
     return optimize_for_inference(model, precision)
+
+
+def _is_norm(step: Step) -> bool:
+    return isinstance(step.layer, keras.layers.BatchNormalization)
 
 
 # --- exported files ------------------------------------------------------------------------------
@@ -172,14 +221,41 @@ class FileRunner(Runner):
         about = formats.from_json(text, path)
         self.model_name = about.get("name") or path.stem
         self.info = about.get("info") or {}
-        self.gives_probabilities = about.get("output") == "probabilities"
         self.input_shape, self.output_shape = given, output
-        self.num_classes = output[-1]
         # A file that somebody else made does not say; few channels come first or last.
         layout = about.get("input", {}).get("layout")
         self._channels_first = layout == "NCHW" or (
             layout is None and given[1] in (1, 3) and given[-1] not in (1, 3)
         )
+        holds = about.get("input", {}).get("holds")
+        self._pixels = next((p for p, text in formats.HOLDS.items() if text == holds), None)
+        self._find_meaning(output[-1], lambda: self._meaning_of(about))
+
+    @property
+    def pixels(self) -> str:  # noqa: D102 (of the base)
+        return self._pixels or super().pixels
+
+    def _meaning_of(self, about: dict[str, Any]) -> Meaning:
+        """What the outputs say, by the file's description, else by what they are for noise."""
+        check_head(self.model_name, [self.output_shape])
+        said = about.get("output")
+        if said in ("logits", "probabilities"):
+            return Meaning(about.get("task", "single-label"), said == "probabilities")
+        found = None
+        if said is None:  # a file of somebody else's
+            shape = [size or 224 for size in self.input_shape[1:]]
+            if self._channels_first:
+                shape = [*shape[1:], shape[0]]
+            noise = np.random.default_rng(0).uniform(0, 255, (4, *shape))
+            found = meaning_of_numbers(self.outputs(noise))
+        count = self.output_shape[1]
+        if found is None or (found == "logits" and count == 1):
+            raise InputError(
+                f"It cannot be told what the outputs of {self.model_name!r} say: a file that "
+                "export writes of a model that ends in a softmax or a sigmoid says it."
+            )
+        task = "single-label" if found != "sigmoid" else "binary" if count == 1 else "multi-label"
+        return Meaning(task, found != "logits")
 
     @abc.abstractmethod
     def _open(
@@ -247,12 +323,3 @@ class Trial:
     name: str
     seconds: float | None
     reason: str | None = None
-
-
-def logarithms(outputs: np.ndarray, probabilities: bool) -> np.ndarray:
-    """Natural logarithms of class probabilities, float64, from logits or from probabilities."""
-    outputs = np.asarray(outputs, np.float64)
-    if probabilities:
-        return np.log(np.clip(outputs, 1e-12, 1.0))
-    shifted = outputs - outputs.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -18,6 +18,8 @@ from keras_resnet.errors import (
     meant_path,
 )
 from keras_resnet.models.files import load_model
+from keras_resnet.models.image_model import as_functional
+from keras_resnet.models.meaning import meaning_of
 from keras_resnet.runtimes import formats, rows, writing
 from keras_resnet.runtimes.rows import ENGINES, check_engine
 from keras_resnet.runtimes.runner import FileRunner, KerasRunner, Runner, Trial, relative_difference
@@ -122,20 +124,16 @@ def open_runner(
     if not isinstance(model, keras.Model):
         if rows.format_of_file(Path(model).expanduser()) is not None:
             runner = open_file(model, engine, precision)
-            _check_head(runner.model_name, runner.output_shape)
+            runner.meaning()  # says before any work what is no classifier
             return runner
         model = load_model(model)
-    _check_head(model.name, model.output_shape)
+    model = as_functional(model)
+    meaning_of(model)
     if engine == "keras":
         return KerasRunner(model, precision)
     if engine == "auto":
         return _fastest(model, precision)
     return _through_file(model, engine, precision)
-
-
-def _check_head(name: str, shape: tuple[int | None, ...]) -> None:
-    if len(shape) != 2:
-        raise InputError(f"The model {name!r} has no classification head: its output is {shape}.")
 
 
 def _through_file(model: keras.Model, engine: str, precision: str | None) -> FileRunner:

@@ -16,9 +16,8 @@ import keras
 import numpy as np
 
 from keras_resnet.errors import InputError, reason_of
-from keras_resnet.models.files import dataset_output
 from keras_resnet.models.image_model import ImageModel
-from keras_resnet.runtimes.formats import INPUT, check_backend, describe, input_size
+from keras_resnet.runtimes.formats import INPUT, check_backend, describe, input_size, pixels_held
 from keras_resnet.runtimes.rows import FORMATS
 
 
@@ -147,6 +146,6 @@ def sample_input(model: keras.Model, count: int, seed: int = 0) -> np.ndarray:
     """Noise of the shape and the range that a model takes, `(count, height, width, channels)`."""
     shape = input_size(model)
     rng = np.random.default_rng(seed)
-    if dataset_output(model) == "uint8":
+    if pixels_held(model) == "0..255":
         return rng.integers(0, 256, (count, *shape), dtype=np.uint8)
     return rng.standard_normal((count, *shape), dtype=np.float32)

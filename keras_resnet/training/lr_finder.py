@@ -14,7 +14,9 @@ import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.errors import InputError, between, whole
-from keras_resnet.models.files import dataset_output
+from keras_resnet.models.files import model_input
+from keras_resnet.models.image_model import as_functional
+from keras_resnet.models.meaning import meaning_of
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.training.freeze import freeze
 from keras_resnet.training.prepare import (
@@ -214,18 +216,20 @@ def lr_find(
     if model is None:
         model = build_model(recipe, data, say=lambda line: None)
         freeze(model, recipe.unfreeze, freeze_norms=recipe.freeze_norms)
-    elif model.output_shape[-1] != len(data.names):
-        raise InputError(
-            f"The model has {model.output_shape[-1]} outputs, the folder {len(data.names)} classes."
-        )
-    data.train.output = dataset_output(model)
+    model = as_functional(model)
+    meaning, count = meaning_of(model), model.output_shape[-1]
+    if count != len(data.names):
+        raise InputError(f"The model has {count} outputs, the folder {len(data.names)} classes.")
+    if meaning.task != "single-label":
+        raise InputError(f"The sweep is for single-label models. Received: a {meaning.task} one.")
+    data.train.preprocess, data.train.output = model_input(model, data.train.preprocess)
     # A second model over the same layers: the first one stays compiled as it is.
     sweep = keras.Model(model.input, model.output)
     rates = np.geomspace(start, stop, steps)
     optimizer = make_optimizer(recipe, float(rates[0]), head=model.layers[-1].name)
     before = [keras.ops.convert_to_numpy(v).copy() for v in model.variables]
     try:
-        compile_model(sweep, optimizer, data.soft_labels)
+        compile_model(sweep, optimizer, data.soft_labels, from_logits=not meaning.activated)
         losses, smoothed = _sweep(sweep, data.train, rates, beta)
     finally:
         for variable, value in zip(model.variables, before, strict=True):

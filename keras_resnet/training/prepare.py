@@ -311,21 +311,26 @@ def build_model(recipe: Recipe, data: Data, say: Callable[[str], None] = print) 
 
 
 def compile_model(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer, soft_labels: bool, jit: bool = False
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    soft_labels: bool,
+    jit: bool = False,
+    from_logits: bool = True,
 ) -> None:
-    """Compiles a model that gives logits, and makes the optimizer's variables.
+    """Compiles a model, and makes the optimizer's variables.
 
     Args:
         model: The model.
         optimizer: The optimizer.
         soft_labels: Labels are vectors, not numbers.
         jit: Compile the step; jax always does.
+        from_logits: The model gives logits, as those that `train` builds.
     """
     losses = keras.losses
     loss = losses.CategoricalCrossentropy if soft_labels else losses.SparseCategoricalCrossentropy
     model.compile(
         optimizer=optimizer,
-        loss=loss(from_logits=True),
+        loss=loss(from_logits=from_logits),
         metrics=["accuracy"],
         # "auto" compiles on TensorFlow, where XLA's convolutions are slow on a CPU.
         jit_compile=jit or keras.backend.backend() == "jax",

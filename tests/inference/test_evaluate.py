@@ -21,8 +21,8 @@ from keras_resnet.inference.evaluate import Evaluation, evaluate
 from keras_resnet.inference.predict import PredictionTable, iter_predictions, predict
 from keras_resnet.inference.prediction_files import Prediction
 from keras_resnet.models.files import load_model, model_preprocess
+from keras_resnet.models.meaning import Meaning
 from keras_resnet.models.zoo import create_model
-from keras_resnet.runtimes.runner import logarithms
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.files import text_width
 
@@ -227,7 +227,7 @@ def test_predictions_come_while_the_rest_is_still_unread(model, pictures):
 
 @pytest.mark.once
 def test_log_probabilities_survive_large_logits():
-    logs = logarithms(np.array([[1000.0, 0.0, -1000.0]]), probabilities=False)
+    logs = Meaning().log_probabilities(np.array([[1000.0, 0.0, -1000.0]]))
     np.testing.assert_allclose(logs, [[0.0, -1000.0, -2000.0]])
 
 
