@@ -22,7 +22,7 @@ from keras_resnet.runtimes.rows import FORMATS, format_of_file, require_runtime
 from keras_resnet.system.files import check_writable, check_writable_folder
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.keras_files import find_keras_file, run_models
-from keras_resnet.weights.published import is_tag, resolve_weights
+from keras_resnet.weights.published import is_tag, named_variant, resolve_weights
 
 
 def existing(path: str | os.PathLike) -> None:
@@ -103,12 +103,18 @@ def is_model(path: str) -> bool:
     return named or bool(run_models(found))
 
 
+def keras_model(path: str) -> None:
+    """It is a `.keras` file, a run folder, or the name of a variant with published weights."""
+    if named_variant(path) is None:
+        find_keras_file(path)
+
+
 def model(path: str) -> None:
-    """It is a `.keras` file, a run folder, or an exported file."""
+    """It is that, or an exported file."""
     found = Path(path).expanduser()
     kind = format_of_file(found) if found.exists() else None
     if kind is None:
-        find_keras_file(path)
+        keras_model(path)
 
 
 def runtime(path: str, engine: str) -> None:

@@ -7,6 +7,7 @@ from keras_resnet.cli.checks import (
     cache,
     existing,
     existing_file,
+    keras_model,
     logger,
     model,
     model_first,
@@ -33,8 +34,9 @@ _WORKERS = arg("--workers N", "threads that read images", least=0, group="Data")
 _EXCLUDE = arg("--exclude-list FILE", "images to leave out, as scan writes it", existing_file,
                group="Data", dest="exclude")  # fmt: skip
 _STRICT = arg("--strict", "stop at an unreadable image", group="Data", rare=True)
-_MODEL = arg("model MODEL", "a .keras file, or a run folder", model)
-_KERAS_MODEL = arg("model MODEL", "a .keras file, or a run folder", find_keras_file)
+_MODEL = arg("model MODEL", "a .keras file, a run folder, or resnet18: published weights", model)
+_KERAS_MODEL = arg("model MODEL", "a .keras file, a run folder, or resnet18: published weights",
+                   keras_model)  # fmt: skip
 _IMAGES = arg("paths PATH", "images, folders, patterns", nargs="+")
 _FIGURE = (".png", ".jpg", ".jpeg", ".svg", ".pdf")
 _TOP = arg("--top N=5", "classes to show", least=1)
@@ -111,7 +113,7 @@ COMMANDS = {
         _TOP, _WORKERS, _PIXELS,
     ], order=model_first),
     "serve": Command(predicting.serve, "a page to try a model on, and an HTTP endpoint", [
-        arg("model MODEL", "a .keras file, a run folder, an exported file", model),
+        arg("model MODEL", "a .keras file, a run folder, an exported file, or resnet18", model),
         arg("--host NAME=127.0.0.1", "where to listen"),
         arg("--port N=7860", "0 takes a free one", port),
         arg("--max-mb X=20", "of one file", above=0),

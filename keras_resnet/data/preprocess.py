@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keras_resnet.data.reading import PILLOW_MODES, Source, converted, load, to_array
+from keras_resnet.data.reading import PILLOW_MODES, GivenImage, Source, converted, load, to_array
 from keras_resnet.errors import DataError, InputError, did_you_mean
 
 # torchvision/transforms/_presets.py, `ImageClassification`.
@@ -181,7 +181,13 @@ class Preprocess:
         return to_array(loaded)
 
     def _loaded(self, image: Source | Image.Image | np.ndarray) -> Image.Image:
+        if isinstance(image, GivenImage):
+            image = image.image
         if isinstance(image, Image.Image):
+            try:
+                image.load()  # one that was opened may be cut off
+            except Exception as error:  # as in `load`
+                raise DataError(f"The image cannot be read: {error}") from error
             if image.mode == PILLOW_MODES[self.color_mode] and not self.exif:
                 return image
             return converted(image, self.exif, self.color_mode)

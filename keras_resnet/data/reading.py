@@ -37,6 +37,23 @@ _ORIENTATION = 0x0112  # the EXIF tag
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+class GivenImage(str):
+    """The name of an image in memory, which has the image with it.
+
+    Args:
+        name: Whatever stands for its path.
+        image: A Pillow image, a uint8 array or a file's bytes.
+    """
+
+    image: Any
+
+    def __new__(cls, name: str, image: Any):
+        """A text; `str` is made here."""
+        made = super().__new__(cls, name)
+        made.image = image
+        return made
+
+
 def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np.ndarray:
     """Decodes an image to the pixels of torchvision's `Image.open(f).convert("RGB")`.
 

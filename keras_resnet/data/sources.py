@@ -5,36 +5,70 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
 
 from keras_resnet.data.folders import flat_images, picture_folders, pictures_in
-from keras_resnet.errors import NotFoundError, meant_path
+from keras_resnet.data.reading import GivenImage
+from keras_resnet.errors import InputError, NotFoundError, meant_path
 from keras_resnet.system.files import printable, text_width
 
-Sources = str | os.PathLike | Iterable[str | os.PathLike]
+One = str | os.PathLike | bytes | IO[bytes] | Image.Image | np.ndarray
+Sources = One | Iterable[One]
+
+
+def is_picture(source: Any) -> bool:
+    """Whether a source is a Pillow image, the bytes of a file or an open one."""
+    kinds = (bytes, bytearray, memoryview, Image.Image)
+    return isinstance(source, kinds) or hasattr(source, "read")
+
+
+def _is_array(source: Any) -> bool:
+    """Whether a source is an array or tensor of numbers, and not of paths."""
+    is_one = hasattr(source, "__array__") and not is_picture(source)
+    return is_one and np.asarray(source).dtype.kind not in "OSU"
 
 
 class Images:
-    """Files out of files, folders (searched through, sorted) and shell patterns.
+    """Files out of files, folders (searched through, sorted) and shell patterns; images in memory.
 
     It can be iterated more than once. Of a folder nothing but the folders in it is kept; file
     names are read again, a folder at a time, so memory does not grow with their number.
 
     Args:
-        sources: One or several of them.
+        sources: One or several of them. Images in memory are arrays `(height, width)` or `(height,
+            width, 1, 3 or 4)` of 0..255, batches of such, Pillow images, the bytes of a file or an
+            open one; in place of a path they have a name, `"image 1"`.
 
     Raises:
         NotFoundError: A path does not exist, or a pattern matches nothing.
         DataError: A folder holds no image.
+        InputError: An array of other numbers.
     """
 
     def __init__(self, sources: Sources):
-        if isinstance(sources, (str, os.PathLike)):
-            sources = [sources]
+        if isinstance(sources, (str, os.PathLike)) or is_picture(sources) or _is_array(sources):
+            sources = [sources]  # type: ignore[list-item]
         self._parts: list[list[str] | _Folders] = []
-        for source in sources:
-            self._add(os.path.expanduser(os.fspath(source)))
+        self.in_memory = 0  # how many
+        for source in sources:  # type: ignore[union-attr]
+            if is_picture(source) or _is_array(source):
+                self._add_image(source)
+            else:
+                self._add(os.path.expanduser(os.fspath(source)))
         self._count: int | None = None
         self._width = 0
+
+    def _add_image(self, image: Any) -> None:
+        if _is_array(image):
+            image = whole_pixels(np.asarray(image))
+        for one in image if getattr(image, "ndim", 0) == 4 else [image]:
+            self.in_memory += 1
+            path = getattr(one, "filename", None) or getattr(one, "name", None)
+            name = path if path and isinstance(path, str) else f"image {self.in_memory}"
+            self._add_files([GivenImage(name, one.read() if hasattr(one, "read") else one)])
 
     def _add(self, text: str) -> None:
         if os.path.isdir(text):
@@ -89,6 +123,25 @@ class _Folders:
         for folder in self._folders:
             for name in pictures_in(folder):
                 yield os.path.join(folder, name)
+
+
+def whole_pixels(image: np.ndarray) -> np.ndarray:
+    """An array of pixel values as uint8.
+
+    Raises:
+        InputError: Its numbers are not whole ones of 0..255: nobody knows what they are.
+    """
+    if image.dtype == np.uint8:
+        return image
+    known = image.dtype.kind in "iuf" and image.size > 0
+    # 0 and 1 alone may be black and white of 0..1.
+    if known and 1 < image.max() <= 255 and image.min() >= 0 and (image == np.round(image)).all():
+        return image.astype(np.uint8)
+    shown = f", {image.min():.3g} to {image.max():.3g}" if known else ""
+    raise InputError(
+        "An image given as an array holds whole pixel values 0 to 255, as uint8 has them: "
+        f"(image * 255).round().astype('uint8') of 0 to 1. Received: {image.dtype}{shown}."
+    )
 
 
 def image_paths(sources: Sources) -> list[str]:

@@ -10,8 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_resnet.data.sources import Images, is_picture
 from keras_resnet.errors import InputError, did_you_mean, whole
-from keras_resnet.models.files import load_model
+from keras_resnet.models.files import load_model, model_input
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import activation_of, gives_on, meaning_of, node_of
 from keras_resnet.system.device import in_data_format, sync
@@ -58,6 +59,8 @@ def grad_cam(
         model: A Functional or Sequential classifier; models may be nested in it.
         images: What the model takes, as for `model.predict`: `(n, height, width, channels)`, or
             channels first where the model was built so; pixel values where it normalises inside.
+            Or images as `predict` takes them, one or several, prepared as the model wants it:
+            paths, Pillow images, bytes, a uint8 array `(height, width, channels)`.
         class_index: The class to explain: one for all images, one an image, or `None` for the
             most probable one of each.
         layer: Name of a layer with a feature map, or the layer. By default the last feature map
@@ -77,7 +80,7 @@ def grad_cam(
         (2, 32, 32)
     """
     classifier = as_classifier(model)
-    images = np.asarray(ops.convert_to_numpy(images))
+    images = _as_the_model_takes(classifier, images)
     _check_images(classifier, images)
     whole("batch_size", batch_size, 1)
     classes = meaning_of(classifier).num_classes(classifier.output_shape[-1])
@@ -99,6 +102,31 @@ def grad_cam(
             # The package scales twice: enlarging can move the extremes.
             maps[start + i] = _scaled(resized(_scaled(one), side))
     return maps
+
+
+def _as_the_model_takes(model: keras.Model, images: Any) -> np.ndarray:
+    """Images of whatever kind as a batch of the model's input."""
+    several = list(images) if isinstance(images, (list, tuple)) else [images]
+    if several and all(isinstance(one, (str, os.PathLike)) or is_picture(one) for one in several):
+        preprocess, fed = model_input(model)
+        pixels = [preprocess.pixels(one) for one in Images(several)]
+    else:
+        images = np.asarray(ops.convert_to_numpy(images))
+        raw, known = images.dtype == np.uint8, getattr(model, "info", {}).get("preprocess")
+        if not (raw and known and images.ndim in (3, 4)):
+            return images
+        preprocess, fed = model_input(model)
+        if images.ndim == 3:
+            pixels = [preprocess.pixels(images)]
+        elif fed == "uint8" or data_format_of(model) == "channels_first":
+            return images
+        else:  # of the model's size, to be normalised
+            pixels = list(images)
+    if len({one.shape for one in pixels}) > 1:
+        raise InputError("Images of one batch must be of one size: give a Preprocess with a crop.")
+    batch = np.stack(pixels)
+    batch = batch if fed == "uint8" else preprocess.normalize(batch)
+    return in_data_format(batch, data_format_of(model))
 
 
 def as_classifier(model: keras.Model | str | os.PathLike) -> keras.Model:

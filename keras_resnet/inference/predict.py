@@ -248,8 +248,10 @@ def predict(
 
     Args:
         model: A model, a `.keras` file or a run folder, or a `Runner`; the file is all that is
-            needed.
-        sources: An image, a folder (searched through), a shell pattern, or several of these.
+            needed. The name of a variant, `"resnet18"`, stands for torchvision's weights of it.
+        sources: An image, a folder (searched through), a shell pattern, or several of these. An
+            image is a path, an array of 0..255 (uint8, or a batch of such), a Pillow image, the
+            bytes of a file or an open one; those in memory are called `"image 1"` and so on.
         top: Classes to give an image, most probable first.
         batch_size: Images at a time; the result does not depend on it.
         workers: Threads that read images.
@@ -375,6 +377,8 @@ def write_predictions(
     top = min(top, runner.num_classes)
     identity = _identity(runner, prepared, top, min(batch_size, total))
     started = time.monotonic()
+    # Names are all that is kept of images, and those in memory are called alike.
+    restart = restart or bool(images.in_memory)
     writer = PredictionWriter(path, top, identity, batch_size, restart)
     try:
         writer.open(images)

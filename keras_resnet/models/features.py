@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import keras
 
 from keras_resnet.errors import InputError
+from keras_resnet.models.image_model import as_functional
 
 
 def _feature_maps(model: keras.Model) -> dict[int, str]:
@@ -73,6 +74,7 @@ def feature_extractor(model: keras.Model, strides: Sequence[int] = (4, 8, 16, 32
         >>> [y.shape for y in feature_extractor(model).outputs]
         [(None, 16, 16, 64), (None, 8, 8, 128), (None, 4, 4, 256), (None, 2, 2, 512)]
     """
+    model = as_functional(model)
     last = _feature_maps(model)
     missing = [s for s in strides if s not in last]
     if missing:

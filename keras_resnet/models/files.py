@@ -29,6 +29,7 @@ from keras_resnet.weights.keras_files import (
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import save_torchvision
 from keras_resnet.weights.matching import matching_variants
+from keras_resnet.weights.published import named_variant
 from keras_resnet.weights.verify import VerifyReport, verify
 from keras_resnet.weights.writing import write_checkpoint
 
@@ -189,11 +190,12 @@ def load_model(path: str | os.PathLike) -> keras.Model:
     """Loads a `.keras` file, compiled or not, without compiling it.
 
     Args:
-        path: A file that `train` or `model.save` wrote, or a run folder (its `best.keras`).
+        path: A file that `train` or `model.save` wrote, a run folder (its `best.keras`), or the
+            name of a variant, for torchvision's weights of it (downloaded once).
 
     Raises:
         NotFoundError: There is no such file; a near name is suggested.
-        InputError: The file is no Keras model.
+        InputError: The file is no Keras model, or torchvision publishes no weights of the variant.
 
     Examples:
         >>> load_model("no-such.keras")
@@ -201,6 +203,9 @@ def load_model(path: str | os.PathLike) -> keras.Model:
         ...
         keras_resnet.errors.NotFoundError: No model file at 'no-such.keras'.
     """
+    variant = named_variant(path)
+    if variant is not None:
+        return create_model(variant, weights="DEFAULT")
     path = find_keras_file(path)
     try:
         return keras.saving.load_model(path, compile=False)

@@ -89,7 +89,15 @@ def check_input_shape(name: str, input_shape, min_size: int) -> tuple[int | None
             f"input_shape must be three positive sizes, such as (224, 224, 3); a side may be "
             f"None. Received: {input_shape!r}."
         )
-    axis = channel_axis() - 1
+    axis, other = channel_axis() - 1, 2 - (channel_axis() - 1)
+    if shape[other] in (1, 3, 4) and shape[axis] not in (1, 2, 3, 4):
+        turned = (*shape[1:], shape[0]) if axis == 2 else (shape[2], *shape[:2])
+        raise InputError(
+            f"input_shape is (height, width, channels) in the data format channels_last, "
+            f"(channels, height, width) in channels_first; Keras is set to "
+            f"{keras.config.image_data_format()}: give input_shape={turned}, or call "
+            f"keras.config.set_image_data_format first. Received: {input_shape!r}."
+        )
     if shape[axis] is None:
         raise InputError(f"input_shape needs a number of channels. Received: {input_shape!r}.")
     sides = [v for i, v in enumerate(shape) if i != axis]

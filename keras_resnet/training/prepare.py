@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,6 +40,8 @@ from keras_resnet.training.schedules import (
     StepSchedule,
 )
 from keras_resnet.variants import get_spec
+
+logger = logging.getLogger("keras_resnet")
 
 _NORMALIZATIONS = {
     "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
@@ -166,7 +169,16 @@ def prepare_data(
 
 
 def _check_sizes(variant: str, **sizes: int) -> None:
-    least = get_spec(variant).min_size
+    spec = get_spec(variant)
+    least, side = spec.min_size, min(sizes.values())
+    maps = [at for _, shapes, at in spec.weighted_layers(2) if len(shapes["weight"]) == 4]
+    stride = spec.input_size // maps[-1]
+    if least <= side < min(2 * stride, spec.input_size):
+        logger.warning(
+            "Images of %dx%d are tiny for %s, whose last feature map has one value for %dx%d "
+            "pixels: enlarge them, image_size=%d (--image-size) or more, or take a network for "
+            "small images, such as resnet20.", side, side, variant, stride, stride, 2 * stride,
+        )  # fmt: skip
     for name, side in sizes.items():
         if side < least:
             raise InputError(

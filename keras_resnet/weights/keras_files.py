@@ -10,8 +10,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError, NotFoundError, meant_path, reason_of
+from keras_resnet.errors import InputError, NotFoundError, did_you_mean, meant_path, reason_of
 from keras_resnet.system.files import check_writable, printable
+from keras_resnet.variants import list_models
 
 TORCH_WRITTEN = (".pth", ".pt", ".safetensors")
 KERAS_WRITTEN = (".keras", ".weights.h5")
@@ -39,7 +40,8 @@ def find_keras_file(path: str | os.PathLike) -> Path:
             )
         path = run_models(path)[0]
     if not path.exists():
-        raise NotFoundError(f"No model file at {given!r}.{meant_path(given)}")
+        near = "" if path.suffix else did_you_mean(path.name, list_models())  # their weights
+        raise NotFoundError(f"No model file at {given!r}.{meant_path(given) or near}")
     if path.suffix != ".keras":
         if run_models(path.parent):
             raise InputError(f"{str(path)!r} is not a .keras file.{meant_run(path.parent)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.variants import SPECS
 
 _HERE = pathlib.Path(__file__).parent
 _TAG = re.compile(r"(default|imagenet|imagenet1k\w*)", re.IGNORECASE)
@@ -166,6 +167,24 @@ def resolve_weights(variant: str, tag: str = "DEFAULT") -> TorchvisionWeights:
             f"{variant} has no weights {tag!r}.{near} There are: {', '.join(rows)}, DEFAULT."
         )
     return rows[wanted]
+
+
+def named_variant(text: str | os.PathLike) -> str | None:
+    """The variant that a text names where a model file is meant, for its published weights.
+
+    A file or folder of that name goes first.
+
+    Raises:
+        InputError: torchvision publishes no weights of it.
+
+    Examples:
+        >>> named_variant("resnet18"), named_variant("resnet18.keras")
+        ('resnet18', None)
+    """
+    name = os.fspath(text)
+    if name.lower() not in SPECS or os.path.exists(os.path.expanduser(name)):
+        return None
+    return resolve_weights(name.lower()).model
 
 
 def published_by_torchvision(sha256: str) -> TorchvisionWeights | None:

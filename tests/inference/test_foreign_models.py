@@ -1,5 +1,7 @@
 """Models that somebody built for themselves predict what they say, not what we would have built."""
 
+import io
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from keras import layers
 from PIL import Image
 
 import keras_resnet as kr
+from keras_resnet.cli import main as cli
 from keras_resnet.errors import InputError
 from keras_resnet.runtimes.runner import Runner
 
@@ -258,3 +261,95 @@ class Two(Runner):
 def test_a_runner_of_ones_own_says_probabilities_as_before(pictures):
     found = kr.predict(Two(), pictures / "ant" / "0.png", preprocess=PREPARED)
     assert found[0].classes == [("1", pytest.approx(0.75)), ("0", pytest.approx(0.25))]
+
+
+# --- images in memory ----------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_images_may_be_arrays_pillow_images_and_bytes(pictures, tmp_path):
+    model = named(build())
+    path = pictures / "bee" / "0.png"
+    expected = kr.predict(model, path)[0].classes
+    pixels = np.asarray(Image.open(path))
+    given = [
+        pixels,
+        pixels[None],
+        pixels.astype("float32"),  # as keras.utils.img_to_array gives it
+        pixels.astype("int64"),
+        keras.ops.convert_to_tensor(pixels),
+        Image.open(path),
+        Image.fromarray(pixels),
+        path.read_bytes(),
+        io.BytesIO(path.read_bytes()),
+    ]
+    for one in given:
+        assert kr.predict(model, one)[0].classes == expected
+    found = kr.predict(model, [*given, path], batch_size=4, workers=1)
+    assert all(one.classes == expected for one in found)
+    assert [one.path for one in found[:5]] == [f"image {i}" for i in range(1, 6)]
+    assert found[5].path == found[-1].path == str(path)  # Pillow knows where it was opened
+    assert len(kr.predict(model, np.stack([pixels] * 3))) == 3
+    broken = kr.predict(
+        model, [b"no image", pixels, Image.open(io.BytesIO(path.read_bytes()[:200]))]
+    )
+    assert [bool(one.classes) for one in broken] == [False, True, False]
+    for _ in range(2):  # names alone are no reason to go on with
+        written = kr.predict(model, [pixels, pixels], output=tmp_path / "a.csv")
+        assert written.count == 2 and written.resumed == 0
+    kr.save_predictions(found, tmp_path / "sheet.png")
+    shown = next(iter(kr.iter_explanations(model, pixels)))
+    assert shown.prediction.path == "image 1" and shown.heatmap is not None
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (np.full((16, 16, 3), 0.5, "float32"), r"Received: float32, 0\.5 to 0\.5"),
+        (np.full((16, 16, 3), -1.0), "whole pixel values 0 to 255"),
+        (np.full((16, 16, 3), 256), "int64, 256 to 256"),
+        (np.zeros((16, 16, 3), bool), "Received: bool"),
+        (np.zeros((3, 16, 16), "uint8"), "height, width"),
+        (np.zeros((0, 16, 3), "uint8"), "height, width"),
+    ],
+)
+def test_arrays_of_other_numbers_are_refused(image, told):
+    with pytest.raises(InputError, match=told):
+        kr.predict(named(build()), image)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("inside", [True, False])
+def test_heat_maps_take_images_as_predict_does(inside, pictures):
+    model = kr.create_model("resnet_tiny", include_preprocessing=inside, input_shape=SHAPE)
+    model.info["preprocess"] = PREPARED.get_config()
+    path = pictures / "cat" / "0.png"
+    pixels = PREPARED.pixels(path)
+    expected = kr.grad_cam(model, (pixels if inside else PREPARED(path))[None].astype("float32"))
+    for one in (path, str(path), path.read_bytes(), Image.open(path), [Image.open(path)], pixels,
+                pixels[None]):  # fmt: skip
+        np.testing.assert_array_equal(kr.grad_cam(model, one), expected)
+
+
+# --- by a variant's name -------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_a_variants_name_stands_for_its_published_weights(pictures, monkeypatch, capsys):
+    asked = []
+
+    def published(name, weights):
+        asked.append((name, weights))
+        return named(build())
+
+    monkeypatch.setattr("keras_resnet.models.files.create_model", published)
+    path = str(pictures / "cat" / "0.png")
+    assert cli.main(["predict", "resnet18", path]) == 0
+    assert "cat" in capsys.readouterr().out and asked == [("resnet18", "DEFAULT")]
+    assert kr.predict("ResNet18", path)[0].classes[0][0] == "cat"
+    assert cli.main(["predict", "resnet20", path]) == 2
+    assert "publishes no weights for 'resnet20'" in capsys.readouterr().err
+    assert cli.main(["explain", "resnet81", path]) == 2
+    assert "Did you mean 'resnet18'" in capsys.readouterr().err
+    assert len(asked) == 2

@@ -337,5 +337,7 @@ def test_a_sequential_model_is_a_functional_one_to_everything(rng):
     assert sum(row.params for row in found.rows) == model.count_params()
     # The nested layers' work counts: the mean and Dense(3) apart, that of the backbone.
     assert kr.count_flops(model) == kr.count_flops(backbone) + backbone.output_shape[1] * 3
+    maps = keras.Sequential([keras.Input(SHAPE), layers.Conv2D(4, 3, 2, padding="same")])
+    assert [y.shape for y in kr.feature_extractor(maps, [2]).outputs] == [(None, 8, 8, 4)]
     model.add(layers.Softmax())  # what was unwrapped before is not kept
     assert meaning_of(model) == SOFTMAX

@@ -186,6 +186,8 @@ def test_create_model_takes_its_name_by_keyword_too():
         (lambda: kr.create_model("resnet5O"), "Did you mean .*'resnet50'"),
         (lambda: kr.ResNet50(num_classes=0), "num_classes must be a whole number of at least 1"),
         (lambda: kr.ResNet50(input_shape=(224, 224)), "three positive sizes"),
+        (lambda: kr.ResNet50(input_shape=(3, 224, 224)), r"give input_shape=\(224, 224, 3\), or"),
+        (lambda: kr.ResNet50(input_shape=(1, None, None)), r"input_shape=\(None, None, 1\)"),
         (lambda: kr.AlexNet(input_shape=(62, 224, 3)), "at least 63x63"),
         (lambda: kr.AlexNetCIFAR10(input_shape=(None, None, 3)), "fixed size"),
         (lambda: kr.ResNet18(include_top=False, pooling="mean"), "'avg' or 'max'"),
@@ -197,6 +199,27 @@ def test_create_model_takes_its_name_by_keyword_too():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.once
+def test_names_in_another_case_are_hinted_at():
+    for name, meant in (
+        ("resnet50", "ResNet50"), ("Resnet18", "ResNet18"), ("wide_resnet50_2", "WideResNet50_2"),
+        ("Predict", "predict"), ("load_models", "load_model"),
+    ):  # fmt: skip
+        with pytest.raises(AttributeError, match=f"{name}.*Did you mean '{meant}'"):
+            getattr(kr, name)
+    assert not hasattr(kr, "anything_else_at_all")
+
+
+@pytest.mark.once
+def test_channels_first_shapes_are_turned_too():
+    keras.config.set_image_data_format("channels_first")
+    try:
+        with pytest.raises(InputError, match=r"give input_shape=\(3, 224, 224\), or call"):
+            kr.ResNet50(input_shape=(224, 224, 3))
+    finally:
+        keras.config.set_image_data_format("channels_last")
 
 
 def test_feature_extractor_gives_a_map_at_each_stride(rng):

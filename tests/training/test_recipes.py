@@ -12,12 +12,33 @@ from keras_resnet.cli import main as cli
 from keras_resnet.errors import InputError
 from keras_resnet.recipes import RECIPES, Recipe, get_recipe
 from keras_resnet.training.prepare import (
+    _check_sizes,
     evaluation_preprocess,
     make_optimizer,
     make_schedule,
     recipe_augment,
 )
 from keras_resnet.variants import get_spec
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("variant", "side", "told"),
+    [
+        ("resnet18", 32, True),
+        ("resnet50", 63, True),
+        ("resnet50", 64, False),
+        ("resnext50_32x4d", 48, True),
+        ("alexnet", 64, False),
+        ("resnet20", 32, False),
+        ("resnet34_cifar10", 32, False),  # made for it
+        ("resnet_tiny", 16, False),
+    ],
+)
+def test_images_that_are_tiny_for_a_network_are_warned_about(variant, side, told, caplog):
+    _check_sizes(variant, image_size=224, eval_size=side)
+    expected = f"Images of {side}x{side} are tiny for {variant}"
+    assert [expected in record.getMessage() for record in caplog.records] == [True] * told
 
 
 @pytest.fixture(scope="module")
