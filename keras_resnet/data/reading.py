@@ -48,7 +48,7 @@ class GivenImage(str):
     image: Any
 
     def __new__(cls, name: str, image: Any):
-        """A text; `str` is made here."""
+        """Makes the text, which cannot be changed afterwards."""
         made = super().__new__(cls, name)
         made.image = image
         return made

@@ -49,15 +49,21 @@ class Images:
     """
 
     def __init__(self, sources: Sources):
-        if isinstance(sources, (str, os.PathLike)) or is_picture(sources) or _is_array(sources):
+        several = isinstance(sources, Iterable) and not isinstance(sources, (str, os.PathLike))
+        if not several or is_picture(sources) or _is_array(sources):
             sources = [sources]  # type: ignore[list-item]
         self._parts: list[list[str] | _Folders] = []
         self.in_memory = 0  # how many
         for source in sources:  # type: ignore[union-attr]
             if is_picture(source) or _is_array(source):
                 self._add_image(source)
-            else:
+            elif isinstance(source, (str, os.PathLike)):
                 self._add(os.path.expanduser(os.fspath(source)))
+            else:
+                raise InputError(
+                    "An image is given as a path, an array, a Pillow image, the bytes of a file or "
+                    f"an open one. Received: {type(source).__name__}."
+                )
         self._count: int | None = None
         self._width = 0
 

@@ -312,6 +312,8 @@ def test_images_may_be_arrays_pillow_images_and_bytes(pictures, tmp_path):
         (np.zeros((16, 16, 3), bool), "Received: bool"),
         (np.zeros((3, 16, 16), "uint8"), "height, width"),
         (np.zeros((0, 16, 3), "uint8"), "height, width"),
+        (5, "Received: int"),
+        ([None], "Received: NoneType"),
     ],
 )
 def test_arrays_of_other_numbers_are_refused(image, told):
