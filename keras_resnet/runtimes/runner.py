@@ -145,7 +145,12 @@ def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:
     steps = graph_steps(model)
     if precision is None and (steps is None or not any(map(_is_norm, steps))):
         return model
-    return optimize_for_inference(model, precision)
+    try:
+        return optimize_for_inference(model, precision)
+    except (NotImplementedError, TypeError, ValueError):
+        if precision is not None:
+            raise
+        return model  # a layer of one's own that cannot be copied: it is as right, and slower
 
 
 def _is_norm(step: Step) -> bool:

@@ -181,6 +181,25 @@ def test_pixels_can_be_said(pictures, tmp_path):
 
 
 @pytest.mark.once
+def test_layers_that_cannot_be_copied_are_run_as_they_are(pictures):
+    class Shift(layers.Layer):
+        def __init__(self, by):  # and no get_config
+            super().__init__()
+            self.by = by
+
+        def call(self, x):
+            return x + self.by(x)
+
+    x = keras.Input(SHAPE)
+    y = Shift(lambda x: 0 * x)(layers.Rescaling(1 / 255)(x))
+    y = layers.BatchNormalization()(layers.Conv2D(4, 3)(y))
+    model = keras.Model(x, layers.Dense(3)(layers.GlobalAveragePooling2D()(y)))
+    expected = softmax(np.asarray(model.predict_on_batch(batch(pictures))))
+    found = shown(kr.predict(named(model), pictures), NAMES)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.once
 def test_names_that_are_too_few_are_said(pictures):
     with pytest.raises(InputError, match="has 3 classes and info"):
         kr.predict(named(build(), ["ant", "bee"]), pictures)
