@@ -24,6 +24,7 @@ from keras_resnet.models.meaning import (
     check_head,
     meaning_of,
     meaning_of_numbers,
+    noise,
     pixels_in,
     pixels_of,
 )
@@ -251,8 +252,7 @@ class FileRunner(Runner):
             shape = [size or 224 for size in self.input_shape[1:]]
             if self._channels_first:
                 shape = [*shape[1:], shape[0]]
-            noise = np.random.default_rng(0).uniform(0, 255, (4, *shape))
-            found = meaning_of_numbers(self.outputs(noise))
+            found = meaning_of_numbers(self.outputs(noise(*shape)))
         count = self.output_shape[1]
         if found is None or (found == "logits" and count == 1):
             raise InputError(

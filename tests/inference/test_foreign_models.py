@@ -359,7 +359,8 @@ def test_heat_maps_take_images_as_predict_does(inside, pictures):
 
 
 @pytest.mark.once
-def test_a_variants_name_stands_for_its_published_weights(pictures, monkeypatch, capsys):
+def test_a_variants_name_stands_for_its_published_weights(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     asked = []
 
     def published(name, weights):
