@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.inference.calibration import Calibration, accuracy_interval, calibration
-from keras_resnet.plots import frequent_mistakes
 
 
 @dataclasses.dataclass
@@ -90,6 +89,8 @@ class Results:
         """The most frequent mistakes: true and predicted class, count, fraction of the class."""
         if self.confusion is None:
             return []
+        from keras_resnet.plots import frequent_mistakes  # matplotlib takes a second
+
         return frequent_mistakes(self.confusion, self.class_names, limit)
 
     @property
