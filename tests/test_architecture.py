@@ -75,6 +75,7 @@ def test_imports_have_no_circles():
         "data/preprocess",
         "data/scan",
         "data/sources",
+        "data/walk",
         "runtimes/rows",
         "cli/commands",
         "variants",
@@ -103,6 +104,13 @@ def test_few_files_know_a_backend():
         "inference/grad_cam.py", "training/ema.py",
     }  # fmt: skip
     assert users("jax") == {"system/device.py", "inference/grad_cam.py", "training/ema.py"}
+
+
+@once
+def test_one_place_opens_images():
+    for name, path in FILES.items():
+        if name != "data/reading.py":
+            assert "Image.open" not in path.read_text(encoding="utf-8"), name
 
 
 @once

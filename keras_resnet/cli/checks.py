@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from keras_resnet.cli.pipes import STDOUT
-from keras_resnet.data.folders import class_folders, existing_folder, is_picture, split_folders
+from keras_resnet.data.folders import class_folders, existing_folder, split_folders
+from keras_resnet.data.walk import is_picture
 from keras_resnet.errors import (
     InputError,
     MissingDependencyError,
@@ -155,7 +156,11 @@ def training(directory: str, recipe: Recipe) -> None:
         )
     class_folders(split_folders(existing_folder(directory)).get("train", directory), least=2)
     weights = recipe.weights
-    if weights is not None and not os.path.exists(weights):
+    if weights in (None, "auto"):
+        return
+    if os.path.isdir(weights) or weights.endswith(".keras"):
+        find_keras_file(weights)
+    elif not os.path.exists(weights):
         if is_tag(weights):
             resolve_weights(get_spec(recipe.model).name, weights)
         else:

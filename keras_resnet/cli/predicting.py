@@ -38,7 +38,9 @@ def _say_unreadable(count: int, images: Sequence[str] | Images) -> None:
 
 def evaluate(model: str, directory: str, split: str | None, engine: str, **options: Any) -> None:
     """Measures a model on a labelled folder."""
-    class_folders(split_folder(directory, split))  # says what is wrong before the model is opened
+    folder = split_folder(directory, split)
+    class_folders(folder)  # says what is wrong before the model is opened
+    print(f"Folder: {printable(folder)}")
     print(kr.evaluate(_open(model, engine), directory, split=split, **options))
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from keras_resnet.data.folders import is_picture
+from keras_resnet.data.walk import is_picture
 from keras_resnet.errors import did_you_mean
 from keras_resnet.recipes import RECIPES
 from keras_resnet.runtimes.rows import format_of_file

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,9 +12,17 @@ import keras
 import numpy as np
 
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.data.folders import find_pictures, flat_images, stratified_split
+from keras_resnet.data.folders import (
+    find_pictures,
+    flat_images,
+    listed,
+    split_folders,
+    stratified_split,
+)
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import InputError, one_of
+from keras_resnet.errors import DataError, InputError, one_of
+
+logger = logging.getLogger("keras_resnet")
 
 
 def image_dataset_from_directory(
@@ -28,7 +38,7 @@ def image_dataset_from_directory(
     validation_split: float | None = None,
     subset: str | None = None,
     interpolation: str = "bilinear",
-    follow_links: bool = False,
+    follow_links: bool = True,
     crop_to_aspect_ratio: bool = False,
     *,
     data_format: str | None = None,
@@ -68,7 +78,8 @@ def image_dataset_from_directory(
         subset: `"training"`, `"validation"` or `"both"` (a pair), with `validation_split`. The
             validation part is neither shuffled, augmented, mixed, smoothed nor cut.
         interpolation: of `image_size`, one of Preprocess'.
-        follow_links: visit folders behind symbolic links inside class folders.
+        follow_links: visit folders behind symbolic links inside class folders, as torchvision does;
+            links that lead in circles do no harm.
         crop_to_aspect_ratio: with `image_size`, cut instead of distorting.
         data_format: `"channels_last"` or `"channels_first"`; None is that of Keras' configuration.
         preprocess: the `Preprocess` that evaluates the model.
@@ -185,6 +196,14 @@ def _files(
         raise InputError(
             f"labels must be 'inferred', None or a list of ints. Received: {labels!r}."
         )
+    with contextlib.suppress(DataError):  # find_pictures says what is wrong
+        parts = split_folders(directory) if class_names is None else {}
+        if len(parts) > 1:
+            logger.warning(
+                "%r holds %s, which are taken for classes here: give one of them, such as %r.",
+                directory, listed([os.path.basename(part) for part in parts.values()]),
+                next(iter(parts.values())),
+            )  # fmt: skip
     return find_pictures(directory, class_names, follow_links=follow_links, exclude=exclude)
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import enum
 import json
 import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from keras_resnet.data.walk import (
+    ENDINGS,
+    entries,
+    extension,
+    holds_picture,
+    is_picture,
+    unread,
+    walk_pictures,
+)
 from keras_resnet.errors import DataError, InputError, NotFoundError, meant_path
-
-# torchvision/datasets/folder.py IMG_EXTENSIONS, and GIF, of which the first frame is read.
-IMG_EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif",
-)  # fmt: skip
 
 
 class Stream(enum.IntEnum):
@@ -32,12 +38,20 @@ def find_pictures(
     directory: str | os.PathLike,
     class_names: Sequence[str] | None = None,
     *,
-    follow_links: bool = False,
+    follow_links: bool = True,
     exclude: str | os.PathLike | Iterable[str] | None = None,
+    others: Counter | None = None,
 ) -> tuple[list[str], np.ndarray, list[str]]:
     """Lists the images of a folder that has one subfolder a class.
 
     Classes are the sorted folder names, files are in the order of torchvision's `ImageFolder`.
+
+    Args:
+        directory: Holds the class folders.
+        class_names: Those to take, in the order of their labels; all by default.
+        follow_links: Visit folders behind links inside class folders.
+        exclude: Images to leave out.
+        others: Gets the files that are not read, as `unread` counts them.
 
     Returns:
         Paths, their labels (int32), the class names.
@@ -49,11 +63,12 @@ def find_pictures(
     """
     directory = existing_folder(directory)
     found = class_folders(directory)
+    folder_of = _folders_by_name(directory, found)
     if class_names is None:
         class_names = found
     else:
         class_names = list(class_names)
-        missing = [name for name in class_names if name not in found]
+        missing = [name for name in class_names if plain_name(name) not in folder_of]
         if missing or len(set(class_names)) != len(class_names) or not class_names:
             raise InputError(
                 f"class_names must be different folders of {directory!r}. Not there: "
@@ -62,7 +77,8 @@ def find_pictures(
     excluded = _excluded(directory, exclude)
     paths, labels, empty, other = [], [], [], []
     for label, name in enumerate(class_names):
-        files, rest = walk_pictures(os.path.join(directory, name), follow_links)
+        folder = os.path.join(directory, folder_of[plain_name(name)])
+        files, rest = walk_pictures(folder, follow_links)
         other += rest
         if not files:
             empty.append(name)
@@ -72,14 +88,17 @@ def find_pictures(
     if not paths or len(empty) == len(class_names):
         raise DataError(
             f"{directory!r} holds no image in its class folders {listed(class_names)}. "
-            f"They hold {_extension_counts(other)}; images end in {', '.join(IMG_EXTENSIONS)}."
+            f"They hold {_extension_counts(other)}; images end in {ENDINGS}."
         )
     if empty:
         raise DataError(
             f"{directory!r} has class folders without an image: {listed(empty)}. Fill or delete "
-            f"them, or name the others with class_names. Images end in "
-            f"{', '.join(IMG_EXTENSIONS)}."
+            f"them, or name the others with class_names. Images end in {ENDINGS}."
         )
+    if others is not None:
+        others += unread(other)
+        loose = filter(is_picture, entries(directory)[0])
+        others += unread(loose, "outside the class folders")
     return paths, np.asarray(labels, np.int32), list(class_names)
 
 
@@ -94,10 +113,9 @@ def class_folders(directory: str | os.PathLike, least: int = 1) -> list[str]:
     directory = existing_folder(directory)
     found = _subfolders(directory)
     if not found:
-        here = [entry.name for entry in os.scandir(directory) if entry.is_file()]
         raise DataError(
             f"{directory!r} has no class folder: it must hold one folder of images a class. "
-            f"It holds {_extension_counts(here)}.{_meant_folder(directory)}"
+            f"It holds {_extension_counts(entries(directory)[0])}.{_meant_folder(directory)}"
         )
     meant = _meant_folder(directory) if len(found) < least else ""
     if meant or (len(found) < least and _classes(directory)):
@@ -106,7 +124,7 @@ def class_folders(directory: str | os.PathLike, least: int = 1) -> list[str]:
             f"or more class folders.{meant}"
         )
     inside = [os.path.join(directory, name) for name in found]
-    if least > 1 and all("train" in split_folders(folder) for folder in inside):
+    if least > 1 and all(map(_has_training, inside)):
         raise DataError(
             f"{directory!r} holds datasets, each with a training folder, and no classes: give one "
             f"of them, such as {inside[0]!r}."
@@ -117,7 +135,7 @@ def class_folders(directory: str | os.PathLike, least: int = 1) -> list[str]:
 def _meant_folder(directory: str) -> str:
     """The end of a message: the folder of class folders above or below another folder."""
     below = [os.path.join(directory, name) for name in _subfolders(directory)]
-    found = [path for path in below if _classes(path) > 1 or "train" in split_folders(path)]
+    found = [path for path in below if _classes(path) > 1 or _has_training(path)]
     if found:
         return f" Did you mean {found[0]!r}?"
     above = os.path.dirname(os.path.abspath(directory))
@@ -126,15 +144,40 @@ def _meant_folder(directory: str) -> str:
     return ""
 
 
+def _has_training(directory: str) -> bool:
+    return any(split_of(name) == "train" for name in _subfolders(directory))
+
+
 def _classes(directory: str) -> int:
     """Folders in a folder that hold an image themselves."""
     folders = [os.path.join(directory, name) for name in _subfolders(directory)]
     return sum(any(map(is_picture, os.listdir(folder))) for folder in folders)
 
 
-def _subfolders(directory: str) -> list[str]:
-    with os.scandir(directory) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+def plain_name(name: str) -> str:
+    """A class's name in the form that it is compared in: macOS and others store accents apart.
+
+    Examples:
+        >>> plain_name("cafe\u0301") == plain_name("caf\u00e9")
+        True
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def _folders_by_name(directory: str, found: Sequence[str]) -> dict[str, str]:
+    """Folders by the form of their names that is compared.
+
+    Raises:
+        DataError: Two are the same in it.
+    """
+    by_name: dict[str, str] = {}
+    for name in found:
+        if by_name.setdefault(plain_name(name), name) != name:
+            raise DataError(
+                f"{directory!r} has two class folders with the same name {name!r}, once with "
+                "composed and once with separate accents; move the images of one into the other."
+            )
+    return by_name
 
 
 def flat_images(directory: str, follow_links: bool, exclude: Any) -> list[str]:
@@ -146,7 +189,7 @@ def flat_images(directory: str, follow_links: bool, exclude: Any) -> list[str]:
     if not files:
         raise DataError(
             f"{directory!r} holds no image. It holds {_extension_counts(other)}; images end "
-            f"in {', '.join(IMG_EXTENSIONS)}."
+            f"in {ENDINGS}."
         )
     return files
 
@@ -161,47 +204,8 @@ def existing_folder(directory: str | os.PathLike) -> str:
     raise NotFoundError(f"{directory!r} does not exist.{meant_path(directory)}")
 
 
-def walk_pictures(folder: str, follow_links: bool) -> tuple[list[str], list[str]]:
-    """Images and other files below a folder, in torchvision's order, without hidden ones."""
-    pictures, other = [], []
-    for root, _, names in sorted(os.walk(folder, followlinks=follow_links)):
-        if _hidden(folder, root):
-            continue
-        for name in sorted(names):
-            if not name.startswith("."):
-                (pictures if is_picture(name) else other).append(os.path.join(root, name))
-    return pictures, other
-
-
-def picture_folders(folder: str) -> list[str]:
-    """The folders below a folder that hold images themselves, in the order of `walk_pictures`.
-
-    File names are looked at and forgotten: memory grows with folders, not with files.
-    """
-    return sorted(
-        root
-        for root, _, names in os.walk(folder)
-        if not _hidden(folder, root) and any(map(is_picture, names))
-    )
-
-
-def pictures_in(folder: str) -> list[str]:
-    """Names of the images in a folder itself, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if is_picture(e.name) and not e.is_dir())
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file is taken for an image, by its name."""
-    return not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
-
-
-def _hidden(folder: str, root: str) -> bool:
-    return any(part.startswith(".") for part in root[len(folder) :].split(os.sep))
-
-
 def _extension_counts(names: Iterable[str]) -> str:
-    counts = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in names)
+    counts = Counter(map(extension, names))
     return ", ".join(f"{n} {ext}" for ext, n in counts.most_common(8)) or "no file"
 
 
@@ -273,13 +277,37 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
+# --- train, val and test -------------------------------------------------------------------------
+
+_SPLITS = {
+    "train": "train|training|trn",
+    "val": "val|valid|validation|dev|development|eval|evaluation",
+    "test": "test|testing|tst",
+}
+_SPLIT_SUFFIX = r"(set|data|dataset|split|images?|imgs?|pictures|photos)?\d*"
+
+
+def split_of(name: str) -> str | None:
+    """Which part of a dataset a folder's name says: `"train"`, `"val"`, `"test"` or None.
+
+    Examples:
+        >>> [split_of(name) for name in ("Training", "test_set", "dev", "trainer")]
+        ['train', 'test', 'val', None]
+    """
+    plain = re.sub(r"[\W_]+", "", name).casefold()
+    for split, names in _SPLITS.items():
+        if re.fullmatch(rf"\d*({names}){_SPLIT_SUFFIX}", plain):
+            return split
+    return None
+
+
 def split_folder(directory: str | os.PathLike, split: str | None = None) -> str:
     """The folder of class folders inside a dataset: `test`, `val` or `train` where it has them.
 
     Raises:
         NotFoundError: The split that was asked for is not there.
     """
-    directory = os.path.expanduser(os.fspath(directory))
+    directory = existing_folder(directory)
     found = split_folders(directory)
     if split is not None:
         if split not in found:
@@ -287,26 +315,68 @@ def split_folder(directory: str | os.PathLike, split: str | None = None) -> str:
                 f"{directory!r} has no {split!r} folder; it has: {', '.join(found) or 'none'}."
             )
         return found[split]
-    for name in ("test", "val", "train"):
-        if name in found and "train" in found:
-            return found[name]
-    return directory
+    return next((found[name] for name in ("test", "val", "train") if name in found), directory)
 
 
 def split_folders(directory: str | os.PathLike) -> dict[str, str]:
-    """Folders named as parts of a dataset: `train`, `val` (or `valid`, `validation`), `test`."""
-    aliases = {
-        "train": ("train", "training"),
-        "val": ("val", "valid", "validation"),
-        "test": ("test",),
+    """The parts of a dataset: `train`, `val` and `test`, by whatever usual names they are called.
+
+    A folder is a part only where its siblings are parts too: a class may be called `train`. What
+    holds no image does not count, and neither does what lies beside a training and another part
+    that have a class in common.
+
+    Raises:
+        DataError: Two folders for the same part.
+    """
+    directory = existing_folder(directory)
+    kinds: dict[str, list[str]] = {}
+    others = []
+    for name in _subfolders(directory):
+        kind = split_of(name)
+        (others if kind is None else kinds.setdefault(kind, [])).append(name)
+    classes = {
+        kind: {c for name in names for c in _subfolders(os.path.join(directory, name))}
+        for kind, names in kinds.items()
     }
-    found = {}
-    for split, names in aliases.items():
-        for name in names:
-            path = os.path.join(os.fspath(directory), name)
-            if os.path.isdir(path):
-                found.setdefault(split, path)
-    return found
+    if any(holds_picture(os.path.join(directory, name)) for name in others):
+        rest = classes.get("val", set()) | classes.get("test", set())
+        if not classes.get("train", set()) & rest:
+            return {}
+    for kind, names in kinds.items():
+        if len(names) > 1 and classes[kind]:
+            raise DataError(
+                f"{directory!r} has several folders for {kind}: {listed(names)}; move or rename "
+                "all but one."
+            )
+        if len(names) > 1:  # classes called test1, test2 ...
+            return {}
+    order = [kind for kind in _SPLITS if kind in kinds]
+    return {kind: os.path.join(directory, kinds[kind][0]) for kind in order}
+
+
+def _subfolders(directory: str) -> list[str]:
+    _, folders, links = entries(directory)
+    return sorted(folders + links)
+
+
+def layout(directory: str | os.PathLike, found: dict[str, str]) -> str:
+    """One line that says which folders are taken as what; empty where all are classes by name.
+
+    Args:
+        directory: Of the dataset.
+        found: Its parts, as `split_folders` gives them.
+    """
+    directory = os.fspath(directory)
+    names = _subfolders(directory)
+    if not found:
+        alike = [name for name in names if split_of(name)]
+        verb = "is a class" if len(alike) == 1 else "are classes"
+        return f"{listed(alike)} {verb} here, as the folders beside it are." if alike else ""
+    used = {kind: os.path.basename(path) for kind, path in found.items()}
+    line = "Folders: " + ", ".join(f"{kind} from {name!r}" for kind, name in used.items())
+    rest = [n for n in names if n not in used.values()]
+    rest = [n for n in rest if holds_picture(os.path.join(directory, n))]
+    return line + (f"; not used: {listed(rest)}." if rest else ".")
 
 
 def labels_by_name(
@@ -321,12 +391,41 @@ def labels_by_name(
     Raises:
         InputError: A class of `found` is not among `names`.
     """
-    unknown = sorted(set(found) - set(names))
+    position = {plain_name(name): i for i, name in enumerate(names)}
+    unknown = sorted(name for name in found if plain_name(name) not in position)
     if unknown:
         raise InputError(
             f"{what} has classes that {who} does not have: "
             f"{', '.join(map(repr, unknown[:10]))}. There are {len(names)}: "
             f"{', '.join(map(repr, sorted(names)[:10]))}{' ...' if len(names) > 10 else ''}."
         )
-    positions = np.asarray([names.index(name) for name in found], np.int32)
-    return positions[labels]
+    return np.asarray([position[plain_name(name)] for name in found], np.int32)[labels]
+
+
+def test_images(folder: str, names: Sequence[str]) -> tuple[list[str], np.ndarray | None, str]:
+    """Images to test a classifier on, labelled where the folders that they lie in are its classes.
+
+    Args:
+        folder: Flat, or with folders of any names.
+        names: The classes.
+
+    Returns:
+        Paths; their labels, or `None` where the folders say none; a line about what was found,
+        which may be empty.
+    """
+    paths, _ = walk_pictures(folder)
+    if not paths:
+        return [], None, f"{folder!r} holds no image: nothing to test on."
+    below = [os.path.relpath(path, folder).split(os.sep) for path in paths]
+    inside = [i for i, parts in enumerate(below) if len(parts) > 1]
+    found = sorted({below[i][0] for i in inside})
+    known = {plain_name(name) for name in names}
+    foreign = [name for name in found if plain_name(name) not in known]
+    if foreign or not inside:
+        why = f"its folders are no classes: {listed(foreign)}" if foreign else "no class folders"
+        note = f"{folder!r} holds {len(paths):,} images without labels ({why})"
+        return paths, None, f"{note}: they get predictions."
+    labels = labels_by_name(np.asarray([found.index(below[i][0]) for i in inside]), found, names)
+    loose = len(paths) - len(inside)
+    note = f"Not read: {loose:,} images of {folder!r} outside its class folders." if loose else ""
+    return [paths[i] for i in inside], labels, note

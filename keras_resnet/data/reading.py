@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib
 import io
 import logging
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from keras_resnet.data.walk import FORMATS
 from keras_resnet.errors import DataError, InputError, NotFoundError
 
 try:
@@ -29,6 +33,9 @@ logger = logging.getLogger("keras_resnet")
 PILLOW_MODES = {"rgb": "RGB", "grayscale": "L", "rgba": "RGBA"}
 
 Source = str | os.PathLike | bytes | IO[bytes]
+
+# Of one file: an image of as many pixels as Pillow takes, with four channels of 16 bits, is less.
+_MOST_BYTES = 2**31
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
@@ -102,12 +109,12 @@ def load(
         if pixels is not None:
             return pixels
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data)) as image:
             return converted(image, exif, color_mode)
     except UnidentifiedImageError:
         raise DataError(
             f"{name} cannot be read as an image: its first bytes {data[:8]!r} belong to no "
-            f"format that Pillow knows."
+            f"format that is read here."
         ) from None
     except MemoryError:
         raise DataError(f"{name} cannot be read as an image: not enough memory.") from None
@@ -129,15 +136,56 @@ def _read(source: Source) -> tuple[str, bytes]:
         )
     path = os.fspath(source)
     name = repr(path)  # file names may hold newlines; one message stays one line
+    with open_file(path) as file:
+        try:
+            return name, file.read(_MOST_BYTES) or b""
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+
+
+def open_file(path: str) -> IO[bytes]:
+    """Opens a regular file, or what a link to one leads to: a pipe or a device may never end.
+
+    Raises:
+        NotFoundError: There is nothing there.
+        DataError: It is something else, larger than any image, or cannot be opened.
+    """
+    name = repr(path)
+    # Not waiting, should it have become a pipe since it was looked at.
+    wait = getattr(os, "O_NONBLOCK", 0)
     try:
-        with open(path, "rb") as file:
-            return name, file.read()
+        state = os.stat(path)
+        if stat.S_ISREG(state.st_mode) and state.st_size <= _MOST_BYTES:
+            return open(path, "rb", opener=lambda file, flags: os.open(file, flags | wait))
     except FileNotFoundError:
         raise NotFoundError(f"{name} does not exist.") from None
-    except IsADirectoryError:
-        raise DataError(f"{name} is a folder, not an image.") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{name} cannot be opened: {error}") from error
+    if stat.S_ISDIR(state.st_mode):
+        raise DataError(f"{name} is a folder, not an image.")
+    if stat.S_ISREG(state.st_mode):
+        raise DataError(f"{name} has {state.st_size / 1e9:.1f} GB, more than any image has.")
+    raise DataError(f"{name} is a pipe, a socket or a device, not an image.")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    if "HEIF" in FORMATS:
+        with contextlib.suppress(Exception):  # a broken plug-in breaks its own kind alone
+            importlib.import_module("pillow_heif").register_heif_opener()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Opens an image of the formats that are read here, and no other, with Pillow.
+
+    The only place that does: of Pillow's other readers some start programs.
+
+    Raises:
+        UnidentifiedImageError: It is none of them; Pillow raises other kinds for damaged files.
+    """
+    return Image.open(file, formats=_formats())
 
 
 def _decode_jpeg(data: bytes, exif: bool) -> np.ndarray | None:
@@ -155,7 +203,7 @@ def _decode_jpeg(data: bytes, exif: bool) -> np.ndarray | None:
         if colorspace not in ("YCbCr", "Gray") or (limit and height * width > limit):
             return None
         if exif:
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(io.BytesIO(data)) as image:
                 if image.getexif().get(_ORIENTATION, 1) != 1:
                     return None
         return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
@@ -176,6 +224,36 @@ def converted(image: Image.Image, exif: bool, color_mode: str = "rgb") -> Image.
         return image.convert("RGB").convert("L")
     image.load()
     return image.convert(mode)
+
+
+def constant_images(paths: Sequence[str], threads: int) -> list[tuple[str, str]]:
+    """Images whose values differ, and are all one in 8 bits: 16-bit gray and floats get clipped.
+
+    torchvision's loader gives the same, so they are read, and said. Only the heads of files that
+    may hold such values are looked at.
+
+    Returns:
+        (path, Pillow's mode) of each.
+    """
+    kinds = ("TIFF", "PNG", "PPM", "JPEG2000")
+    endings = tuple(ending for kind in kinds for ending in FORMATS[kind])
+    asked = [path for path in paths if path.lower().endswith(endings)]
+    with ThreadPoolExecutor(threads or 1, "keras_resnet-depth") as pool:
+        modes = list(pool.map(_lost_mode, asked))
+    return [(path, mode) for path, mode in zip(asked, modes, strict=True) if mode]
+
+
+def _lost_mode(path: str) -> str | None:
+    try:
+        with open_file(path) as file, open_image(file) as image:
+            if not image.mode.startswith(("I", "F")):
+                return None
+            values, mode = np.asarray(image), image.mode
+            seen = image.convert("RGB").getextrema()
+    except Exception:  # what cannot be read is said by its reader
+        return None
+    lost = all(low == high for low, high in seen) and values.min() != values.max()
+    return mode if lost else None
 
 
 def to_array(image: Image.Image) -> np.ndarray:

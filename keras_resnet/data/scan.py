@@ -19,27 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from keras_resnet.data.folders import IMG_EXTENSIONS, existing_folder, walk_pictures
-from keras_resnet.data.reading import load
+from keras_resnet.data.folders import existing_folder, layout, plain_name, split_folders
+from keras_resnet.data.reading import constant_images, load, open_file, open_image
+from keras_resnet.data.walk import ENDINGS, FORMATS, extension, unread, unread_line, walk_pictures
 from keras_resnet.errors import DataError, KerasResNetError
 from keras_resnet.system.files import column
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.shown import Shown
-
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-TRAINING_SPLITS = ("train", "training")
-
-# What a file of each Pillow format is commonly called.
-EXTENSIONS_OF = {
-    "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),  # a JPEG with further images behind the first, as phones write
-    "PNG": (".png",),
-    "PPM": (".ppm", ".pgm"),
-    "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "GIF": (".gif",),
-}
 
 
 @dataclass(repr=False)
@@ -49,6 +35,8 @@ class ScanReport(Shown):
     Attributes:
         directory: that was scanned.
         images: files with an image's extension.
+        splits: {"train", "val" or "test": the name of its folder}, where there are any.
+        layout: the same in words.
         class_counts: {split: {class: readable images}}; the split is "" without train/ and val/.
         imbalance: {split: largest class / smallest class}.
         unreadable: (path, reason).
@@ -57,7 +45,9 @@ class ScanReport(Shown):
         near_duplicates: (path, path, distance): perceptual hashes that differ in few of 128 bits.
         across_splits: (path, path, "exact" or "near"): the same image in two splits.
         label_conflicts: (path, path, "exact" or "near"): the same image in two classes.
+        constant: (path, mode) of 16-bit gray or float images whose values all become one in 8 bits.
         other_files: {extension: files} that are not read.
+        not_read: the same in one line, with the reasons.
         formats: {format: images}.
         modes: {Pillow mode: images}.
         rotated: images whose EXIF orientation asks for a turn.
@@ -69,6 +59,8 @@ class ScanReport(Shown):
 
     directory: str
     pictures: int = 0
+    splits: dict[str, str] = field(default_factory=dict)
+    layout: str = ""
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     imbalance: dict[str, float] = field(default_factory=dict)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
@@ -77,7 +69,9 @@ class ScanReport(Shown):
     near_duplicates: list[tuple[str, str, int]] = field(default_factory=list)
     across_splits: list[tuple[str, str, str]] = field(default_factory=list)
     label_conflicts: list[tuple[str, str, str]] = field(default_factory=list)
+    constant: list[tuple[str, str]] = field(default_factory=list)
     other_files: dict[str, int] = field(default_factory=dict)
+    not_read: str = ""
     formats: dict[str, int] = field(default_factory=dict)
     modes: dict[str, int] = field(default_factory=dict)
     rotated: int = 0
@@ -107,6 +101,7 @@ class ScanReport(Shown):
         below = os.path.relpath(self.directory)
         shown = self.directory if below.startswith(os.pardir) else below
         lines = [f"{shown!r}: {self.pictures} images"]
+        lines += [f"  {text}" for text in (self.layout, self.not_read) if text]
         for split, counts in self.class_counts.items():
             total = sum(counts.values())
             ratio = self.imbalance[split]
@@ -132,7 +127,6 @@ class ScanReport(Shown):
         for title, counts in (
             ("formats", self.formats),
             ("modes", self.modes),
-            ("files that are not read", self.other_files),
         ):
             if counts:
                 listed = ", ".join(f"{n} {name}" for name, n in counts.items())
@@ -149,6 +143,7 @@ class ScanReport(Shown):
         return [
             ("cannot be read", self.unreadable),
             ("extension and content differ", self.wrong_extensions),
+            ("one constant in 8 bits (16-bit gray, float)", self.constant),
             ("groups with the same bytes", self.exact_duplicates),
             ("pairs that look alike", self.near_duplicates),
             ("the same image in two splits", self.across_splits),
@@ -169,7 +164,7 @@ class ScanReport(Shown):
         """
         out = {path for path, _ in self.unreadable}
         for group in self.exact_duplicates:
-            training = [p for p in group if self.split_of(p) in ("", *TRAINING_SPLITS)]
+            training = [p for p in group if self.split_of(p) in ("", "train")]
             elsewhere = len(training) < len(group)
             conflicting = len({self.class_of(p) for p in training}) > 1
             out.update(training if elsewhere or conflicting else training[1:])
@@ -187,14 +182,22 @@ class ScanReport(Shown):
 
     def split_of(self, path: str) -> str:
         """The split that a file lies in, "" where the folder has none."""
-        return _place(self.directory, path, self.class_counts)[0]
+        return self._place(path)[0]
 
     def class_of(self, path: str) -> str:
         """The class folder that a file lies in."""
-        return _place(self.directory, path, self.class_counts)[1]
+        return self._place(path)[1]
+
+    def _place(self, path: str) -> tuple[str, str]:
+        parts = os.path.relpath(path, self.directory).split(os.sep)[:-1]
+        kinds = {folder: kind for kind, folder in self.splits.items()}
+        split = kinds[parts.pop(0)] if parts and parts[0] in kinds else ""
+        return split, plain_name(parts[0]) if parts else ""
 
     def save_sheet(self, path: str | os.PathLike, limit: int = 60) -> int:
-        """Draws the worst images with their trouble and name; returns how many there are.
+        """Draws the images that are wrong with their trouble and name; returns how many are drawn.
+
+        What is wrong is marked in red; beside a copy stands the image that it is one of, unmarked.
 
         Args:
             path: of the image to write; its extension says the format.
@@ -210,19 +213,21 @@ class ScanReport(Shown):
             ("same bytes", [item[:2] for item in self.exact_duplicates]),
             ("alike", [item[:2] for item in self.near_duplicates]),
             ("extension", [item[:1] for item in self.wrong_extensions]),
-            ("small", [(item,) for item in self.smallest]),
+            ("one constant", [item[:1] for item in self.constant]),
         ]
         groups = [(title, items) for title, items in groups if items]
         share = max(2, limit // max(len(groups), 1))
         tiles = [
-            (title, name)
+            ("" if number == 0 and title in ("same bytes", "alike") else title, name)
             for title, items in groups
-            for name in [name for item in items for name in item][:share]
+            for number, name in [pair for item in items for pair in enumerate(item)][:share]
         ][:limit]
         side, caption, columns = 160, 30, 6
         rows = max(1, -(-len(tiles) // columns))
         sheet = Image.new("RGB", (columns * side, rows * (side + caption)), "white")
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+        if not tiles:
+            draw.text((4, 4), "Nothing is wrong.", fill="black", font=font)
         for number, (title, name) in enumerate(tiles):
             left, top = number % columns * side, number // columns * (side + caption)
             try:
@@ -272,18 +277,23 @@ def scan(
         (1, 1)
     """
     directory = os.path.abspath(existing_folder(directory))
-    paths, other = walk_pictures(directory, False)
+    paths, other = walk_pictures(directory)
     if not paths:
         raise DataError(
-            f"{directory!r} holds no image: {len(other)} other files. Images end in "
-            f"{', '.join(IMG_EXTENSIONS)}."
+            f"{directory!r} holds no image: {len(other)} other files. Images end in {ENDINGS}."
         )
-    with ThreadPoolExecutor(workers or default_threads(), "keras_resnet-scan") as pool:
+    parts = split_folders(directory)
+    threads = workers or default_threads()
+    with ThreadPoolExecutor(threads, "keras_resnet-scan") as pool:
         looks = list(pool.map(_look, paths))
     report = ScanReport(directory, len(paths))
     report.unreadable = [(p, x) for p, x in zip(paths, looks, strict=True) if isinstance(x, str)]
     good = [(p, x) for p, x in zip(paths, looks, strict=True) if not isinstance(x, str)]
-    report.other_files = _counted(os.path.splitext(p)[1].lower() or "no extension" for p in other)
+    report.splits = {kind: os.path.basename(path) for kind, path in parts.items()}
+    report.layout = layout(directory, parts)
+    report.other_files = _counted(map(extension, other))
+    report.not_read = unread_line(unread(other))
+    report.constant = constant_images([path for path, _ in good], threads)
     _count_classes(report, paths, [path for path, _ in good])
     if good:
         _describe(report, good)
@@ -295,9 +305,9 @@ def _look(path: str) -> dict[str, Any] | str:
     """Everything to know about one image; the reason where it cannot be read."""
     try:
         pixels = load(path)
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             data = file.read()
-        with Image.open(io.BytesIO(data)) as header:
+        with open_image(io.BytesIO(data)) as header:
             kind, mode, turn = header.format, header.mode, header.getexif().get(0x0112, 1)
     except KerasResNetError as error:
         return str(error)
@@ -327,12 +337,6 @@ def _difference_hash(image: Image.Image) -> np.ndarray:
     return np.concatenate([right.ravel(), down.ravel()])
 
 
-def _place(directory: str, path: str, splits: Iterable[str]) -> tuple[str, str]:
-    parts = os.path.relpath(path, directory).split(os.sep)[:-1]
-    split = parts.pop(0) if parts and parts[0] in splits else ""
-    return split, parts[0] if parts else ""
-
-
 def _counted(items: Iterable[str]) -> dict[str, int]:
     return dict(Counter(items).most_common())
 
@@ -345,10 +349,10 @@ def _count_classes(report: ScanReport, paths: Sequence[str], readable: Sequence[
     """Counts readable images; a class of which none can be read counts 0."""
     counts: dict[str, dict[str, int]] = defaultdict(dict)
     for path in paths:
-        split, name = _place(report.directory, path, SPLITS)
+        split, name = report._place(path)
         counts[split].setdefault(name, 0)
     for path in readable:
-        split, name = _place(report.directory, path, SPLITS)
+        split, name = report._place(path)
         counts[split][name] += 1
     report.class_counts = dict(counts)
     report.imbalance = {
@@ -364,7 +368,7 @@ def _describe(report: ScanReport, good: Sequence[tuple[str, dict[str, Any]]]) ->
     report.wrong_extensions = [
         (path, look["format"])
         for path, look in good
-        if os.path.splitext(path)[1].lower() not in EXTENSIONS_OF.get(look["format"], ())
+        if os.path.splitext(path)[1].lower() not in FORMATS.get(look["format"], ())
     ]
     width, height = np.array([look["size"] for _, look in good]).T
     report.sizes = {

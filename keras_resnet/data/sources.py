@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-from keras_resnet.data.folders import flat_images, picture_folders, pictures_in
+from keras_resnet.data.folders import flat_images
 from keras_resnet.data.reading import GivenImage
+from keras_resnet.data.walk import is_picture as is_image_name, picture_folders, pictures_in
 from keras_resnet.errors import InputError, NotFoundError, meant_path
 from keras_resnet.system.files import printable, text_width
 
@@ -42,6 +44,9 @@ class Images:
             width, 1, 3 or 4)` of 0..255, batches of such, Pillow images, the bytes of a file or an
             open one; in place of a path they have a name, `"image 1"`.
 
+    Attributes:
+        unread: Files in the folders that are no images, counted by extension and reason.
+
     Raises:
         NotFoundError: A path does not exist, or a pattern matches nothing.
         DataError: A folder holds no image.
@@ -53,6 +58,7 @@ class Images:
         if not several or is_picture(sources) or _is_array(sources):
             sources = [sources]  # type: ignore[list-item]
         self._parts: list[list[str] | _Folders] = []
+        self.unread: Counter = Counter()
         self.in_memory = 0  # how many
         for source in sources:  # type: ignore[union-attr]
             if is_picture(source) or _is_array(source):
@@ -78,15 +84,21 @@ class Images:
 
     def _add(self, text: str) -> None:
         if os.path.isdir(text):
-            folders = picture_folders(text)
-            if not folders:
-                # Not an image in it: the error says what there is.
-                flat_images(text, follow_links=False, exclude=None)
-            self._parts.append(_Folders(folders))
-        elif os.path.exists(text):
+            folders, others = picture_folders(text)
+            self.unread += others
+            if folders:
+                self._parts.append(_Folders(folders))
+            elif is_image_name(os.path.basename(text)):
+                self._add_files([text])  # its row says that it is a folder
+            else:  # the error says what there is
+                flat_images(text, follow_links=True, exclude=None)
+        elif os.path.lexists(text):  # its row says where a link leads nowhere
             self._add_files([text])
         elif glob.has_magic(text) and "://" not in text:
-            matches = sorted(p for p in glob.glob(text, recursive=True) if os.path.isfile(p))
+            found = sorted(glob.glob(text, recursive=True))
+            matches = [
+                p for p in found if not os.path.isdir(p) or is_image_name(os.path.basename(p))
+            ]
             if not matches:
                 raise NotFoundError(f"No file matches {text!r}.")
             self._add_files(matches)

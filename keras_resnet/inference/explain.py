@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
+from keras_resnet.data.folders import plain_name
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
 from keras_resnet.errors import DataError, InputError, between, did_you_mean, whole
@@ -181,13 +182,14 @@ def _classes_by_name(given, names: list[str], count: int) -> list[int] | None:
     asked = [given] * count if isinstance(given, str) else list(given)
     if len(asked) != count:
         raise InputError(f"class_name names {len(asked)} classes for {count} images.")
+    position = {plain_name(name): i for i, name in enumerate(names)}
     for name in asked:
-        if name not in names:
+        if plain_name(name) not in position:
             raise InputError(
                 f"The model has no class {name!r}.{did_you_mean(name, names)} Its classes: "
                 f"{', '.join(map(repr, names[:10]))}{' ...' if len(names) > 10 else ''}."
             )
-    return [names.index(name) for name in asked]
+    return [position[plain_name(name)] for name in asked]
 
 
 def _explained(runner, model, batch, images, dataset, wanted, layer, top):

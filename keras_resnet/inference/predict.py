@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 import time
 from collections import deque
@@ -24,6 +25,7 @@ import numpy as np
 from keras_resnet import plots
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images, Sources
+from keras_resnet.data.walk import unread_line
 from keras_resnet.errors import DataError, InputError, NotFoundError, whole
 from keras_resnet.inference.prediction_files import (
     Prediction,
@@ -39,6 +41,8 @@ from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.files import column, printable, text_width, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.progress import Progress
+
+logger = logging.getLogger("keras_resnet")
 
 _AHEAD_BYTES = 256 * 2**20  # images that wait for the model, at most (a batch always may)
 
@@ -170,6 +174,14 @@ def _batches(
         yield _predicted(runner, batch, names, top)
 
 
+def _images(sources: Sources | Images) -> Images:
+    """The images, with a line about other files in their folders."""
+    images = sources if isinstance(sources, Images) else Images(sources)
+    if images.unread:
+        logger.warning("%s", unread_line(images.unread))
+    return images
+
+
 def _check(top: int, batch_size: int, workers: int | None) -> None:
     whole("top", top, 1)
     whole("batch_size", batch_size, 1)
@@ -191,7 +203,7 @@ def iter_predictions(
     """As `predict`, one `Prediction` at a time in the order of the files, in flat memory."""
     _check(top, batch_size, workers)
     runner = open_runner(model, engine)
-    images = sources if isinstance(sources, Images) else Images(sources)
+    images = _images(sources)
     batches = _batches(
         runner,
         images,
@@ -370,7 +382,7 @@ def write_predictions(
     """
     _check(top, batch_size, workers)
     path = check_output(output)
-    images = sources if isinstance(sources, Images) else Images(sources)
+    images = _images(sources)
     total = len(images)
     runner = open_runner(model, engine)
     prepared = model_input(runner, preprocess, pixels)

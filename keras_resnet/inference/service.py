@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.scan import EXTENSIONS_OF
+from keras_resnet.data.reading import open_image
+from keras_resnet.data.walk import FORMATS
 from keras_resnet.errors import DataError, InputError, KerasResNetError, between, reason_of
 from keras_resnet.inference.explain import enlarged, overlay
 from keras_resnet.inference.grad_cam import grad_cam
@@ -30,7 +31,7 @@ from keras_resnet.system.device import backend_line, in_data_format
 logger = logging.getLogger("keras_resnet")
 
 TOP = 5
-_KINDS = [kind for kind in EXTENSIONS_OF if kind != "MPO"]  # which the reader of JPEG opens
+_KINDS = [kind for kind in FORMATS if kind != "MPO"]  # which the reader of JPEG opens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,7 @@ def check_image(data: bytes, name: str, limits: Limits, preprocess: Preprocess) 
         size = len(data) / 2**20
         raise DataError(f"The file has {size:.1f} MB; at most {limits.megabytes:g} are taken.")
     try:
-        # These kinds and no other: some of Pillow's readers start programs.
-        with Image.open(io.BytesIO(data), formats=_KINDS) as image:
+        with open_image(io.BytesIO(data)) as image:
             kind, (width, height) = image.format, image.size
     except UnidentifiedImageError:
         raise DataError(
@@ -146,7 +146,7 @@ def check_image(data: bytes, name: str, limits: Limits, preprocess: Preprocess) 
                 f"{resized:,.0f} megapixels; at most {limits.megapixels:g} are taken."
             )
     extension = os.path.splitext(name)[1].lower()
-    if extension and extension not in EXTENSIONS_OF[kind]:
+    if extension and extension not in FORMATS[kind]:
         frame = ", of which the first frame is used" if kind == "GIF" else ""
         return f"The file is a {kind}{frame}, whatever its name says."
     return None

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from keras_resnet.data.reading import open_file, open_image
 from keras_resnet.inference.calibration import Calibration, accuracy_interval, calibration
 
 
@@ -151,8 +151,16 @@ class RunFacts:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The recipe's fields as they were used."""
-        return self.config.get("recipe", {})
+        """The recipe's fields as they were used: weights `"auto"` are what they came to."""
+        recipe = self.config.get("recipe", {})
+        if recipe.get("weights") == "auto" and self.config.get("start"):
+            recipe = {**recipe, "weights": self.config["start"][0]}
+        return recipe
+
+    @property
+    def why_random(self) -> str:
+        """Why there were no published weights to start from; empty where nobody looked for any."""
+        return str(([*self.config.get("start", ()), "", ""])[1])
 
     @property
     def model(self) -> dict[str, Any]:
@@ -271,7 +279,7 @@ class RunFacts:
             if path is None:
                 continue
             # Pillow raises many kinds, and unreadable images are no news here.
-            with contextlib.suppress(Exception), Image.open(path) as image:
+            with contextlib.suppress(Exception), open_file(path) as file, open_image(file) as image:
                 sizes.append(image.size)
         if not sizes:
             return None

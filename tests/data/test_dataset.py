@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import shutil
+import socket
 import threading
 import time
 
@@ -18,7 +20,7 @@ from keras_resnet.data import dataset as data
 from keras_resnet.data.augment import Augment, TrivialAugmentWide
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.directory import image_dataset_from_directory as from_directory
-from keras_resnet.data.folders import find_pictures
+from keras_resnet.data.folders import find_pictures, labels_by_name
 from keras_resnet.data.labels import check_classes
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.statistics import dataset_statistics
@@ -145,13 +147,64 @@ def test_unusual_file_names_are_read(folder, name):
 
 
 @once
-def test_links_are_followed_when_asked(folder, tmp_path):
+def test_links_are_followed_and_may_lead_in_circles(torchvision, folder, tmp_path):
+    from torchvision.datasets import ImageFolder
+
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "z.png").write_bytes(picture(3))
     os.symlink(elsewhere, folder / "ants" / "link")
-    assert from_directory(folder).class_counts["ants"] == 5
-    assert from_directory(folder, follow_links=True).class_counts["ants"] == 6
+    os.symlink(elsewhere / "z.png", folder / "ants" / "file.png")
+    os.symlink(elsewhere, folder / "dogs")  # a whole class
+    assert from_directory(folder, follow_links=False).class_counts["ants"] == 6
+    dataset = from_directory(folder, shuffle=False)
+    assert dataset.file_paths == [path for path, _ in ImageFolder(folder).samples]
+    # Circles: to itself, to each other, all to all (10! paths), to above everything.
+    many = [folder / "bees" / f"deep{i}" for i in range(10)]
+    for one in many:
+        one.mkdir()
+    for one in many:
+        for other in many:
+            os.symlink(other, one / other.name)
+    os.symlink(".", folder / "ants" / "self")
+    os.symlink(folder / "ants", folder / "cats" / "x")
+    os.symlink(folder / "cats", folder / "ants" / "x")
+    os.symlink("loop.png", folder / "ants" / "loop.png")
+    counts = from_directory(folder).class_counts
+    # ants: its own 6, z.png and loop.png, and by its link all of cats; and the other way round.
+    assert counts == {"ants": 16, "bees": 6, "cats": 16, "dogs": 1}
+
+
+@once
+def test_what_is_no_regular_file_is_an_error_of_its_own(folder, monkeypatch):
+    ants = folder / "ants"
+    os.mkfifo(ants / "fifo.png")
+    os.symlink("fifo.png", ants / "to fifo.png")
+    os.symlink("/dev/zero", ants / "zero.jpg")
+    os.symlink("gone.png", ants / "gone.jpg")
+    os.symlink("loop.jpg", ants / "loop.jpg")
+    (ants / "folder.jpg").mkdir()
+    with open(ants / "huge.jpg", "wb") as file:
+        file.truncate(3 * 2**30)  # takes no room
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(ants)
+        server.bind("socket.jpg")
+        dataset = from_directory(folder, image_size=8, verify=True)
+    assert dataset.class_counts == {"ants": 5, "bees": 6, "cats": 8}
+    special = "is a pipe, a socket or a device, not an image."
+    expected = {
+        "fifo.png": special,
+        "to fifo.png": special,
+        "zero.jpg": special,
+        "socket.jpg": special,
+        "gone.jpg": "does not exist.",
+        "loop.jpg": "cannot be opened: ",
+        "folder.jpg": "is a folder, not an image.",
+        "huge.jpg": "has 3.2 GB, more than any image has.",
+    }
+    found = {os.path.basename(path): reason for path, reason in dataset.skipped}
+    assert sorted(found) == sorted(expected)
+    assert all(text in found[name] for name, text in expected.items()), found
 
 
 @once
@@ -451,6 +504,38 @@ def test_crop_to_aspect_ratio_does_not_distort(folder):
     arguments = {"image_size": (10, 10), "shuffle": False}
     assert (from_directory(folder, crop_to_aspect_ratio=True, **arguments)[0][0][0] == 255).all()
     assert (from_directory(folder, **arguments)[0][0][0] == 0).any()
+
+
+@once
+@pytest.mark.parametrize(
+    "ending", ["jfif", "jpe", "avif", "jp2", "tga", "ico", "pcx", "qoi", "pnm"]
+)
+def test_other_kinds_that_pillow_reads_are_images(folder, ending):
+    kind = {"jfif": "JPEG", "jpe": "JPEG", "jp2": "JPEG2000", "pnm": "PPM"}.get(ending, ending)
+    (folder / "ants" / f"new.{ending.upper()}").write_bytes(picture(1, (32, 32), kind.upper()))
+    dataset = from_directory(folder, image_size=8, verify=True)
+    assert dataset.class_counts["ants"] == 6 and not dataset.skipped
+
+
+@once
+def test_split_folders_given_as_classes_are_said(folder, caplog):
+    folder.rename(folder.parent / "train")
+    shutil.copytree(folder.parent / "train", folder.parent / "Testing")
+    assert from_directory(folder.parent).class_names == ["Testing", "train"]
+    (record,) = caplog.records
+    assert "'train', 'Testing', which are taken for classes here" in record.getMessage()
+
+
+@once
+def test_class_names_are_compared_whatever_their_accents_are_made_of(folder):
+    (folder / "ants").rename(folder / "cafe\u0301")  # as macOS stores it
+    given = from_directory(folder, class_names=["caf\u00e9", "bees"], shuffle=False)
+    assert given.class_counts == {"caf\u00e9": 5, "bees": 6}
+    labels = labels_by_name(np.array([0, 1]), ["cafe\u0301", "bees"], ["bees", "caf\u00e9"])
+    assert labels.tolist() == [1, 0]
+    (folder / "caf\u00e9").mkdir()
+    with pytest.raises(DataError, match="two class folders with the same name"):
+        from_directory(folder)
 
 
 # --- bad folders ----------------------------------------------------------------------------------

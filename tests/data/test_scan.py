@@ -132,14 +132,90 @@ def test_report_prints_and_writes_json_and_a_sheet(folder, tmp_path):
     text = str(report)
     assert "cannot be read" in text and "ants" in text and "größe\\n.png" in text
     assert json.loads(report.to_json())["exact_duplicates"] == report.exact_duplicates
-    assert report.save_sheet(tmp_path / "sheet.png") == 1 + 2 + 6
+    assert report.save_sheet(tmp_path / "sheet.png") == 1 + 2
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
-    assert sheet.size == (960, 380)
+    assert sheet.size == (960, 190)
+    # Marked in red: the unreadable one and the copy, not what it is a copy of.
+    marks = (pixels[160:174].astype(int) @ (1, -1, 0) > 100).any(0)
+    assert [marks[i : i + 160].any() for i in (0, 160, 320)] == [True, False, True]
     assert (pixels[20:150, 20:140] == 221).all()  # the unreadable one, a gray box
     assert len(np.unique(pixels[20:60, 180:280].reshape(-1, 3), axis=0)) > 100  # a photograph
     with pytest.raises(DataError, match="sheet"):
         report.save_sheet(tmp_path / "missing" / "sheet.png")
+
+
+def test_the_sheet_of_a_clean_folder_marks_nothing(folder, tmp_path):
+    assert scan(folder).save_sheet(tmp_path / "sheet.png") == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert pixels.min() < 50 and (pixels[..., 0] == pixels[..., 1]).all()  # a few words in black
+
+
+def test_splits_are_found_by_any_usual_name(folder):
+    folder.joinpath("train").rename(folder / "Training Set")
+    folder.joinpath("val").rename(folder / "Testing")
+    (folder / "Testing" / "bees" / "copy.png").write_bytes(
+        (folder / "Training Set" / "bees" / "0.png").read_bytes()
+    )
+    report = scan(folder)
+    assert report.splits == {"train": "Training Set", "test": "Testing"}
+    assert report.class_counts == {"train": {"ants": 8, "bees": 8}, "test": {"ants": 3, "bees": 4}}
+    assert "Folders: train from 'Training Set', test from 'Testing'." in str(report)
+    excluded = [os.path.relpath(p, folder) for p in report.exclude_list()]
+    assert excluded == ["Training Set/bees/0.png"] and not report.label_conflicts
+
+
+def test_a_class_called_train_is_one_of_the_classes(folder):
+    folder.joinpath("val").rename(folder / "bus")
+    report = scan(folder)
+    assert report.class_counts == {"": {"bus": 6, "train": 16}}
+    assert "'train' is a class here" in str(report)
+
+
+def test_what_is_not_read_is_counted_with_the_reason_and_litter_is_not(folder):
+    for name in ("a.heic", "b.HEIC", "c.mov", "d.txt", "e"):
+        (folder / "train" / "ants" / name).write_bytes(b"x")
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", "0.png:Zone.Identifier"):
+        (folder / "val" / "ants" / name).write_bytes(b"x")
+    for name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN"):
+        (folder / name / "train" / "ants").mkdir(parents=True)
+        smooth(0).save(folder / name / "train" / "ants" / "0.png")
+    report = scan(folder)
+    assert report.pictures == 22
+    assert report.other_files == {".heic": 2, ".mov": 1, ".txt": 1, "no extension": 1}
+    assert report.not_read == (
+        "Not read: 5 files (2 .heic: HEIC needs a plug-in: pip install pillow-heif; 1 .mov: a "
+        "video; 1 .txt: no kind of image that is read; 1 no extension: no kind of image that is "
+        "read)."
+    )
+    assert report.not_read in str(report)
+
+
+def test_deep_images_that_become_one_constant_are_said(folder, rng):
+    ants = folder / "train" / "ants"
+    deep = rng.integers(1000, 60_000, (9, 9)).astype("uint16")
+    Image.fromarray(deep).save(ants / "white.tif")
+    Image.fromarray(deep).save(ants / "white.png")
+    Image.fromarray(rng.random((9, 9)).astype("float32")).save(ants / "black.tif")
+    Image.fromarray(deep // 500).save(ants / "good.tif")  # values up to 119
+    Image.fromarray(np.full((9, 9), 7, "uint16")).save(ants / "plain.tif")  # nothing is lost
+    report = scan(folder)
+    assert [(os.path.basename(p), mode) for p, mode in report.constant] == [
+        ("black.tif", "F"), ("white.png", "I;16"), ("white.tif", "I;16"),
+    ]  # fmt: skip
+    assert "one constant in 8 bits" in str(report) and not report.unreadable
+
+
+def test_no_file_starts_ghostscript(folder, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    Image.new("RGB", (9, 9)).save(folder / "page.eps")
+    (folder / "page.eps").rename(folder / "train" / "ants" / "page.jpg")
+    report = scan(folder)
+    assert [os.path.basename(path) for path, _ in report.unreadable] == ["page.jpg"]
+    assert "%!PS" in report.unreadable[0][1]
 
 
 def test_near_pairs_are_those_of_the_full_comparison(rng):

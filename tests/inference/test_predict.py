@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from keras_resnet.cli import main as cli
-from keras_resnet.data.folders import walk_pictures
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images
+from keras_resnet.data.walk import walk_pictures
 from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError
 from keras_resnet.inference import prediction_files
 from keras_resnet.inference.predict import (
@@ -100,16 +100,28 @@ def test_folders_are_walked_lazily_in_the_order_of_training(folder, tmp_path):
     for hidden in (".hidden", "sub/.cache"):
         save_noise(folder / hidden, 1)
     (folder / "notes.txt").write_text("")
-    (folder / "folder.png").mkdir()
+    (folder / "folder.png").mkdir()  # an image that cannot be read, for it is none
     expected = walk_pictures(str(folder), False)[0]
     pictures = Images([folder, folder / "sub"])
     assert list(pictures) == expected + walk_pictures(str(folder / "sub"), False)[0]
-    assert len(pictures) == 60 and list(pictures) == list(pictures)
+    assert len(pictures) == 61 and list(pictures) == list(pictures)
     assert list(Images(f"{folder}/")) == expected
     one = iter(pictures)
     next(one)
     save_noise(folder / "sub-a", 11, seed=1)  # not read before its turn
-    assert len(list(one)) == 60
+    assert len(list(one)) == 61
+    assert pictures.unread == {(".txt", "no kind of image that is read"): 1}
+
+
+@pytest.mark.once
+def test_what_is_no_image_is_said_and_ends_nothing(tmp_path, caplog):
+    save_noise(tmp_path, 2)
+    (tmp_path / "film.mov").write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink("loop.png", tmp_path / "loop.png")
+    answers = predict(Brightness(), [tmp_path, tmp_path / "loop.png", f"{tmp_path}/p*.png"])
+    assert sum(a.error is None for a in answers) == 2 and len(answers) == 6
+    assert [r.getMessage() for r in caplog.records] == ["Not read: 1 file (1 .mov: a video)."]
 
 
 @pytest.mark.once

@@ -1,0 +1,211 @@
+"""Which files below a folder are images, by their names, and what is said of the others."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+
+logger = logging.getLogger("keras_resnet")
+
+# What Pillow opens here, and what a file of each format is commonly called: kinds that Pillow
+# decodes by itself. Others stay out whatever a file is called: EPS starts Ghostscript, and WMF,
+# GRIB, BUFR, HDF5 and MPEG are known by name alone. TGA has no mark of its own, so it is last.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".jpeg", ".mpo"),  # a JPEG with further images behind it, as phones write
+    "PNG": (".png", ".apng"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "AVIF": (".avif", ".avifs"),
+    "HEIF": (".heic", ".heif", ".hif"),  # where the plug-in is installed
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "DIB": (".dib",),
+    "ICO": (".ico",),
+    "ICNS": (".icns",),
+    "DDS": (".dds",),
+    "PCX": (".pcx",),
+    "PSD": (".psd",),
+    "QOI": (".qoi",),
+    "SGI": (".sgi", ".rgb", ".rgba", ".bw"),
+    "SUN": (".ras",),
+    "XBM": (".xbm",),
+    "XPM": (".xpm",),
+    "TGA": (".tga", ".icb", ".vda", ".vst"),
+}
+if importlib.util.find_spec("pillow_heif") is None:
+    del FORMATS["HEIF"]
+
+# torchvision/datasets/folder.py IMG_EXTENSIONS, and all else that is opened.
+IMG_EXTENSIONS = tuple(dict.fromkeys(ending for all_of in FORMATS.values() for ending in all_of))
+ENDINGS = ".jpg, .jpeg, .png, .bmp, .tif, .tiff, .webp, .avif, .gif and others that Pillow reads"
+
+_NO_KIND = "no kind of image that is read"
+_REASONS = {
+    "HEIC needs a plug-in: pip install pillow-heif": (".heic", ".heif", ".hif"),
+    "camera raw: convert them": (
+        ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2",
+    ),
+    "a video": (".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"),
+    "a drawing, not pixels": (".ai", ".emf", ".eps", ".pdf", ".ps", ".svg", ".wmf"),
+    "an archive: unpack it": (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip"),
+}  # fmt: skip
+_REASON_OF = {ending: reason for reason, endings in _REASONS.items() for ending in endings}
+
+# What systems leave beside people's files: no class, no image, and nothing to speak of.
+_LITTER = {
+    "__macosx", "icon\r", "temporary items", "network trash folder",  # macOS
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler",
+    "system volume information",  # Windows
+    "lost+found", "@eadir", "#recycle", "@recycle", "__pycache__",
+}  # fmt: skip
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is hidden, or left there by a system.
+
+    Examples:
+        >>> [name for name in ("cat", ".git", "__MACOSX", "Thumbs.db") if is_litter(name)]
+        ['.git', '__MACOSX', 'Thumbs.db']
+    """
+    plain = name.casefold()
+    return plain.startswith(".") or plain in _LITTER or plain.endswith(":zone.identifier")
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is taken for an image, by its name."""
+    return name.lower().endswith(IMG_EXTENSIONS) and not is_litter(name)
+
+
+def entries(folder: str) -> tuple[list[str], list[str], list[str]]:
+    """Names of a folder's files, of its folders, and of folders that links lead to, each sorted.
+
+    A link to a file is a file, and so is whatever is neither file nor folder (its reader says so);
+    also an empty folder that is called as an image is.
+    """
+    files, folders, links = [], [], []
+    with os.scandir(folder) as found:
+        for entry in found:
+            if is_litter(entry.name):
+                continue
+            if not _is_folder(entry) or (is_picture(entry.name) and _is_empty(entry.path)):
+                files.append(entry.name)
+            else:
+                (links if entry.is_symlink() else folders).append(entry.name)
+    return sorted(files), sorted(folders), sorted(links)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_empty(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as found:
+            return next(found, None) is None
+    except OSError:
+        return True
+
+
+def walk(folder: str, follow_links: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """Gives the folders below a folder and itself, each with the names of its files.
+
+    Each real folder comes once, so links may lead in circles; one that several paths lead to
+    comes under a path without links, where there is one.
+    """
+    waiting, linked, seen = deque([folder]), deque(), set()
+    while waiting or linked:
+        root = (waiting or linked).popleft()
+        try:
+            state = os.stat(root)
+            mark = (state.st_dev, state.st_ino) if state.st_ino else os.path.realpath(root)
+            if mark in seen:
+                continue
+            seen.add(mark)
+            files, folders, links = entries(root)
+        except OSError as error:
+            logger.warning("The folder %r cannot be read: %s.", root, error.strerror)
+            continue
+        yield root, files
+        waiting.extend(os.path.join(root, name) for name in folders)
+        if follow_links:
+            linked.extend(os.path.join(root, name) for name in links)
+
+
+def walk_pictures(folder: str, follow_links: bool = True) -> tuple[list[str], list[str]]:
+    """Images and other files below a folder, in torchvision's order, without hidden ones."""
+    pictures: list[str] = []
+    other: list[str] = []
+    for root, names in sorted(walk(folder, follow_links)):
+        for name in names:
+            (pictures if is_picture(name) else other).append(os.path.join(root, name))
+    return pictures, other
+
+
+def picture_folders(folder: str) -> tuple[list[str], Counter]:
+    """The folders below a folder that hold images themselves, in the order of `walk_pictures`.
+
+    File names are looked at and forgotten: memory grows with folders, not with files.
+
+    Returns:
+        The folders, and the files that are no images, as `unread` counts them.
+    """
+    found, others = [], Counter()
+    for root, names in walk(folder):
+        images = [name for name in names if is_picture(name)]
+        if images:
+            found.append(root)
+        if len(images) < len(names):
+            others += unread(name for name in names if not is_picture(name))
+    return sorted(found), others
+
+
+def pictures_in(folder: str) -> list[str]:
+    """Names of the images in a folder itself, sorted."""
+    return [name for name in entries(folder)[0] if is_picture(name)]
+
+
+def holds_picture(folder: str) -> bool:
+    """Whether there is an image anywhere below a folder."""
+    return any(is_picture(name) for _, names in walk(folder) for name in names)
+
+
+def extension(path: str) -> str:
+    """How a file's name ends, in words where it has no ending."""
+    return os.path.splitext(path)[1].lower() or "no extension"
+
+
+def unread(paths: Iterable[str], reason: str | None = None) -> Counter:
+    """Counts files that are not read by extension and reason, which the extension says.
+
+    Examples:
+        >>> unread(["a.txt", "b/c.TXT", "d.heic"]).most_common(1)
+        [(('.txt', 'no kind of image that is read'), 2)]
+    """
+    endings = map(extension, paths)
+    return Counter((ending, reason or _REASON_OF.get(ending, _NO_KIND)) for ending in endings)
+
+
+def unread_line(counts: Mapping[tuple[str, str], int]) -> str:
+    """One line that says what was not read; empty where all was.
+
+    Examples:
+        >>> unread_line(unread(["a.mov", "b.mov", "c.zip"]))
+        'Not read: 3 files (2 .mov: a video; 1 .zip: an archive: unpack it).'
+    """
+    if not counts:
+        return ""
+    total = sum(counts.values())
+    common = Counter(counts).most_common()
+    shown = [f"{n:,} {ending}: {reason}" for (ending, reason), n in common[:8]]
+    if len(common) > 8:
+        shown.append(f"{sum(n for _, n in common[8:]):,} others")
+    return f"Not read: {total:,} file{'s' if total > 1 else ''} ({'; '.join(shown)})."
