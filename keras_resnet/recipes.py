@@ -29,7 +29,9 @@ class Recipe:
         source: Where the numbers come from.
         aim: The accuracy that was published for it.
         model: The network: see `keras-resnet models`.
-        weights: Where training starts: `None` (random), a tag such as `"DEFAULT"`, or a path.
+        weights: Where training starts: `"auto"` (the published weights where there are any and they
+            can be had, else random ones), `None` (random), a tag such as `"DEFAULT"`, a file, or a
+            run folder; the last three insist.
         epochs: Passes over the training data.
         batch_size: Images a step, over all devices.
         image_size: Side in training, pixels; `None` is the variant's own.
@@ -208,6 +210,7 @@ RECIPES: dict[str, Recipe] = {
             "one epoch of warm-up, a cosine, and milder crops",
             aim="none published: it depends on the data; start from weights='DEFAULT'",
             model="resnet18",
+            weights="auto",
             epochs=15,
             learning_rate=0.01,
             crop_scale=(0.35, 1.0),

@@ -78,7 +78,7 @@ def world(tmp_path_factory):
         # One page names a layer of ResNet-18; to the others a tiny network is as good.
         model = "resnet18" if name == "resnet18-photos" else "resnet_tiny"
         kr.train(folder / "photos", model=model, output=folder / "runs", name=name, epochs=1,
-                 image_size=32, report=False, verbose=False)  # fmt: skip
+                 image_size=32, weights=None, report=False, verbose=False)  # fmt: skip
     return folder
 
 

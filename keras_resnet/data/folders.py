@@ -402,17 +402,21 @@ def labels_by_name(
     return np.asarray([position[plain_name(name)] for name in found], np.int32)[labels]
 
 
-def test_images(folder: str, names: Sequence[str]) -> tuple[list[str], np.ndarray | None, str]:
+def test_images(
+    folder: str | None, names: Sequence[str]
+) -> tuple[list[str], np.ndarray | None, str]:
     """Images to test a classifier on, labelled where the folders that they lie in are its classes.
 
     Args:
-        folder: Flat, or with folders of any names.
+        folder: Flat, or with folders of any names; `None` for no images.
         names: The classes.
 
     Returns:
         Paths; their labels, or `None` where the folders say none; a line about what was found,
         which may be empty.
     """
+    if folder is None:
+        return [], None, ""
     paths, _ = walk_pictures(folder)
     if not paths:
         return [], None, f"{folder!r} holds no image: nothing to test on."

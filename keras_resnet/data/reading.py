@@ -243,6 +243,17 @@ def constant_images(paths: Sequence[str], threads: int) -> list[tuple[str, str]]
     return [(path, mode) for path, mode in zip(asked, modes, strict=True) if mode]
 
 
+def constant_line(found: Sequence[tuple[str, str]]) -> str:
+    """One line about what `constant_images` found; empty where that is nothing."""
+    if not found:
+        return ""
+    path, mode = found[0]
+    return (
+        f"{len(found):,} images of 16-bit gray or float values become one constant in 8 bits, "
+        f"and teach nothing: convert them first, such as {path!r} ({mode})."
+    )
+
+
 def _lost_mode(path: str) -> str | None:
     try:
         with open_file(path) as file, open_image(file) as image:

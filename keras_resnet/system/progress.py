@@ -104,6 +104,11 @@ class ProgressLine:
             self._bar.refresh()
 
 
+def shows_bars(stream: TextIO) -> bool:
+    """Whether a line can be written over and over there: a terminal, or a notebook's output."""
+    return stream.isatty() or type(stream).__module__.startswith("ipykernel")
+
+
 @contextlib.contextmanager
 def byte_bar(label: str, size: int) -> Iterator[Callable[[int, int], None] | None]:
     """A bar for bytes that are read or fetched, in a terminal; `None` for what takes no second.

@@ -14,7 +14,10 @@ import numpy as np
 
 from keras_resnet.errors import KerasResNetError
 from keras_resnet.system.device import devices, set_random_state
+from keras_resnet.system.progress import duration
 from keras_resnet.training.loggers import Loggers
+
+_LINE_SECONDS = 30.0  # between two lines about an epoch; as ProgressLine's
 
 
 class TrainingError(KerasResNetError, ArithmeticError):
@@ -32,6 +35,7 @@ class Settings:
     Attributes:
         say: Prints a line.
         bar: Show Keras' progress bar.
+        lines: Say every half minute how far an epoch is, where there is no bar.
         jit: Compile the training step.
         checkpoint_steps: Steps between two checkpoints; `None` for none but by time.
         checkpoint_seconds: Seconds between two checkpoints.
@@ -42,6 +46,7 @@ class Settings:
 
     say: Callable[[str], None]
     bar: bool = False
+    lines: bool = False
     jit: bool = False
     checkpoint_steps: int | None = None
     checkpoint_seconds: float = 300.0
@@ -118,12 +123,13 @@ class RunCallbacks(keras.callbacks.CallbackList):
         self._begun = False
         self._first = 0
         self._saved_at = 0.0
+        self._began_at = self._told_at = 0.0
         self.logs: dict[str, Any] = {}
 
     def begin_epoch(self, steps: int) -> None:
         """Gets ready for one call of `fit` with so many steps."""
         self._first = self._at.step
-        self._saved_at = time.monotonic()
+        self._saved_at = self._began_at = self._told_at = time.monotonic()
         self._losses.clear()
         self.set_params({**self.params, "steps": steps})
 
@@ -164,6 +170,8 @@ class RunCallbacks(keras.callbacks.CallbackList):
         self._look(self._lag)
         if self._heard:
             super().on_train_batch_end(batch, logs)
+        if settings.lines and time.monotonic() - self._told_at > _LINE_SECONDS:
+            self._tell(f"step {at.step:,} of {at.steps:,}", logs)
         if at.step == at.steps:
             self._look()  # a bad epoch is not to be saved
             at.validating = True
@@ -176,6 +184,24 @@ class RunCallbacks(keras.callbacks.CallbackList):
                 raise Interrupted
             self._save()
             self._saved_at = time.monotonic()
+
+    def on_test_batch_end(self, batch, logs=None):
+        """Says how far a long validation is."""
+        super().on_test_batch_end(batch, logs)
+        if self._settings.lines and time.monotonic() - self._told_at > _LINE_SECONDS:
+            self._tell(f"validation, batch {batch + 1:,}", logs)
+
+    def _tell(self, where: str, logs: dict[str, Any]) -> None:
+        """Says one line about the epoch, for those who look at a file or a pipe."""
+        now, at = time.monotonic(), self._at
+        self._told_at = now
+        numbers = [f"{k} {float(keras.ops.convert_to_numpy(v)):.3f}" for k, v in logs.items()]
+        left = []
+        if not at.validating:
+            pace = (now - self._began_at) / (at.step - self._first)
+            left = [f"{duration(pace * (at.steps - at.step))} left"]
+        line = ", ".join([where, *numbers, *left])
+        self._settings.say(f"Epoch {at.epoch + 1} of {self.params['epochs']}: {line}")
 
     def _look(self, lag: int = 0) -> None:
         while len(self._losses) > lag:

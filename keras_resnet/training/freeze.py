@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.data.folders import plain_name
+from keras_resnet.errors import CheckpointError, InputError, did_you_mean
 from keras_resnet.models.files import load_model
+from keras_resnet.weights import download
+from keras_resnet.weights.keras_files import find_keras_file
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import weighted_layers
+from keras_resnet.weights.published import resolve_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +162,42 @@ def _params(variables: Iterable[Any]) -> int:
     return sum(math.prod(v.shape) for v in variables if v.name not in statistics)
 
 
-def load_pretrained(model: keras.Model, source: str | os.PathLike) -> str:
+def starting_weights(variant: str, weights: str | None) -> tuple[str | None, str]:
+    """What training starts from: `"auto"` becomes the published weights, where they can be had.
+
+    Args:
+        variant: The model's name.
+        weights: A recipe's `weights`.
+
+    Returns:
+        The weights, and why they are random where `"auto"` came to nothing.
+
+    Examples:
+        >>> starting_weights("resnet20", "auto")
+        (None, "torchvision publishes no weights for 'resnet20'")
+    """
+    if weights != "auto":
+        return weights, ""
+    try:
+        # No long wait: random weights are a way to go on.
+        download.weights_path(resolve_weights(variant), timeout=10.0, attempts=2)
+    except InputError as error:
+        return None, str(error).split(".")[0]
+    except CheckpointError as error:
+        return None, str(error).rstrip(".")
+    return "DEFAULT", ""
+
+
+def load_pretrained(
+    model: keras.Model, source: str | os.PathLike, class_names: Sequence[str] | None = None
+) -> str:
     """Loads weights under a new head: those of every layer but the last.
 
     Args:
-        model: The model; its head stays as it is.
-        source: A tag such as `"DEFAULT"`, a torch checkpoint, or a `.keras` file of this package.
+        model: The model; its head stays as it is, but for a file that has the same classes.
+        source: A tag such as `"DEFAULT"`, a torch checkpoint, a `.keras` file of this package, or
+            a run folder.
+        class_names: The model's classes.
 
     Returns:
         One line that says what was loaded.
@@ -173,16 +207,16 @@ def load_pretrained(model: keras.Model, source: str | os.PathLike) -> str:
         NotFoundError: There is no such file.
     """
     text = os.path.expanduser(os.fspath(source))
-    if text.endswith(".keras"):
-        return _load_from_keras(model, text)
+    if text.endswith(".keras") or os.path.isdir(text):
+        return _load_from_keras(model, str(find_keras_file(text)), class_names)
     report = load_torchvision(model, text, head="skip")
     return f"{str(report).splitlines()[0]}; {model.layers[-1].name!r} is new."
 
 
-def _load_from_keras(model: keras.Model, path: str) -> str:
+def _load_from_keras(model: keras.Model, path: str, class_names: Sequence[str] | None) -> str:
     other = load_model(path)
     theirs, ours = list(weighted_layers(other)), list(weighted_layers(model))
-    head = ours[-1].name
+    head = ours[-1]
     expected = {layer.name: _kind(layer) for layer in theirs[:-1]}
     wanted = {layer.name: _kind(layer) for layer in ours[:-1]}
     problems = [n for n in {**wanted, **expected} if wanted.get(n) != expected.get(n)]
@@ -194,7 +228,14 @@ def _load_from_keras(model: keras.Model, path: str) -> str:
     sources = {layer.name: layer for layer in theirs}
     for layer in ours[:-1]:
         layer.set_weights(sources[layer.name].get_weights())
-    return f"{len(ours) - 1} layers from {path!r}; {head!r} is new."
+    before = [plain_name(str(n)) for n in getattr(other, "info", {}).get("class_names") or ()]
+    now = [plain_name(name) for name in class_names or ()]
+    kept = now and sorted(before) == sorted(now) and _kind(theirs[-1]) == _kind(head)
+    if kept:
+        order = [before.index(name) for name in now]  # the last axis of kernel and bias
+        head.set_weights([weight[..., order] for weight in theirs[-1].get_weights()])
+    told = "stays, for the classes are the same" if kept else "is new"
+    return f"{len(ours) - 1} layers from {path!r}; {head.name!r} {told}."
 
 
 def _kind(layer: keras.layers.Layer) -> tuple:

@@ -74,6 +74,8 @@ class Loop:
         if self.run_folder.resumed:
             self._resume()
         else:
+            if self.run_folder.extended:
+                self._extend()
             # Before the first step: killed at any instant from here on, the run goes on.
             self._save_state()
         callbacks = RunCallbacks(
@@ -93,7 +95,7 @@ class Loop:
                     self._unfreeze_gradually()
                     self._run_epoch(callbacks)
                     if self.model.stop_training:
-                        self._note("Stopped by a callback.")
+                        self.settings.say("Stopped by a callback.")
                         break
             except Interrupted:
                 self._interrupted()
@@ -119,19 +121,42 @@ class Loop:
         if until != self.until:
             self.until = until
             what = f"{until} and what follows" if until else "everything"
-            self._note(f"From epoch {self.at.epoch + 1} on {what} trains.")
+            self.settings.say(f"From epoch {self.at.epoch + 1} on {what} trains.")
             self._compile()
 
     # Going on.
 
+    def _check_files(self, fingerprint: str) -> None:
+        if fingerprint != self.data.fingerprint:
+            raise InputError(
+                f"The images have changed since the run in {str(self.run_folder.folder)!r} was "
+                "started. Pass --restart to start a new one beside it."
+            )
+
+    def _extend(self) -> None:
+        """Goes on behind the last epoch of a finished run, whose state is in `last.keras`."""
+        run = self.run_folder
+        self._check_files(run.config.get("files", self.data.fingerprint))
+        run.read_history()
+        self.at.epoch = len(run.history["loss"])
+        accuracies = run.history.get("val_accuracy")
+        if accuracies:
+            self.best = max(accuracies)
+            self.stale = self.at.epoch - 1 - accuracies.index(self.best)
+        until = part_to_train(self.model, self.recipe, self.at.epoch - 1)
+        if until != self.until:
+            self.until = until
+            self._compile()
+        last = keras.saving.load_model(run.path("last.keras"))
+        for variable, source in zip(self.model.weights, last.weights, strict=True):
+            variable.assign(source)
+        _carry_over(last.optimizer, self.model.optimizer)
+        self.settings.say(f"Going on at epoch {self.at.epoch + 1}, step 1 of {self.steps}.")
+
     def _resume(self) -> None:
         run = self.run_folder
         progress = run.read_progress()
-        if progress["files"] != self.data.fingerprint:
-            raise InputError(
-                f"The images have changed since the run in {str(run.folder)!r} was started. Pass "
-                "--restart to start a new one beside it."
-            )
+        self._check_files(progress["files"])
         if progress["until"] != self.until:
             self.until = progress["until"]
             self._compile()
@@ -154,7 +179,7 @@ class Loop:
         if run.history:
             self._write_views()
         if self.at.epoch < self.recipe.epochs:
-            self._note(
+            self.settings.say(
                 f"Going on at epoch {self.at.epoch + 1}, step {self.at.step + 1} of {self.steps}."
             )
 
@@ -228,7 +253,7 @@ class Loop:
             for part, key in (("Train", ""), ("Val", "val_"))
             if f"{key}loss" in row
         ]
-        self._note(
+        self.settings.say(
             f"Epoch:{self.at.epoch + 1:2d}, {', '.join(parts)}, Lr:{row['learning_rate']:.2e}, "
             f"{row['seconds']:.1f} s"
         )
@@ -265,14 +290,10 @@ class Loop:
         patience = self.recipe.patience
         if patience is None or self.stale < patience:
             return False
-        self._note(f"Stopped early: no better validation accuracy for {patience} epochs.")
+        self.settings.say(f"Stopped early: no better validation accuracy for {patience} epochs.")
         return True
 
     # What a person looks at.
-
-    def _note(self, line: str) -> None:
-        self.settings.say(line)
-        self.run_folder.log(line)
 
     def _write_views(self) -> None:
         run = self.run_folder
@@ -331,7 +352,7 @@ class Loop:
         self.run_folder.save_model(self.model, "last.keras")
         if self.run_folder.history:
             self._write_views()
-        self._note(
+        self.settings.say(
             f"Interrupted at epoch {self.at.epoch + 1}, step {self.at.step} of {self.steps}. "
             "The same command goes on from here."
         )

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,17 +20,21 @@ from keras_resnet.data.folders import (
     class_folders,
     find_pictures,
     labels_by_name,
+    layout,
     split_folders,
     stratified_split,
+    test_images,
 )
 from keras_resnet.data.labels import check_classes
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
+from keras_resnet.data.reading import constant_images, constant_line
 from keras_resnet.data.statistics import dataset_statistics
+from keras_resnet.data.walk import unread_line
 from keras_resnet.errors import DataError, InputError
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import Recipe
 from keras_resnet.system.device import image_shape, in_data_format
-from keras_resnet.training.freeze import load_pretrained
+from keras_resnet.training.freeze import load_pretrained, starting_weights
 from keras_resnet.training.optimizers import SGD
 from keras_resnet.training.schedules import (
     ConstantSchedule,
@@ -59,22 +64,24 @@ class Data:
     Attributes:
         train: Shuffled, augmented.
         val: In order, as `evaluate` sees it; `None` where nothing is held out.
-        test_folder: `test/`, where the folder has one.
+        test: Of `test/`, where the folder has one; without labels where its folders say none.
         names: Class names in the order of the model's outputs.
         preprocess: Of `val`, and of every later prediction.
         train_size: Side of the training images, pixels.
         soft_labels: Whether labels are vectors (mixup, cutmix, label smoothing).
         fingerprint: A hash of all paths, training and validation.
+        notes: Lines about what was taken as what, and what was not read.
     """
 
     train: ImageDataset
     val: ImageDataset | None
-    test_folder: str | None
+    test: ImageDataset | None
     names: list[str]
     preprocess: Preprocess
     train_size: int
     soft_labels: bool
     fingerprint: str
+    notes: list[str]
 
 
 def prepare_data(
@@ -114,11 +121,11 @@ def prepare_data(
     _check_sizes(recipe.model, image_size=size, eval_size=eval_size)
     options = {"exif": exif, **_NORMALIZATIONS[recipe.normalization]}
     folders = split_folders(directory)
-    if "train" not in folders:
-        folders |= {"train": directory}
-        folders.pop("val", None)
-    class_folders(folders["train"], least=2)
-    parts, names = _find_parts(folders, recipe.val_split, seed, exclude)
+    if folders and "train" not in folders:
+        raise DataError(f"{directory!r} has {' and '.join(folders)} but no training folder.")
+    notes, others = [layout(directory, folders)], Counter()
+    class_folders(folders.setdefault("train", directory), least=2)
+    parts, names = _find_parts(folders, recipe, seed, exclude, others)
     soft = bool(recipe.mixup or recipe.cutmix or recipe.label_smoothing)
     common = {
         "batch_size": recipe.batch_size,
@@ -144,27 +151,29 @@ def prepare_data(
     preprocess = evaluation_preprocess(recipe, eval_size, **options)
     if recipe.normalization == "dataset" and look:
         preprocess = dataclasses.replace(preprocess, **_measured(training, workers))
-    validation = None
-    if "val" in parts:
-        validation = ImageDataset(
-            *parts["val"], names, preprocess=preprocess, shuffle=False, **common
-        )
-        if look:
-            # A last batch of which nothing can be read would otherwise end the first epoch.
-            validation.verify()
-    elif recipe.patience is not None:
-        raise InputError(
-            f"patience={recipe.patience} needs images to validate on: pass a val_split above 0."
-        )
+    evaluation = {"preprocess": preprocess, "shuffle": False, **common}
+    validation = ImageDataset(*parts["val"], names, **evaluation) if "val" in parts else None
+    paths, labels, note = test_images(folders.get("test"), names)
+    notes.append(note)
+    plain = {**evaluation, "label_mode": "int"}
+    test = ImageDataset(paths, labels, names, **plain) if paths else None
+    held_out = [] if validation is None else validation.file_paths
+    if look:
+        for part in (validation, test if strict else None):
+            if part is not None:  # an unreadable last batch would end the first epoch
+                part.verify()
+        paths = [*training.file_paths, *held_out]
+        notes.append(constant_line(constant_images(paths, training.threads)))
     return Data(
         training,
         validation,
-        folders.get("test"),
+        test,
         names,
         preprocess,
         size,
         soft,
-        _fingerprint(training.file_paths, validation.file_paths if validation else []),
+        _fingerprint(training.file_paths, held_out),
+        [note for note in [*notes, unread_line(others)] if note],
     )
 
 
@@ -188,19 +197,23 @@ def _check_sizes(variant: str, **sizes: int) -> None:
 
 
 def _find_parts(
-    folders: dict[str, str], val_split: float, seed: int, exclude: Any
+    folders: dict[str, str], recipe: Recipe, seed: int, exclude: Any, others: Counter
 ) -> tuple[dict[str, tuple[list[str], np.ndarray]], list[str]]:
     """Paths and labels of the training images, of the validation images if any, and the names."""
-    paths, labels, names = find_pictures(folders["train"], exclude=exclude)
+    paths, labels, names = find_pictures(folders["train"], exclude=exclude, others=others)
     if "val" in folders:
-        val_paths, val_labels, found = find_pictures(folders["val"], exclude=exclude)
+        val_paths, val_labels, found = find_pictures(folders["val"], exclude=exclude, others=others)
         val_labels = labels_by_name(
             val_labels, found, names, "The validation folder", "the training folder"
         )
         return {"train": (paths, labels), "val": (val_paths, val_labels)}, names
-    if not val_split:
+    if not recipe.val_split:
+        if recipe.patience is not None:
+            raise InputError(
+                f"patience={recipe.patience} needs images to validate on: pass a val_split above 0."
+            )
         return {"train": (paths, labels)}, names
-    kept, held = stratified_split(labels, val_split, seed)
+    kept, held = stratified_split(labels, recipe.val_split, seed)
     parts = {"train": kept, "val": held}
     return {
         part: ([paths[i] for i in those], labels[those]) for part, those in parts.items()
@@ -293,13 +306,38 @@ def _dtype_policy(precision: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def build_model(recipe: Recipe, data: Data, say: Callable[[str], None] = print) -> keras.Model:
+def build_model(
+    recipe: Recipe,
+    data: Data,
+    say: Callable[[str], None] = print,
+    start: tuple[str | None, str] | None = None,
+) -> keras.Model:
     """The model of a recipe, which normalises inside, with its first weights.
+
+    Args:
+        recipe: The recipe.
+        data: The data.
+        say: Gets a line about the weights.
+        start: As `starting_weights` gives it for the recipe.
 
     Raises:
         InputError: Weights of another network.
         NotFoundError: No such file of weights.
     """
+    weights, why = starting_weights(recipe.model, recipe.weights) if start is None else start
+    model = new_model(recipe, data)
+    if weights is not None:
+        say(f"Weights: {load_pretrained(model, weights, data.names)}")
+    elif why:
+        say(f"Weights: random, for there are no others: {why}.")
+    else:
+        say("Weights: random (weights='DEFAULT' starts from torchvision's, where there are any).")
+    _describe(model, data)
+    return model
+
+
+def new_model(recipe: Recipe, data: Data) -> keras.Model:
+    """The model of a recipe, with random weights."""
     eval_size = data.preprocess.output_shape[0]
     sides = (data.train_size,) * 2 if data.train_size == eval_size else (None, None)
     with _dtype_policy(recipe.precision):
@@ -312,14 +350,14 @@ def build_model(recipe: Recipe, data: Data, say: Callable[[str], None] = print) 
             std=data.preprocess.std,
             dropout=recipe.dropout,
         )
-    if recipe.weights is None:
-        say("Weights: random (weights='DEFAULT' starts from torchvision's, where there are any).")
-    else:
-        say(f"Weights: {load_pretrained(model, recipe.weights)}")
-    # After the weights: a published file brings class names and preprocessing of its own.
+    _describe(model, data)
+    return model
+
+
+def _describe(model: keras.Model, data: Data) -> None:
+    # Once more after the weights: a published file brings names and preprocessing of its own.
     model.info["class_names"] = list(data.names)
     model.info["preprocess"] = data.preprocess.get_config()
-    return model
 
 
 def compile_model(

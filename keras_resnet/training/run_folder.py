@@ -7,8 +7,10 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import re
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -31,6 +33,8 @@ from keras_resnet.system.files import (
     write_text,
 )
 
+logger = logging.getLogger("keras_resnet")
+
 _STATE = "state.npz"
 # What a killed process leaves behind: files.replace_file's, and Keras' own while it saves.
 _TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}\.\w+|tmp[a-z0-9_]{8}")
@@ -48,14 +52,20 @@ class Run:
         config: What `config.json` holds.
         history: Columns of `history.csv`, one value an epoch.
         resumed: Whether an unfinished run was found here.
+        extended: Whether a finished one was, which gets more epochs.
+        note: A line about the run that was found before, or empty.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]):
+    def __init__(self, folder: Path, config: dict[str, Any], note: str = ""):
         self.folder = folder
         self.config = config
+        self.note = note
         self.history: dict[str, list[float]] = {}
         self.resumed = (folder / _STATE).is_file()
+        self.extended = not self.resumed and (folder / "last.keras").is_file()
         self._lock = None
+        self._unlogged: list[str] = []  # until there is a folder
+        self._made: list[Path] = []  # this folder and those above, where they were not there
 
     # Finding the folder.
 
@@ -64,6 +74,8 @@ class Run:
         cls, output: str | os.PathLike, name: str, identity: dict[str, Any], restart: bool
     ) -> Run:
         """The unfinished run of the same configuration, or a new folder beside those there are.
+
+        A run that differs by having had fewer epochs, finished or not, is gone on with as well.
 
         Args:
             output: Where run folders are made.
@@ -78,18 +90,23 @@ class Run:
         if output.exists() and not output.is_dir():
             raise InputError(f"The output {str(output)!r} is a file; a folder is needed.")
         name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-        mark = fingerprint(identity)
-        taken = 0
+        identity = {**identity, "fingerprint": fingerprint(identity)}
+        taken, note = 0, ""
         for folder in sorted(output.iterdir()) if output.is_dir() else []:
             match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name)
             if not match or _is_blank(folder):
                 continue
             taken = max(taken, int(match[1] or 1))
             config = _read_config(folder)
-            if not restart and config.get("fingerprint") == mark and _unfinished(folder, config):
-                return cls(folder, config)
+            if restart or not isinstance(config.get("recipe"), dict):
+                continue
+            changes = _changes(config, identity)
+            goes_on, note = _goes_on(folder, config, changes)
+            if goes_on:
+                config.setdefault("start", [config["recipe"].get("weights"), ""])
+                return cls(folder, {**config, **identity}, note)
         folder = output / (name if taken == 0 else f"{name}-{taken + 1}")
-        return cls(folder, {**identity, "fingerprint": mark})
+        return cls(folder, identity, note)
 
     def open(self) -> None:
         """Makes the folder and takes its lock.
@@ -97,6 +114,8 @@ class Run:
         Raises:
             InputError: Another process is training in it, or it cannot be made.
         """
+        new = not self.folder.exists() or _is_blank(self.folder)
+        above = [folder for folder in self.folder.parents if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(self.folder / ".lock")
@@ -110,12 +129,28 @@ class Run:
         for path in self.folder.iterdir():
             if _TEMPORARY.fullmatch(path.name):
                 path.unlink(missing_ok=True)
+        self._made = [self.folder, *above] if new else []
+        for line in self._unlogged:
+            self._append(line)
+        self._unlogged.clear()
+        logger.addFilter(self._overhear)
 
-    def close(self) -> None:
-        """Gives the lock back."""
-        if self._lock is not None:
-            drop_lock(self._lock)
-            self._lock = None
+    def close(self, failed: bool = False) -> None:
+        """Gives the lock back.
+
+        Args:
+            failed: The run has failed; its folder goes again where it holds no step yet.
+        """
+        if self._lock is None:
+            return
+        logger.removeFilter(self._overhear)
+        drop_lock(self._lock)
+        self._lock = None
+        if failed and self._made:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in self._made[1:]:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     # What is written.
 
@@ -123,9 +158,28 @@ class Run:
         """A file of the run."""
         return self.folder / name
 
-    def log(self, line: str) -> None:
-        """Adds a line with the time to `train.log`."""
-        self.guard(_append, self.path("train.log"), f"{time.strftime('%F %T')} {line.strip()}\n")
+    def log(self, text: str) -> None:
+        """Adds lines with the time to `train.log`, as soon as there is one."""
+        now = time.strftime("%F %T")
+        lines = "".join(f"{now} {line.rstrip()}\n" for line in text.split("\n") if line.strip())
+        if self._lock is None:
+            self._unlogged.append(lines)
+        else:
+            self._append(lines)
+
+    def _append(self, lines: str) -> None:
+        self.guard(_append, self.path("train.log"), lines)
+
+    def _overhear(self, record: logging.LogRecord) -> bool:
+        """Logs what the package prints otherwise, such as images that cannot be read."""
+        with contextlib.suppress(SaveError):
+            self.log(record.getMessage())
+        return True
+
+    def say(self, text: str) -> None:
+        """Prints lines, and logs them."""
+        print(text, flush=True)
+        self.log(text)
 
     def write_config(self, **changes: Any) -> None:
         """Writes `config.json` with some entries changed."""
@@ -171,6 +225,24 @@ class Run:
                 "before is whole; make room and run the same command to go on."
             ) from error
 
+    def read_history(self) -> None:
+        """Reads `history.csv` back.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        try:
+            with open(self.path("history.csv"), encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            names = [name for name in rows[0] if name != "epoch"]
+            self.history = {name: [float(row[name]) for row in rows] for name in names}
+            self.history["loss"]
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise InputError(
+                f"{str(self.path('history.csv'))!r} cannot be read ({reason_of(error)}); pass "
+                "--restart to start again."
+            ) from error
+
     # The state that a killed run goes on from.
 
     def save_state(
@@ -184,6 +256,8 @@ class Run:
             extra: Further arrays, such as those of a moving average.
         """
         sync(model)
+        if progress["epoch"] or progress["step"]:
+            self._made = []  # worth keeping from here on
         arrays = {f"extra/{key}": np.asarray(value) for key, value in extra.items()}
         for group, variables in _variables(model).items():
             for i, variable in enumerate(variables):
@@ -241,16 +315,52 @@ def fingerprint(config: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _unfinished(folder: Path, config: dict[str, Any]) -> bool:
-    # Killed before the first state was saved, a run starts anew where it was; the state goes last.
-    fresh = config.get("status") != "finished" and not (folder / "last.keras").exists()
-    return fresh or (folder / _STATE).is_file()
+def _changes(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between a run that was found and one that is asked for: name to both values.
+
+    The words of a recipe do not count, and `"auto"` is what version 0.1 called None: a run that
+    knows nothing of its start is from there.
+    """
+    before = json.loads(json.dumps(config, default=str))
+    after = json.loads(json.dumps(identity, default=str))
+    for one in (before, after):
+        one |= {k: v for k, v in one.pop("recipe").items() if k not in ("source", "aim")}
+    if "start" not in before and after["weights"] == "auto" and before.get("weights") is None:
+        before["weights"] = "auto"
+    names = {name for name in after if name != "fingerprint" and before.get(name) != after[name]}
+    if "epochs" in names and after["warmup_epochs"] >= before.get("epochs", 0):
+        names.discard("warmup_epochs")  # cut by a short trial; it is over
+    return {name: (before.get(name), after[name]) for name in sorted(names)}
+
+
+def _goes_on(
+    folder: Path, config: dict[str, Any], changes: dict[str, tuple[Any, Any]]
+) -> tuple[bool, str]:
+    """Whether a run is gone on with, and a line that says so or why not."""
+    name = folder.name
+    finished, state = config.get("status") == "finished", (folder / _STATE).is_file()
+    if not changes:
+        # Killed before the first state was saved, a run starts anew where it was. The state goes
+        # last of all, and an extended run has one from its start.
+        note = f"The run {name!r} is the same, and finished; this is one beside it."
+        return (True, "") if state or not finished else (False, note)
+    if set(changes) == {"epochs"} and changes["epochs"][1] > (changes["epochs"][0] or 0):
+        before, after = changes["epochs"]
+        averaged = config["recipe"].get("ema") and not state
+        if not averaged and (state or (folder / "last.keras").is_file()):
+            rates = f"From there on its rates are those of {after} epochs."
+            return True, f"Extends the run {name!r} of {before} epochs to {after}. {rates}"
+        note = "its averaged weights were not kept" if averaged else "it holds no model"
+        return False, f"The run {name!r} of {before} epochs cannot be extended, for {note}."
+    told = ", ".join(f"{key} ({old!r} there)" for key, (old, _) in changes.items())
+    return False, f"This is another run than {name!r}: it differs in {told}."
 
 
 def _is_blank(folder: Path) -> bool:
     """Whether a folder holds nothing but what a killed process left before it wrote anything."""
     return folder.is_dir() and all(
-        path.name == ".lock" or _TEMPORARY.fullmatch(path.name) for path in folder.iterdir()
+        path.name in (".lock", "train.log") or _TEMPORARY.fullmatch(path.name)
+        for path in folder.iterdir()
     )
 
 

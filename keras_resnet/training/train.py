@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
-import functools
 import importlib.metadata
 import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import keras
 import numpy as np
 
 from keras_resnet import plots
+from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.errors import between, reason_of, whole
 from keras_resnet.inference.evaluate import Evaluation, evaluate
+from keras_resnet.inference.predict import PredictionFile, write_predictions
 from keras_resnet.models.files import load_model
 from keras_resnet.models.summary import count_flops
 from keras_resnet.recipes import Recipe, get_recipe
@@ -32,12 +34,14 @@ from keras_resnet.system.device import (
 )
 from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.process import tune_process
+from keras_resnet.system.progress import shows_bars
 from keras_resnet.system.shown import Shown
 from keras_resnet.training.callbacks import Settings
+from keras_resnet.training.freeze import starting_weights
 from keras_resnet.training.loggers import Loggers
 from keras_resnet.training.loop import Loop
-from keras_resnet.training.prepare import Data, build_model, prepare_data
-from keras_resnet.training.run_folder import Run
+from keras_resnet.training.prepare import Data, build_model, new_model, prepare_data
+from keras_resnet.training.run_folder import Run, SaveError
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -50,7 +54,8 @@ class TrainResult(Shown):
         history: Columns of `history.csv`, one value an epoch.
         evaluation: The best model on the validation images; `None` of an interrupted run, and
             where nothing was held out (`val_split=0`).
-        test: The same on `test/`, where the folder has one.
+        test: The same on `test/`, where the folder has one; a `PredictionFile` where its images
+            have no labels.
         skipped: `(path, reason)` of images that could not be read.
         interrupted: Ctrl-C (or SIGTERM) ended it; the same call goes on from there.
     """
@@ -59,7 +64,7 @@ class TrainResult(Shown):
     model: keras.Model | None
     history: dict[str, list[float]]
     evaluation: Evaluation | None = None
-    test: Evaluation | None = None
+    test: Evaluation | PredictionFile | None = None
     skipped: Sequence[tuple[str, str]] = ()
     interrupted: bool = False
 
@@ -182,16 +187,7 @@ def train(
     between("checkpoint_seconds", checkpoint_seconds, 0)
     tune_process()
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
-    settings = Settings(
-        say=functools.partial(print, flush=True) if verbose else lambda line: None,
-        bar=verbose and sys.stdout.isatty(),
-        jit=compile,
-        checkpoint_steps=checkpoint_steps,
-        checkpoint_seconds=checkpoint_seconds,
-        keep=keep,
-        callbacks=tuple(callbacks),
-        loggers=Loggers(arguments["log"]),
-    )
+    loggers = Loggers(arguments["log"])
     data = prepare_data(
         directory,
         recipe,
@@ -213,12 +209,20 @@ def train(
     }
     name = name or f"{recipe.model}-{Path(arguments['directory']).name}"
     run = Run.find(output, name, identity, restart)
+    settings = Settings(
+        say=run.say if verbose else run.log,
+        bar=verbose and shows_bars(sys.stdout),
+        lines=verbose and not shows_bars(sys.stdout),
+        jit=compile,
+        checkpoint_steps=checkpoint_steps,
+        checkpoint_seconds=checkpoint_seconds,
+        keep=keep,
+        callbacks=tuple(callbacks),
+        loggers=loggers,
+    )
     settings.say(_plan(run, recipe, data, seed))
     if dry_run:
         return TrainResult(run.folder, None, {})
-    keras.utils.set_random_seed(seed)
-    if deterministic:
-        make_deterministic()
     return _train(run, recipe, data, settings, arguments, report)
 
 
@@ -231,16 +235,27 @@ def _train(
     with_report: bool,
 ) -> TrainResult:
     """Trains in a run folder, and evaluates and reports what came of it."""
-    model = build_model(recipe, data, settings.say)
+    keras.utils.set_random_seed(arguments["seed"])
+    if arguments["deterministic"]:
+        make_deterministic()
+    if run.resumed or run.extended:
+        # Its weights are in what was saved, and where they came from in its record.
+        start, model = run.config["start"], new_model(recipe, data)
+        model.info.update({k: v for k, v in run.config.get("model", {}).items() if k == "weights"})
+    else:
+        start = starting_weights(recipe.model, recipe.weights)
+        model = build_model(recipe, data, settings.say, start)
     # Before the folder is made: without one readable image there is nothing to keep.
     samples = data.train.take_samples(min(16, recipe.batch_size))
     run.open()
-    status = "failed"
+    status, failed = "failed", False
     try:
         # First of all, for by it the same command finds the folder again.
         run.write_config(
             **_facts(recipe, data, model),
             arguments=arguments,
+            start=list(start),
+            files=data.fingerprint,
             command=list(sys.argv),
             status="running",
             begun=run.config.get("begun") or _now(),
@@ -252,24 +267,28 @@ def _train(
         run.write_config(log_ids=ids)
         loop = Loop(model, recipe, data, run, settings)
         interrupted = loop.run()
-        result = _finish(run, data, recipe, loop.skipped(), interrupted)
         status = "interrupted" if interrupted else "finished"
+        result = _finish(run, data, recipe, loop.skipped(), interrupted, settings.say)
         settings.say(f"\n{result}")
         if result.model is not None and not interrupted:
             if with_report:
                 _report(run, result.model, settings.say)
-            run.drop_state()  # last of all: until here the same command goes on
+            if result.evaluation is not None or data.val is None:
+                run.drop_state()  # last of all: until here the same command goes on
         return result
+    except Exception as error:
+        failed = not isinstance(error, SaveError)  # with room on the disk the same command goes on
+        raise
     finally:
         settings.loggers.finish(status)
-        run.close()
+        run.close(failed)
 
 
 # --- before and after ----------------------------------------------------------------------------
 
 
 def _plan(run: Run, recipe: Recipe, data: Data, seed: int) -> str:
-    verb = "Goes on in" if run.resumed else "Writes to"
+    verb = "Goes on in" if run.resumed or run.extended else "Writes to"
     height, width, _ = data.preprocess.output_shape
     counts = [f"{printable(n)} {c:,}" for n, c in data.train.class_counts.items()]
     if len(counts) > 8:
@@ -280,6 +299,8 @@ def _plan(run: Run, recipe: Recipe, data: Data, seed: int) -> str:
     return "\n".join(
         [
             f"Backend: {backend_line()}",
+            *data.notes,
+            *([run.note] if run.note else []),
             f"Images: {data.train.num_samples:,} for training, {held_out}, "
             f"{len(data.names)} classes ({', '.join(counts)})",
             f"Model: {recipe.model}, {data.train_size}x{data.train_size} pixels in training, "
@@ -321,6 +342,8 @@ def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
 
 def _write_start(run: Run, data: Data, samples: tuple) -> None:
     """Writes what is known before the first step: the classes, and images as they are fed."""
+    for _, reason in data.val.skipped if data.val else ():  # said before there was a log
+        run.log(f"Skipped: {reason}")
     classes = {str(i): name for i, name in enumerate(data.names)}
     run.guard(write_json, run.path("class_indices.json"), classes)
     images, labels, _ = samples
@@ -334,33 +357,66 @@ def _finish(
     recipe: Recipe,
     skipped: Sequence[tuple[str, str]],
     interrupted: bool,
+    say: Callable[[str], None],
 ) -> TrainResult:
     """Evaluates the best model of a run that is through, and writes what it predicts."""
     best = run.path("best.keras")
-    model = load_model(best) if best.is_file() else None
-    if interrupted or model is None:
+    if interrupted:
         run.write_config(status="interrupted")
+        model = load_model(best) if best.is_file() else None
         return TrainResult(run.folder, model, run.history, None, None, skipped, interrupted)
-    options: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": data.train.threads}
-    result = None
-    if data.val is not None:
-        result = evaluate(model, data.val)
-        run.guard(result.save, run.folder)
-    test = None
-    if data.test_folder is not None:
-        test = evaluate(model, data.test_folder, **options)
-        run.guard(lambda folder: test.save(folder, prefix="test_"), run.folder)
+    run.write_config(status="finished", ended=_now())
+    model = result = test = None
+    with _spared("evaluation", say, " The same command tries again."):
+        model = load_model(best)
+        if data.val is not None:
+            result = evaluate(model, data.val)
+            run.guard(result.save, run.folder)
+    if data.test is not None and model is not None:
+        with _spared("results of the test images", say):
+            test = _test(model, data.test, recipe, run)
     run.write_config(
-        status="finished",
-        ended=_now(),
         results={
             "val_accuracy": None if result is None else result.top1,
             "val_loss": None if result is None else result.loss,
-            "test_accuracy": None if test is None else test.top1,
+            "test_accuracy": test.top1 if isinstance(test, Evaluation) else None,
             "skipped": len(skipped),
         },
     )
     return TrainResult(run.folder, model, run.history, result, test, skipped)
+
+
+def _test(
+    model: keras.Model, images: ImageDataset, recipe: Recipe, run: Run
+) -> Evaluation | PredictionFile:
+    """Measures the model on the test images, or where they have no labels predicts them."""
+    if images.labels is None:
+        return write_predictions(
+            model,
+            images.file_paths,
+            run.path("test_predictions.csv"),
+            batch_size=recipe.batch_size,
+            workers=images.threads,
+            restart=True,
+        )
+    result = evaluate(model, images)
+    run.guard(lambda folder: result.save(folder, prefix="test_"), run.folder)
+    return result
+
+
+@contextlib.contextmanager
+def _spared(what: str, say: Callable[[str], None], later: str = "") -> Iterator[None]:
+    """Says what goes wrong behind the last epoch: it cannot make a finished run unfinished.
+
+    Raises:
+        SaveError: The disk is full: with room on it the same command does the rest.
+    """
+    try:
+        yield
+    except SaveError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        say(f"No {what} ({printable(reason_of(error))}).{later}")
 
 
 def _now() -> str:
@@ -368,17 +424,10 @@ def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _report(run: Run, model: keras.Model, say) -> None:
-    """Writes the report of a finished run, which no trouble in it can make unfinished."""
-    try:
+def _report(run: Run, model: keras.Model, say: Callable[[str], None]) -> None:
+    """Writes the report of a finished run."""
+    with _spared("report", say, f" Later: keras-resnet report {printable(run.folder)}"):
         # Not at the top: templates and figures are of no use before there is something to show.
         from keras_resnet.reports.report import report
 
-        path = report(run.folder, model=model)
-    except (Exception, KeyboardInterrupt) as error:
-        say(
-            f"No report ({printable(reason_of(error))}). "
-            f"Later: keras-resnet report {printable(run.folder)}"
-        )
-    else:
-        say(f"Report: {printable(path)}")
+        say(f"Report: {printable(report(run.folder, model=model))}")

@@ -80,6 +80,7 @@ def weights_path(
     url: str | None = None,
     progress: bool = True,
     timeout: float = 30.0,
+    attempts: int = _ATTEMPTS,
 ) -> pathlib.Path:
     """The file of some published weights, downloaded if it is not here yet.
 
@@ -94,6 +95,7 @@ def weights_path(
             `KERAS_RESNET_WEIGHTS_URL` replaces the part before the file's name for all.
         progress: A progress bar on stderr, where that is a terminal.
         timeout: Seconds without a byte after which a connection counts as dead.
+        attempts: Connections in a row that bring nothing, before it is given up.
 
     Raises:
         CheckpointError: The network failed (the message says what to fetch by hand, and where to
@@ -116,7 +118,7 @@ def weights_path(
         with filelock.FileLock(folder / f"{entry.file_name}.lock"):
             # Whoever held the lock before may have fetched it.
             if not (target.is_file() and file_sha256(target).startswith(entry.sha256_prefix)):
-                _download(entry, url, target, progress, timeout)
+                _download(entry, url, target, progress, timeout, attempts)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {entry.file_name} into {folder}: {error.strerror or error}. Set "
@@ -130,7 +132,12 @@ class _NetworkError(Exception):
 
 
 def _download(
-    entry: TorchvisionWeights, url: str, target: pathlib.Path, progress: bool, timeout: float
+    entry: TorchvisionWeights,
+    url: str,
+    target: pathlib.Path,
+    progress: bool,
+    timeout: float,
+    attempts: int,
 ) -> None:
     part = target.with_name(f"{target.name}.part")
     failures = 0
@@ -157,7 +164,7 @@ def _download(
                 failures = failures + 1 if after <= before else 0
                 code = getattr(error.__cause__, "code", 0)
                 permanent = 400 <= code < 500 and code not in (408, 416, 429)
-                if permanent or failures >= _ATTEMPTS:
+                if permanent or failures >= attempts:
                     raise CheckpointError(
                         f"Cannot download {url}: {error}. Fetch it by hand and put it at {target}."
                     ) from error

@@ -9,9 +9,10 @@ import pytest
 from keras_resnet.errors import InputError, NotFoundError
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import get_recipe
-from keras_resnet.training.freeze import freeze, load_pretrained, parts
+from keras_resnet.training.freeze import freeze, load_pretrained, parts, starting_weights
 from keras_resnet.training.loop import part_to_train
 from keras_resnet.training.prepare import compile_model, make_optimizer
+from keras_resnet.weights import download
 from keras_resnet.weights.mapping import save_torchvision
 
 
@@ -296,3 +297,39 @@ def test_a_missing_file_is_named(model):
     for name in ("no-such.pth", "no-such.keras"):
         with pytest.raises(NotFoundError, match="no-such"):
             load_pretrained(model, name)
+
+
+@pytest.mark.once
+def test_the_head_stays_where_the_classes_are_the_same(tmp_path):
+    names = ["ant", "bee", "caf\u00e9"]
+    source = create_model("resnet_tiny", num_classes=3)
+    source.info["class_names"] = ["caf\u00e9", "ant", "bee"]
+    source.save(tmp_path / "best.keras")
+    model = create_model("resnet_tiny", num_classes=3)
+    for place in (tmp_path, tmp_path / "best.keras"):  # a run folder, or the file
+        line = load_pretrained(model, place, ["ant", "bee", "cafe\u0301"])
+        assert "stays, for the classes are the same" in line
+    x = np.random.default_rng(0).random((2, *source.input_shape[1:]), dtype="float32")
+    expected = keras.ops.convert_to_numpy(source(x))
+    found = keras.ops.convert_to_numpy(model(x))
+    np.testing.assert_allclose(found, expected[:, [1, 2, 0]], rtol=1e-4, atol=1e-6)
+    other = create_model("resnet_tiny", num_classes=3)
+    before = other.layers[-1].get_weights()
+    assert "is new" in load_pretrained(other, tmp_path, [*names[:2], "dog"])
+    np.testing.assert_array_equal(other.layers[-1].get_weights()[0], before[0])
+
+
+@pytest.mark.once
+def test_auto_is_the_published_weights_where_they_can_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_RESNET_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("KERAS_RESNET_WEIGHTS_URL", "http://127.0.0.1:9")  # nobody listens
+    weights, why = starting_weights("resnet18", "auto")
+    assert weights is None and "Cannot download http://127.0.0.1:9/resnet18-" in why
+    assert starting_weights("resnet_tiny", "auto") == (
+        None, "torchvision publishes no weights for 'resnet_tiny'",
+    )  # fmt: skip
+    for given in (None, "DEFAULT", "file.pth"):
+        assert starting_weights("resnet18", given) == (given, "")
+    monkeypatch.setattr(download, "weights_path", lambda entry, **_: entry.file_name)
+    assert starting_weights("resnet18", "auto") == ("DEFAULT", "")

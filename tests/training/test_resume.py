@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -28,9 +29,10 @@ from PIL import Image
 
 from keras_resnet.errors import InputError
 from keras_resnet.models.files import load_model
+from keras_resnet.recipes import get_recipe
 from keras_resnet.reports import report as reporting
 from keras_resnet.system import files
-from keras_resnet.training.run_folder import SaveError
+from keras_resnet.training.run_folder import Run, SaveError, fingerprint
 from keras_resnet.training.train import train
 
 OPTIONS = {
@@ -199,13 +201,80 @@ def test_gradual_unfreezing_goes_on_where_it_was(pictures, tmp_path):
 
 
 @pytest.mark.once
-def test_other_options_start_a_run_of_their_own(pictures, tmp_path):
+def test_other_options_start_a_run_of_their_own_and_are_named(pictures, tmp_path, capsys):
     stop = At(1, lambda: signal.raise_signal(signal.SIGINT))
     first = train(pictures, output=tmp_path, epochs=3, callbacks=[stop], **OPTIONS)
-    plan = {"output": tmp_path, "dry_run": True, **OPTIONS}
-    assert train(pictures, epochs=3, **plan).folder == first.folder
-    for other in ({"epochs": 4}, {"epochs": 3, "seed": 1}, {"epochs": 3, "restart": True}):
-        assert train(pictures, **other, **plan).folder.name == f"{first.folder.name}-2"
+    plan = {"output": tmp_path, "dry_run": True, **OPTIONS, "verbose": True}
+    for epochs in (3, 4):  # of more it is the beginning
+        assert train(pictures, epochs=epochs, **plan).folder == first.folder
+    capsys.readouterr()
+    for other, told in (
+        ({"epochs": 2}, "it differs in epochs (3 there)."),
+        ({"epochs": 3, "seed": 1}, "it differs in seed (0 there)."),
+        ({"epochs": 4, "clip_norm": 1.0}, "it differs in clip_norm (None there), epochs (3 there)"),
+        ({"epochs": 3, "restart": True}, ""),
+    ):
+        assert train(pictures, **{**plan, **other}).folder.name == f"{first.folder.name}-2"
+        assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.once)])
+def test_more_epochs_extend_a_run_finished_or_not(pictures, tmp_path, stopped):
+    # A constant rate does not depend on the number of epochs: the end is that of one long run.
+    options = {**OPTIONS, "ema": False, "dropout": 0.0, "schedule": "constant"}
+    long = train(pictures, output=tmp_path / "long", epochs=3, **options)
+    stop = [At(6, lambda: signal.raise_signal(signal.SIGINT))] if stopped else []
+    first = train(pictures, output=tmp_path, name="a", epochs=2, callbacks=stop, **options)
+    assert first.interrupted == stopped
+    second = train(pictures, output=tmp_path, name="a", epochs=3, **options)
+    assert second.folder == first.folder and len(second.history["loss"]) == 3
+    assert_same_outcome(long.folder, second.folder)
+    again = train(pictures, output=tmp_path, name="a", epochs=3, dry_run=True, **options)
+    assert again.folder.name == "a-2"
+    text = (first.folder / "train.log").read_text()
+    assert "Extends the run 'a' of 2 epochs to 3." in text
+
+
+@pytest.mark.once
+def test_an_extension_that_is_killed_goes_on_and_one_that_cannot_be_is_said(
+    pictures, tmp_path, capsys, monkeypatch
+):
+    def die():
+        raise Killed
+
+    options = {**OPTIONS, "ema": False, "output": tmp_path}
+    first = train(pictures, epochs=1, **options)
+    monkeypatch.setattr(Run, "save_state", lambda *_: die())  # before there is any state
+    with pytest.raises(Killed):
+        train(pictures, epochs=3, **options)
+    monkeypatch.undo()
+    with pytest.raises(Killed):
+        train(pictures, epochs=3, callbacks=[At(3, die)], **options)
+    second = train(pictures, epochs=3, **options)
+    assert second.folder == first.folder and len(second.history["loss"]) == 3
+    averaged = train(pictures, epochs=1, name="ema", **{**options, "ema": True})
+    plan = {**options, "ema": True, "dry_run": True, "verbose": True, "name": "ema"}
+    assert train(pictures, epochs=2, **plan).folder.name == f"{averaged.folder.name}-2"
+    assert "cannot be extended, for its averaged weights were not kept" in capsys.readouterr().out
+
+
+@pytest.mark.once
+def test_an_unfinished_run_of_01_is_found_though_weights_are_auto_now(tmp_path):
+    asdict = {**dataclasses.asdict(get_recipe("finetune")), "weights": None}
+    before = {"directory": "/d", "recipe": asdict, "seed": 0, "exif": False, "backend": "torch",
+              "data_format": "channels_last"}  # fmt: skip
+    # What 0.1 wrote: its words are those of the recipe then, its fingerprint that of the row then.
+    assert fingerprint(before) == "66a636949a2de464"
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**before, "fingerprint": fingerprint(before)}))
+    (folder / "state.npz").write_bytes(b"x")
+    now = {**before, "recipe": dataclasses.asdict(get_recipe("finetune"))}
+    found = Run.find(tmp_path, "a", now, restart=False)
+    assert found.folder == folder and found.resumed and found.config["start"] == [None, ""]
+    (folder / "config.json").write_text(json.dumps({**before, "start": [None, ""]}))
+    found = Run.find(tmp_path, "a", now, restart=False)  # of today, where --weights none insisted
+    assert not found.resumed and "it differs in weights (None there)" in found.note
 
 
 @pytest.mark.once

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +20,14 @@ import pytest
 from PIL import Image
 
 from keras_resnet.cli import main as cli
-from keras_resnet.errors import InputError
+from keras_resnet.errors import DataError, InputError
 from keras_resnet.inference.evaluate import evaluate
 from keras_resnet.inference.predict import predict
 from keras_resnet.models.files import load_model
-from keras_resnet.training import callbacks as run_callbacks
+from keras_resnet.recipes import get_recipe
+from keras_resnet.system.progress import shows_bars
+from keras_resnet.training import callbacks as run_callbacks, train as training
+from keras_resnet.training.prepare import prepare_data
 from keras_resnet.training.train import train
 
 TINY = {
@@ -197,6 +202,25 @@ def test_the_progress_bar_is_for_terminals(pictures, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.once
+def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
+    pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(run_callbacks, "_LINE_SECONDS", 0.0)
+    options = {**TINY, "verbose": True, "epochs": 1}
+    result = train(pictures, output=tmp_path, **options)
+    out = capsys.readouterr().out
+    assert [f"Epoch 1 of 1: step {n} of 3, " in out for n in (1, 2, 3)] == [True] * 3
+    assert "Epoch 1 of 1: validation, batch 1, " in out and " s left\n" in out
+    assert "step 2 of 3" in (result.folder / "train.log").read_text()
+
+
+@pytest.mark.once
+def test_a_notebook_gets_the_bar():
+    Stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    assert shows_bars(Stream()) and not shows_bars(io.StringIO())
+
+
+@pytest.mark.once
 def test_show_prints_the_recipe_in_full(pictures, tmp_path, capsys):
     code, out, _ = run_cli(
         "train", pictures, "--recipe", "cifar", "--show", "--epochs", 3, capsys=capsys
@@ -243,6 +267,106 @@ def test_every_option_that_changes_the_step_runs(pictures, tmp_path):
         [np.asarray(Image.open(p)) for p in sorted(pictures.glob("*/*.png"))], dtype=float
     )
     assert mean == pytest.approx(pixels.mean((0, 1, 2)) / 255, abs=0.02)
+
+
+# --- folders as people bring them ----------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_splits_by_any_usual_name_are_taken_as_such_and_said(tmp_path, capsys):
+    write_pictures(tmp_path / "d" / "Training", count=4)
+    write_pictures(tmp_path / "d" / "DEV", count=2, seed=1)
+    write_pictures(tmp_path / "d" / "test_set", count=2, seed=2)
+    (tmp_path / "d" / "Training" / "ant" / "x.heic").write_bytes(b"x")
+    (tmp_path / "d" / "Training" / "loose.png").write_bytes(b"x")
+    deep = np.arange(1000, 1100, dtype="uint16").reshape(10, 10)
+    Image.fromarray(deep).save(tmp_path / "d" / "Training" / "ant" / "deep.png")
+    code, out, _ = run_cli("train", tmp_path / "d", *FLAGS, "--dry-run", capsys=capsys)
+    assert code == 0
+    assert "Folders: train from 'Training', val from 'DEV', test from 'test_set'." in out
+    assert "13 for training, 6 for validation, 3 classes (ant 5, bee 4, cat 4)" in out
+    assert (
+        "Not read: 2 files (1 .heic: HEIC needs a plug-in: pip install pillow-heif; 1 .png: "
+        "outside the class folders)." in out
+    )
+    (note,) = [n for n in prepare_data(tmp_path / "d", recipe()).notes if "constant" in n]
+    assert note.startswith("1 images of 16-bit gray") and "deep.png' (I;16)" in note
+    os.rename(tmp_path / "d" / "Training", tmp_path / "d" / "bus")  # now all are classes
+    assert prepare_data(tmp_path / "d", recipe(), look=False).names == ["DEV", "bus", "test_set"]
+    shutil.rmtree(tmp_path / "d" / "bus")
+    with pytest.raises(DataError, match="has val and test but no training folder"):
+        prepare_data(tmp_path / "d", recipe())
+
+
+def recipe(**options):
+    return get_recipe("finetune").with_options(model="resnet_tiny", image_size=16, **options)
+
+
+def flat(folder):
+    write_pictures(folder / "ant", classes=(".",), count=3, seed=3)
+    for path in (folder / "ant").iterdir():
+        path.rename(folder / path.name)
+    (folder / "ant").rmdir()
+    (folder / "broken.png").write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["flat", "foreign", "empty", "broken", "gone"])
+def test_no_test_folder_ends_a_finished_training(tmp_path, kind, monkeypatch):
+    write_pictures(tmp_path / "d" / "train", count=4)
+    test = tmp_path / "d" / "test"
+    if kind == "flat":
+        flat(test)
+    elif kind == "foreign":
+        write_pictures(test, classes=("ant", "dog"), count=2)
+    else:
+        write_pictures(test, count=1)
+        for path in test.rglob("*.png"):
+            path.write_bytes(b"x") if kind == "broken" else path.unlink() if kind == "empty" else 0
+
+    class Vandal(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            if kind == "gone":
+                shutil.rmtree(test)
+
+    said = []
+    monkeypatch.setattr("builtins.print", lambda *text, **_: said.extend(map(str, text)))
+    options = {**TINY, "epochs": 1, "verbose": True}
+    result = train(tmp_path / "d", output=tmp_path / "runs", callbacks=[Vandal()], **options)
+    folder, said = result.folder, "\n".join(said)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["status"] == "finished" and result.evaluation is not None
+    assert not (folder / "state.npz").exists()
+    if kind in ("flat", "foreign"):
+        with open(folder / "test_predictions.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == result.test.count == 4 and "they get predictions" in said
+        assert all(row["class1"] in ("ant", "bee", "cat") or row["error"] for row in rows)
+        assert ("no classes: 'dog'" in said) == (kind == "foreign")
+    else:
+        assert result.test is None
+        expected = "holds no image" if kind == "empty" else "No results of the test images (None of"
+        assert expected in said
+    log = [line[20:] for line in (folder / "train.log").read_text().splitlines()]
+    lines = [line.rstrip() for line in said.split("\n") if line.strip()]
+    assert [line for line in log if not line.startswith("Skipped: ")] == lines  # as printed
+    assert (log != lines) == (kind in ("broken", "gone"))
+
+
+@pytest.mark.once
+def test_a_training_that_cannot_evaluate_is_finished_and_the_same_command_tries_again(
+    pictures, tmp_path, monkeypatch
+):
+    options = {**TINY, "epochs": 1, "output": tmp_path}
+    monkeypatch.setattr(training, "evaluate", lambda *_: 1 / 0)
+    first = train(pictures, **options)
+    assert first.evaluation is None and not first.interrupted and first.model is not None
+    assert json.loads((first.folder / "config.json").read_text())["status"] == "finished"
+    monkeypatch.undo()
+    second = train(pictures, **options)
+    assert second.folder == first.folder and second.evaluation is not None
+    assert second.history["loss"] == first.history["loss"]
 
 
 # --- a picture that cannot be read ---------------------------------------------------------------
@@ -363,8 +487,30 @@ def test_bad_options_get_one_line_and_leave_nothing(pictures, tmp_path, capsys, 
         "train", pictures, *FLAGS, *flags, "--output", tmp_path / "runs", capsys=capsys
     )
     assert code == 2 and expected in one_line(err)
-    left = [p for p in tmp_path.rglob("*") if p.suffix == ".keras"]
-    assert not left
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.once
+def test_a_start_that_fails_leaves_no_folder_and_takes_no_number(pictures, tmp_path):
+    class Fails(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise RuntimeError("no")
+
+    output = tmp_path / "new" / "runs"
+    for wrong in ({"callbacks": [Fails()]}, {"unfreeze": "layer9"}):
+        with pytest.raises((RuntimeError, InputError)):
+            train(pictures, output=output, **TINY, **wrong)
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError):  # with a state worth keeping, all stays
+        train(pictures, output=output, checkpoint_steps=1, callbacks=[Late()], **TINY)
+    (folder,) = output.iterdir()
+    assert (folder / "state.npz").is_file() and folder.name == f"resnet_tiny-{pictures.name}"
+
+
+class Late(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 1:
+            raise RuntimeError("no")
 
 
 @pytest.mark.once
