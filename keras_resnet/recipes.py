@@ -29,9 +29,7 @@ class Recipe:
         source: Where the numbers come from.
         aim: The accuracy that was published for it.
         model: The network: see `keras-resnet models`.
-        weights: Where training starts: `"auto"` (the published weights where there are any and they
-            can be had, else random ones), `None` (random), a tag such as `"DEFAULT"`, a file, or a
-            run folder; the last three insist.
+        weights: `"auto"` (published, else random), `None` (random), `"DEFAULT"`, a file, a run.
         epochs: Passes over the training data.
         batch_size: Images a step, over all devices.
         image_size: Side in training, pixels; `None` is the variant's own.
