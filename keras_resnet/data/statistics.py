@@ -43,3 +43,12 @@ def dataset_statistics(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     mean = (counts @ values) / total / 255
     variance = (counts @ values**2) / total / 255**2 - mean**2
     return mean, np.sqrt(np.maximum(variance, 0))
+
+
+def measured_on(training: ImageDataset, workers: int | None) -> dict[str, np.ndarray]:
+    """Mean and deviation of the training images as they are, not augmented."""
+    plain = ImageDataset(
+        training.file_paths, None, preprocess=training.preprocess, shuffle=False, workers=workers
+    )
+    mean, std = dataset_statistics(plain)
+    return {"mean": mean, "std": np.maximum(std, 1e-3)}

@@ -28,7 +28,7 @@ from keras_resnet.data.folders import (
 from keras_resnet.data.labels import check_classes
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
 from keras_resnet.data.reading import constant_images, constant_line
-from keras_resnet.data.statistics import dataset_statistics
+from keras_resnet.data.statistics import measured_on
 from keras_resnet.data.walk import unread_line
 from keras_resnet.errors import DataError, InputError
 from keras_resnet.models.zoo import create_model
@@ -150,13 +150,12 @@ def prepare_data(
     check_classes(training.class_counts, repr(folders["train"]))
     preprocess = evaluation_preprocess(recipe, eval_size, **options)
     if recipe.normalization == "dataset" and look:
-        preprocess = dataclasses.replace(preprocess, **_measured(training, workers))
+        preprocess = dataclasses.replace(preprocess, **measured_on(training, workers))
     evaluation = {"preprocess": preprocess, "shuffle": False, **common}
     validation = ImageDataset(*parts["val"], names, **evaluation) if "val" in parts else None
     paths, labels, note = test_images(folders.get("test"), names)
-    notes.append(note)
-    plain = {**evaluation, "label_mode": "int"}
-    test = ImageDataset(paths, labels, names, **plain) if paths else None
+    evaluation["label_mode"] = "int"  # mixed only in training
+    test = ImageDataset(paths, labels, names, **evaluation) if paths else None
     held_out = [] if validation is None else validation.file_paths
     if look:
         for part in (validation, test if strict else None):
@@ -173,7 +172,7 @@ def prepare_data(
         size,
         soft,
         _fingerprint(training.file_paths, held_out),
-        [note for note in [*notes, unread_line(others)] if note],
+        [line for line in [*notes, note, unread_line(others)] if line],
     )
 
 
@@ -218,15 +217,6 @@ def _find_parts(
     return {
         part: ([paths[i] for i in those], labels[those]) for part, those in parts.items()
     }, names
-
-
-def _measured(training: ImageDataset, workers: int | None) -> dict[str, np.ndarray]:
-    """Mean and deviation of the training images as they are, not augmented."""
-    plain = ImageDataset(
-        training.file_paths, None, preprocess=training.preprocess, shuffle=False, workers=workers
-    )
-    mean, std = dataset_statistics(plain)
-    return {"mean": mean, "std": np.maximum(std, 1e-3)}
 
 
 def _fingerprint(*lists: list[str]) -> str:
@@ -316,7 +306,7 @@ def build_model(
 
     Args:
         recipe: The recipe.
-        data: The data.
+        data: Its classes and pixels.
         say: Gets a line about the weights.
         start: As `starting_weights` gives it for the recipe.
 
