@@ -24,12 +24,15 @@ _CHOICES = {
 class Recipe:
     """Everything that decides how a model is trained, apart from the data and the seed.
 
+    Weights `"auto"` are the published ones, where there are any and the cache or the network has
+    them, and random ones else; all others insist.
+
     Attributes:
         name: The name in `train(recipe=...)`.
         source: Where the numbers come from.
         aim: The accuracy that was published for it.
         model: The network: see `keras-resnet models`.
-        weights: `"auto"` (published, else random), `None` (random), `"DEFAULT"`, a file, a run.
+        weights: Start: `"auto"`, `None` (random), `"DEFAULT"`, a file, a run.
         epochs: Passes over the training data.
         batch_size: Images a step, over all devices.
         image_size: Side in training, pixels; `None` is the variant's own.
