@@ -32,7 +32,7 @@ class Recipe:
         source: Where the numbers come from.
         aim: The accuracy that was published for it.
         model: The network: see `keras-resnet models`.
-        weights: Start: `"auto"`, `None` (random), `"DEFAULT"`, a file, a run.
+        weights: `"auto"`, `None` (random), `"DEFAULT"`, a file, a run.
         epochs: Passes over the training data.
         batch_size: Images a step, over all devices.
         image_size: Side in training, pixels; `None` is the variant's own.
