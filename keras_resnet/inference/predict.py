@@ -38,7 +38,7 @@ from keras_resnet.inference.prediction_files import (
 from keras_resnet.models.files import model_class_names, model_input
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
-from keras_resnet.system.files import column, printable, text_width, write_text
+from keras_resnet.system.files import column, printable, text_width, to_json, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.progress import Progress
 
@@ -446,7 +446,7 @@ def _identity(
 def predictions_text(predictions: Sequence[Prediction], kind: str) -> str:
     """Predictions as the text of a `.csv` file, a line an image, or of a `.json` file."""
     if kind == ".json":
-        return json.dumps([p.to_dict() for p in predictions], indent=2) + "\n"
+        return to_json([p.to_dict() for p in predictions], indent=2) + "\n"
     top = max([1, *(len(p.classes) for p in predictions)])
     return "".join(csv_lines(predictions, top))
 

@@ -31,6 +31,7 @@ from keras_resnet.system.files import (
     printable,
     replace_file,
     take_lock,
+    to_json,
     valid_text,
     write_json,
 )
@@ -281,7 +282,7 @@ class PredictionWriter:
     def write(self, predictions: Sequence[Prediction]) -> None:
         """Adds rows of the next images."""
         # One write: a process that is killed leaves whole batches, and the kernel keeps them.
-        lines = "".join(json.dumps(p.to_dict()) + "\n" for p in predictions)
+        lines = "".join(to_json(p.to_dict()) + "\n" for p in predictions)
         self._stream.write(lines.encode())
         self._stream.flush()
         self.done += len(predictions)

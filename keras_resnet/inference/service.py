@@ -255,7 +255,8 @@ def open_service(
     """A model's service; the model of a run folder or `.keras` file is opened for its gradients.
 
     Raises:
-        InputError: The model has no head, or names no preprocessing.
+        InputError: The model has no head, or names no preprocessing, or its outputs for a black
+            image are not finite.
         NotFoundError: There is no such file.
     """
     found, blind = None, None
@@ -266,10 +267,11 @@ def open_service(
     if found is None:
         blind = "An exported model has no gradients: there are no heat maps of where it looked."
     runner = open_runner(model if found is None else found, engine)
+    height, width, channels = model_input(runner)[0].output_shape
+    blank = np.zeros((1, height or 224, width or 224, channels), np.float32)
+    runner.finite_outputs(blank)  # what would answer nothing is not served
     if found is not None:
         try:  # once, before anybody waits for it
-            height, width, channels = model_input(runner)[0].output_shape
-            blank = np.zeros((1, height or 224, width or 224, channels), np.float32)
             grad_cam(found, in_data_format(blank))
         except InputError as error:
             found, blind = None, f"No heat maps: {error}"

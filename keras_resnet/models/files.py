@@ -17,7 +17,7 @@ from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import PIXELS, meaning_of, pixels_of
 from keras_resnet.models.zoo import create_model
 from keras_resnet.system.device import image_shape
-from keras_resnet.system.files import replace_file
+from keras_resnet.system.files import replace_file, to_json
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.keras_files import (
@@ -63,7 +63,7 @@ class Conversion:
         """The report as JSON text."""
         proof = None if self.verification is None else json.loads(self.verification.to_json())
         facts = {"source": self.source, "target": self.target, "notes": self.lines}
-        return json.dumps({**facts, "passed": self.passed, "verification": proof}, indent=2)
+        return to_json({**facts, "passed": self.passed, "verification": proof}, indent=2)
 
 
 def convert_file(

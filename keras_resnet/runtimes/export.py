@@ -20,7 +20,12 @@ from keras_resnet.models.files import load_model, model_input, model_preprocess
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.runtimes import formats, int8 as quantization, rows, writing
 from keras_resnet.runtimes.int8 import Int8Images, Int8Report, spread
-from keras_resnet.runtimes.runner import KerasRunner, Runner, relative_difference
+from keras_resnet.runtimes.runner import (
+    KerasRunner,
+    Runner,
+    relative_difference,
+    require_finite_weights,
+)
 from keras_resnet.runtimes.select import open_file, runtime_of
 from keras_resnet.system.files import printable
 
@@ -162,6 +167,7 @@ def export(
     if isinstance(model, (str, os.PathLike)):
         model = _load(model)
     model = as_functional(model)
+    require_finite_weights(model)
     notes: list[str] = []
     prepared = _preprocess_for(model, notes)
     images, shown = _images(model, prepared, pictures) if verify else (None, "")
@@ -313,7 +319,7 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
 
 def _compare(runner: Runner, reference: Runner, images: np.ndarray) -> list[Comparison]:
     """Every image alone, then all of them at once."""
-    expected = reference.outputs(images)
+    expected = reference.finite_outputs(images)
     alone = np.concatenate([runner.outputs(images[i : i + 1]) for i in range(len(images))])
     found = [Comparison(1, relative_difference(alone, expected))]
     if len(images) > 1:

@@ -18,6 +18,7 @@ from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import InputError, require
 from keras_resnet.models.meaning import meaning_of, pixels_of
 from keras_resnet.runtimes.rows import get_format
+from keras_resnet.system import files
 from keras_resnet.system.device import image_shape, package_version
 
 # The name under which a file keeps what is known about its model.
@@ -162,7 +163,7 @@ def _steps(preprocess: Preprocess, pixels: str) -> list[str]:
 
 def to_json(description: dict[str, Any]) -> str:
     """The description as ASCII text, so that no name in it can break a file's syntax."""
-    return json.dumps(description, ensure_ascii=True, default=str)
+    return files.to_json(description, ensure_ascii=True, default=str)
 
 
 def from_json(text: str | None, path: str | os.PathLike) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_resnet.errors import InputError, NotFoundError, one_of, reason_of
 from keras_resnet.models.graph import Step, graph_steps
@@ -32,6 +33,7 @@ from keras_resnet.models.rebuild import optimize_for_inference
 from keras_resnet.models.torch_graph import DirectGraph
 from keras_resnet.runtimes import formats
 from keras_resnet.system.device import in_data_format
+from keras_resnet.system.files import printable
 from keras_resnet.system.process import available_cores
 
 
@@ -98,6 +100,25 @@ class Runner(abc.ABC):
             Of a floating type, `(n, classes)`.
         """
 
+    def finite_outputs(self, images: np.ndarray) -> np.ndarray:
+        """As `outputs`, where they say something; a logit of minus infinity rules a class out.
+
+        Raises:
+            InputError: The outputs for some image are `nan` or infinite.
+        """
+        outputs = self.outputs(images)
+        largest = np.asarray(outputs, np.float64).reshape(len(outputs), -1).max(axis=1)
+        wrong = int((~np.isfinite(largest)).sum())
+        if wrong:
+            raise InputError(
+                f"The outputs of {printable(self.model_name)!r} are nan or infinite for {wrong} of "
+                f"{len(outputs)} images: {self._why_not_finite()}"
+            )
+        return outputs
+
+    def _why_not_finite(self) -> str:
+        return "look at its weights, its precision and its preprocessing."
+
     def __str__(self) -> str:
         tried = [
             f"{t.name} {t.seconds * 1000:.0f} ms" for t in self.trials if t.seconds is not None
@@ -110,7 +131,7 @@ class Runner(abc.ABC):
         Args:
             images: As `outputs` takes them.
         """
-        return self.meaning().log_probabilities(self.outputs(images))
+        return self.meaning().log_probabilities(self.finite_outputs(images))
 
 
 class KerasRunner(Runner):
@@ -137,6 +158,42 @@ class KerasRunner(Runner):
 
     def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
         return np.asarray(self._model.predict_on_batch(in_data_format(images)))
+
+    def _why_not_finite(self) -> str:
+        wrong = weights_not_finite(self._model)
+        return super()._why_not_finite() if wrong is None else f"{wrong} {_OTHER_WEIGHTS}"
+
+
+_OTHER_WEIGHTS = "Load other weights, or train again at a lower learning rate."
+
+
+def weights_not_finite(model: keras.Model) -> str | None:
+    """Which of the weights are `nan` or infinite, as a sentence; `None` where all are numbers."""
+    found = {}
+    for variable in model.weights:
+        values = np.asarray(ops.convert_to_numpy(variable))
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(values.sum()):  # in a third of the time
+                continue
+        wrong = int((~np.isfinite(values)).sum())
+        if wrong:
+            found[variable.path] = f"{wrong:,} of {values.size:,} values"
+    if not found:
+        return None
+    path, count = next(iter(found.items()))
+    more = f", and {len(found) - 1} more weights" if len(found) > 1 else ""
+    return f"{count} of the weight {printable(path)!r} are not finite{more}."
+
+
+def require_finite_weights(model: keras.Model) -> None:
+    """Checks weights that are to be written or served.
+
+    Raises:
+        InputError: One holds `nan` or an infinity.
+    """
+    wrong = weights_not_finite(model)
+    if wrong is not None:
+        raise InputError(f"{printable(model.name)!r}: {wrong} {_OTHER_WEIGHTS}")
 
 
 def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:

@@ -22,7 +22,14 @@ from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import meaning_of
 from keras_resnet.runtimes import formats, rows, writing
 from keras_resnet.runtimes.rows import ENGINES, check_engine
-from keras_resnet.runtimes.runner import FileRunner, KerasRunner, Runner, Trial, relative_difference
+from keras_resnet.runtimes.runner import (
+    FileRunner,
+    KerasRunner,
+    Runner,
+    Trial,
+    relative_difference,
+    require_finite_weights,
+)
 from keras_resnet.system.process import tune_process
 
 _OWN_RUNTIME = ("keras", "auto")
@@ -106,8 +113,8 @@ def open_runner(
             own by default, and float32 in exported files.
 
     Raises:
-        InputError: An unknown engine, one that cannot be had here, or a model without a
-            classification head.
+        InputError: An unknown engine, one that cannot be had here, a model without a
+            classification head, or weights that are not finite.
         MissingDependencyError: The engine is not installed; the message has the pip line.
         NotFoundError: There is no such file.
 
@@ -128,6 +135,7 @@ def open_runner(
             return runner
         model = load_model(model)
     model = as_functional(model)
+    require_finite_weights(model)
     meaning_of(model)
     if engine == "keras":
         return KerasRunner(model, precision)

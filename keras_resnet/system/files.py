@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -147,13 +148,34 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     replace_file(path, write)
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """JSON text, which every reader takes: what is no finite number becomes `null` (RFC 8259).
+
+    Examples:
+        >>> to_json({"loss": float("nan"), "steps": [1, 2.5]})
+        '{"loss": null, "steps": [1, 2.5]}'
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_without_nan(value), allow_nan=False, **options)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # A list of numbers of indented JSON. Within a text a line break is written as an escape.
 _NUMBERS = re.compile(r"\[\n\s*([-+.\w]+(?:,\n\s*[-+.\w]+)*)\n\s*\]")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON, whole or not at all: indented, but a list of numbers is one line."""
-    text = json.dumps(value, indent=2, ensure_ascii=True, default=str) + "\n"
+    text = to_json(value, indent=2, ensure_ascii=True, default=str) + "\n"
     # A confusion matrix of 1,000 classes is 2 MB so, and 11 MB with a line a number.
     write_text(path, _NUMBERS.sub(lambda m: "[" + re.sub(r"\s+", "", m[1]) + "]", text))
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -36,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from keras_resnet.errors import CheckpointError
+from keras_resnet.system.files import to_json
 from keras_resnet.weights.arrays import dtype_name, to_array
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.opening import as_path, only_our_errors, open_file
@@ -114,7 +114,7 @@ class CheckpointInfo:
             name: {"shape": list(shape), "dtype": dtype}
             for name, (shape, dtype) in self.tensors.items()
         }
-        return json.dumps({**facts, "parameters": self.parameters}, indent=indent)
+        return to_json({**facts, "parameters": self.parameters}, indent=indent)
 
     def __str__(self) -> str:
         formats = {"stream": "stream of pickles (PyTorch before 1.6)", "tar": "tar (before 0.2)"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_resnet.errors import InputError, reason_of
-from keras_resnet.system.files import printable, write_text
+from keras_resnet.system.files import printable, to_json, write_text
 from keras_resnet.weights import download, published
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.mapping import convs_of_module, module_path, strides_of, weighted_layers
@@ -173,7 +172,7 @@ def _strip_common_prefix(source: Source, expected: Iterable[str]) -> None:
 
 def to_json_text(value: dict[str, Any], path) -> str:
     """JSON text of a report, written to a path as well if there is one."""
-    text = json.dumps(value, indent=2)
+    text = to_json(value, indent=2)
     if path is not None:
         write_text(path, text + "\n")
     return text
