@@ -25,10 +25,10 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.data.augment import Mix, repeated_augmentation, smooth_labels
-from keras_resnet.data.folders import Stream, generator, listed
-from keras_resnet.data.labels import checked_labels, described, encoded, printed
+from keras_resnet.data.folders import Stream, generator
+from keras_resnet.data.labels import checked_labels, checked_mode, described, encoded, printed
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.reading import ImageCache, ReadAhead, load
+from keras_resnet.data.reading import ImageCache, ReadAhead, load, stacked
 from keras_resnet.errors import DataError, InputError, NotFoundError, between, one_of, whole
 from keras_resnet.system.device import in_data_format
 from keras_resnet.system.process import default_threads
@@ -58,7 +58,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
     Attributes:
         file_paths: all paths, in the order of the labels.
         labels: int32, aligned with `file_paths`; None where there are none.
-        class_names: the name of each label.
+        class_names: the name of each label; None where there are none.
         class_counts: images of each class.
         seed: of everything random.
         threads: that read ahead; 0 reads in the caller's thread.
@@ -76,7 +76,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         label_mode: str | None = "int",
         preprocess: Preprocess | None = None,
         augment: Callable | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = 32,
         shuffle: bool = True,
         seed: int | None = None,
         workers: int | None = None,
@@ -94,10 +94,11 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         """Arguments are those of `image_dataset_from_directory`."""
         one_of("data_format", data_format, ("channels_last", "channels_first"))
         one_of("label_mode", label_mode, ("int", "categorical", "binary", None))
-        one_of("output", output, ("uint8", "float32"))
+        one_of("output", output, ("uint8", "float32", "pixels"))
         one_of("on_error", on_error, ("skip", "raise"))
         one_of("drop_last", drop_last, (False, True, "auto"))
-        whole("batch_size", batch_size, 1)
+        self.batched = batch_size is not None
+        batch_size = whole("batch_size", batch_size, 1) if self.batched else 1
         whole("repeats", repeats, 1)
         if seed is not None:
             whole("seed", seed, 0)
@@ -111,7 +112,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         self.labels, self.class_names = checked_labels(labels, class_names, len(self.file_paths))
         self.preprocess = Preprocess() if preprocess is None else preprocess
         self.augment = augment
-        self.batch_size = int(batch_size)
+        self.batch_size = batch_size
         self.shuffle = bool(shuffle)
         self.seed = int(np.random.SeedSequence().entropy % 2**32) if seed is None else int(seed)
         self.cache = None if cache is None else os.fspath(cache)
@@ -126,17 +127,9 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         self.epoch = 0
         self.failure: Exception | None = None
 
+        names = None if self.labels is None else self.class_names
         soft = self.mix is not None or self.label_smoothing > 0
-        if soft and self.labels is None:
-            raise InputError("mixup, cutmix and label_smoothing need labels.")
-        if soft and label_mode == "binary":
-            raise InputError("label_mode='binary' cannot hold mixed or smoothed labels.")
-        if label_mode == "binary" and self.labels is not None and len(self.class_names) != 2:
-            raise InputError(
-                f"label_mode='binary' needs 2 classes, found {len(self.class_names)}: "
-                f"{listed(self.class_names)}."
-            )
-        self.label_mode = "categorical" if soft else label_mode
+        self.label_mode = checked_mode(label_mode, names, soft)
 
         self._skipped: dict[str, str] = {}
         self._order: tuple[int, np.ndarray] | None = None
@@ -247,8 +240,8 @@ class ImageDataset(Shown, keras.utils.PyDataset):
 
         Returns:
             (images, labels), or images alone without labels. Images are (n, height, width,
-            channels), or (n, channels, height, width) with `data_format="channels_first"`; uint8 in
-            0..255 or normalised float32.
+            channels), or (n, channels, height, width) with `data_format="channels_first"`; of the
+            type that `output` says. With `batch_size=None` one image, without the first axis.
 
         Raises:
             DataError: an unreadable image with `on_error="raise"`; a batch without any readable
@@ -257,8 +250,10 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         return self._as_fed(self.read_batch(index))
 
     def _as_fed(self, batch: Batch) -> tuple[np.ndarray, np.ndarray] | np.ndarray:
-        images = in_data_format(batch.images, self.data_format)
-        return images if batch.labels is None else (images, batch.labels)
+        images, labels = in_data_format(batch.images, self.data_format), batch.labels
+        if not self.batched:
+            images, labels = images[0], None if labels is None else labels[0]
+        return images if labels is None else (images, labels)
 
     def read_batch(self, index: int) -> Batch:
         """Reads batch `index`, channels last, with the positions of the images that it holds."""
@@ -276,7 +271,13 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         """Iterates like the dataset itself, channels last, with the positions of the images."""
         epoch, order = self._epoch_order()
         for index in range(len(self)):
-            yield self._fetch(epoch, order, index)
+            try:
+                batch = self._fetch(epoch, order, index)
+            except DataError:
+                if self.batched or self.on_error == "raise":
+                    raise
+                continue  # one image, which is then among those skipped
+            yield batch
         self._iterated = True
 
     def _fetch(self, epoch: int, order: np.ndarray, index: int) -> Batch:
@@ -320,44 +321,34 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         """Puts the images of a batch, as `_one` gives them, together."""
         positions = self._positions(order, index)
         erasing = getattr(self.augment, "erasing", None)
-        images, kept, erased = None, [], []
-        for position, read in zip(positions, pictures, strict=True):
-            if read is None:
-                continue
-            sample, (pixels, window) = int(order[position]), read
-            if images is None:
-                images = np.empty((len(positions), *pixels.shape), np.uint8)
-            elif pixels.shape != images.shape[1:]:
-                raise InputError(
-                    f"Images of one batch have different sizes: {pixels.shape} of "
-                    f"{self.file_paths[sample]!r} and {images.shape[1:]} before it. Give "
-                    f"image_size, or a Preprocess with a crop_size."
-                )
-            images[len(kept)] = pixels
-            erased.append(window)
-            kept.append(sample)
-        if images is None:
+        samples = order[positions.start : positions.stop]
+        kept = np.asarray([read is not None for read in pictures])
+        if not kept.any():
             path = self.file_paths[order[positions[0]]]
             raise DataError(
                 f"None of the {len(positions)} images of batch {index} can be read; the first: "
                 f"{self._skipped[path]} Build the dataset with verify=True to drop such images."
             )
-        images, kept = images[: len(kept)], np.asarray(kept)
+        samples = samples[kept]
+        pixels, erased = zip(*filter(None, pictures), strict=True)
+        images = stacked(pixels, [self.file_paths[i] for i in samples])
         if self.output == "float32":
             images = self.preprocess.normalize(images)
+        elif self.output == "pixels":
+            images = images.astype(np.float32)
         value = None if erasing is None else erasing.value_in(self.preprocess, self.output)
         for place, window in enumerate(erased):
             if window is not None:
                 images[place] = erasing.apply(images[place], window, value)
         labels = None
         if self.labels is not None and self.label_mode is not None:
-            labels = encoded(self.labels[kept], self.label_mode, len(self.class_names))
+            labels = encoded(self.labels[samples], self.label_mode, len(self.class_names))
         if self.mix is not None:
             rng = generator(self.seed, Stream.MIX, epoch, index)
             images, labels = self.mix(images, labels, rng)
         if self.label_smoothing:
             labels = smooth_labels(labels, self.label_smoothing)
-        return Batch(images, labels, kept)
+        return Batch(images, labels, samples)
 
     def _one(self, epoch: int, order: np.ndarray, position: int) -> tuple | None:
         """The image at a position of the epoch and where to erase it; None if unreadable."""
@@ -467,7 +458,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
     def _batches_ahead(self) -> int:
         height, width, channels = self.preprocess.output_shape
         height, width = getattr(self.augment, "output_size", None) or (height, width)
-        pixel = 4 if self.output == "float32" else 1
+        pixel = 1 if self.output == "uint8" else 4
         size = self.batch_size * (height or 256) * (width or 256) * channels * pixel
         return max(self.threads, min(2 * self.threads + 2, _PREFETCH_BYTES // size))
 

@@ -1,4 +1,4 @@
-"""`image_dataset_from_directory`: Keras' arguments, torchvision's pixels."""
+"""`image_dataset_from_directory`: Keras' arguments and errors, torchvision's pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import (
@@ -20,9 +19,12 @@ from keras_resnet.data.folders import (
     stratified_split,
 )
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import DataError, InputError, one_of
+from keras_resnet.errors import DataError, InputError, did_you_mean, one_of, require
 
 logger = logging.getLogger("keras_resnet")
+
+# What Keras calls them; Pillow's are their equals where an image shrinks.
+_INTERPOLATIONS = {"area": "box", "lanczos3": "lanczos"}
 
 
 def image_dataset_from_directory(
@@ -31,7 +33,7 @@ def image_dataset_from_directory(
     label_mode: str | None = "int",
     class_names: Sequence[str] | None = None,
     color_mode: str = "rgb",
-    batch_size: int = 32,
+    batch_size: int | None = 32,
     image_size: int | tuple[int, int] | None = None,
     shuffle: bool = True,
     seed: int | None = None,
@@ -40,13 +42,16 @@ def image_dataset_from_directory(
     interpolation: str = "bilinear",
     follow_links: bool = True,
     crop_to_aspect_ratio: bool = False,
-    *,
+    pad_to_aspect_ratio: bool = False,
     data_format: str | None = None,
+    format: str | None = None,
+    verbose: bool = False,
+    *,
     preprocess: Preprocess | None = None,
     augment: Callable | None = None,
     workers: int | None = None,
     cache: str | os.PathLike | None = None,
-    output: str = "uint8",
+    output: str | None = None,
     on_error: str = "skip",
     exif: bool = False,
     exclude: str | os.PathLike | Iterable[str] | None = None,
@@ -56,19 +61,19 @@ def image_dataset_from_directory(
     label_smoothing: float = 0.0,
     repeats: int = 1,
     verify: bool = False,
-) -> ImageDataset | tuple[ImageDataset, ImageDataset]:
+) -> ImageDataset | tuple[ImageDataset, ImageDataset] | Any:
     """Reads a folder with one subfolder a class, with Keras' arguments and torchvision's pixels.
 
     Args:
         directory: holds the class folders; images may lie in nested folders inside them. Hidden
             files and folders are ignored.
         labels: `"inferred"` from the folders, None for images alone (any folder), or one int a
-            file, in the order of the sorted paths.
+            file, in the order of the sorted paths (then `class_names` may name them).
         label_mode: `"int"`, `"categorical"` (one-hot), `"binary"` or None.
         class_names: the class folders to take, in the order of their labels; all, sorted as text
             ('1', '10', '2'), by default.
         color_mode: `"rgb"`, `"grayscale"` or `"rgba"`.
-        batch_size: images a batch.
+        batch_size: images a batch; None gives one image after the other, without a batch's axis.
         image_size: (height, width), or one int for both, to resize to; exclusive with
             `preprocess`. Without either, images are resized to 256 and cropped to 224.
         shuffle: a new order each epoch; False keeps that of `file_paths`.
@@ -77,19 +82,24 @@ def image_dataset_from_directory(
             seed and the files alone (seed None splits as seed 0).
         subset: `"training"`, `"validation"` or `"both"` (a pair), with `validation_split`. The
             validation part is neither shuffled, augmented, mixed, smoothed nor cut.
-        interpolation: of `image_size`, one of Preprocess'.
+        interpolation: of `image_size`, one of Preprocess', or Keras' `"area"` and `"lanczos3"`.
         follow_links: visit folders behind symbolic links inside class folders, as torchvision does;
             links that lead in circles do no harm.
         crop_to_aspect_ratio: with `image_size`, cut instead of distorting.
+        pad_to_aspect_ratio: with `image_size`, centre on black instead of distorting.
         data_format: `"channels_last"` or `"channels_first"`; None is that of Keras' configuration.
+        format: `"tf"` for a `tf.data.Dataset` or `"grain"` for a `grain.IterDataset` of the same
+            batches; by default an `ImageDataset`, which needs neither package.
+        verbose: print how many images and classes were found.
         preprocess: the `Preprocess` that evaluates the model.
         augment: called with (image, generator), gives the uint8 image; then `preprocess` only
             normalises. See `augment.Augment`.
         workers: threads that read batches ahead; None takes the processor's cores, at most 8.
         cache: `"ram"` or a folder: keep what was decoded (finished images where nothing is
             random).
-        output: `"uint8"` (values 0..255, for a model that preprocesses) or `"float32"`
-            (normalised by `preprocess`).
+        output: `"uint8"` (values 0..255, for a model that preprocesses), `"float32"`
+            (normalised by `preprocess`) or `"pixels"` (0..255 in float32, as Keras', and the
+            default where a `format` is given).
         on_error: `"skip"` leaves an unreadable image out and lists it in `.skipped`; `"raise"`
             stops.
         exif: turn images as their EXIF orientation says.
@@ -104,7 +114,7 @@ def image_dataset_from_directory(
         verify: decode every file once now, and drop what cannot be read.
 
     Returns:
-        An `ImageDataset`, or a pair for `subset="both"`.
+        An `ImageDataset` (or as `format` says), or a pair for `subset="both"`.
 
     Raises:
         NotFoundError: the folder does not exist.
@@ -123,14 +133,21 @@ def image_dataset_from_directory(
         >>> images.shape, dataset.class_names
         ((2, 32, 32, 3), ['ants', 'bees'])
     """
+    one_of("`label_mode` argument", label_mode, ("int", "categorical", "binary", None))
+    one_of("`format`", format, (None, "tf", "grain"))
+    validation_split = _checked_split(validation_split, subset)
     if preprocess is None:
         preprocess = _preprocess_of(
-            image_size, interpolation, color_mode, crop_to_aspect_ratio, exif
+            image_size, interpolation, color_mode, crop_to_aspect_ratio, pad_to_aspect_ratio, exif
         )
     else:
-        _check_no_conflict(preprocess, image_size, color_mode, crop_to_aspect_ratio, exif)
-    _check_subset(validation_split, subset)
+        _check_no_conflict(
+            preprocess, image_size, color_mode, crop_to_aspect_ratio, pad_to_aspect_ratio, exif
+        )
     paths, numbers, names = _files(directory, labels, class_names, follow_links, exclude)
+    if verbose:
+        kinds = "" if numbers is None else f" belonging to {len(names or set(numbers))} classes"
+        print(f"Found {len(paths)} files{kinds}.")
     if label_mode is None:
         numbers = None
     evaluation = {
@@ -139,7 +156,7 @@ def image_dataset_from_directory(
         "batch_size": batch_size,
         "workers": workers,
         "cache": cache,
-        "output": output,
+        "output": output or ("uint8" if format is None else "pixels"),
         "on_error": on_error,
         "seed": seed,
         "verify": verify,
@@ -156,12 +173,13 @@ def image_dataset_from_directory(
         "repeats": repeats,
     }
 
-    def part(indices: np.ndarray, arguments: dict[str, Any]) -> ImageDataset:
+    def part(indices: Any, arguments: dict[str, Any]) -> Any:
         chosen = None if numbers is None else [numbers[i] for i in indices]
-        return ImageDataset([paths[i] for i in indices], chosen, names, **arguments)
+        dataset = ImageDataset([paths[i] for i in indices], chosen, names, **arguments)
+        return dataset if format is None else _in_format(dataset, format)
 
     if subset is None:
-        return ImageDataset(paths, numbers, names, **training)
+        return part(range(len(paths)), training)
     count = len(paths) if numbers is None else numbers
     kept, held = stratified_split(count, validation_split, 0 if seed is None else seed)
     evaluation["shuffle"] = False
@@ -170,14 +188,25 @@ def image_dataset_from_directory(
     return part(kept, training) if subset == "training" else part(held, evaluation)
 
 
-def _check_subset(validation_split: float | None, subset: str | None) -> None:
-    if (validation_split is None) != (subset is None):
+# In this file messages begin with Keras' words, for which people's own tests and logs look.
+
+
+def _checked_split(validation_split: float | None, subset: str | None) -> float:
+    if validation_split and not 0 < validation_split < 1:
         raise InputError(
-            f"validation_split and subset go together. "
-            f"Received: {validation_split!r} and {subset!r}."
+            f"`validation_split` must be between 0 and 1. Received: {validation_split!r}."
         )
-    if subset is not None:
-        one_of("subset", subset, ("training", "validation", "both"))
+    if bool(validation_split) != (subset is not None):
+        raise InputError(
+            f"If `subset` is set, `validation_split` must be set, and inversely: they go together. "
+            f"Received: {subset!r} and {validation_split!r}."
+        )
+    if subset not in (None, "training", "validation", "both"):
+        raise InputError(
+            f'`subset` must be either "training", "validation" or "both". Received: {subset!r}.'
+            f"{did_you_mean(subset, ('training', 'validation', 'both'))}"
+        )
+    return validation_split or 0.0
 
 
 def _files(
@@ -190,11 +219,21 @@ def _files(
     """Paths, labels and class names: of class folders, or of any folder with labels as given."""
     directory = os.fspath(directory)
     if not isinstance(labels, str):
+        if labels is None and class_names is not None:
+            raise InputError(
+                f"When `labels=None` (no labels), argument `class_names` cannot be specified. "
+                f"Received: {list(class_names)}."
+            )
         paths = flat_images(directory, follow_links, exclude)
-        return paths, labels, None if labels is None else class_names
+        if labels is not None and len(labels) != len(paths):
+            raise InputError(
+                f"Expected the lengths of `labels` to match the number of files in the target "
+                f"directory: one int an image. Received: {len(labels)} for {len(paths)} images."
+            )
+        return paths, labels, class_names
     if labels != "inferred":
         raise InputError(
-            f"labels must be 'inferred', None or a list of ints. Received: {labels!r}."
+            f"`labels` argument should be 'inferred', None or a list of ints. Received: {labels!r}."
         )
     with contextlib.suppress(DataError):  # find_pictures says what is wrong
         parts = split_folders(directory) if class_names is None else {}
@@ -207,15 +246,53 @@ def _files(
     return find_pictures(directory, class_names, follow_links=follow_links, exclude=exclude)
 
 
+def _in_format(dataset: ImageDataset, format: str) -> Any:
+    """The batches as a `tf.data.Dataset` or `grain.IterDataset` with Keras' attributes."""
+    if format == "tf":
+        require("tensorflow", "tensorflow", 'format="tf"')
+        result = _as_tf_data(dataset)
+    else:
+        require("grain", "grain", 'format="grain"')
+        import grain
+
+        result = grain.MapDataset.source(dataset).to_iter_dataset()
+    result.class_names, result.file_paths = dataset.class_names, dataset.file_paths
+    return result
+
+
+def _as_tf_data(dataset: ImageDataset) -> Any:
+    import tensorflow as tf
+
+    def epoch():
+        yield from dataset
+        dataset.on_epoch_end()
+
+    height, width, channels = dataset.preprocess.output_shape
+    height, width = getattr(dataset.augment, "output_size", None) or (height, width)
+    shape = (height, width, channels)
+    if dataset.data_format == "channels_first":
+        shape = (channels, height, width)
+    batch = (None,) if dataset.batched else ()
+    signature = tf.TensorSpec((*batch, *shape), "uint8" if dataset.output == "uint8" else "float32")
+    if dataset.labels is not None:
+        last = {"int": (), "binary": (1,)}.get(dataset.label_mode, (len(dataset.class_names),))
+        kind = "int32" if dataset.label_mode == "int" else "float32"
+        signature = (signature, tf.TensorSpec((*batch, *last), kind))
+    result = tf.data.Dataset.from_generator(epoch, output_signature=signature)
+    # One by one, what cannot be read is left out, and their number is not known before.
+    return result.apply(tf.data.experimental.assert_cardinality(len(dataset))) if batch else result
+
+
 def _preprocess_of(
     image_size: int | tuple[int, int] | None,
     interpolation: str,
     color_mode: str,
     crop_to_aspect_ratio: bool,
+    pad_to_aspect_ratio: bool,
     exif: bool,
 ) -> Preprocess:
     arguments: dict[str, Any] = {
-        "interpolation": interpolation,
+        "interpolation": _INTERPOLATIONS.get(interpolation, interpolation),
         "color_mode": color_mode,
         "exif": exif,
     }
@@ -224,7 +301,11 @@ def _preprocess_of(
     if image_size is None:
         return Preprocess(**arguments)
     both = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return Preprocess(both, None, crop_to_aspect_ratio=crop_to_aspect_ratio, **arguments)
+    ratio = {
+        "crop_to_aspect_ratio": crop_to_aspect_ratio,
+        "pad_to_aspect_ratio": pad_to_aspect_ratio,
+    }
+    return Preprocess(both, None, **ratio, **arguments)
 
 
 def _check_no_conflict(
@@ -232,6 +313,7 @@ def _check_no_conflict(
     image_size: Any,
     color_mode: str,
     crop_to_aspect_ratio: bool,
+    pad_to_aspect_ratio: bool,
     exif: bool,
 ) -> None:
     """Raises InputError where an argument says other than the Preprocess given beside it."""
@@ -239,6 +321,7 @@ def _check_no_conflict(
         "image_size": image_size is not None,
         "color_mode": color_mode not in ("rgb", preprocess.color_mode),
         "crop_to_aspect_ratio": crop_to_aspect_ratio and not preprocess.crop_to_aspect_ratio,
+        "pad_to_aspect_ratio": pad_to_aspect_ratio and not preprocess.pad_to_aspect_ratio,
         "exif": exif and not preprocess.exif,
     }
     named = [name for name, conflicts in wrong.items() if conflicts]

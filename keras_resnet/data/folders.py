@@ -71,7 +71,8 @@ def find_pictures(
         missing = [name for name in class_names if plain_name(name) not in folder_of]
         if missing or len(set(class_names)) != len(class_names) or not class_names:
             raise InputError(
-                f"class_names must be different folders of {directory!r}. Not there: "
+                f"The `class_names` passed did not match the names of the subdirectories of "
+                f"{directory!r}; they must be different ones of them. Not there: "
                 f"{missing or 'none'}. Given: {class_names}. Found: {found}."
             )
     excluded = _excluded(directory, exclude)
@@ -87,7 +88,7 @@ def find_pictures(
         labels += [label] * len(files)
     if not paths or len(empty) == len(class_names):
         raise DataError(
-            f"{directory!r} holds no image in its class folders {listed(class_names)}. "
+            f"No images found in the class folders of {directory!r}, {listed(class_names)}. "
             f"They hold {_extension_counts(other)}; images end in {ENDINGS}."
         )
     if empty:

@@ -16,13 +16,15 @@ from keras_resnet.system.files import printable
 
 def checked_labels(
     labels: Sequence[int] | None, class_names: Sequence[str] | None, count: int
-) -> tuple[np.ndarray | None, list[str]]:
+) -> tuple[np.ndarray | None, list[str] | None]:
     """Labels as int32 `(count,)`, and the name of each; numbers where no names are given.
+
+    Without labels the names are those given, or None.
 
     Raises:
         InputError: Another number of labels, no ints, or one that has no name.
     """
-    names = [] if class_names is None else [str(name) for name in class_names]
+    names = None if class_names is None else [str(name) for name in class_names]
     if labels is None:
         return None, names
     labels = np.asarray(labels)
@@ -39,6 +41,29 @@ def checked_labels(
             f"Received: {labels.min()}..{labels.max()}."
         )
     return labels.astype(np.int32), names
+
+
+def checked_mode(mode: str | None, names: Sequence[str] | None, soft: bool) -> str | None:
+    """The form of the labels; mixed and smoothed ones (`soft`) are one-hot.
+
+    Args:
+        mode: What was asked for.
+        names: Of the classes; None where there are no labels.
+        soft: Whether labels are mixed or smoothed.
+
+    Raises:
+        InputError: The labels cannot have that form.
+    """
+    if soft and names is None:
+        raise InputError("mixup, cutmix and label_smoothing need labels.")
+    if soft and mode == "binary":
+        raise InputError("label_mode='binary' cannot hold mixed or smoothed labels.")
+    if mode == "binary" and names is not None and len(names) != 2:
+        raise InputError(
+            f"With label_mode='binary' there must be exactly 2 classes. Received: {len(names)}: "
+            f"{listed(names)}."
+        )
+    return "categorical" if soft else mode
 
 
 def encoded(labels: np.ndarray, mode: str, classes: int) -> np.ndarray:

@@ -59,6 +59,7 @@ class Preprocess:
         color_mode: `"rgb"`, `"grayscale"` or `"rgba"`: 3, 1 or 4 channels.
         crop_to_aspect_ratio: before a (height, width) resize cut the largest centred window of
             that shape, so that nothing is distorted.
+        pad_to_aspect_ratio: resize to fit into (height, width), centred on black instead.
 
     Raises:
         InputError: an argument that cannot work.
@@ -80,6 +81,7 @@ class Preprocess:
     exif: bool = False
     color_mode: str = "rgb"
     crop_to_aspect_ratio: bool = False
+    pad_to_aspect_ratio: bool = False
 
     @classmethod
     def for_size(cls, size: int, resize: int | None = None, **options: Any) -> Preprocess:
@@ -104,7 +106,8 @@ class Preprocess:
         store = object.__setattr__
         if self.color_mode not in PILLOW_MODES:
             raise InputError(
-                f"color_mode must be one of {sorted(PILLOW_MODES)}. Received: {self.color_mode!r}."
+                f"`color_mode` must be one of {sorted(PILLOW_MODES)}. "
+                f"Received: {self.color_mode!r}."
             )
         store(self, "resize_size", _size("resize_size", self.resize_size))
         crop = _size("crop_size", self.crop_size)
@@ -118,13 +121,18 @@ class Preprocess:
             store(self, name, self._per_channel(name, getattr(self, name)))
         if self.std is not None and min(self.std) <= 0:
             raise InputError(f"std must be positive. Received: {self.std}.")
-        if self.crop_to_aspect_ratio and not isinstance(self.resize_size, tuple):
+        if self.crop_to_aspect_ratio and self.pad_to_aspect_ratio:
             raise InputError(
-                f"crop_to_aspect_ratio needs resize_size=(height, width). "
-                f"Received: {self.resize_size!r}."
+                "Only one of `pad_to_aspect_ratio`, `crop_to_aspect_ratio` can be `True`. "
+                "Received: both."
             )
+        for name in ("crop_to_aspect_ratio", "pad_to_aspect_ratio"):
+            if getattr(self, name) and not isinstance(self.resize_size, tuple):
+                raise InputError(
+                    f"{name} needs resize_size=(height, width). Received: {self.resize_size!r}."
+                )
+            store(self, name, bool(getattr(self, name)))
         store(self, "exif", bool(self.exif))
-        store(self, "crop_to_aspect_ratio", bool(self.crop_to_aspect_ratio))
 
     def _per_channel(self, name: str, value: Any) -> tuple[float, ...] | None:
         if value is None:
@@ -175,7 +183,12 @@ class Preprocess:
         if self.crop_to_aspect_ratio:
             loaded = _crop_to_ratio(loaded, self.resize_size)
         if self.resize_size is not None:
-            loaded = resize_image(loaded, self.resize_size, INTERPOLATIONS[self.interpolation])
+            size = self.resize_size
+            if self.pad_to_aspect_ratio:
+                size = _fitted(loaded.size, size)
+            loaded = resize_image(loaded, size, INTERPOLATIONS[self.interpolation])
+        if self.pad_to_aspect_ratio:
+            loaded = crop_centre(loaded, self.resize_size)
         if self.crop_size is not None:
             loaded = crop_centre(loaded, self.crop_size)
         return to_array(loaded)
@@ -230,7 +243,10 @@ class Preprocess:
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments as plain JSON types; `from_config` takes them back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if not self.pad_to_aspect_ratio:
+            del config["pad_to_aspect_ratio"]  # caches and runs of 0.1 know it without
+        return config
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Preprocess:
@@ -317,6 +333,14 @@ def crop_centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
             return image
     top, left = round((height - crop_height) / 2.0), round((width - crop_width) / 2.0)
     return image.crop((left, top, left + crop_width, top + crop_height))
+
+
+def _fitted(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image of (width, height) made as large as fits into a size."""
+    (width, height), (most_high, most_wide) = image, size
+    if width * most_high >= height * most_wide:
+        return max(1, height * most_wide // width), most_wide
+    return most_high, max(1, width * most_high // height)
 
 
 def _crop_to_ratio(image: Image.Image, size: tuple[int, int]) -> Image.Image:

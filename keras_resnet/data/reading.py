@@ -273,6 +273,22 @@ def to_array(image: Image.Image) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def stacked(pixels: Sequence[np.ndarray], paths: Sequence[str]) -> np.ndarray:
+    """The images of a batch as one uint8 array.
+
+    Raises:
+        InputError: they have different sizes; the message names the first that differs.
+    """
+    shape = pixels[0].shape
+    for one, path in zip(pixels, paths, strict=True):
+        if one.shape != shape:
+            raise InputError(
+                f"Images of one batch have different sizes: {one.shape} of {path!r} and {shape} "
+                f"before it. Give image_size, or a Preprocess with a crop_size."
+            )
+    return np.stack(pixels, dtype=np.uint8, casting="unsafe")
+
+
 class ImageCache:
     """Decoded images that are kept: in memory, in a folder, or not at all.
 

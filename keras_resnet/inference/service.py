@@ -310,7 +310,8 @@ def preprocess_text(preprocess: Preprocess) -> str:
         parts.append(f"short side resized to {size} ({preprocess.interpolation})")
     elif size is not None:
         cut = ", cut to its shape first" if preprocess.crop_to_aspect_ratio else ""
-        parts.append(f"resized to {size[0]} x {size[1]} ({preprocess.interpolation}{cut})")
+        verb = "resized to fit into" if preprocess.pad_to_aspect_ratio else "resized to"
+        parts.append(f"{verb} {size[0]} x {size[1]} ({preprocess.interpolation}{cut})")
     if crop is not None:
         parts.append(f"{crop[0]} x {crop[1]} cut from the centre")
     if preprocess.exif:

@@ -39,8 +39,10 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
         activation: Applied last, such as `"relu"`.
         unbiased_variance: Feed the running variance with n/(n-1) times the batch's variance,
             n = batch * height * width, as torch does; `False` is Keras' rule.
-        **kwargs: As `keras.layers.BatchNormalization`'s, `renorm` apart. Masks are not supported:
-            Keras warns where an input has one.
+        **kwargs: As `keras.layers.BatchNormalization`'s. With `renorm` Keras computes, whose
+            running variance is the biased one.
+
+    Values that a mask leaves out count neither for the mean nor for the variance, as in Keras.
 
     Examples:
         >>> layer = BatchNormalization(activation="relu")
@@ -63,10 +65,6 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
         super().__init__(axis=axis, momentum=momentum, epsilon=epsilon, **kwargs)
         self.activation = keras.activations.get(activation)
         self.unbiased_variance = unbiased_variance
-        if self.renorm:
-            raise ValueError("renorm=True is not supported; use keras.layers.BatchNormalization.")
-        # Images have no masks; without this Keras would look for one at every call.
-        self.supports_masking = False
 
     def build(self, input_shape):
         with_shortcut = isinstance(input_shape[0], (list, tuple))
@@ -92,12 +90,15 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
                 f"Received an input of shape {tuple(shape)}."
             )
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None, mask=None):
         with_shortcut = isinstance(inputs, (list, tuple))
         x, shortcut = inputs if with_shortcut else (inputs, None)
+        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
         self._check(x.shape)
         training = bool(training) and self.trainable
-        if self._is_fusible(x, training):
+        if training and self.renorm:
+            y = super().call(x, training=True, mask=mask)
+        elif mask is None and self._is_fusible(x, training):
             if BACKEND == "torch":
                 if self.axis == 1:
                     return self.torch_nchw(x, shortcut, training)
@@ -106,7 +107,7 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
                 return y.permute(0, 2, 3, 1)
             y = self._tensorflow_call(x, training)
         else:
-            y = self._portable_call(x, training)
+            y = self._portable_call(x, training, mask)
         if shortcut is not None:
             y = ops.add(y, shortcut)
         return activate(self.activation, y)
@@ -114,7 +115,7 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
     @property
     def is_of_maps(self) -> bool:
         """Whether it was built for feature maps, and may use a kernel made for them."""
-        return self.built and self._rank == 4 and not self.synchronized
+        return self.built and self._rank == 4 and not (self.synchronized or self.renorm)
 
     def _is_fusible(self, x, training: bool) -> bool:
         """Whether the backend has one kernel for this input."""
@@ -177,16 +178,13 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
             self._update_statistics(mean, variance * ((count - 1) / count), count)
         return y
 
-    def _portable_call(self, x, training: bool):
+    def _portable_call(self, x, training: bool, mask=None):
         # In float32 at least: half precision overflows in the variance.
         is_float64 = keras.backend.standardize_dtype(x.dtype) == "float64"
         dtype = "float64" if is_float64 else "float32"
         x = ops.cast(x, dtype)
-        axes = self._reduction_axes
         if training:
-            shape = ops.shape(x)
-            count = ops.cast(math.prod(shape[axis] for axis in axes), dtype)
-            mean, variance = ops.moments(x, axes=axes, synchronized=self.synchronized)
+            mean, variance, count = self._moments_and_count(x, mask)
             self._update_statistics(mean, variance, count)
         else:
             mean = ops.cast(self.moving_mean, dtype)
@@ -201,6 +199,25 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
             epsilon=self.epsilon,
         )
         return ops.cast(y, self.compute_dtype)
+
+    def _moments_and_count(self, x, mask):
+        """A batch's mean, biased variance and number of values, all for each channel."""
+        shape, axes = ops.shape(x), self._reduction_axes
+        if mask is None:
+            mean, variance = ops.moments(x, axes=axes, synchronized=self.synchronized)
+            return mean, variance, ops.cast(math.prod(shape[axis] for axis in axes), x.dtype)
+        if len(mask.shape) != len(shape) - 1:
+            raise ValueError(
+                f"The mask provided should be one dimension less than the inputs. "
+                f"Received: mask.shape={tuple(mask.shape)}, inputs.shape={tuple(x.shape)}."
+            )
+        kept = ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), -1), shape)
+        count = ops.sum(ops.cast(kept, x.dtype), axes, keepdims=True)
+        least_one = ops.maximum(count, 1)
+        mean = ops.sum(ops.where(kept, x, 0), axes, keepdims=True) / least_one
+        squares = ops.square(ops.where(kept, x - mean, 0))
+        variance = ops.sum(squares, axes, keepdims=True) / least_one
+        return tuple(ops.reshape(value, (-1,)) for value in (mean, variance, count))
 
     def _update_statistics(self, mean, variance, count):
         """Moves the running statistics towards a batch's mean and biased variance."""

@@ -29,6 +29,13 @@ def _mask_of(x):
     return getattr(x, "_keras_mask", None)
 
 
+def without_empty_masks(kwargs: dict) -> dict:
+    """Arguments of a call without a mask of None: Keras notes them at the nodes of a graph."""
+    if "mask" not in kwargs or any(m is not None for m in keras.tree.flatten(kwargs["mask"])):
+        return kwargs
+    return {name: value for name, value in kwargs.items() if name != "mask"}
+
+
 def has_torch_hooks(layer: keras.layers.Layer) -> bool:
     """Whether torch would run hooks around a call of the layer."""
     return bool(
@@ -85,6 +92,7 @@ class DirectCall:
         cls.is_own = DirectCall in cls.__bases__
 
     def __call__(self, *args, **kwargs):
+        kwargs = without_empty_masks(kwargs)
         if BACKEND == "torch" and self.is_own and self._nothing_to_prepare(args, kwargs):
             if not self._takes_training:
                 kwargs = {}

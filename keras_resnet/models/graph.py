@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
+from keras_resnet.layers.torch_call import without_empty_masks
 
 LINEAR, RELU = keras.activations.linear, keras.activations.relu
 
@@ -65,6 +66,7 @@ def graph_steps(model: keras.Model) -> list[Step] | None:
         tensors = list(given) if listed else [given]
         known = all(id(tensor) in index for tensor in tensors)
         # Dropout's default, which Keras notes at its node and overrides when the model is called.
+        kwargs = without_empty_masks(kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None and (k != "training" or v)}
         if kwargs or not known or len(node.outputs) != 1 or not isinstance(layer, keras.Layer):
             return None

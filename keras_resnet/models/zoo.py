@@ -31,6 +31,7 @@ def create_model(
     input_tensor=None,
     dropout: float | None = None,
     name: str | None = None,
+    classes: int | None = None,
 ) -> ImageModel:
     """Builds a model of the table as a Functional Keras model.
 
@@ -45,13 +46,15 @@ def create_model(
         input_shape: Height, width and channels (in the data format's order); sides may be `None`.
         include_top: With the classification head; without, the last feature map is the output.
         pooling: Without the head: `None`, `"avg"` or `"max"` over the image.
-        classifier_activation: `None` gives logits, `"softmax"` probabilities.
+        classifier_activation: `None` gives logits, `"softmax"` probabilities; as all that is the
+            head's, it counts with `include_top` alone.
         include_preprocessing: Take pixel values 0..255 and normalise inside the model.
         mean: Means for that, one a channel, in 0..1; ImageNet's by default.
         std: Standard deviations for that, one a channel, in 0..1; ImageNet's by default.
         input_tensor: A Keras tensor to build on, in place of `input_shape`.
         dropout: Rate of the dropout in the head: 0 for ResNets, 0.5 for AlexNets by default.
         name: Name of the model; the variant's by default.
+        classes: `num_classes`, as `keras.applications` calls it.
 
     Returns:
         The model. Its `info` names variant, options and the origin of its weights.
@@ -67,11 +70,16 @@ def create_model(
     if variant is None:  # create_model(name="resnet50")
         variant, name = name, None
     spec = get_spec(variant)
+    if classes is not None and num_classes not in (None, classes):
+        raise InputError(
+            f"classes and num_classes are one thing. Received: {classes!r} and {num_classes!r}."
+        )
+    num_classes = classes if num_classes is None else num_classes
     num_classes = whole("num_classes", spec.num_classes if num_classes is None else num_classes, 1)
     dropout = between("dropout", spec.dropout if dropout is None else dropout, 0, 1, ends="[)")
     one_of("pooling", pooling, (None, "avg", "max"))
-    if not include_top and classifier_activation is not None:
-        raise InputError("classifier_activation needs include_top=True.")
+    if not include_top:
+        classifier_activation = None
 
     family = importlib.import_module(f"keras_resnet.models.{spec.family}")
     inputs, x = image_input(spec, input_shape, input_tensor, include_preprocessing, mean, std)
@@ -114,7 +122,7 @@ def _load_weights(model: ImageModel, spec, weights) -> None:
 
 
 def _named(
-    variant: str, build: Callable[Concatenate[str | None, P], ImageModel]
+    name: str, variant: str, build: Callable[Concatenate[str | None, P], ImageModel]
 ) -> Callable[P, ImageModel]:
     """`create_model` with the variant filled in, under the variant's name and signature."""
 
@@ -123,32 +131,33 @@ def _named(
 
     signature = inspect.signature(build)
     parameters = list(signature.parameters.values())[1:]
+    builder.__name__ = builder.__qualname__ = name
     builder.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     builder.__doc__ = f"Builds `{variant}`; the arguments are those of `create_model`."
     return builder
 
 
-ResNet18 = _named("resnet18", create_model)
-ResNet34 = _named("resnet34", create_model)
-ResNet50 = _named("resnet50", create_model)
-ResNet101 = _named("resnet101", create_model)
-ResNet152 = _named("resnet152", create_model)
-ResNeXt50_32x4d = _named("resnext50_32x4d", create_model)
-ResNeXt101_32x8d = _named("resnext101_32x8d", create_model)
-ResNeXt101_64x4d = _named("resnext101_64x4d", create_model)
-WideResNet50_2 = _named("wide_resnet50_2", create_model)
-WideResNet101_2 = _named("wide_resnet101_2", create_model)
-ResNet50D = _named("resnet50d", create_model)
-ResNet50V1 = _named("resnet50_v1", create_model)
-ResNet101V1 = _named("resnet101_v1", create_model)
-ResNet152V1 = _named("resnet152_v1", create_model)
-ResNet50V1ReLU = _named("resnet50_v1_relu", create_model)
-ResNet20 = _named("resnet20", create_model)
-ResNet32 = _named("resnet32", create_model)
-ResNet44 = _named("resnet44", create_model)
-ResNet56 = _named("resnet56", create_model)
-ResNet110 = _named("resnet110", create_model)
-ResNet34CIFAR10 = _named("resnet34_cifar10", create_model)
-AlexNet = _named("alexnet", create_model)
-AlexNetPaper = _named("alexnet_paper", create_model)
-AlexNetCIFAR10 = _named("alexnet_cifar10", create_model)
+ResNet18 = _named("ResNet18", "resnet18", create_model)
+ResNet34 = _named("ResNet34", "resnet34", create_model)
+ResNet50 = _named("ResNet50", "resnet50", create_model)
+ResNet101 = _named("ResNet101", "resnet101", create_model)
+ResNet152 = _named("ResNet152", "resnet152", create_model)
+ResNeXt50_32x4d = _named("ResNeXt50_32x4d", "resnext50_32x4d", create_model)
+ResNeXt101_32x8d = _named("ResNeXt101_32x8d", "resnext101_32x8d", create_model)
+ResNeXt101_64x4d = _named("ResNeXt101_64x4d", "resnext101_64x4d", create_model)
+WideResNet50_2 = _named("WideResNet50_2", "wide_resnet50_2", create_model)
+WideResNet101_2 = _named("WideResNet101_2", "wide_resnet101_2", create_model)
+ResNet50D = _named("ResNet50D", "resnet50d", create_model)
+ResNet50V1 = _named("ResNet50V1", "resnet50_v1", create_model)
+ResNet101V1 = _named("ResNet101V1", "resnet101_v1", create_model)
+ResNet152V1 = _named("ResNet152V1", "resnet152_v1", create_model)
+ResNet50V1ReLU = _named("ResNet50V1ReLU", "resnet50_v1_relu", create_model)
+ResNet20 = _named("ResNet20", "resnet20", create_model)
+ResNet32 = _named("ResNet32", "resnet32", create_model)
+ResNet44 = _named("ResNet44", "resnet44", create_model)
+ResNet56 = _named("ResNet56", "resnet56", create_model)
+ResNet110 = _named("ResNet110", "resnet110", create_model)
+ResNet34CIFAR10 = _named("ResNet34CIFAR10", "resnet34_cifar10", create_model)
+AlexNet = _named("AlexNet", "alexnet", create_model)
+AlexNetPaper = _named("AlexNetPaper", "alexnet_paper", create_model)
+AlexNetCIFAR10 = _named("AlexNetCIFAR10", "alexnet_cifar10", create_model)

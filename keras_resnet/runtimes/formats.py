@@ -144,7 +144,10 @@ def _steps(preprocess: Preprocess, pixels: str) -> list[str]:
         crop = (
             ", the largest centred window of that shape" if preprocess.crop_to_aspect_ratio else ""
         )
-        steps.append(f"resize to {size[0]}x{size[1]} ({preprocess.interpolation}, antialias){crop}")
+        pad = " in proportion, centred on black" if preprocess.pad_to_aspect_ratio else ""
+        steps.append(
+            f"resize to {size[0]}x{size[1]} ({preprocess.interpolation}, antialias){crop}{pad}"
+        )
     elif size is not None:
         steps.append(
             f"resize the short side to {size}, the long one to int({size} * long / short) "

@@ -86,11 +86,14 @@ class SGD(keras.optimizers.Optimizer):
         weight_decay = weight_decay or 0.0
         for name, value in [
             ("learning_rate", learning_rate),
-            ("momentum", momentum),
             ("weight_decay", weight_decay),
         ]:
             if isinstance(value, (int, float)):
                 between(name, value, 0)
+        if not 0 <= momentum <= 1:
+            raise InputError(
+                f"`momentum` must be a float between [0, 1]. Received: {momentum!r}."
+            )  # Keras' words
         if nesterov and (momentum <= 0 or dampening != 0):
             raise InputError(
                 "nesterov=True needs a momentum above 0 and no dampening. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -30,7 +31,7 @@ from keras_resnet.data.transforms import (
     RandomHorizontalFlip,
     RandomResizedCrop,
 )
-from keras_resnet.errors import DataError, InputError, NotFoundError
+from keras_resnet.errors import DataError, InputError, MissingDependencyError, NotFoundError
 
 once = pytest.mark.once
 
@@ -212,7 +213,7 @@ def test_labels_given_or_none(folder):
     given = from_directory(folder, labels=[i % 2 for i in range(19)], image_size=8, batch_size=19)
     assert given.class_names == ["0", "1"] and given.class_counts == {"0": 10, "1": 9}
     bare = from_directory(folder, labels=None, image_size=8, batch_size=19)
-    assert isinstance(bare[0], np.ndarray) and bare.labels is None
+    assert isinstance(bare[0], np.ndarray) and bare.labels is bare.class_names is None
     with pytest.raises(InputError, match="one int an image"):
         from_directory(folder, labels=[0, 1])
 
@@ -538,6 +539,80 @@ def test_class_names_are_compared_whatever_their_accents_are_made_of(folder):
         from_directory(folder)
 
 
+@once
+@pytest.mark.parametrize("size", [(10, 10), (30, 12)])
+def test_pad_to_aspect_ratio_shows_the_whole_image(folder, size):
+    wide = Image.effect_noise((100, 20), 90).convert("RGB")
+    wide.save(folder / "ants" / "0.png")
+    arguments = {"image_size": size, "shuffle": False, "pad_to_aspect_ratio": True}
+    dataset = from_directory(folder, **arguments)
+    high = 20 * size[1] // 100
+    top = (size[0] - high) // 2
+    expected = np.zeros((*size, 3), np.uint8)
+    fitted = wide.resize((size[1], high), Image.Resampling.BILINEAR)
+    expected[top : top + high] = np.asarray(fitted)
+    np.testing.assert_array_equal(dataset[0][0][0], expected)
+    config = dataset.preprocess.get_config()
+    assert Preprocess.from_config(config) == dataset.preprocess
+    assert "pad_to_aspect_ratio" not in Preprocess().get_config(), "files of 0.1 lack it"
+
+
+@once
+def test_without_a_batch_size_images_come_one_by_one(folder):
+    dataset = from_directory(folder, image_size=8, batch_size=None, shuffle=False)
+    image, label = dataset[7]
+    assert image.shape == (8, 8, 3) and label.shape == () and label == dataset.labels[7]
+    (folder / "bees" / "0.png").write_bytes(b"no image")
+    read = list(from_directory(folder, image_size=8, batch_size=None, labels=None, workers=0))
+    assert len(dataset) == 19 and len(read) == 18 and read[0].shape == (8, 8, 3)
+
+
+@once
+def test_pixels_are_kerass_floats(folder):
+    arguments = {"image_size": 8, "shuffle": False, "batch_size": 19}
+    pixels = from_directory(folder, output="pixels", **arguments)[0][0]
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels, from_directory(folder, **arguments)[0][0])
+    for theirs, ours in (("area", "box"), ("lanczos3", "lanczos")):
+        found = from_directory(folder, interpolation=theirs, **arguments)
+        assert found.preprocess.interpolation == ours
+
+
+@once
+def test_what_was_found_is_said_when_asked(folder, capsys):
+    from_directory(folder)
+    assert capsys.readouterr().out == ""
+    from_directory(folder, verbose=True)
+    from_directory(folder, labels=None, verbose=True)
+    said = "Found 19 files belonging to 3 classes.\nFound 19 files.\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("batch_size", [8, None])
+def test_tf_data_has_the_same_batches(folder, batch_size, backend):
+    if backend != "tensorflow":
+        pytest.skip("one backend is enough, and has TensorFlow in its process already")
+    arguments = {"image_size": 8, "seed": 0, "batch_size": batch_size}
+    ours = from_directory(folder, output="pixels", label_mode="categorical", **arguments)
+    theirs = from_directory(folder, format="tf", label_mode="categorical", **arguments)
+    assert theirs.class_names == ours.class_names and theirs.file_paths == ours.file_paths
+    first = () if batch_size is None else (None,)
+    assert tuple(theirs.element_spec[0].shape) == (*first, 8, 8, 3)
+    for _ in range(2):  # epochs, each with an order of its own
+        found = [tuple(map(np.asarray, pair)) for pair in theirs]
+        for (x, y), (images, labels) in zip(found, ours, strict=True):
+            np.testing.assert_array_equal(x, images)
+            np.testing.assert_array_equal(y, labels)
+        ours.on_epoch_end()
+
+
+@once
+@pytest.mark.skipif(importlib.util.find_spec("grain") is not None, reason="grain is there")
+def test_a_format_names_the_package_that_it_needs(folder):
+    with pytest.raises(MissingDependencyError, match=r"format=\"grain\" needs.*pip install"):
+        from_directory(folder, format="grain")
+
+
 # --- bad folders ----------------------------------------------------------------------------------
 
 
@@ -557,7 +632,7 @@ def test_folders_that_cannot_be_used_say_why(folder, tmp_path):
     for name in ("a", "b"):
         (bare / name).mkdir(parents=True)
         (bare / name / "x.heic").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"2 \.heic.*\.jpg.*\.gif"):
+    with pytest.raises(DataError, match=r"No images found.*2 \.heic.*\.jpg.*\.gif"):
         from_directory(bare)
 
 
@@ -590,7 +665,20 @@ def test_one_class_is_refused_where_a_classifier_is_trained(folder):
         ({"labels": "all"}, "labels"),
         ({"labels": None, "mixup": 0.2}, "labels"),
         ({"mixup": -0.2}, "mixup"),
-        ({"interpolation": "area"}, "interpolation"),
+        ({"interpolation": "gaussian"}, "interpolation"),
+        ({"crop_to_aspect_ratio": True, "pad_to_aspect_ratio": True, "image_size": 8}, "Only one"),
+        ({"format": "pandas"}, "'tf' or 'grain'"),
+        # Keras' words, for which people's tests and logs look.
+        ({"labels": "other"}, "`labels` argument should be"),
+        ({"label_mode": "other"}, "`label_mode` argument must be"),
+        ({"color_mode": "other"}, "`color_mode` must be one of"),
+        ({"labels": [0, 1]}, "Expected the lengths of `labels` to match the number of files"),
+        ({"labels": None, "class_names": ["a"]}, "`class_names` cannot be specified"),
+        ({"class_names": ["ants", "wrong"]}, "`class_names` passed did not match"),
+        ({"label_mode": "binary"}, "there must be exactly 2"),
+        ({"validation_split": 2}, "`validation_split` must be between 0 and 1"),
+        ({"validation_split": 0.2, "subset": "other"}, '`subset` must be either "training", "val'),
+        ({"validation_split": 0.0, "subset": "training"}, "`validation_split` must be set"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(folder, arguments, message):

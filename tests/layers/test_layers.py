@@ -339,14 +339,40 @@ def test_a_frozen_norm_uses_and_keeps_its_statistics(rng):
     assert not np.array_equal(numpy(layer.moving_mean), before[2])
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("rank", [3, 4])
-def test_a_mask_is_not_ignored_in_silence(rank):
-    x = np.ones((2, 3, 4, 5)[:rank], "float32")
+def test_what_a_mask_leaves_out_does_not_count(rank, unbiased, rng):
+    x = rng.normal(2, 3, (2, 3, 4, 5)[:rank]).astype("float32")
+    x[1, 2:] = 0
     masked = keras.layers.Masking()(x)
-    layer = BatchNormalization()
-    layer.build(x.shape)
-    with pytest.warns(UserWarning, match="does not support masking"):
-        layer(masked, training=True)
+    layer = BatchNormalization(momentum=0.6, activation="relu", unbiased_variance=unbiased)
+    stock = keras.layers.BatchNormalization(momentum=0.6, epsilon=1e-5)
+    y = layer(masked, training=True)
+    assert_close(numpy(y), np.maximum(numpy(stock(masked, training=True)), 0))
+    assert y._keras_mask is not None, "the next layer sees it too"
+    assert_close(numpy(layer.moving_mean), numpy(stock.moving_mean))
+    count = int(x.any(-1).sum())
+    factor = count / (count - 1) if unbiased else 1
+    expected = 0.6 + (numpy(stock.moving_variance) - 0.6) * factor
+    assert_close(numpy(layer.moving_variance), expected)
+    with pytest.raises(ValueError, match="one dimension less"):
+        layer(x, training=True, mask=np.ones(2, bool))
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (2, 4, 4, 3)])
+def test_renorm_is_kerass(shape, rng):
+    options = {"renorm": True, "renorm_clipping": {"rmax": 2.0, "dmax": 1.0}}
+    layer = BatchNormalization(activation="relu", **options)
+    stock = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, **options)
+    layer.build([shape, shape])
+    stock.build(shape)
+    for _ in range(3):
+        x, shortcut = rng.normal(2, 3, (2, *shape)).astype("float32")
+        for training in (True, False):
+            expected = np.maximum(numpy(stock(x, training=training)) + shortcut, 0)
+            assert_close(numpy(layer([x, shortcut], training=training)), expected)
+    for ours, theirs in zip(layer.get_weights(), stock.get_weights(), strict=True):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -575,8 +601,6 @@ def test_wrong_arguments_are_refused():
         Conv2D(4, 3, pad=1, padding="same")
     with pytest.raises(ValueError, match="padding='valid'"):
         MaxPooling2D(3, pad=1, padding="same")
-    with pytest.raises(ValueError, match="renorm"):
-        BatchNormalization(renorm=True)
     with pytest.raises(ValueError, match="cannot drop channels"):
         ZeroPaddedShortcut(2)(np.zeros((1, 2, 2, 3), "float32"))
     with pytest.raises(ValueError, match="one value a channel"):

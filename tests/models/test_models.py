@@ -105,6 +105,7 @@ def test_names_follow_the_reference_implementations_module_paths():
 @pytest.mark.once
 def test_every_row_has_a_named_builder():
     builders = [getattr(kr, n) for n in dir(kr) if n.startswith(("ResNe", "Wide", "AlexNet"))]
+    assert all(getattr(kr, builder.__name__) is builder for builder in builders)
     built = {b.__doc__.split("`")[1] for b in builders}
     assert built == {name for name, spec in SPECS.items() if not spec.hidden}
 
@@ -193,7 +194,7 @@ def test_create_model_takes_its_name_by_keyword_too():
         (lambda: kr.ResNet18(include_top=False, pooling="mean"), "'avg' or 'max'"),
         (lambda: kr.ResNet18(dropout=1.0), "dropout must be at least 0 and below 1"),
         (lambda: kr.ResNet18(include_preprocessing=True, mean=(0.5,)), "1 values for 3 channels"),
-        (lambda: kr.ResNet18(include_top=False, classifier_activation="softmax"), "include_top"),
+        (lambda: kr.ResNet18(classes=3, num_classes=4), "one thing. Received: 3 and 4"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -220,6 +221,15 @@ def test_channels_first_shapes_are_turned_too():
             kr.ResNet50(input_shape=(224, 224, 3))
     finally:
         keras.config.set_image_data_format("channels_last")
+
+
+@pytest.mark.once
+def test_arguments_of_keras_applications_are_taken():
+    assert kr.ResNet20(classes=3).output_shape == (None, 3)
+    bare = kr.ResNet20(include_top=False, pooling="max", classifier_activation="softmax")
+    assert bare.output_shape == (None, 64), "what is the head's counts with a head alone"
+    inputs = keras.layers.Conv2D(3, 2, strides=2)(keras.Input((66, 66, 4)))
+    assert kr.ResNet20(input_tensor=inputs, include_top=False).input_shape == (None, 66, 66, 4)
 
 
 def test_feature_extractor_gives_a_map_at_each_stride(rng):

@@ -577,7 +577,8 @@ def test_the_config_round_trips_through_json():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"momentum": -0.1}, r"momentum must be at least 0\. Received: -0\.1"),
+        ({"momentum": -0.1}, r"`momentum` must be a float between \[0, 1\]. Received: -0\.1"),
+        ({"momentum": 2.0}, r"`momentum` must be a float between \[0, 1\]."),
         ({"weight_decay": -1e-4}, "weight_decay must be"),
         ({"learning_rate": -1.0}, "learning_rate must be"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
