@@ -138,6 +138,23 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture
+def dtype(request, monkeypatch) -> str:
+    """A precision for all of Keras: `@pytest.mark.parametrize("dtype", [...], indirect=True)`."""
+    import keras
+
+    # Off TensorFlow, Keras' own operations (Dense, the mean, the loss) compute in float32 whatever
+    # the policy says. Lifted here, so that what is left of a difference is this package's.
+    promotion = importlib.import_module("keras.src.backend.common.dtypes")
+    monkeypatch.setitem(promotion.BIT64_TO_BIT32_DTYPE, "float64", "float64")
+    before = keras.config.dtype_policy(), keras.config.floatx()
+    keras.config.set_floatx(request.param)
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_floatx(before[1])
+    keras.config.set_dtype_policy(before[0])
+
+
 def _operators_with_fakes(source: str) -> list[str]:
     """Names of the compiled operators for which torchvision registers shape functions."""
     names = set()
