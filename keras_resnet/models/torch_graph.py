@@ -16,6 +16,7 @@ which a direct call is not to pay for: it uses the weights as they are.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Sequence
@@ -57,16 +58,23 @@ if _BACKEND == "torch":
 _GOING_ON: contextvars.ContextVar[object | None] = contextvars.ContextVar("going on", default=None)
 
 
+@contextlib.contextmanager
+def going_on(call: object):
+    """Weights are looked at once for all that runs under the same `call`, and then relied on."""
+    token = _GOING_ON.set(call)
+    try:
+        yield
+    finally:
+        _GOING_ON.reset(token)
+
+
 def _announced(name: str):
-    """Keras' method of that name, during which weights are looked at once and then relied on."""
+    """Keras' method of that name as a call that goes on, or as a part of one that does."""
 
     @functools.wraps(getattr(keras.Model, name))
     def method(self, *args, **kwargs):
-        token = _GOING_ON.set(object())
-        try:
+        with going_on(_GOING_ON.get() or object()):
             return getattr(super(DirectGraph, self), name)(*args, **kwargs)
-        finally:
-            _GOING_ON.reset(token)
 
     return method
 

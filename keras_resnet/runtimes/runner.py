@@ -30,7 +30,7 @@ from keras_resnet.models.meaning import (
     pixels_of,
 )
 from keras_resnet.models.rebuild import optimize_for_inference
-from keras_resnet.models.torch_graph import DirectGraph
+from keras_resnet.models.torch_graph import DirectGraph, going_on
 from keras_resnet.runtimes import formats
 from keras_resnet.system.device import in_data_format
 from keras_resnet.system.files import printable
@@ -149,7 +149,7 @@ class KerasRunner(Runner):
         self.model_name = model.name
         self.info = getattr(model, "info", {})
         self._find_meaning(model.outputs[0].shape[-1], lambda: meaning_of(model))
-        self._given = model
+        self._given, self._call = model, object()
         self._model = _for_inference(model, precision) if optimize else model
 
     @property
@@ -157,7 +157,9 @@ class KerasRunner(Runner):
         return pixels_of(self._given)
 
     def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
-        return np.asarray(self._model.predict_on_batch(in_data_format(images)))
+        # The weights as they are at the first batch, as in the folded twin of other backends.
+        with going_on(self._call):
+            return np.asarray(self._model.predict_on_batch(in_data_format(images)))
 
     def _why_not_finite(self) -> str:
         wrong = weights_not_finite(self._model)
