@@ -105,6 +105,7 @@ def target_of(theirs):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "alexnet"])
+@pytest.mark.slow
 def test_maps_equal_the_packages(pair, name, backend):
     if name == "resnet50" and backend == "jax":
         pytest.skip("compiling it takes jax long; the grouped one has its graph")

@@ -42,6 +42,7 @@ def built(request):
     return request.param, kr.create_model(request.param)
 
 
+@pytest.mark.slow
 def test_parameters_and_flops_are_the_tables_and_the_published_ones(built):
     name, model = built
     spec = SPECS[name]
@@ -62,6 +63,7 @@ def test_grad_cam_looks_at_the_map_in_front_of_the_pooling(built):
         assert tensor is model.get_layer("avgpool").input
 
 
+@pytest.mark.slow
 def test_logits_have_one_value_a_class(built, rng):
     name, _ = built
     side = SIDES[name]
@@ -145,6 +147,7 @@ def test_without_head_gives_features(pooling, rank):
     assert model.output_shape[-1] == 512
 
 
+@pytest.mark.slow
 def test_any_size_is_taken_where_sides_are_open(rng):
     for name in ("resnet18", "alexnet"):
         model = kr.create_model(name, input_shape=(None, None, 3), num_classes=3)
@@ -286,6 +289,7 @@ def test_a_seed_gives_the_same_weights_on_every_backend():
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "alexnet"])
+@pytest.mark.slow
 def test_initial_weights_spread_as_torchvisions(name, torchvision):
     state = torchvision.models.get_model(name).state_dict()
     ours = kr.to_torchvision(kr.create_model(name))

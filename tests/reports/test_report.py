@@ -254,6 +254,7 @@ def assert_harmless(path):
 
 @pytest.mark.once
 @pytest.mark.parametrize("copies", [1, 2])  # up to 12 classes a table, above a drawing
+@pytest.mark.slow
 def test_hostile_names_add_no_tag(tmp_path, copies):
     pages = []
     for kind in (PLAIN, HOSTILE):
@@ -608,6 +609,7 @@ def trained(tmp_path_factory):
     return result, said
 
 
+@pytest.mark.slow
 def test_train_leaves_a_report_with_heat_maps(trained):
     result, _ = trained
     path = result.folder / "report.html"
@@ -645,6 +647,7 @@ def test_the_heat_map_in_the_page_is_grad_cams(trained):
 
 @pytest.mark.once
 @pytest.mark.parametrize("error", [RuntimeError("no <room>\nleft"), KeyboardInterrupt()])
+@pytest.mark.slow
 def test_a_report_that_fails_fails_no_training(tmp_path, monkeypatch, capsys, error):
     def fail(*arguments, **options):
         raise error

@@ -435,6 +435,7 @@ def test_slots_have_the_strides_of_their_parameter_and_any_gradient_will_do(rng)
 
 @pytest.mark.once
 @pytest.mark.parametrize("rate", [0.1, schedules.StepSchedule(0.1, 2, 0.5)], ids=["float", "step"])
+@pytest.mark.slow
 def test_torch_compile_gives_the_same(rate, rng):
     options = {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
     start, gradients = random_arrays(rng), random_arrays(rng, 6)

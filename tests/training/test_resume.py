@@ -107,6 +107,7 @@ class At(keras.callbacks.Callback):
     [pytest.param(1, marks=pytest.mark.once), pytest.param(4, marks=pytest.mark.once), 7],
     ids=["in epoch 1", "at its end", "in epoch 2"],
 )
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights(pictures, peaceful, tmp_path, steps):
     options = {**OPTIONS, "output": tmp_path, "epochs": 3}
     stop = At(steps, lambda: signal.raise_signal(signal.SIGINT))
@@ -141,6 +142,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(pictures, pe
 
 @pytest.mark.once
 @pytest.mark.parametrize("moment", [1, 2, 3, 9, 14], ids=lambda n: f"file {n}")
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_a_file_goes_on(
     pictures, peaceful, tmp_path, monkeypatch, moment
 ):
@@ -219,6 +221,7 @@ def test_other_options_start_a_run_of_their_own_and_are_named(pictures, tmp_path
 
 
 @pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.once)])
+@pytest.mark.slow
 def test_more_epochs_extend_a_run_finished_or_not(pictures, tmp_path, stopped):
     # A constant rate does not depend on the number of epochs: the end is that of one long run.
     options = {**OPTIONS, "ema": False, "dropout": 0.0, "schedule": "constant"}
@@ -236,6 +239,7 @@ def test_more_epochs_extend_a_run_finished_or_not(pictures, tmp_path, stopped):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_an_extension_that_is_killed_goes_on_and_one_that_cannot_be_is_said(
     pictures, tmp_path, capsys, monkeypatch
 ):

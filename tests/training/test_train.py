@@ -491,6 +491,7 @@ def test_bad_options_get_one_line_and_leave_nothing(pictures, tmp_path, capsys, 
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_no_folder_and_takes_no_number(pictures, tmp_path):
     class Fails(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

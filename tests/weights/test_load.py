@@ -136,6 +136,7 @@ def pair(request, torchvision):
     return Pair(request.param, module, state, model, load_torchvision(model, state))
 
 
+@pytest.mark.slow
 def test_derived_keys_are_torchvisions_in_its_order(pair):
     theirs = [(key, tuple(tensor.shape)) for key, tensor in pair.state.items()]
     assert list(expected_keys(pair.model).items()) == theirs
@@ -226,6 +227,7 @@ def test_a_state_dict_fits_its_own_row_and_no_other():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "alexnet"])
+@pytest.mark.slow
 def test_channels_first_agrees_with_torchvision(torchvision, backend, pictures, name):
     if backend != "torch":
         pytest.skip("the other backends run no channels_first convolution on a CPU")
