@@ -73,7 +73,7 @@ class TrainResult(Shown):
         parts = [str(self.folder), f"{epochs} epoch{'' if epochs == 1 else 's'}"]
         rows = []
         for name, result in (("validation", self.evaluation), ("test", self.test)):
-            if result is not None:
+            if isinstance(result, Evaluation):  # images without labels have predictions alone
                 parts.append(f"{name} top-1 {result.top1:.2%}")
                 rows.append((name, f"{result.top1:.2%}", f"{result.loss:.4f}", f"{result.count:,}"))
         parts += ["interrupted"] if self.interrupted else []
