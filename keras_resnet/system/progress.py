@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
+LINE_SECONDS = 30.0  # between two lines about a work, where there is no terminal
+
 
 class Progress(NamedTuple):
     """How far a run over many images is.
@@ -65,7 +67,7 @@ class ProgressLine:
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self._console = Console(file=sys.stderr if stream is None else stream)
         terminal = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._every = 0.2 if terminal else 30.0
+        self._every = 0.2 if terminal else LINE_SECONDS
         self._clock, self._now, self._printed = clock, 0.0, 0.0
         self._words = _Words(table_column=Column(no_wrap=True))
         self._bar = rich.Progress(

@@ -14,10 +14,8 @@ import numpy as np
 
 from keras_resnet.errors import KerasResNetError
 from keras_resnet.system.device import devices, set_random_state
-from keras_resnet.system.progress import duration
+from keras_resnet.system.progress import LINE_SECONDS, duration
 from keras_resnet.training.loggers import Loggers
-
-_LINE_SECONDS = 30.0  # between two lines about an epoch; as ProgressLine's
 
 
 class TrainingError(KerasResNetError, ArithmeticError):
@@ -170,7 +168,7 @@ class RunCallbacks(keras.callbacks.CallbackList):
         self._look(self._lag)
         if self._heard:
             super().on_train_batch_end(batch, logs)
-        if settings.lines and time.monotonic() - self._told_at > _LINE_SECONDS:
+        if settings.lines and time.monotonic() - self._told_at > LINE_SECONDS:
             self._tell(f"step {at.step:,} of {at.steps:,}", logs)
         if at.step == at.steps:
             self._look()  # a bad epoch is not to be saved
@@ -188,7 +186,7 @@ class RunCallbacks(keras.callbacks.CallbackList):
     def on_test_batch_end(self, batch, logs=None):
         """Says how far a long validation is."""
         super().on_test_batch_end(batch, logs)
-        if self._settings.lines and time.monotonic() - self._told_at > _LINE_SECONDS:
+        if self._settings.lines and time.monotonic() - self._told_at > LINE_SECONDS:
             self._tell(f"validation, batch {batch + 1:,}", logs)
 
     def _tell(self, where: str, logs: dict[str, Any]) -> None:

@@ -205,7 +205,7 @@ def test_the_progress_bar_is_for_terminals(pictures, tmp_path, capsys, monkeypat
 def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
     pictures, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(run_callbacks, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(run_callbacks, "LINE_SECONDS", 0.0)
     options = {**TINY, "verbose": True, "epochs": 1}
     result = train(pictures, output=tmp_path, **options)
     out = capsys.readouterr().out
@@ -337,6 +337,7 @@ def test_no_test_folder_ends_a_finished_training(tmp_path, kind, monkeypatch):
     folder, said = result.folder, "\n".join(said)
     config = json.loads((folder / "config.json").read_text())
     assert config["status"] == "finished" and result.evaluation is not None
+    assert "validation top-1" in repr(result) and "validation" in result._repr_html_()
     assert not (folder / "state.npz").exists()
     if kind in ("flat", "foreign"):
         with open(folder / "test_predictions.csv", newline="") as file:
