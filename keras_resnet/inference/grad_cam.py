@@ -14,7 +14,7 @@ from keras_resnet.data.sources import Images, is_picture
 from keras_resnet.errors import InputError, did_you_mean, whole
 from keras_resnet.models.files import load_model, model_input
 from keras_resnet.models.image_model import as_functional
-from keras_resnet.models.meaning import activation_of, gives_on, meaning_of, node_of
+from keras_resnet.models.meaning import activation_of, gives_on, meaning_of, node_of, nodes_of
 from keras_resnet.system.device import in_data_format, sync
 
 _BACKEND = keras.backend.backend()
@@ -252,7 +252,7 @@ def _cut(model: keras.Model, name: str | None) -> tuple[Front, Back]:
 
 def _cut_inside(model: keras.Model, inner: keras.Model, name: str | None) -> tuple[Front, Back]:
     """The same where the feature map is inside a model that is a layer of this one."""
-    node = next(n for n in _nodes(model) if n.operation is inner)
+    node = next(n for n in nodes_of(model) if n.operation is inner)
     front, back = _cut(inner, name)
     source, behind = node.input_tensors[0], node.outputs[0]
     before = None if source is model.inputs[0] else keras.Model(model.inputs[0], source)
@@ -270,10 +270,6 @@ def _cut_inside(model: keras.Model, inner: keras.Model, name: str | None) -> tup
         return y if after is None else finish(after([x, y], training=False))
 
     return lambda x: front(to_inner(x)), to_logits
-
-
-def _nodes(model: keras.Model) -> list:
-    return [node for nodes in model._nodes_by_depth.values() for node in nodes]
 
 
 def _last_map(model: keras.Model):
@@ -305,7 +301,7 @@ def _may_have_maps(inner: keras.Model) -> bool:
 
 def _map_of(model: keras.Model, name: str):
     """The feature map that a layer makes, or the model inside that has such a layer."""
-    for node in _nodes(model):
+    for node in nodes_of(model):
         if node.operation.name == name:
             tensor = node.outputs[0]
             if node.is_input or len(node.outputs) != 1 or len(tensor.shape) != 4:

@@ -213,11 +213,15 @@ def is_of_keras(thing: Any) -> bool:
     return home in ("keras", "keras_resnet", "keras_hub") and type(thing).__name__ not in _FOREIGN
 
 
+def nodes_of(model: keras.Model) -> list[Any]:
+    """The nodes of a Functional model's graph."""
+    # `_nodes_by_depth` is Keras' own; tests/models/test_graph.py fails where it is gone.
+    return [node for nodes in model._nodes_by_depth.values() for node in nodes]
+
+
 def node_of(model: keras.Model, tensor: Any) -> Any:
     """The node of a Functional model's graph that makes a tensor."""
-    # `_nodes_by_depth` is Keras' own; tests/models/test_graph.py fails where it is gone.
-    nodes = [node for nodes in model._nodes_by_depth.values() for node in nodes]
-    return next(n for n in nodes if any(t is tensor for t in n.outputs))
+    return next(n for n in nodes_of(model) if any(t is tensor for t in n.outputs))
 
 
 def gives_on(operation: Any) -> bool:

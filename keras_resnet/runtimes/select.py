@@ -136,9 +136,11 @@ def open_runner(
         model = load_model(model)
     model = as_functional(model)
     require_finite_weights(model)
-    meaning_of(model)
     if engine == "keras":
-        return KerasRunner(model, precision)
+        runner = KerasRunner(model, precision)
+        runner.meaning()
+        return runner
+    meaning_of(model)  # before a file is written for the engine
     if engine == "auto":
         return _fastest(model, precision)
     return _through_file(model, engine, precision)
