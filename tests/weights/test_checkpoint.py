@@ -25,7 +25,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fuzz_checkpoint import samples as _samples, session, state, tar_bytes
+from fuzz_checkpoint import mutate, read, samples as _samples, state, tar_bytes
+from fuzzing import session
 
 from keras_resnet.errors import CheckpointError, NotFoundError
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
@@ -1123,10 +1124,10 @@ def test_reading_costs_the_tensors_and_touches_only_what_is_used(tmp_path, saver
 @pytest.mark.slow
 def test_damaged_files_end_in_a_result_or_our_own_error(tmp_path, shared):
     count = int(os.environ.get("KERAS_RESNET_FUZZ", "1500"))
-    outcomes, slowest, name = session(samples(shared), count, seed=7, folder=tmp_path)
-    assert outcomes["read"] > count // 20  # some damage is harmless, or nothing was tested
-    assert outcomes["refused"] > count // 3
-    assert slowest < 2, name
+    done = session(samples(shared), mutate, read, tmp_path, count=count, seed=7, seconds=2)
+    assert not done.failures, done
+    assert done.outcomes["read"] > count // 20  # some damage is harmless, or nothing was tested
+    assert done.outcomes["refused"] > count // 3
 
 
 def test_the_undamaged_samples_all_read(tmp_path, shared):
