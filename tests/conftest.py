@@ -60,6 +60,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # malloc.h; set to its defaults below
 _MAY_GROW = 0.25  # GB between two collections
 _kept = 0.0  # GB after the last one
 _peaks: list[float] = []  # GB, of each process of pytest-xdist
+_deaths: list[str] = []  # of those processes
 
 
 def _resident() -> float:
@@ -104,8 +105,11 @@ def _memory_limit(request):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
+def pytest_testnodedown(node, error):
     _peaks.append(getattr(node, "workeroutput", {}).get("peak", 0.0))
+    if error:  # pytest-xdist says that it died, not of what
+        code = node.gateway._io.popen.wait(10)
+        _deaths.append(f"{node.gateway.id} ended with code {code} (negative: that signal)")
 
 
 def pytest_sessionfinish(session):
@@ -115,7 +119,8 @@ def pytest_sessionfinish(session):
 
 def pytest_terminal_summary(terminalreporter):
     peaks = ", ".join(f"{peak:.1f} GB" for peak in _peaks or [_peak()])
-    terminalreporter.write_line(f"memory of the test processes at their peak: {peaks}")
+    for line in (f"memory of the test processes at their peak: {peaks}", *_deaths):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
