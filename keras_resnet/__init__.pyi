@@ -97,6 +97,7 @@ from .reports.report import report as report
 from .runtimes.export import ExportReport as ExportReport, export as export
 from .runtimes.runner import Runner as Runner
 from .runtimes.select import open_runner as open_runner
+from .system.device import set_tf32 as set_tf32
 from .training import ema as ema, optimizers as optimizers, schedules as schedules
 from .training.ema import ModelEMA as ModelEMA
 from .training.freeze import FreezeReport as FreezeReport, freeze as freeze

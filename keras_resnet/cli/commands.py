@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from keras_resnet.cli import files, models, predicting, training
 from keras_resnet.cli.checks import (
     cache,
@@ -47,6 +49,9 @@ _PIXELS = arg("--pixels RANGE", "what the model takes, where its layers do not t
 _ENGINE = arg("--engine NAME=keras", "keras, openvino, onnxruntime, torch; auto tries them",
               check_engine)  # fmt: skip
 
+_TF32 = arg("--tf32", "let a GPU compute float32 on 10 bits; as the backend has it by default",
+            action=argparse.BooleanOptionalAction, default=None, rare=True)  # fmt: skip
+
 COMMANDS = {
     "models": Command(models.models, "list the models", [
         arg("pattern PATTERN=*", "such as 'resnext*'", nargs="?"),
@@ -56,6 +61,7 @@ COMMANDS = {
         arg("--input-size PIXELS", "side of the input", least=1),
         arg("--num-classes N", "of its last layer; as published by default", least=1),
     ]),
+    "info": Command(models.info, "versions, device, threads and engines in use", []),
     "train": Command(training.train, "fit a model on an image folder", [
         _TRAIN_FOLDER,
         _WORKERS, _EXCLUDE, _STRICT,
@@ -74,6 +80,7 @@ COMMANDS = {
         arg("--checkpoint-steps N", "save the state so often", least=1, rare=True),
         arg("--compile", "compile the training step", rare=True),
         arg("--deterministic", "deterministic kernels only", rare=True),
+        _TF32,
         arg("--restart", "never go on from an unfinished run"),
         arg("--dry-run", "say what would happen, and stop"),
         arg("--show", "print the recipe in full, and stop"),
@@ -92,7 +99,7 @@ COMMANDS = {
         arg("directory DIR", "class folders, or test/ val/ train/", existing_folder),
         arg("--split", "which of them", choices=("test", "val", "train")),
         arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
-        _BATCH, _WORKERS, _STRICT, _ENGINE, _PIXELS,
+        _BATCH, _WORKERS, _STRICT, _ENGINE, _PIXELS, _TF32,
     ], order=model_first),
     "predict": Command(predicting.predict, "classify images", [
         _MODEL, _IMAGES, _TOP,
@@ -102,7 +109,7 @@ COMMANDS = {
         arg("--csv FILE", "write a line per image; - for stdout", written(".csv", pipe=True)),
         arg("--json FILE", "write the same as JSON; - for stdout", written(".json", pipe=True)),
         arg("--plot FILE", "draw the images with their titles", written(*_FIGURE)),
-        _BATCH, _WORKERS, _ENGINE, _PIXELS,
+        _BATCH, _WORKERS, _ENGINE, _PIXELS, _TF32,
     ], order=model_first),
     "explain": Command(predicting.explain, "draw where a model looked, by Grad-CAM", [
         _KERAS_MODEL, _IMAGES,

@@ -55,7 +55,12 @@ def _run(command: Command, parser: argparse.ArgumentParser, **arguments) -> int:
         if argument.check is not None and value is not None:
             for one in value if isinstance(value, list) else [value]:
                 argument.check(one)
+    tf32 = arguments.pop("tf32", None)
     if command.keras:
         choose_backend()
         tune_process()
+    if tf32 is not None:
+        from keras_resnet.system.device import set_tf32
+
+        set_tf32(tf32)
     return command.run(**arguments) or 0

@@ -1,4 +1,4 @@
-"""`models` and `summary`."""
+"""`models`, `summary` and `info`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import keras_resnet as kr
 from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.runtimes.rows import FORMATS
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.keras_files import find_keras_file
 from keras_resnet.weights.matching import multiply_adds, parameter_count
@@ -39,3 +40,14 @@ def summary(model: str, input_size: int | None, num_classes: int | None) -> None
         shape = image_shape(side, side, 3)
         made = kr.create_model(model, input_shape=shape, num_classes=num_classes)
     print(kr.summary(made, input_size))
+
+
+def info() -> None:
+    """Prints what is in use, line by line: for a look, and to go into a report of a bug."""
+    from keras_resnet.system.device import environment, installed_version
+
+    found = {row.module: installed_version(row.module) for row in FORMATS.values()}
+    there = [f"{module} {version}" for module, version in found.items() if version]
+    facts = {**environment(), "engines": ", ".join(["keras", *there])}
+    for name, value in facts.items():
+        print(f"{name:<13} {value}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import secrets
 import tempfile
@@ -27,6 +26,7 @@ from keras_resnet.runtimes.runner import (
     require_finite_weights,
 )
 from keras_resnet.runtimes.select import open_file, runtime_of
+from keras_resnet.system.device import exact_float32, installed_version
 from keras_resnet.system.files import printable
 
 # Images that a file is compared on.
@@ -104,6 +104,7 @@ class ExportReport:
         return "\n".join(lines)
 
 
+@exact_float32()
 def export(
     model: keras.Model | str | os.PathLike,
     path: str | os.PathLike,
@@ -197,7 +198,7 @@ def export(
             batch_size=batch_size,
             runtime=None
             if runner is None
-            else f"{runner.runtime} {_version(rows.FORMATS[name].module)}",
+            else f"{runner.runtime} {installed_version(rows.FORMATS[name].module)}",
             pictures=shown,
             comparisons=comparisons,
             tolerance=tolerance,
@@ -233,15 +234,6 @@ def _as_written(model: keras.Model, notes: list[str]) -> keras.Model:
         policies = " and ".join(sorted({layer.dtype_policy.name for layer in model.layers}))
         notes.append(f"The model computes in {policies}; file and comparison are in float32.")
     return plain
-
-
-def _version(module: str) -> str:
-    for name in (module, module.replace("_", "-"), f"{module}-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "?"
 
 
 def _publish(staged: Path, target: Path) -> None:

@@ -3,51 +3,96 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
+from keras_resnet.system.process import BACKENDS, available_cores
+
 
 def devices() -> list[str]:
-    """The devices that the backend computes on, for people.
+    """The devices that compute, for people: where the backend puts what Keras makes.
 
     Examples:
-        >>> len(devices()) >= 1
-        True
+        >>> len(devices())
+        1
     """
-    backend = keras.backend.backend()
+    backend, made = keras.backend.backend(), keras.ops.zeros(())
     if backend == "torch":
         import torch
 
-        if torch.cuda.is_available():
-            return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        # What Keras picks by itself where there is no CUDA.
-        return ["mps" if torch.backends.mps.is_available() else "cpu"]
+        place = made.device
+        return [torch.cuda.get_device_name(place) if place.type == "cuda" else place.type]
     if backend == "tensorflow":
         import tensorflow as tf
 
-        found = tf.config.list_logical_devices("GPU")
-        return [device.name for device in found] or ["cpu"]
-    import jax
+        kind, index = made.device.split(":")[-2:]  # of /job:localhost/.../device:GPU:0
+        if kind == "CPU":
+            return ["cpu"]
+        found = tf.config.list_physical_devices(kind)[int(index)]
+        return [tf.config.experimental.get_device_details(found).get("device_name", made.device)]
+    return [str(device.device_kind) for device in made.devices()]
 
-    return [str(device.device_kind) for device in jax.devices()]
+
+def installed_version(module: str) -> str | None:
+    """Version of the installed package that a module comes from; `None` where there is none.
+
+    Examples:
+        >>> installed_version("keras") == keras.__version__
+        True
+    """
+    for name in (module, f"{module}-cpu", f"{module}-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def backend_version() -> str:
     """Version of the backend's package; `"?"` where it is not known."""
-    backend = keras.backend.backend()
-    for name in (backend, f"{backend}-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return "?"
+    return installed_version(keras.backend.backend()) or "?"
 
 
 def package_version() -> str:
     """This package's version as installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("keras3-resnet")
-    return "unknown"
+    return installed_version("keras3-resnet") or "unknown"
+
+
+def environment() -> dict[str, str]:
+    """What computes here, a line a thing, for people: what a report of a bug needs to say."""
+    backend = keras.backend.backend()
+    others = [name for name in BACKENDS if name != backend and installed_version(name)]
+    facts = {
+        "keras_resnet": f"{package_version()}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}",
+        "backend": backend_line(),
+        "also there": ", ".join(f"{name} {installed_version(name)}" for name in others) or "none",
+        "data format": f"{keras.config.image_data_format()}, {keras.config.dtype_policy().name}",
+        "cores": f"{available_cores()} of {os.cpu_count()} to be used",
+        "TF32": f"{'allowed' if tf32_allowed() else 'not allowed'} (GPUs alone have it)",
+        "driver": "no NVIDIA driver",
+    }
+    with contextlib.suppress(OSError):
+        facts["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    cuda = cudnn = None
+    if backend == "torch":
+        import torch
+
+        cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        built = tf.sysconfig.get_build_info()
+        cuda, cudnn = built.get("cuda_version"), built.get("cudnn_version")
+    if cuda:
+        facts["CUDA"] = f"{cuda}, cuDNN {cudnn}"
+    return facts
 
 
 def backend_line() -> str:
@@ -82,16 +127,113 @@ def image_shape(height: int | None, width: int | None, channels: int) -> tuple[i
 
 
 def make_deterministic() -> None:
-    """Asks the backend for deterministic kernels, where it has a choice."""
+    """Asks the backend for deterministic kernels; torch names an operation that has none."""
     backend = keras.backend.backend()
     if backend == "torch":
         import torch
 
+        # cuBLAS reads it at its first product; without it torch warns at every one.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     elif backend == "tensorflow":
         import tensorflow as tf
 
         tf.config.experimental.enable_op_determinism()
+
+
+# --- TF32 ----------------------------------------------------------------------------------------
+
+
+def tf32_allowed() -> bool:
+    """Whether a GPU may compute float32 convolutions on 10 of the 23 bits, as it does by default.
+
+    Examples:
+        >>> with exact_float32():
+        ...     tf32_allowed()
+        False
+    """
+    read, _, _, using = _tf32_switches()[-1]
+    return read() in (using, None)
+
+
+def set_tf32(on: bool) -> None:
+    """Lets the backend's GPU kernels use TF32, or not: faster, with errors of some 1e-3.
+
+    The backend's own switches are set, for the whole process; a CPU computes the same either way.
+    Without this call they stand as torch (convolutions yes, products no), TensorFlow (yes) and jax
+    (yes) have them. `train` writes the state into `config.json`, and every numerical proof
+    (`verify`, `convert`, `export`) runs without TF32 whatever is set here.
+
+    Args:
+        on: Whether TF32 is allowed.
+    """
+    for _, write, without, using in _tf32_switches():
+        if using != _LEFT_ALONE:
+            write(using if on else without)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 as it is written, for whatever compares numbers; what was set is put back."""
+    switches = _tf32_switches()
+    before = [read() for read, *_ in switches]
+    try:
+        for _, write, without, _ in switches:
+            write(without)
+        yield
+    finally:
+        for (_, write, *_), value in zip(switches, before, strict=True):
+            if value != _LEFT_ALONE:
+                write(value)
+
+
+_LEFT_ALONE = "left alone"
+
+
+def _tf32_switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any, Any]]:
+    """How each switch is read and set, and its values without TF32 and with it.
+
+    The last one is that of convolutions.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        from tensorflow.config import experimental
+
+        read = experimental.tensor_float_32_execution_enabled
+        return [(read, experimental.enable_tensor_float_32_execution, False, True)]
+    if backend == "jax":
+        import jax
+
+        name = "jax_default_matmul_precision"
+        write = functools.partial(jax.config.update, name)
+        return [(lambda: getattr(jax.config, name), write, "highest", "tensorfloat32")]
+    import torch
+
+    def legacy(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except RuntimeError:  # somebody set the newer names alone, which then count
+            return _LEFT_ALONE
+
+    cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision
+    found = [
+        (functools.partial(legacy, matmul), torch.set_float32_matmul_precision, "highest", "high"),
+        (
+            functools.partial(legacy, lambda: cudnn.allow_tf32),
+            functools.partial(setattr, cudnn, "allow_tf32"),
+            False,
+            True,
+        ),
+    ]
+    # torch 2.9 has newer names beside them, and its compiler fails where these alone are set.
+    if hasattr(cudnn, "conv"):
+        cpu = torch.backends.mkldnn  # bfloat16, where somebody asked for it
+        owners = {cpu.conv: _LEFT_ALONE, cpu.rnn: _LEFT_ALONE, cpu.matmul: _LEFT_ALONE}
+        owners |= {cudnn.rnn: "tf32", torch.backends.cuda.matmul: "tf32", cudnn.conv: "tf32"}
+        for owner, using in owners.items():
+            read = functools.partial(getattr, owner, "fp32_precision")
+            found.append((read, functools.partial(setattr, owner, "fp32_precision"), "ieee", using))
+    return found
 
 
 class Sender:
@@ -106,7 +248,7 @@ class Sender:
         if keras.backend.backend() == "torch":
             import torch
 
-            if torch.cuda.is_available():
+            if keras.ops.zeros(()).device.type == "cuda":  # KERAS_TORCH_DEVICE may say another
                 self._stream = torch.cuda.Stream()
 
     def __call__(self, batch: tuple) -> tuple:

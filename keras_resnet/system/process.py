@@ -126,9 +126,10 @@ def choose_backend(known: Sequence[str] = BACKENDS) -> None:
 
     Where nothing chooses, or a keras.json names a backend that is not there (Keras writes one by
     itself, with its own default in it), and one backend alone is installed, it is that one.
-    TensorFlow's native log lines are turned off but for errors; all of them where it is not the
-    backend. What the environment says already stays. Called before Keras is imported: by the
-    command line, and by `import keras` itself (see `_registration`).
+    TensorFlow's native log lines are turned off but for errors, and all of them where it is not
+    the backend; it takes a GPU's memory as it needs it. What the environment says already stays.
+    Called before Keras is imported: by the command line, and by `import keras` itself (see
+    `_registration`).
 
     Args:
         known: The backends that may be chosen.
@@ -145,6 +146,8 @@ def choose_backend(known: Sequence[str] = BACKENDS) -> None:
             os.environ["KERAS_BACKEND"] = chosen = installed[0]
     quiet = "2" if (chosen or "tensorflow") == "tensorflow" else "3"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", quiet)
+    # TensorFlow otherwise takes the whole GPU at its first operation.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     if chosen is None and "tensorflow" in installed:
         return  # Keras' own default
     if chosen in installed or (chosen in known and chosen not in BACKENDS):

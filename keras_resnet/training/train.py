@@ -31,6 +31,7 @@ from keras_resnet.system.device import (
     devices,
     make_deterministic,
     package_version,
+    tf32_allowed,
 )
 from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.process import tune_process
@@ -328,6 +329,7 @@ def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
         "preprocess": data.preprocess.get_config(),
         "augment": None if data.train.augment is None else data.train.augment.get_config(),
         "devices": devices(),
+        "tf32": tf32_allowed(),
         "versions": {
             "keras_resnet": package_version(),
             "keras": keras.__version__,

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_resnet.errors import InputError
+from keras_resnet.system.device import exact_float32
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import reference
 from keras_resnet.weights.mapping import (
@@ -150,6 +151,7 @@ def verify(
     )
 
 
+@exact_float32()
 def verify_source(
     model, found: Source, *, head: bool, image_size=None, images=None, tolerance=1e-4
 ) -> VerifyReport:

@@ -113,7 +113,7 @@ def test_config_names_arguments_versions_backend_and_data(finished, backend):
     assert config["versions"]["keras"] == keras.__version__ and backend in config["versions"]
     assert config["model"]["parameters"] == 269267  # He et al. 4.2's resnet20 with three classes
     assert config["preprocess"]["mean"] == [0.485, 0.456, 0.406]
-    assert config["devices"]
+    assert config["devices"] == ["cpu"] and config["tf32"] is True
 
 
 def test_history_is_one_row_an_epoch(finished):
