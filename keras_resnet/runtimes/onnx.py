@@ -15,10 +15,11 @@ from keras_resnet.layers.conv import Conv2D
 from keras_resnet.runtimes.formats import INPUT, METADATA, to_json
 from keras_resnet.runtimes.runner import FileRunner, sizes
 from keras_resnet.runtimes.writing import all_layers, clone
+from keras_resnet.system.device import tf32_allowed
 
 
 class Runner(FileRunner):
-    """ONNX Runtime on an `.onnx` file."""
+    """ONNX Runtime on an `.onnx` file, on a GPU where its package for one is installed."""
 
     runtime = "onnxruntime"
     fixes_batch = True  # Keras takes another exporter for fixed sizes
@@ -31,9 +32,17 @@ class Runner(FileRunner):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        gpu = {"CUDAExecutionProvider": {"use_tf32": str(int(tf32_allowed()))}}
+        gpu["ROCMExecutionProvider"] = gpu["MIGraphXExecutionProvider"] = {}
+        installed = onnxruntime.get_available_providers()
+        providers = [(name, how) for name, how in gpu.items() if name in installed]
         self._session = onnxruntime.InferenceSession(
-            os.fspath(path), options, providers=["CPUExecutionProvider"]
+            os.fspath(path), options, providers=[*providers, "CPUExecutionProvider"]
         )
+        # It falls back to the CPU where a driver or a library is missing.
+        running = self._session.get_providers()[0].removesuffix("ExecutionProvider")
+        if running != "CPU":
+            self.name += f" on {running}"
         given, output = self._session.get_inputs()[0], self._session.get_outputs()[0]
         self._input = given.name
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA)

@@ -32,12 +32,13 @@ class Runner(FileRunner):
         model = core.read_model(path)
         hints = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
         # Left alone, it computes in bfloat16 where the processor can.
-        options = {
-            "INFERENCE_PRECISION_HINT": hints[precision],
-            "INFERENCE_NUM_THREADS": str(threads),
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        self._model = core.compile_model(model, "CPU", options)
+        options = {"INFERENCE_PRECISION_HINT": hints[precision], "PERFORMANCE_HINT": "LATENCY"}
+        gpu = next((name for name in core.available_devices if name.startswith("GPU")), None)
+        if gpu is None:
+            options["INFERENCE_NUM_THREADS"] = str(threads)
+        else:
+            self.name += f" on {core.get_property(gpu, 'FULL_DEVICE_NAME')}"
+        self._model = core.compile_model(model, gpu or "CPU", options)
         self._request = self._model.create_infer_request()
         text = None
         for keys in ([METADATA], ["framework", METADATA]):  # .xml, .onnx

@@ -18,9 +18,14 @@ class Runner(FileRunner):
 
     def _open(self, path, precision, threads):
         import torch
+        from torch.export.passes import move_to_device_pass
 
         about = {METADATA_FILE: ""}
         program = torch.export.load(path, extra_files=about)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self._device != "cpu":  # what `finish` leaves
+            program = move_to_device_pass(program, self._device)
+            self.name += f" on {torch.cuda.get_device_name()}"
         self._module = program.module()
         nodes = {node.name: node for node in program.graph.nodes}
         names = program.graph_signature.user_inputs[0], program.graph_signature.user_outputs[0]
@@ -34,15 +39,17 @@ class Runner(FileRunner):
         import torch
 
         with torch.inference_mode():
-            return self._module(torch.from_numpy(images)).numpy()
+            return self._module(torch.from_numpy(images).to(self._device)).cpu().numpy()
 
     @staticmethod
     def finish(path: Path, description: dict[str, Any]) -> None:
-        """Drops what is stored twice, and writes the description."""
+        """Moves it to the CPU, drops what is stored twice, and writes the description."""
         import torch
         from torch.export.graph_signature import InputKind
+        from torch.export.passes import move_to_device_pass
 
-        program = torch.export.load(path)
+        # Where a GPU made it, its constants and the devices in its graph are that GPU's.
+        program = move_to_device_pass(torch.export.load(path), "cpu")
         # Keras' variables come twice: as constants, which the graph uses, and as the parameters of
         # the module, which it does not. Without those the file has half the size.
         nodes, inputs = {node.name: node for node in program.graph.nodes}, program.graph_signature

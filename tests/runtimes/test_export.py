@@ -25,6 +25,7 @@ from keras_resnet.runtimes.export import export
 from keras_resnet.runtimes.rows import FORMATS
 from keras_resnet.runtimes.runner import KerasRunner, relative_difference
 from keras_resnet.runtimes.select import open_file, open_runner
+from keras_resnet.system.device import exact_float32
 
 # Nothing in them may break XML, JSON or a zip archive.
 NAMES = ["ant", "<script>&amp;", "q\"uo'te", "new\nline", "\u202ertl", "é]]>\x07"]
@@ -253,6 +254,69 @@ def test_engines_take_a_model_and_auto_measures(model, pictures):
     assert f"keras/{BACKEND}" in tried and best.name == min(tried, key=tried.get)
     assert best.name in str(best) and " ms" in str(best)
     assert relative_difference(best.outputs(images), expected) < 1e-4
+
+
+@pytest.mark.once
+def test_auto_survives_an_engine_that_fails_and_says_why(model, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("libcublas.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(select, "_through_file", broken)
+    best = open_runner(model, "auto")
+    assert best.name == "keras/torch"
+    failed = {trial.name: trial.reason for trial in best.trials if trial.seconds is None}
+    assert set(failed) == {"openvino", "onnxruntime", "torch"}
+    assert set(failed.values()) == {"libcublas.so.12: cannot open shared object file"}
+    monkeypatch.setattr(select, "KerasRunner", broken)
+    with pytest.raises(InputError, match=r"keras: libcublas.*; openvino: libcublas"):
+        open_runner(model, "auto")
+
+
+@pytest.mark.once
+def test_a_gpu_of_onnxruntime_or_openvino_is_used_and_named(model, tmp_path, monkeypatch):
+    """Stood in for by the CPU, which gets what is meant for a GPU."""
+    ort, ov = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
+    pytest.importorskip("onnx")
+    path, asked = target(tmp_path, "onnx"), []
+    formats.write(model, path, "onnx")
+
+    class Session(ort.InferenceSession):
+        def __init__(self, path, options, providers):
+            asked.append(providers)
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    class Core(ov.Core):
+        available_devices = ("CPU", "GPU.0")
+
+        def get_property(self, device, name):
+            return f"Card of {device}"
+
+        def compile_model(self, model, device, options):
+            asked.append((device, sorted(options)))
+            return super().compile_model(model, "CPU", options)
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    here = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: here)
+    monkeypatch.setattr(ov, "Core", Core)
+    images = formats.sample_input(model, 2)
+    expected = KerasRunner(model).outputs(images)
+    for engine, name in (
+        ("auto", "onnxruntime on CUDA"),
+        ("openvino", "openvino on Card of GPU.0"),
+    ):
+        runner = open_file(path, engine)
+        assert runner.name == name
+        assert relative_difference(runner.outputs(images), expected) < 1e-4
+    with exact_float32():
+        open_file(path)
+    (cuda, cpu), gpu, ((_, exact), _) = asked
+    assert cuda == ("CUDAExecutionProvider", {"use_tf32": "1"}) and cpu == "CPUExecutionProvider"
+    assert gpu == ("GPU.0", ["INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT"])
+    assert exact == {"use_tf32": "0"}
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch can write for every engine")
