@@ -13,7 +13,7 @@ from keras_resnet.cli.commands import COMMANDS
 from keras_resnet.cli.parser import Command, make_parser
 from keras_resnet.errors import KerasResNetError
 from keras_resnet.system.files import printable
-from keras_resnet.system.process import choose_backend, tune_process
+from keras_resnet.system.process import choose_backend, import_keras, tune_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +59,7 @@ def _run(command: Command, parser: argparse.ArgumentParser, **arguments) -> int:
     if command.keras:
         choose_backend()
         tune_process()
+        import_keras()
     if tf32 is not None:
         from keras_resnet.system.device import set_tf32
 

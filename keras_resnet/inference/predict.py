@@ -22,7 +22,6 @@ from typing import Any, overload
 import keras
 import numpy as np
 
-from keras_resnet import plots
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images, Sources
 from keras_resnet.data.walk import unread_line
@@ -467,6 +466,8 @@ def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike)
         if not readable:
             raise DataError("There is no readable image to draw.")
         titles = [f"{p.classes[0][0]} {p.classes[0][1]:.1%}" for p in readable]
+        from keras_resnet import plots  # matplotlib takes half a second
+
         plots.picture_grid(np.stack([square.pixels(p.path) for p in readable]), titles, path)
     else:
         raise InputError(

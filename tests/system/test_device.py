@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 
 import keras
@@ -166,3 +168,20 @@ def test_info_says_what_a_report_of_a_bug_needs(capsys):
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert lines["backend"] == device.backend_line()
     assert lines["TF32"].startswith("allowed") and lines["engines"].startswith("keras")
+
+
+def test_a_command_imports_no_more_with_keras_than_it_needs():
+    others = "{'cv2', 'IPython', 'jax', 'matplotlib', 'pandas', 'sklearn', 'tensorflow', 'torch'}"
+    program = (
+        "import sys; from keras_resnet.cli.main import main; "
+        "main(['summary', 'resnet_tiny']); import keras; keras.utils.set_random_seed(0); "
+        f"print(sorted({others} & {{*sys.modules}})); import pandas; print(pandas.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    *_, found, there = done.stdout.splitlines()
+    # Keras' seed on jax is one for TensorFlow too.
+    backend = keras.backend.backend()
+    assert found == str(["jax", "tensorflow"] if backend == "jax" else [backend])
+    assert there == "pandas"  # and is not hidden any more
