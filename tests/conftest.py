@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import collections
 import ctypes
 import gc
 import importlib.util
 import os
 import pathlib
 import platform
+import random
 import resource
+import sys
 
 # Before keras is imported anywhere: the tests name their backend, torch unless told otherwise.
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -26,6 +29,12 @@ from keras_resnet.system.process import import_keras
 import_keras()
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Files with few tests that take minutes: they train, or start processes.
+LONGEST = (
+    *("test_docs.py", "test_resume.py", "test_examples.py", "test_training_parity.py"),
+    *("test_notebook.py", "test_cross_backend.py", "test_architecture.py", "test_to_stock.py"),
+    *("test_benchmarks.py", "test_export.py", "test_train.py", "test_report.py"),
+)
 
 
 def pytest_addoption(parser):
@@ -56,6 +65,16 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(once)
         if "long" in item.keywords and not os.environ.get("KERAS_RESNET_LONG"):
             item.add_marker(long)
+    # Files in the order in which `--no-loadscope-reorder` hands them out: pytest-xdist's own, most
+    # tests first, leaves one process with all of the long ones at the end.
+    counts = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, -counts[item.path]))
+
+
+def pytest_collection_finish(session):
+    """What was imported stays to the end: to look at it in each collection takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 # A model is a cycle of references: it stays until Python gets round to collecting it, and the C
@@ -108,6 +127,26 @@ def _memory_limit(request):
     yield
     if limit and before <= limit < _peak():
         pytest.fail(f"The test process took {_peak():.2f} GB; --memory-limit is {limit} GB.")
+
+
+def _seed(number):
+    """Keras takes its layers' seeds from `random`; its own `set_random_seed` imports TensorFlow."""
+    random.seed(number)
+    np.random.seed(number)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(number)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeded_module():
+    """Weights of the models that a file's tests share do not depend on the files before it."""
+    _seed(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(_seeded_module):
+    """Weights that a test draws are the same in each run, alone or after others."""
+    _seed(0)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,6 +11,11 @@ how=${1:-all}
 # Two test processes share the cores; threads inside each would fight over them.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2
 export MPLBACKEND=Agg
+# Programs that jax has compiled once are there for the other tests, processes and runs. They hold
+# this processor's instructions.
+flags=$(grep -m 1 '^flags' /proc/cpuinfo 2>/dev/null | cksum | cut -d ' ' -f 1)
+export JAX_COMPILATION_CACHE_DIR="$PWD/.pytest_cache/jax-$flags"
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 workers=$(( cores < 2 ? 1 : cores > 4 ? 4 : cores ))
 
@@ -20,7 +25,7 @@ tests_on() { # BACKEND [options of pytest]
     shift
     # No second life for a process that dies: pytest-xdist waits for ever for the rest of its file.
     KERAS_BACKEND=$backend "$BIN/python" -m pytest -q -n "$workers" --dist loadfile \
-        --max-worker-restart 0 --memory-limit 4 tests "$@"
+        --no-loadscope-reorder --max-worker-restart 0 --memory-limit "$memory" tests "$@"
 }
 
 echo "== ruff"
@@ -30,6 +35,7 @@ echo "== ruff"
 echo "== mypy"
 "$BIN/mypy"
 
+memory=3  # GB of a test process
 if [ "$how" = quick ]; then
     # Rooms whose tests train, export or draw are left to `make test`.
     tests_on torch -m "not slow" --ignore tests/training --ignore tests/runtimes \
@@ -38,6 +44,7 @@ if [ "$how" = quick ]; then
 fi
 if [ "$how" = long ]; then
     export KERAS_RESNET_LONG=1 KERAS_RESNET_KILLS=30
+    memory=5
 fi
 
 for backend in ${ONLY:-torch tensorflow jax}; do

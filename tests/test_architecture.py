@@ -1,6 +1,7 @@
 """The house stays in order: imports point one way, and each library has its room."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ FOLDERS = (
 )  # fmt: skip
 
 
+@functools.cache
 def imports(path):
     """Names of the modules that a file imports, inside functions too."""
     found = set()
@@ -199,6 +201,7 @@ def test_any_public_name_and_any_module_may_be_a_programs_first_word(backend):
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
 
 
+@once
 @pytest.mark.slow
 def test_the_builders_may_be_the_first_word_of_a_fresh_process(backend):
     code = "import keras_resnet as kr; print(kr.conv_block.__name__)"

@@ -73,7 +73,7 @@ def test_fit_has_a_native_loop_beside_it(tmp_path):
     assert contenders(path) == [["native torch", "ours"]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gpu_runs_on_a_processor_too(tmp_path):
     path = tmp_path / "gpu.json"
     arguments = "--device", "cpu", "--batch", "2", "--what", "train", "--modes", "eager"

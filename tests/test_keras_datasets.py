@@ -24,7 +24,9 @@ def test_kerass_own_loader_feeds_a_model_that_preprocesses(folder, backend):
     dataset = keras.utils.image_dataset_from_directory(
         folder, image_size=(32, 32), batch_size=4, seed=0, verbose=False
     )
-    model = kr.ResNet20(num_classes=2, include_preprocessing=True)
+    model = kr.create_model(
+        "resnet_tiny", input_shape=(32, 32, 3), num_classes=2, include_preprocessing=True
+    )
     model.compile(
         kr.optimizers.SGD(0.05, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -39,7 +41,12 @@ def test_our_loader_feeds_fit_evaluate_and_predict(folder):
     train, val = kr.image_dataset_from_directory(
         folder, image_size=(32, 32), batch_size=4, validation_split=0.34, subset="both", seed=0
     )
-    model = kr.ResNet20(num_classes=len(train.class_names), include_preprocessing=True)
+    model = kr.create_model(
+        "resnet_tiny",
+        input_shape=(32, 32, 3),
+        num_classes=len(train.class_names),
+        include_preprocessing=True,
+    )
     model.compile(
         "sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"]
     )

@@ -91,6 +91,7 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_help_models_scan_and_inspect_import_no_keras(world):
     lines = [
         [],

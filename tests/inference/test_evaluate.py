@@ -44,7 +44,7 @@ def pictures(tmp_path_factory):
 def build(raw=True, softmax=False):
     keras.utils.set_random_seed(3)
     model = create_model(
-        "resnet20",
+        "resnet_tiny",
         num_classes=7,
         input_shape=(16, 16, 3),
         include_preprocessing=raw,

@@ -197,7 +197,7 @@ def test_the_last_map_of_every_row_is_found(name, backend):
 
 def small_model(**options):
     keras.utils.set_random_seed(3)
-    model = kr.create_model("resnet20", num_classes=4, input_shape=(32, 32, 3), **options)
+    model = kr.create_model("resnet_tiny", num_classes=4, input_shape=(32, 32, 3), **options)
     rng = np.random.default_rng(5)
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -258,7 +258,7 @@ def test_models_may_be_nested(pixels):
 
     assert found <= allowed(1e-4, found, again, inner, difference)
 
-    backbone = kr.create_model("resnet20", include_top=False, input_shape=(32, 32, 3))
+    backbone = kr.create_model("resnet_tiny", include_top=False, input_shape=(32, 32, 3))
     head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]
     new = keras.Sequential([keras.Input((32, 32, 3)), backbone, *head])
     assert kr.grad_cam(new, pixels / 255, 1).shape == (3, 32, 32)
@@ -333,8 +333,8 @@ def test_nothing_that_speaks_for_a_class_is_zero_and_no_warning(pixels, recwarn)
         ({"class_index": -1}, "from 0 to 3"),
         ({"class_index": [0, 1]}, r"one an image \(3\)"),
         ({"class_index": "cat"}, "whole number"),
-        ({"layer": "layer3_2_bn3"}, "no layer 'layer3_2_bn3'. Did you mean 'layer3_2_bn2'"),
-        ({"layer": "linear"}, "'linear' makes no feature map"),
+        ({"layer": "layer2_0_bn3"}, "no layer 'layer2_0_bn3'. Did you mean 'layer2_0_bn2'"),
+        ({"layer": "fc"}, "'fc' makes no feature map"),
         ({"batch_size": 0}, "at least 1"),
     ],
 )

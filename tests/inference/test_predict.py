@@ -175,7 +175,8 @@ def test_memory_stays_flat(tmp_path):
     save_noise(tmp_path / "pictures", count, size=32)
     for i in range(0, count, 50):
         (tmp_path / "pictures" / f"{i:06}.png").write_bytes(b"broken")
-    model = create_model("resnet20", input_shape=(32, 32, 3), include_preprocessing=True)
+    name = "resnet20" if LONG else "resnet_tiny"
+    model = create_model(name, input_shape=(32, 32, 3), include_preprocessing=True)
     model.info["preprocess"] = Preprocess((32, 32), None).get_config()
     seen = {}
 
@@ -458,7 +459,7 @@ def test_kill_9_at_random_moments(folder, tmp_path, whole, suffix):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     model = create_model(
-        "resnet20", num_classes=3, input_shape=(16, 16, 3), include_preprocessing=True
+        "resnet_tiny", num_classes=3, input_shape=(16, 16, 3), include_preprocessing=True
     )
     model.info["class_names"] = ["<b>", "=1+1", "c"]
     model.info["preprocess"] = Preprocess((16, 16), None).get_config()

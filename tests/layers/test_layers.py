@@ -842,6 +842,7 @@ def test_a_layer_keeps_its_own_policy_inside_a_model_of_another(outer, inner, rn
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras exports jax models through tensorflow")
+@pytest.mark.slow
 def test_an_exported_model_answers_alike(tmp_path, rng):
     model, x = small_graph(sides=(33, 40)), pictures(rng, batch=1)  # Keras fixes torch's batch
     model(pictures(rng, batch=4), training=True)

@@ -34,6 +34,7 @@ VARIANTS = {
     "alexnet": 96,
     "alexnet_cifar10": 32,
 }
+QUICK = ("resnet18", "resnet20", "alexnet_cifar10")
 
 
 class DirectModel(DirectGraph, keras.Model):
@@ -93,7 +94,9 @@ def lists_run(monkeypatch):
 
 @torch_only
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "plain"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in VARIANTS]
+)
 def test_inference_folds_and_agrees_with_keras(name, onednn, lists_run, monkeypatch, rng):
     if not onednn:
         monkeypatch.setattr(graph, "_has_onednn", lambda x: False)

@@ -12,7 +12,8 @@ import keras_resnet as kr
 from keras_resnet.errors import InputError
 from keras_resnet.inference import grad_cam as explain
 from keras_resnet.variants import SPECS, conv_output_size
-from keras_resnet.weights.matching import multiply_adds, parameter_count
+from keras_resnet.weights.mapping import expected_keys
+from keras_resnet.weights.matching import multiply_adds, parameter_count, spec_shapes
 
 REGISTRY = json.loads(
     (pathlib.Path(kr.__file__).parent / "weights/torchvision.json").read_text(encoding="utf-8")
@@ -32,7 +33,8 @@ KINDS = {
     *("resnet18", "resnet50", "resnext50_32x4d", "resnet50_v1", "resnet50_v1_relu", "resnet20"),
     *("resnet34_cifar10", "resnet50d", "alexnet", "alexnet_paper", "alexnet_cifar10"),
 }
-ROWS = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.once) for name in SPECS]
+QUICK = ("resnet18", "resnet20", "resnet50", "resnet34_cifar10", "alexnet_cifar10")
+ROWS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SPECS]
 
 
 @pytest.fixture(scope="module", params=ROWS)
@@ -42,10 +44,12 @@ def built(request):
     return request.param, kr.create_model(request.param)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_parameters_and_flops_are_the_tables_and_the_published_ones(built):
     name, model = built
     spec = SPECS[name]
+    assert list(expected_keys(model).items()) == list(spec_shapes(spec).items())
     assert model.output_shape == (None, spec.num_classes)
     assert trainable(model) == parameter_count(spec)
     assert kr.count_flops(model) == multiply_adds(spec)
@@ -54,6 +58,7 @@ def test_parameters_and_flops_are_the_tables_and_the_published_ones(built):
         assert kr.count_flops(model) / 1e9 == pytest.approx(PUBLISHED[name]["gflops"], abs=6e-4)
 
 
+@pytest.mark.once
 def test_grad_cam_looks_at_the_map_in_front_of_the_pooling(built):
     name, model = built
     tensor = explain._last_map(model)
@@ -64,8 +69,10 @@ def test_grad_cam_looks_at_the_map_in_front_of_the_pooling(built):
 
 
 @pytest.mark.slow
-def test_logits_have_one_value_a_class(built, rng):
-    name, _ = built
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in KINDS else pytest.mark.long) for n in SPECS]
+)
+def test_logits_have_one_value_a_class(name, rng):
     side = SIDES[name]
     if name in ("alexnet_paper", "alexnet_cifar10"):
         side = SPECS[name].input_size  # flattened: the size is fixed

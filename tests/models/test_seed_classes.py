@@ -188,7 +188,6 @@ def bottlenecks(block=Bottleneck, **options):
     return ResNet(block, (3, 4, 6, 3), 5, **options)
 
 
-slow = [pytest.mark.slow, pytest.mark.once]
 CASES = {
     # name: (class, variant, classes, picture size)
     "alexnet paper": (lambda: PaperAlexNet(5), "alexnet_paper", 5, 224),
@@ -205,8 +204,8 @@ CASES = {
         "resnet50_v1_relu", 5, 224,
     ),
 }  # fmt: skip
-SLOW = ("alexnet paper", "copy of resnet50", "copy of resnext50")
-PARAMS = [pytest.param(name, marks=slow if name in SLOW else ()) for name in CASES]
+ONCE = ("alexnet paper", "copy of resnet34", "copy of resnet50", "copy of resnext50")
+PARAMS = [pytest.param(name, marks=pytest.mark.once if name in ONCE else ()) for name in CASES]
 
 
 def after_training(module: nn.Module) -> nn.Module:
@@ -251,6 +250,7 @@ def test_a_saved_tutorial_class_imports_and_answers_the_same(tmp_path, rng, name
     )
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_headless_copy_imports_into_a_headless_model(rng):
     module = after_training(resnet34(head=False))
@@ -260,6 +260,7 @@ def test_a_headless_copy_imports_into_a_headless_model(rng):
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_five_classes_over_a_thousand_the_two_ways():
     """Load all, then swap the last layer; or delete the last layer's entries, then load."""

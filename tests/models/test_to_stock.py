@@ -39,6 +39,8 @@ def with_random_state(model, seed=0):
 
 
 def answer(model, x):
+    if JAX:  # compiles a whole network faster than its operations
+        return np.asarray(model.predict_on_batch(x), "float32")
     return ops.convert_to_numpy(ops.cast(model(x, training=False), "float32"))
 
 
@@ -52,8 +54,8 @@ def pictures(shape, batch=2):
 
 @pytest.fixture(params=VARIANTS)
 def pair(request, backend):
-    if backend != "torch" and request.param not in ("resnet18", "resnet20"):
-        pytest.skip("every kind of block is rebuilt under torch; two of them elsewhere")
+    if backend != "torch" and request.param != "resnet20":
+        pytest.skip("every kind of block is rebuilt under torch; here, and a resnet18 below")
     model = create_model(
         request.param,
         input_shape=(32, 32, 3),
@@ -167,7 +169,7 @@ def test_other_things_are_refused():
 def test_twenty_training_steps_are_those_of_stock_layers(rng, dtype):
     """With Keras' variance rule, so that the statistics are comparable as well."""
     keras.utils.set_random_seed(0)
-    model = create_model("resnet20", input_shape=(16, 16, 3))
+    model = create_model("resnet_tiny")
     for layer in model.layers:
         if isinstance(layer, BatchNormalization):
             layer.unbiased_variance = False

@@ -597,7 +597,7 @@ def write_pictures(folder, classes=("ant", "<b>bee"), count=8):
     return folder
 
 
-TINY = {"model": "resnet20", "image_size": 32, "epochs": 1, "batch_size": 4, "workers": 1,
+TINY = {"model": "resnet_tiny", "image_size": 32, "epochs": 1, "batch_size": 4, "workers": 1,
         "val_split": 0.5, "verbose": False}  # fmt: skip
 
 
@@ -664,7 +664,7 @@ def test_a_report_that_fails_fails_no_training(tmp_path, monkeypatch, capsys, er
 @pytest.mark.once
 def test_no_report_where_none_is_wanted(tmp_path, capsys):
     data = write_pictures(tmp_path / "data")
-    flags = ["--model", "resnet20", "--image-size", "32", "--epochs", "1", "--batch-size", "4"]
+    flags = ["--model", "resnet_tiny", "--image-size", "32", "--epochs", "1", "--batch-size", "4"]
     code = cli.main(["train", str(data), "--output", str(tmp_path / "runs"), "--no-report", *flags])
     assert code == 0 and "Report:" not in capsys.readouterr().out
     assert not list((tmp_path / "runs").glob("*/report.html"))
@@ -673,7 +673,7 @@ def test_no_report_where_none_is_wanted(tmp_path, capsys):
 @pytest.mark.once
 @pytest.mark.slow
 def test_the_origin_of_the_weights_is_proven_again(tmp_path):
-    source = kr.create_model("resnet20", num_classes=7)
+    source = kr.create_model("resnet_tiny", num_classes=7)
     kr.save_torchvision(source, tmp_path / "start.pth")
     data = write_pictures(tmp_path / "data")
     options = {**TINY, "weights": str(tmp_path / "start.pth"), "output": tmp_path / "runs"}
@@ -729,14 +729,20 @@ def browser():
         opened.close()
 
 
+@pytest.fixture(scope="module")
+def pages(trained, tmp_path_factory):
+    """A report of a training, one of hostile names, and a comparison."""
+    folder = tmp_path_factory.mktemp("pages")
+    hostile = make_run(folder / "hostile", HOSTILE)
+    runs = [make_run(folder / f"run{i}", seed=i) for i in range(3)]
+    return [trained[0].folder / "report.html", kr.report(hostile), kr.report(runs)]
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.slow
-def test_the_page_in_a_browser(browser, trained, tmp_path, width, scheme):
-    hostile = make_run(tmp_path / "hostile", HOSTILE)
-    pages = [trained[0].folder / "report.html", kr.report(hostile)]
-    pages.append(kr.report([make_run(tmp_path / f"run{i}", seed=i) for i in range(3)]))
+def test_the_page_in_a_browser(browser, pages, width, scheme):
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
     trouble, asked = [], []

@@ -27,15 +27,20 @@ from keras_resnet.weights.mapping import expected_keys, save_torchvision, to_tor
 from keras_resnet.weights.matching import matching_variants, spec_shapes
 from keras_resnet.weights.verify import verify
 
-BIG = [pytest.mark.slow, pytest.mark.once]
-# Every variant that torchvision has: the large ones take seconds to build, so once.
+BIG, DEEP = [pytest.mark.slow, pytest.mark.once], [pytest.mark.long, pytest.mark.once]
+# Every variant that torchvision has. Those of 100 layers and more repeat the blocks of the others;
+# their names and shapes are compared below and in test_models.py.
 TORCHVISION = [
-    *("resnet50", "resnext50_32x4d", "alexnet"),
     *(
-        pytest.param(name, marks=BIG)
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("resnet50", "resnext50_32x4d", "alexnet")
+    ),
+    *(pytest.param(name, marks=BIG) for name in ("resnet34", "wide_resnet50_2")),
+    *(
+        pytest.param(name, marks=DEEP)
         for name in (
-            *("resnet34", "resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d"),
-            *("wide_resnet50_2", "wide_resnet101_2"),
+            *("resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d"),
+            "wide_resnet101_2",
         )
     ),
     "resnet18",  # the last pair stays while the rest of the file runs
@@ -199,7 +204,11 @@ def timm_resnet50d(torchvision):
     return randomise_statistics(timm.create_model("resnet50d", num_classes=10))
 
 
-@pytest.mark.parametrize("side", [64, 75])  # an odd map is pooled with a window over its edge
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "side",
+    [pytest.param(64, marks=pytest.mark.once), 75],  # an odd map: a window over its edge
+)
 def test_resnet50d_is_timms(timm_resnet50d, side, rng):
     module = timm_resnet50d
     state = {key: tensor.numpy() for key, tensor in module.state_dict().items()}
@@ -320,7 +329,9 @@ SAVERS = {
 }
 
 
-@pytest.mark.parametrize("format", SAVERS)
+@pytest.mark.parametrize(
+    "format", [pytest.param(n, marks=() if n == "zip" else pytest.mark.once) for n in SAVERS]
+)
 @pytest.mark.slow
 def test_every_file_format_imports_bit_exactly(tmp_path, resnet20, format):
     state = torch_resnet20()
@@ -335,6 +346,7 @@ def test_every_file_format_imports_bit_exactly(tmp_path, resnet20, format):
 
 @pytest.mark.once
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.slow
 def test_an_exported_file_loads_in_torchvision(tmp_path, torchvision, pictures, suffix):
     model = create_model("resnet18", num_classes=6, input_shape=(SIZE, SIZE, 3))
     save_torchvision(model, tmp_path / f"model{suffix}")
@@ -410,6 +422,7 @@ def test_plain_numpy_arrays_load(resnet20):
     assert to_torchvision(resnet20)["conv1.weight"].tobytes() == state["conv1.weight"].tobytes()
 
 
+@pytest.mark.slow
 def test_a_cifar_file_from_the_wild_answers_as_its_own_code_does(shared, resnet20):
     """github.com/akamaster/pytorch_resnet_cifar10: 861 of these 1000 images, by its own code."""
     report = load_torchvision(resnet20, shared / "weights" / "resnet20-12fca82f.th", verify=True)
@@ -761,6 +774,7 @@ def test_nan_never_passes(tmp_path, resnet20):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_swapped_strides_are_found_in_layer2(torchvision):
     module = randomise_statistics(torchvision.models.resnet50(num_classes=10))
     model = create_model("resnet50_v1", num_classes=10, input_shape=(SIZE, SIZE, 3))
