@@ -350,14 +350,15 @@ def test_what_is_missing_is_left_out_and_said(tmp_path, gone, said):
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    "name",
-    ["config.json", "evaluation.json", "history.csv", "predictions.csv", "best.keras",
-     "skipped.csv", "train.log"],
+    "names",  # the last three say nothing of one another
+    [["config.json"], ["evaluation.json"], ["history.csv"], ["predictions.csv"],
+     ["best.keras", "skipped.csv", "train.log"]],
 )  # fmt: skip
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\xff\xfe\x00", b'a,{"b\n1\n2,3,4\n'])
-def test_damaged_files_cost_only_their_own_part(tmp_path, name, content):
+def test_damaged_files_cost_only_their_own_part(tmp_path, names, content):
     folder = make_run(tmp_path / "run")
-    (folder / name).write_bytes(content)
+    for name in names:
+        (folder / name).write_bytes(content)
     assert_harmless(kr.report(folder))
 
 

@@ -326,8 +326,15 @@ def test_an_engine_that_the_backend_cannot_feed_is_said(model):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["onnx", "openvino"])
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(
+    ("name", "labelled"),
+    [
+        ("onnx", True),
+        ("onnx", False),
+        ("openvino", True),
+        pytest.param("openvino", False, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.slow
 def test_int8_is_measured(name, labelled, pictures, tmp_path, capsys):
     needs(name)
