@@ -1,6 +1,6 @@
 # These commands do everything from nothing but Python 3.11+ and make:
 #   make demo [BACKEND=torch|tensorflow|jax]     the main job on real handwritten digits
-#   make quick                                   lint, types, the fast tests on torch: three minutes
+#   make quick                                   lint, types, the fast tests on torch: two minutes
 #   make test                                    lint, types, tests on three backends, doctests
 #   make test-long                               all of it, kills and fuzzing in hundreds: hours
 #   make docs                                    the site of docs/, into site/

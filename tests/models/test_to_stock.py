@@ -101,7 +101,9 @@ import sys, keras, numpy as np
 sys.modules["keras_resnet"] = None  # importing it would raise
 for name in sys.argv[1:]:
     model = keras.saving.load_model(f"{name}.keras")
-    y = model(np.load(f"{name}-x.npy"), training=False)
+    x = np.load(f"{name}-x.npy")
+    jax = keras.backend.backend() == "jax"  # compiles a network faster than its operations
+    y = model.predict_on_batch(x) if jax else model(x, training=False)
     np.save(f"{name}-y.npy", keras.ops.convert_to_numpy(y))
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -181,7 +183,7 @@ def test_twenty_training_steps_are_those_of_stock_layers(rng, dtype):
     def trained(network, change=lambda x: x):
         network.set_weights(start)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        network.compile(keras.optimizers.SGD(0.0001, momentum=0.9), loss)
+        network.compile(keras.optimizers.SGD(0.005, momentum=0.9), loss)
         losses = np.array([float(network.train_on_batch(change(x), y)) for _ in range(20)])
         return losses, {v.path: np.array(v) for v in network.variables}
 
