@@ -22,7 +22,11 @@ from importlib.metadata import PackageNotFoundError, version
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from keras_resnet.system.process import available_cores, keep_freed_memory  # noqa: F401 (this checkout's)
+from keras_resnet.system.process import (  # this checkout's
+    available_cores,
+    keep_freed_memory,  # noqa: F401
+    system_name,
+)
 
 _KEPT = []  # a torch.library.Library forgets its operators when it is collected
 
@@ -261,7 +265,7 @@ def about() -> dict:
     device = _device()
     return {
         "when": time.strftime("%Y-%m-%d"),
-        "machine": platform.platform(),
+        "machine": system_name(),
         "processor": _processor(),
         "processors": available_cores(),
         **({"device": device} if device else {}),

@@ -12,6 +12,7 @@ from keras_resnet.inference.calibration import paired_p_value
 from keras_resnet.reports import figures as plots
 from keras_resnet.reports.origin import ABOUT
 from keras_resnet.reports.run_facts import Results, RunFacts, same_images
+from keras_resnet.system.files import shown_path
 
 
 class Row(NamedTuple):
@@ -20,7 +21,7 @@ class Row(NamedTuple):
     Attributes:
         run: Its record.
         label: Its name, unlike the others'.
-        link: The URL of its own report where that is near, else `None`.
+        link: The URL of its own report where that is below the comparison's folder, else `None`.
         results: Its results on the part that all have, or else the ones that count; or `None`.
         best: The columns in which no other run is better, and some is worse.
     """
@@ -64,15 +65,15 @@ def _labels(runs: list[RunFacts]) -> list[str]:
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return names
-    return [os.path.join(*run.folder.resolve().parts[-2:]) for run in runs]
+    folders = [run.folder.resolve() for run in runs]
+    return [os.path.join(Path(shown_path(one.parent)).name, one.name) for one in folders]
 
 
 def _link(run: RunFacts, path: Path) -> str | None:
-    target = run.folder / "report.html"
-    if not target.is_file():
+    target, below = (run.folder / "report.html").resolve(), path.resolve().parent
+    if not target.is_file() or not target.is_relative_to(below):  # the way up names other folders
         return None
-    relative = os.path.relpath(target.resolve(), path.resolve().parent)
-    return "./" + quote(relative.replace(os.sep, "/").encode("utf-8", "surrogateescape"))
+    return "./" + quote(target.relative_to(below).as_posix().encode("utf-8", "surrogateescape"))
 
 
 def _best_columns(results: list[Results | None]) -> list[set[str]]:

@@ -6,7 +6,6 @@ import base64
 import io
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,8 +46,7 @@ def images(run: RunFacts, model: Any) -> dict[str, Any]:
 
 
 def _card(row: dict[str, Any], views: list[dict[str, Any]] | None) -> dict[str, Any]:
-    path = os.path.join(*Path(row["path"]).parts[-2:])
-    return {**row, "path": path, "right": row["true"] == row["predicted"], "views": views}
+    return {**row, "right": row["true"] == row["predicted"], "views": views}
 
 
 def _looked_at(run, model, mistakes, uncertain) -> dict[str, list[dict[str, Any]]]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_resnet.data.reading import open_file, open_image
 from keras_resnet.inference.calibration import Calibration, accuracy_interval, calibration
+from keras_resnet.system.process import system_name
 
 
 @dataclasses.dataclass
@@ -169,10 +170,11 @@ class RunFacts:
 
     @property
     def versions(self) -> dict[str, Any]:
-        """Versions of the libraries, and the devices."""
-        devices = self.config.get("devices")
-        more = {} if devices is None else {"Device": devices}
-        return {**self.config.get("versions", {}), **more}
+        """Versions of the libraries and the system, and the devices."""
+        devices, found = self.config.get("devices"), dict(self.config.get("versions", {}))
+        if "platform" in found:  # until 0.1 the whole name of the kernel
+            found["platform"] = system_name(found["platform"])
+        return found if devices is None else {**found, "Device": devices}
 
     @property
     def variant(self) -> str | None:

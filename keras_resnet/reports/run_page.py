@@ -41,7 +41,7 @@ def run_context(run: RunFacts, model: Any) -> dict[str, Any]:
 def _model_file(run: RunFacts) -> str | None:
     if not run.files:
         return None
-    return str(run.folder / ("best.keras" if "best.keras" in run.files else next(iter(run.files))))
+    return "best.keras" if "best.keras" in run.files else next(iter(run.files))
 
 
 def _curves(run: RunFacts) -> list[dict[str, Any]]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import re
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from keras_resnet.system.files import printable, shortened
+from keras_resnet.system.files import printable, shortened, shown_path
 
 NOTHING = "\N{EN DASH}"  # in place of a number that is not known
 
@@ -24,12 +26,20 @@ def name(text: Any) -> Markup:
 
 def short(text: Any) -> Markup:
     """A name where there is little room, without its middle if it is long."""
-    return Markup("<bdi>{}</bdi>").format(shortened(text, 20))
+    return Markup("<bdi>{}</bdi>").format(shortened(plain(text), 20))
+
+
+def image_name(path: Any) -> str:
+    """An image's path from its class folder on."""
+    return os.path.join(*Path(path).parts[-2:])
 
 
 def plain(text: Any) -> str:
-    """Text whose control characters and marks that turn its direction are made visible."""
-    return printable(text)
+    """Text that does no harm: no paths of this machine, and control characters made visible.
+
+    Those are marks that turn its direction, too.
+    """
+    return printable(shown_path(text))
 
 
 def as_percent(value: Any) -> str:
@@ -156,7 +166,9 @@ def as_label(key: str) -> str:
 
 def as_shell(words: Sequence[Any]) -> str:
     """Words as one types them in a terminal."""
-    return plain(shlex.join(map(str, words)))
+    # A shell knows the home folder by a bare "~".
+    bare = re.compile(r"~(/[\w@%+=:,./-]*)?")
+    return " ".join(w if bare.fullmatch(w) else shlex.quote(w) for w in map(plain, words))
 
 
 def as_python(text: Any) -> str:
@@ -178,6 +190,7 @@ FILTERS = {
     "decimal": as_decimal,
     "duration": as_duration,
     "fenced": fenced,
+    "image": image_name,
     "integer": as_integer,
     "label": as_label,
     "listed": listed,

@@ -58,6 +58,8 @@ class Runner(FileRunner):
                 program.graph.erase_node(nodes[spec.arg.name])
                 inputs.input_specs.remove(spec)
                 del program.state_dict[spec.target]
+        for node in program.graph.nodes:  # the lines of Keras, by where it is installed here
+            node.meta.pop("stack_trace", None)
         program.graph_module.recompile()
         fresh = path.with_name(f"new-{path.name}")
         torch.export.save(program, fresh, extra_files={METADATA_FILE: to_json(description)})

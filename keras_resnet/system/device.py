@@ -37,7 +37,7 @@ def devices() -> list[str]:
         if kind == "CPU":
             return ["cpu"]
         found = tf.config.list_physical_devices(kind)[int(index)]
-        return [tf.config.experimental.get_device_details(found).get("device_name", made.device)]
+        return [tf.config.experimental.get_device_details(found).get("device_name", kind)]
     return [str(device.device_kind) for device in made.devices()]
 
 

@@ -204,6 +204,40 @@ def printable(text: Any) -> str:
     )  # fmt: skip
 
 
+# How a path begins that says where on a machine it is: absolute here or on Windows, of somebody's
+# home folder, or upwards.
+_WAY = r"(?:(?:file:/*)?/|~(?=\w)|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\)"
+# The whole text, or all behind an option's "="; in quotes, maybe with blanks; up to a blank.
+_PLACES = re.compile(
+    rf"(?P<option>\A(?:-[\w-]+=)?){_WAY}(?s:.*)"
+    rf"|(?P<quote>['\"]){_WAY}.*?(?=(?P=quote))"
+    rf"|(?<![^\s(\[,;=]){_WAY}[^\s'\",;)\]]*[/\\][^\s'\",;)\]]+"
+)
+
+
+def shown_path(text: Any) -> str:
+    """A path, or a message with paths in it, as it is fit for pages that go to other people.
+
+    Below the home folder it begins with `~`; of every other place the last name is left. A relative
+    path stays. All that is written to be shown goes through here.
+
+    Examples:
+        >>> shown_path(os.path.expanduser("~/flowers")), shown_path("--cache=/mnt/jane/flowers")
+        ('~/flowers', '--cache=.../flowers')
+        >>> shown_path("'/home/joe/my photos/1.png' cannot be read"), shown_path("photos/1.png")
+        ("'.../1.png' cannot be read", 'photos/1.png')
+    """
+    text, home = str(text), os.path.expanduser("~")
+    for folder in {home, os.path.realpath(home)} - {os.sep, "~"}:
+        text = re.sub(rf"(?<![\w.~/\\-]){re.escape(folder)}(?![\w.-])", "~", text)
+
+    def last_name(match: re.Match) -> str:
+        name = re.split(r"[/\\]", match[0].rstrip("/\\"))[-1]
+        return f"{match['option'] or match['quote'] or ''}.../{name}"
+
+    return _PLACES.sub(last_name, text)
+
+
 def shortened(text: Any, width: int) -> str:
     """A name as one printable line of at most so many columns; a long one loses its middle.
 

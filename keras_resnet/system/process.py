@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -222,3 +223,16 @@ def _backend_of_keras_json() -> str | None:
         return json.loads(keras_json().read_text(encoding="utf-8")).get("backend")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def system_name(text: str | None = None) -> str:
+    """The kind and release of a system without the rest of its `platform.platform()`; of this one.
+
+    Examples:
+        >>> system_name("Linux-6.8.0-45-jane-x86_64-with-glibc"), system_name("Windows-11 AMD64")
+        ('Linux-6.8', 'Windows-11 AMD64')
+    """
+    if text is None:
+        return f"{system_name(platform.platform())} {platform.machine()}"
+    found = re.match(r"[A-Za-z]+(-\d+(\.\d+)?)?( \w+$)?", str(text))
+    return found[0] if found else "unknown"

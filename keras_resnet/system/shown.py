@@ -6,13 +6,13 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from keras_resnet.system.files import printable
+from keras_resnet.system.files import printable, shown_path
 
 _ROWS = 30  # of a table in a notebook
 
 
 class Shown:
-    """One line as `repr`, and a table in notebooks.
+    """One line as `repr`, and a table in notebooks, which are shown to other people.
 
     A subclass gives by `_shown()` the line, the names of the columns, and the rows.
     """
@@ -21,7 +21,7 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {printable(self._shown()[0])}>"
+        return f"<{type(self).__name__}: {_plain(self._shown()[0])}>"
 
     def _repr_html_(self) -> str:
         line, header, rows = self._shown()
@@ -31,10 +31,14 @@ class Shown:
         return "".join([_paragraph(line), table, *map(_paragraph, rest)])
 
 
+def _plain(text: Any) -> str:
+    return printable(shown_path(text))
+
+
 def _paragraph(text: str) -> str:
-    return f"<p>{html.escape(printable(text))}</p>"
+    return f"<p>{html.escape(_plain(text))}</p>"
 
 
 def _row(cells: Sequence[Any], tag: str) -> str:
-    texts = (html.escape(printable(cell)) for cell in cells)
+    texts = (html.escape(_plain(cell)) for cell in cells)
     return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"

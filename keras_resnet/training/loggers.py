@@ -10,12 +10,14 @@ import importlib
 import logging
 import os
 import secrets
+import socket
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean, reason_of
+from keras_resnet.system.files import shown_path
 
 logger = logging.getLogger("keras_resnet")
 
@@ -58,10 +60,14 @@ class TensorBoardLogger:
 
     def start(self, folder: Path, name: str, config: Mapping[str, Any], resumed: Any) -> None:
         """Opens an event file."""
-        # Two files begun in the same second would have the same name.
-        self._writer = self._module.SummaryWriter(
-            os.fspath(folder / "tensorboard"), filename_suffix=f".{secrets.token_hex(4)}"
-        )
+        # The writers name the file after the machine. Two begun in the same second differ still.
+        machine, socket.gethostname = socket.gethostname, lambda: "run"
+        try:
+            self._writer = self._module.SummaryWriter(
+                os.fspath(folder / "tensorboard"), filename_suffix=f".{secrets.token_hex(4)}"
+            )
+        finally:
+            socket.gethostname = machine
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
         """Writes the numbers of an epoch, counted from 1."""
@@ -162,13 +168,14 @@ class Loggers:
         Args:
             folder: The run folder.
             name: What people call the run.
-            config: What to note beside the numbers.
+            config: What to note beside the numbers; of paths as much as is fit to be shown.
             ids: Of an earlier part of the same run, by logger.
 
         Returns:
             The ids to go on with.
         """
         found = dict(ids)
+        config = {k: shown_path(v) if isinstance(v, str) else v for k, v in config.items()}
         for key in list(self._loggers):
             begun = self._call(
                 key, lambda one, key=key: one.start(folder, name, config, ids.get(key))

@@ -34,7 +34,7 @@ from keras_resnet.system.device import (
     tf32_allowed,
 )
 from keras_resnet.system.files import printable, write_json
-from keras_resnet.system.process import tune_process
+from keras_resnet.system.process import system_name, tune_process
 from keras_resnet.system.progress import shows_bars
 from keras_resnet.system.shown import Shown
 from keras_resnet.training.callbacks import Settings
@@ -337,7 +337,7 @@ def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
             "numpy": np.__version__,
             "pillow": importlib.metadata.version("pillow"),
             "python": platform.python_version(),
-            "platform": platform.platform(),
+            "platform": system_name(),
         },
     }
 

@@ -7,9 +7,14 @@ import csv
 import html.parser
 import io
 import json
+import os
 import pathlib
+import platform
 import re
 import shutil
+import socket
+import sys
+import zipfile
 
 import keras
 import numpy as np
@@ -24,6 +29,7 @@ from keras_resnet.inference.evaluate import Evaluation
 from keras_resnet.reports import figures as plots, findings as rules, report as reporting
 from keras_resnet.reports.run_files import read_run
 from keras_resnet.reports.wording import as_markdown
+from keras_resnet.system.files import shown_path
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -685,6 +691,74 @@ def test_the_origin_of_the_weights_is_proven_again(tmp_path):
     assert digest in found.text and "the head was new" in found.text
     (tmp_path / "start.pth").unlink()
     assert "the file is not here" in page_of(kr.report(result.folder)).text
+
+
+# --- shown to other people -----------------------------------------------------------------------
+
+# What a rerun needs, or where somebody looks up an image: the run's own records.
+RECORDS = {"config.json", "train.log", "skipped.csv", "predictions.csv", "evaluation.json"}
+
+
+@pytest.mark.slow
+def test_nothing_that_is_shown_says_who_made_it_and_where(tmp_path, monkeypatch):
+    home = tmp_path / "home" / "zyxwvutjane"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.setattr(socket, "gethostname", lambda: "zyxwvuthost")
+    monkeypatch.setattr(platform, "platform", lambda: "Linux-6.8.0-45-zyxwvut-x86_64")
+    data = write_pictures(home / "my photos")
+    (data / "ant" / "broken.png").write_bytes(b"no image")
+    start = home / "start.pth"
+    kr.save_torchvision(kr.create_model("resnet_tiny", num_classes=7), start)
+    words = f"train _ --weights {start} --output={home / 'runs'} --model=resnet_tiny --workers 1 "
+    words = (words + "--image-size 16 --epochs 1 --log tensorboard").split()
+    words[1] = str(data)
+    monkeypatch.setattr(sys, "argv", ["keras-resnet", *words])
+    assert cli.main(words) == 0
+    folder = home / "runs" / "resnet_tiny-my-photos"
+    shutil.copytree(folder, tmp_path / "other" / "zyxwvutrun" / "copy")
+    kr.report([folder, tmp_path / "other" / "zyxwvutrun" / "copy"])
+    for where in (home, tmp_path / "nobody"):  # its own user, and somebody else, looks
+        monkeypatch.setenv("HOME", str(where))
+        kr.report(folder)
+        shown = [p for p in (home / "runs").rglob("*") if p.is_file() and p.name not in RECORDS]
+        assert {"report.html", "comparison.html", "MODEL_CARD.md", "best.keras"} < {
+            path.name for path in shown
+        }
+        for path in shown:
+            texts = [path.read_bytes(), os.fsencode(path.name)]
+            if path.suffix == ".keras":
+                with zipfile.ZipFile(path) as archive:
+                    texts += map(archive.read, archive.namelist())
+            assert not any(b"zyxwvut" in text for text in texts), path
+        page, card = page_of(folder / "report.html").text, (folder / "MODEL_CARD.md").read_text()
+        for text in (page, card.replace("\\", "")):
+            assert "Linux-6.8" in text and "kr.load_model('best.keras')" in text
+            begin = "~" if where == home else "..."
+            command = f"train '{begin}/my photos' --weights {begin}/start.pth"
+            assert command in text, command
+        assert "ant/broken.png" in page
+    assert "zyxwvut" not in repr(kr.scan(data)) + kr.scan(data)._repr_html_()
+
+
+@pytest.mark.once
+def test_paths_fit_to_be_shown(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/jane")
+    for text, shown in {
+        "/home/jane": "~", "/home/jane/a b/c": "~/a b/c", "/home/janet/x": ".../x",
+        "/mnt/jane's own/my flowers": ".../my flowers", "--output=/mnt/jane d/x": "--output=.../x",
+        "--output=/home/jane/runs": "--output=~/runs", "~bob/flowers": ".../flowers",
+        "../../jane/flowers": ".../flowers", "file:///mnt/jane/x/y": ".../y",
+        r"C:\Users\jane\flowers": ".../flowers", r"\\host\share\x": ".../x",
+        "'/mnt/j d/x.png' is 1/2 of '/x' and a/b": "'.../x.png' is 1/2 of '.../x' and a/b",
+        "[Errno 2] No such file: /mnt/jane/b.png: x": "[Errno 2] No such file: .../b.png: x",
+        # What stays as it is.
+        **{text: text for text in (
+            "flowers/roses", "~/a", "N/A", "cats / dogs", "a /b", "<b>x</b>", "</script>",
+            "https://example.org/a/b", "javascript://%0aalert(1)//", "see ./a/b", "dir/home/jane/x",
+            "=HYPERLINK(\"http://x\";\"y\")", "+cmd|' /C calc'!A0", "3 / 4", "-", "")},
+    }.items():  # fmt: skip
+        assert shown_path(text) == shown, text
 
 
 # --- in a browser --------------------------------------------------------------------------------

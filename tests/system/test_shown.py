@@ -31,12 +31,12 @@ def test_an_evaluation(evaluation):
 def test_a_training(tmp_path, evaluation):
     history = {"loss": [1.0, 0.5]}
     result = kr.TrainResult(tmp_path / "<i>", None, history, evaluation)
-    assert repr(result) == f"<TrainResult: {tmp_path}/<i>, 2 epochs, validation top-1 75.00%>"
+    assert repr(result) == "<TrainResult: .../<i>, 2 epochs, validation top-1 75.00%>"
     page = result._repr_html_()
-    assert page.startswith(f"<p>{tmp_path}/&lt;i&gt;, 2 epochs")
+    assert page.startswith("<p>.../&lt;i&gt;, 2 epochs")
     assert "<td>validation</td><td>75.00%</td><td>0.2500</td><td>1,234</td>" in page
     stopped = kr.TrainResult(tmp_path, None, {"loss": [1.0]}, interrupted=True)
-    assert repr(stopped) == f"<TrainResult: {tmp_path}, 1 epoch, interrupted>"
+    assert repr(stopped) == f"<TrainResult: .../{tmp_path.name}, 1 epoch, interrupted>"
 
 
 def test_a_scan_and_a_dataset(tmp_path):
@@ -46,7 +46,7 @@ def test_a_scan_and_a_dataset(tmp_path):
         Image.effect_noise((40, 30), 50).save(path)
     (tmp_path / "b" / "<4>.png").write_bytes(b"no image")
     report = kr.scan(tmp_path)
-    assert repr(report) == f"<ScanReport: {str(tmp_path)!r}, 4 images, 2 classes, 1 findings>"
+    assert repr(report) == f"<ScanReport: '.../{tmp_path.name}', 4 images, 2 classes, 1 findings>"
     assert "<tr><td>cannot be read</td><td>1</td><td>" in report._repr_html_()
     assert "b/&lt;4&gt;.png" in report._repr_html_()
     data = kr.image_dataset_from_directory(tmp_path, image_size=(32, 32), batch_size=3)
