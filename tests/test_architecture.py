@@ -6,8 +6,10 @@ import graphlib
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 import keras_resnet
 
@@ -213,3 +215,18 @@ def test_the_builders_may_be_the_first_word_of_a_fresh_process(backend):
 def test_public_names_exist_and_are_documented():
     for name in keras_resnet.__all__:
         assert getattr(keras_resnet, name).__doc__ or name == "RECIPES", name
+
+
+@once
+def test_the_tested_versions_are_those_that_the_project_asks_for():
+    root = PACKAGE.parent
+    if not (root / "constraints.txt").is_file():
+        pytest.skip("not a checkout")
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = sum(project["optional-dependencies"].values(), project["dependencies"])
+    asked = {one.name: one.specifier for one in map(Requirement, lines)}
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = [Requirement(line.partition("#")[0]) for line in lines if line[0] != "#"]
+    wrong = [f"{one} is not {asked[one.name]}" for one in tested if one.name in asked
+             for version in one.specifier if version.version not in asked[one.name]]  # fmt: skip
+    assert not wrong and len(set(asked) & {one.name for one in tested}) > 25
