@@ -59,4 +59,8 @@ if [ "$how" = long ]; then
     for seed in 0 1; do
         (ulimit -v 8000000 && "$BIN/python" tests/weights/fuzz_checkpoint.py --count 20000 --seed $seed)
     done
+    echo "== sixty epochs in one process"
+    for backend in ${ONLY:-torch tensorflow jax}; do
+        KERAS_BACKEND=$backend "$BIN/python" tests/training/soak_train.py
+    done
 fi
