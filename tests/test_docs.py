@@ -30,7 +30,7 @@ from keras_resnet.weights import download, published as registry
 pytestmark = pytest.mark.once
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SITE = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [*SITE, ROOT / "README.md", ROOT / "weights" / "README.md"]
+PAGES = [*SITE, *(ROOT / name for name in ("README.md", "SECURITY.md", "weights/README.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PARSERS = next(a for a in cli.build_parser()._actions if a.dest == "run" or a.choices).choices
@@ -205,6 +205,8 @@ def test_options_and_names_in_the_text_exist(page):
     assert options <= known
     public = {name for span in spans for name in re.findall(r"\bkr\.(\w+)", span)}
     assert public <= set(kr.__all__)
+    files = re.findall(r"\btests/\w+/\S*", " ".join(spans))
+    assert all((ROOT / name).exists() for name in files), files
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
@@ -229,7 +231,7 @@ def test_recipes_are_all_on_their_page():
     assert all(f"`{name}`" in text for name in kr.RECIPES)
 
 
-@pytest.mark.parametrize("page", [*PAGES[-2:], ROOT / "examples" / "README.md"], ids=str)
+@pytest.mark.parametrize("page", [*PAGES[-3:], ROOT / "examples" / "README.md"], ids=str)
 def test_links_between_files_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)\)", text):
