@@ -53,16 +53,21 @@ class VerificationError(KerasResNetError, ArithmeticError):
 
 
 def reason_of(error: BaseException) -> str:
-    r"""The first line of another library's message that says something, or the error's kind.
+    r"""Another library's message on one line, of at most 300 characters, or the error's kind.
 
     Examples:
         >>> reason_of(RuntimeError("Exception from src/core.cpp:84:\nCannot find a file\n"))
         'Cannot find a file'
+        >>> reason_of(ValueError("A layer could not be loaded:\n\n  expected 2 variables"))
+        'A layer could not be loaded: expected 2 variables'
     """
     empty = ("Exception encountered", "Exception from ", "Check '", "FrontEnd API failed")
     lines = [line.strip() for line in str(error).split("\n")]
     told = [line for line in lines if line and not line.startswith(empty)]
-    return told[0] if told else type(error).__name__
+    text = " ".join(" ".join(told).split())
+    if len(text) > 300:
+        text = f"{text[:300].rpartition(' ')[0] or text[:300]} ..."
+    return text or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -199,6 +199,7 @@ def main(
     memory: Callable[[int], float] = memory_of_readers,
     seconds: float = 5.0,
     keep: Sequence[str] = (),
+    others: dict[str, Callable[[pathlib.Path], str]] | None = None,
 ) -> None:
     """The command line of a fuzzer; the arguments are those of `session`.
 
@@ -210,15 +211,19 @@ def main(
         memory: The bytes that a file of that size may take.
         seconds: Of CPU that one file may take, unless `--limit` says otherwise.
         keep: Outcomes whose files are kept as well.
+        others: Other readers, by name, for `--read-with`.
     """
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--count", type=int, help="how many files (20,000 without --minutes)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of CPU time, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=seconds, help="CPU seconds for one file")
+    if others:
+        parser.add_argument("--read-with", choices=list(others), help="more than the reader does")
     parser.add_argument("--keep", type=pathlib.Path, help="folder for the files that fail")
     options = parser.parse_args()
     count = options.count or (20_000 if options.minutes == float("inf") else sys.maxsize)
+    read = (others or {}).get(getattr(options, "read_with", None) or "", read)
     folder = options.keep or pathlib.Path(tempfile.mkdtemp(prefix="fuzz_"))
     folder.mkdir(parents=True, exist_ok=True)
     files = samples()

@@ -57,7 +57,9 @@ KERAS_BACKEND=torch "$BIN/python" -m pytest -q --doctest-modules keras_resnet
 if [ "$how" = long ]; then
     echo "== fuzzing"
     for seed in 0 1; do
-        (ulimit -v 8000000 && "$BIN/python" tests/weights/fuzz_checkpoint.py --count 20000 --seed $seed)
+        (ulimit -v 8000000 && "$BIN/python" tests/weights/fuzz_checkpoint.py --minutes 5 --seed $seed)
+        (ulimit -v 8000000 &&
+            "$BIN/python" tests/weights/fuzz_checkpoint.py --minutes 2 --seed $seed --read-with torch)
     done
     echo "== sixty epochs in one process"
     for backend in ${ONLY:-torch tensorflow jax}; do

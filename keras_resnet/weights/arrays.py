@@ -17,18 +17,19 @@ from keras_resnet.weights.zip_files import unpacked
 def to_array(loaded: Loaded, tensor: Tensor | Array) -> np.ndarray:
     """The numbers, read-only, with the tensor's shape, strides and (but for complex32) dtype."""
     if type(tensor) is Array:
-        array = _from_pickle(tensor)
+        array = _from_pickle(loaded, tensor)
     elif tensor.numel == 0:
         array = np.empty(tensor.shape, _numpy_type(tensor.dtype))
     else:
         array = _view(loaded, tensor)
     if type(tensor) is Tensor and tensor.dtype == "complex32":
+        loaded.spend(2 * tensor.nbytes)
         halves = np.array(array, order="C")[..., None].view("f2").astype("f4")
         array = halves.view("c8")[..., 0]
-    if type(tensor) is Tensor and tensor.conj:
-        array = np.conj(array)
-    if type(tensor) is Tensor and tensor.neg:
-        array = np.negative(array)
+    if type(tensor) is Tensor and (tensor.conj or tensor.neg):
+        loaded.spend(array.nbytes)
+        array = np.conj(array) if tensor.conj else array
+        array = np.negative(array) if tensor.neg else array
     array = np.asarray(array)
     array.flags.writeable = False
     return array
@@ -45,7 +46,9 @@ def _numpy_type(name: str) -> np.dtype:
     raise CheckpointError(f"torch.{name} has no NumPy counterpart: save another dtype")
 
 
-def _from_pickle(array: Array) -> np.ndarray:
+def _from_pickle(loaded: Loaded, array: Array) -> np.ndarray:
+    if type(array.data) is str or array.code[0] == ">":
+        loaded.spend(array.nbytes)
     try:
         data = array.data.encode("latin-1") if type(array.data) is str else array.data
     except UnicodeEncodeError:
@@ -61,8 +64,7 @@ def _view(loaded: Loaded, tensor: Tensor) -> np.ndarray:
         parent, offset = storage.view
         first += offset * SIZES[parent.dtype]
         storage = parent
-    unit = size // 2 if tensor.dtype.startswith("complex") else size
-    buffer, start, end = _buffer(loaded, storage, unit)
+    buffer, start, end = _buffer(loaded, storage, tensor.dtype)
     last = first + size * sum(
         (n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)
     )
@@ -72,26 +74,21 @@ def _view(loaded: Loaded, tensor: Tensor) -> np.ndarray:
     return np.ndarray(tensor.shape, dtype, buffer, start + first, strides)
 
 
-def _buffer(loaded: Loaded, storage: Storage, unit: int) -> tuple[Any, int, int]:
+def _buffer(loaded: Loaded, storage: Storage, dtype: str) -> tuple[Any, int, int]:
     """(buffer, first byte, past the last byte) of a root storage, in this machine's byte order."""
-    swap = loaded.big_endian and unit > 1
-    member = loaded.members.get(f"{loaded.archive}data/{storage.key}")
-    if not swap and (member is None or member.method == 0):
-        return loaded.data, storage.start, storage.start + storage.nbytes
-    known = loaded.buffers.get((storage.key, unit if swap else 0))
+    size = SIZES[storage.dtype]
+    unit = size // 2 if storage.dtype.startswith("complex") else size
+    if loaded.big_endian and storage.dtype != dtype:
+        raise CheckpointError(f"{dtype} in big-endian order, which PyTorch does not turn round")
+    member = loaded.member(f"data/{storage.key}")
+    if member is None or (member.method == 0 and (unit == 1 or not loaded.big_endian)):
+        data = loaded.data if storage.data is None else storage.data
+        return data, storage.start, storage.start + storage.nbytes
+    known = loaded.buffers.get(storage.key)
     if known is None:
-        packed = member is not None and member.method == 8
-        raw = (
-            unpacked(loaded.data, member, storage.key)
-            if packed
-            else memoryview(loaded.data)[storage.start : storage.start + storage.nbytes]
-        )
-        known = raw
-        if swap:
-            whole = len(raw) // unit * unit
-            known = np.frombuffer(raw[:whole], f"u{unit}").byteswap().view("u1")
-            known.flags.writeable = False
-        loaded.buffers[storage.key, unit if swap else 0] = known
+        known = loaded.buffers[storage.key] = unpacked(loaded.data, member, storage.key)
+        if loaded.big_endian and unit > 1:
+            np.frombuffer(known, f"u{unit}", storage.nbytes // unit).byteswap(inplace=True)
     return known, 0, len(known)
 
 

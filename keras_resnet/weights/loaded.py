@@ -9,6 +9,8 @@ from keras_resnet.errors import CheckpointError
 from keras_resnet.weights.dtypes import SIZES
 from keras_resnet.weights.stand_ins import MAX_IDENTIFIER, Name, Storage, brief, counts, one_line
 
+MAX_COPIES = 48 << 20
+
 
 @dataclasses.dataclass(slots=True)
 class Member:
@@ -35,18 +37,37 @@ class Loaded:
     problem: str | None = None  # why its tensors cannot be had, in a sentence
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # parts ignored, and why
-    members: dict[str, Member] = dataclasses.field(default_factory=dict)
-    archive: str = ""
+    members: dict[bytes, Member] = dataclasses.field(default_factory=dict)  # by small letters
+    archive: bytes = b""
     big_endian: bool = False
-    buffers: dict[tuple, Any] = dataclasses.field(default_factory=dict)
+    buffers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    copied: int = 0  # bytes of the arrays that are no views of the file
+
+    def member(self, name: str) -> Member | None:
+        """A file of the archive, found as PyTorch finds it: whatever the case of its letters."""
+        return self.members.get(self.archive + name.encode("utf-8", "replace").lower())
+
+    def spend(self, count: int) -> None:
+        """Takes bytes for an array that is no view of the file."""
+        self.copied += count
+        if self.copied > MAX_COPIES:
+            raise CheckpointError(
+                f"its tensors are stored in a way that takes more than {MAX_COPIES:,} bytes of "
+                f"copies to read (complex32, conjugates, foreign byte order): save plain tensors"
+            )
 
 
 class Storages:
     """Makes storages from the persistent ids of the zip and stream formats."""
 
     def __init__(self):
-        self.known: dict[str, Storage] = {}
-        self.views: dict[tuple[str, str], Storage] = {}
+        self.known: dict[str, Storage] = {}  # roots and views: torch keeps both under their keys
+        self.kinds: dict[str, type] = {}  # of the keys, by their text
+
+    @property
+    def roots(self) -> dict[str, Storage]:
+        """Those that are stored."""
+        return {key: storage for key, storage in self.known.items() if storage.view is None}
 
     def __call__(self, pid: Any) -> Any:
         """The storage, or view of one, that a persistent id describes."""
@@ -63,23 +84,25 @@ class Storages:
         storage = self.known.get(key)
         if storage is None:
             storage = self.known[key] = Storage(key, kind.dtype, numel)
-        elif storage.nbytes != numel * SIZES[kind.dtype]:
+        elif (storage.view, storage.numel) != (None, numel) or (
+            numel and storage.dtype != kind.dtype
+        ):
             raise CheckpointError(f"storage {one_line(key)!r} is described twice, differently")
         if view is not None:
-            return self._view(storage, kind.dtype, view)
-        if storage.dtype != kind.dtype:
-            return Storage(key, kind.dtype, numel, (storage, 0))
-        return storage
+            return self._view(storage, view)
+        return storage if storage.dtype == kind.dtype else Storage(key, kind.dtype, 0, (storage, 0))
 
-    @staticmethod
-    def _key(key: Any) -> str:
+    def _key(self, key: Any) -> str:
         if type(key) not in (str, int) or (type(key) is str and len(key) > MAX_IDENTIFIER):
             raise CheckpointError(f"a storage with the key {brief(key)}")
-        return str(key)
+        text = str(key)
+        if self.kinds.setdefault(text, type(key)) is not type(key):
+            raise CheckpointError(f"two storages with keys that read {one_line(text)!r}")
+        return text
 
-    def _view(self, root: Storage, dtype: str, view: Any) -> Storage:
+    def _view(self, root: Storage, view: Any) -> Storage:
         """Files before 0.4 share memory through views of a storage: (key, offset, size)."""
-        if type(view) is not tuple or len(view) != 3 or dtype != root.dtype:
+        if type(view) is not tuple or len(view) != 3:
             raise CheckpointError(f"storage {one_line(root.key)!r} has the view {brief(view)}")
         offset, numel = counts(view[1:], "view")
         if offset + numel > root.numel:
@@ -87,10 +110,12 @@ class Storages:
                 f"a view of storage {one_line(root.key)!r} ends at {offset + numel:,} of "
                 f"{root.numel:,} elements"
             )
-        name = (root.key, self._key(view[0]))
-        made = self.views.get(name)
+        key = self._key(view[0])
+        made = self.known.get(key)
         if made is None:
-            made = self.views[name] = Storage(name[1], dtype, numel, (root, offset))
+            made = self.known[key] = Storage(key, root.dtype, numel, (root, offset))
+        if (made.view, made.numel) != ((root, offset), numel):
+            raise CheckpointError(f"storage {one_line(key)!r} is described twice, differently")
         return made
 
 

@@ -20,9 +20,10 @@ from keras_resnet.errors import (
 )
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.pickle_names import IDENTIFIER
-from keras_resnet.weights.safetensors_files import load_safetensors
-from keras_resnet.weights.stand_ins import one_line
-from keras_resnet.weights.stream_files import load_stream
+from keras_resnet.weights.pickles import Damaged, read_pickle
+from keras_resnet.weights.safetensors_files import load_index, load_safetensors
+from keras_resnet.weights.stand_ins import Budget, one_line
+from keras_resnet.weights.stream_files import MAGIC, load_stream
 from keras_resnet.weights.tar_files import is_tar, load_tar
 from keras_resnet.weights.zip_files import load_zip
 
@@ -106,16 +107,33 @@ def as_path(path: Any) -> pathlib.Path:
 
 
 def open_file(path: pathlib.Path) -> Loaded:
-    """Opens, maps and understands a file; no tensor's bytes are touched."""
+    """Opens, maps and understands a file; no tensor's bytes are touched.
+
+    Here it is decided whether a file is *safe* (`Loaded.refused` is empty, and nothing is raised):
+    every reader that `torch.load(weights_only=False)` would try, in its order and whatever the file
+    is called, finds nothing to run, and the same numbers as ours. The readers are zip (TorchScript
+    where the archive holds constants.pkl), tar, and the stream of pickles, which is also what is
+    tried where `tarfile` stumbles over a later member, and on a safetensors file by another name.
+    So whatever is no zip is looked at as a stream too: the first pickle may ask for nothing, and
+    may not be a stream's magic number. Where readers could disagree about a file (two directories,
+    names that differ in case, a tensor changed after it was made), it is refused.
+
+    Not promised: what other programs find in it, and `torch.load` with options that trust its
+    layout (`mmap=True` of a compressed archive, `calculate_storage_offsets`).
+    """
     _check_path(path)
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     size, ending = len(data), path.suffix.lower()
+    if ending == ".distcp" or path.name == ".metadata":
+        raise CheckpointError(f"it is a part of a folder that torch.distributed wrote: {_GATHER}")
+    if path.name.lower().endswith(".json"):
+        return load_index(data, path, open_file)
     # In the order in which PyTorch asks. What it would take for a tar is one here too.
     if data[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return load_zip(data, size, path.name)
     if is_tar(data):
-        return load_tar(data, size, path.name)
+        return _no_stream(load_tar(data, size, path.name))
     if size >= 10 and data[8:9] == b"{" and struct.unpack_from("<Q", data, 0)[0] < 1 << 40:
         loaded = load_safetensors(data, size, path.name)
         if ending in PICKLE_ENDINGS:
@@ -123,14 +141,14 @@ def open_file(path: pathlib.Path) -> Loaded:
                 f"it is a safetensors file called {ending}, which PyTorch would run as a pickle: "
                 f"rename it to end in .safetensors"
             )
-        return loaded
+        return _no_stream(loaded)
     other = _what_else(data, size, path.name)
     if other:
         raise CheckpointError(other)
     if data[257:262] == b"ustar":
         return load_tar(data, size, path.name)  # a damaged one
     if size >= 8 and ending == ".safetensors":
-        return load_safetensors(data, size, path.name)
+        return _no_stream(load_safetensors(data, size, path.name))
     try:
         loaded = load_stream(data, size, path.name)
     except CheckpointError as error:
@@ -142,14 +160,40 @@ def open_file(path: pathlib.Path) -> Loaded:
     return loaded
 
 
+def _no_stream(loaded: Loaded) -> Loaded:
+    """The same, and what its first bytes ask for where they are run as a pickle: see `open_file`.
+
+    Raises:
+        CheckpointError: They begin a stream of pickles, or a pickle beyond our limits.
+    """
+    names: dict[str, None] = {}
+    value = None
+    with contextlib.suppress(Damaged):
+        value, _ = read_pickle(loaded.data, 0, loaded.size, Budget(), names)
+    loaded.refused |= {name: None for name in names if IDENTIFIER.fullmatch(name)}
+    if value == MAGIC:
+        raise CheckpointError(f"it is two files in one: {loaded.format}, and a stream of pickles")
+    return loaded
+
+
+_GATHER = (
+    "gather it with python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER "
+    "weights.pth, and read that"
+)
+
+
 def _check_path(path: pathlib.Path) -> None:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(f"no file {one_line(path, 500)}.{meant_path(path)}") from None
     if stat.S_ISDIR(status.st_mode):
+        names = sorted(os.listdir(path))
+        if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+            raise CheckpointError(f"it is a folder that torch.distributed wrote: {_GATHER}")
         kinds = (".pth", ".pt", ".th", ".tar", ".safetensors")
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in kinds)[:3]
+        indices = [name for name in names if name.endswith(".index.json")]
+        inside = (indices or [name for name in names if name.endswith(kinds)])[:3]
         hint = f" It holds {', '.join(map(one_line, inside))}." if inside else ""
         raise CheckpointError(f"it is a folder; name a file.{hint}")
     if not stat.S_ISREG(status.st_mode):

@@ -25,9 +25,10 @@ def _make_dict(reader: Any, args: tuple) -> Dict:
     """OrderedDict and its kind: empty, or (Python 2) from one dict or list of pairs."""
     out = Dict(reader.budget)
     for source in args[:1]:
-        if isinstance(source, dict):
+        if type(source) is Dict:
             reader.budget.spend(len(source))
             out.update(source)
+            out.spelled = set(source.spelled) if source.spelled else ()
         elif type(source) in (list, tuple):
             reader.budget.spend(len(source))
             for pair in source:
@@ -35,6 +36,11 @@ def _make_dict(reader: Any, args: tuple) -> Dict:
                     raise CheckpointError("a dict in the pickle is made from something not pairs")
                 out[pair[0]] = pair[1]
     return out
+
+
+def _make_counter(reader: Any, args: tuple) -> Any:
+    """From a dict; from anything else it would count."""
+    return _make_dict(reader, args) if not args or type(args[0]) is Dict else None
 
 
 def _make_list(reader: Any, args: tuple) -> list:
@@ -52,15 +58,18 @@ def _make_tuple(reader: Any, args: tuple) -> tuple:
 def _make_bytes(reader: Any, args: tuple) -> Any:
     """`_codecs.encode(text, "latin1")`, `bytes(...)`, `bytearray(...)`: from text or bytes."""
     source = args[0] if args else b""
+    encoding = args[1] if len(args) > 1 else "latin1"
     if type(source) not in (str, bytes):
         return None
     reader.budget.spend_bytes(len(source))
     if type(source) is bytes:
         return source
+    if encoding not in ("latin1", "latin-1", "ascii", "utf-8"):
+        return None
     try:
-        return source.encode("latin-1")
+        return source.encode(encoding)
     except UnicodeEncodeError:
-        return source.encode("utf-8", "surrogatepass")
+        return None
 
 
 def _make_complex(reader: Any, args: tuple) -> Any:
@@ -88,8 +97,18 @@ def plain(tensor: Tensor) -> Tensor | Unreadable:
 
 
 def _first(reader: Any, args: tuple) -> Any:
-    """`_rebuild_parameter(data, requires_grad, hooks)`, `Parameter(data)`: the data."""
+    """`_rebuild_parameter(data, requires_grad, hooks, state)`, `Parameter(data)`: the data."""
+    _check_attributes(args[3:])
     return args[0] if args else Parameter()
+
+
+def _check_attributes(states: tuple) -> None:
+    """Refuses Python attributes of a tensor that would be its numbers: torch sets each by name."""
+    for state in states:
+        for part in state if type(state) is tuple else (state,):
+            numbers = {"data", "real", "imag", "names", "__class__", "__dict__"}
+            if isinstance(part, dict) and (found := numbers & part.keys()):
+                raise CheckpointError(f"a tensor whose attribute {min(found)!r} is set afterwards")
 
 
 def _make_subclass(reader: Any, args: tuple) -> Any:
@@ -97,6 +116,7 @@ def _make_subclass(reader: Any, args: tuple) -> Any:
     if len(args) < 3 or type(args[0]) is not Name or type(args[2]) is not tuple:
         raise CheckpointError("a tensor with attributes is not built as torch builds it")
     reader.budget.spend(3)
+    _check_attributes(args[3:])
     return reader.call(args[0], args[2])
 
 
@@ -105,7 +125,8 @@ def _make_numpy_type(reader: Any, args: tuple) -> Any:
     if type(code) is bytes and len(code) < 9:
         code = code.decode("latin-1")
     if type(code) is str and re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)", code):
-        return NumpyType(code if code[0] in "<>|=" else "=" + code)
+        code = code if code[0] in "<>|=" else f"={code}"
+        return NumpyType(code, fixed=code[0] != ">" and not (len(args) > 2 and args[2]))
     return None
 
 
@@ -117,6 +138,15 @@ def _make_numpy_scalar(reader: Any, args: tuple) -> Any:
         raw = raw.encode("latin-1") if type(raw) is str else raw  # as Python 2 wrote it
         return np.frombuffer(raw, dtype.code)[0].item()
     return None
+
+
+def _make_array(reader: Any, args: tuple) -> Any:
+    """`_frombuffer(bytes, dtype, shape, order)`, as protocol 5 writes an array."""
+    if len(args) < 4 or args[3] not in ("C", "F"):
+        return Unreadable("permuted")
+    array = Array()
+    array.__setstate__((1, args[2], args[1], args[3] == "F", args[0]))
+    return array
 
 
 def _unreadable(kind: str) -> Callable:
@@ -137,8 +167,9 @@ def _rows(make: Callable, *names: str, within: str = "", dtype: str | None = Non
 
 def _python_names() -> _Rows:
     names = {
-        **_rows(_make_dict, "OrderedDict", "Counter", within="collections."),
-        **_rows(lambda reader, args: Dict(reader.budget), "collections.defaultdict"),
+        **_rows(_make_dict, "collections.OrderedDict"),
+        **_rows(_make_counter, "collections.Counter"),
+        **_rows(lambda reader, args: _make_dict(reader, args[1:]), "collections.defaultdict"),
         **_rows(_make_list, "collections.deque"),
         **_rows(_make_bytes, "_codecs.encode"),
         # Settings beside the weights: the record shows name and fields.
@@ -166,6 +197,7 @@ def _numpy_names() -> _Rows:
     for core in ("numpy.core.multiarray.", "numpy._core.multiarray."):
         names |= _rows(_make_numpy_scalar, "scalar", within=core)
         names |= _rows(lambda reader, args: Array(), "_reconstruct", within=core)
+    names |= _rows(_make_array, "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
     numbers = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
     numbers += ["ndarray", "float16", "float32", "float64", "bool_", "bool"]
     return names | _rows(_nothing, *numbers, within="numpy.")

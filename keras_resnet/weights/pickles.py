@@ -19,7 +19,8 @@ happening.
 
 from __future__ import annotations
 
-import io
+import codecs
+import contextlib
 import pickle
 import pickletools
 import re
@@ -68,14 +69,20 @@ def read_pickle(
     program = _Pass(data, start, end, budget)
     try:
         program.run()
-    except CheckpointError:
+    except CheckpointError as error:
         # What it wanted before it broke is news all the same.
-        _Reader(program.out, Budget(), refused, None).names()
+        stopped = not _Reader(program.out, Budget(), refused, persistent).names()
+        if stopped and not isinstance(error, Damaged):
+            raise Damaged(str(error)) from None
         raise
     return _Reader(program.out, budget, refused, persistent).value(start), program.position
 
 
-class _Truncated(CheckpointError):
+class Damaged(CheckpointError):
+    """Any unpickler would have stopped here; other errors are about our limits."""
+
+
+class _Truncated(Damaged):
     """The bytes end inside a pickle."""
 
 
@@ -103,7 +110,7 @@ for _code in b"}d":
 _INSTEAD = {
     ord(b"Q"): b"\x85Q",  # BINPERSID: the id as a tuple of one
     ord(b"R"): b"\x86Q",  # REDUCE: (function, values)
-    0x81: b"\x86Q",  # NEWOBJ: the same
+    0x81: b"N\x87Q",  # NEWOBJ: (class, values, None)
     0x92: b"\x87Q",  # NEWOBJ_EX: (function, values, values by name)
     ord(b"}"): b")Q",  # EMPTY_DICT: ()
     ord(b"d"): b"lQ",  # DICT: the list of keys and values
@@ -136,7 +143,7 @@ class _Pass:
                 code = self.data[at]
                 follows = _FOLLOWS[code]
                 if follows is None:
-                    raise CheckpointError(f"byte {code:#04x} is no pickle instruction")
+                    raise Damaged(f"byte {code:#04x} is no pickle instruction")
                 self.steps += _COSTS[code]
                 if self.steps > self.budget.steps:
                     self.budget.spend(self.steps)
@@ -154,9 +161,10 @@ class _Pass:
         except _Truncated:
             raise
         except CheckpointError as error:
-            raise CheckpointError(f"its pickle, at byte {self.position:,}: {error}") from None
+            raise type(error)(f"its pickle, at byte {self.position:,}: {error}") from None
         finally:
-            self.out += self.data[self.copied : at]
+            with memoryview(self.data) as view:
+                self.out += view[self.copied : at]
 
     def skip(self, code: int, follows: int) -> None:
         """Passes over what follows an instruction."""
@@ -169,9 +177,20 @@ class _Pass:
             self.take(length)
             if code in b"\x8a\x8b" and length > MAX_INT_BYTES:
                 raise CheckpointError(f"an integer of {length:,} bytes")
+            if code in b"XT\x8d" and length > 4096:
+                self.wide(self.position - length)
         else:
+            start = self.position
             for _ in range(2 if code in b"ci" else 1):
                 self.line(MAX_PICKLE if code in b"SV" else 2 * MAX_IDENTIFIER)
+            if self.position - start > 4096:
+                self.wide(start)
+
+    def wide(self, start: int) -> None:
+        """Pays for long text that may take four times its bytes."""
+        text = self.data[start : self.position]
+        if not text.isascii() or b"\\" in text:
+            self.budget.spend_bytes(3 * len(text))
 
     def take(self, count: int) -> int:
         """Where the next `count` bytes begin."""
@@ -241,10 +260,20 @@ class _Pass:
     def get(self, at: int) -> None:
         index = self.number(at)
         if index not in self.memo:
-            raise CheckpointError(f"memo entry {index:,} was never written")
+            raise Damaged(f"memo entry {index:,} was never written")
 
     def extension(self, at: int) -> None:
         self.write(at, self.position, f"ccopyreg\nextension {self.number(at)}\n".encode())
+
+    def text(self, at: int, raw: bytes) -> None:
+        """Python 2's text without an encoding, which torch takes for UTF-8; else it is latin-1."""
+        if not raw.isascii():
+            with contextlib.suppress(UnicodeDecodeError):
+                raw.decode("utf-8")
+                self.write(at, self.position, b"X" + struct.pack("<I", len(raw)) + raw)
+
+    def binary(self, at: int) -> None:
+        self.text(at, self.data[at + (2 if self.data[at] == ord(b"U") else 5) : self.position])
 
     def quoted(self, at: int) -> None:
         inside = self.data[at + 2 : self.position - 2]
@@ -254,6 +283,8 @@ class _Pass:
                 self.budget.spend(self.steps)
             if b"\\" in _ESCAPE.sub(b"", inside):
                 raise CheckpointError("a string with an escape that Python does not write")
+            inside = codecs.escape_decode(inside)[0]  # type: ignore[attr-defined]
+        self.text(at, inside)
 
 
 _CHECKS: dict[int, Callable[[_Pass, int], None]] = {
@@ -264,6 +295,7 @@ _CHECKS: dict[int, Callable[[_Pass, int], None]] = {
     **dict.fromkeys(b"ghj", _Pass.get),
     **dict.fromkeys(b"\x82\x83\x84", _Pass.extension),
     ord(b"S"): _Pass.quoted,
+    **dict.fromkeys(b"TU", _Pass.binary),
 }
 
 
@@ -276,6 +308,22 @@ _DAMAGE = (
 )
 
 
+class _Framed:
+    """What `_Pass` wrote as a file, without a copy of it.
+
+    A frame around the whole lets the unpickler take it at once, not byte by byte.
+    """
+
+    def __init__(self, program: bytearray):
+        self.parts = [b"\x95", struct.pack("<Q", len(program)), program]
+
+    def read(self, size: int) -> Any:
+        """The next part, which is what is asked for."""
+        return self.parts.pop(0) if self.parts and len(self.parts[0]) == size else b""
+
+    readline = read
+
+
 class _Reader(pickle.Unpickler):
     """Runs what `_Pass` wrote."""
 
@@ -286,9 +334,7 @@ class _Reader(pickle.Unpickler):
         refused: dict[str, None],
         persistent: Callable[[Any], Any] | None,
     ):
-        # A frame around the whole lets the unpickler read from memory, not byte by byte.
-        framed = b"\x95" + struct.pack("<Q", len(program)) + program
-        super().__init__(io.BytesIO(framed), encoding="latin-1")
+        super().__init__(_Framed(program), encoding="latin-1")
         self.budget, self.refused, self.persistent = budget, refused, persistent
         self.names_only = False
 
@@ -299,18 +345,21 @@ class _Reader(pickle.Unpickler):
         except CheckpointError as error:
             raise CheckpointError(f"its pickle, begun at byte {start:,}: {error}") from None
         except _DAMAGE as error:
-            raise CheckpointError(
+            raise Damaged(
                 f"its pickle, begun at byte {start:,}, is damaged "
                 f"({type(error).__name__}: {one_line(error)})"
             ) from error
 
-    def names(self) -> None:
-        """Runs as far as possible for the names alone; calls make records."""
+    def names(self) -> bool:
+        """Runs for the names alone, calls make records; whether it came to the end."""
         self.names_only = True
         try:
             self.load()
+        except EOFError:
+            return True
         except (CheckpointError, *_DAMAGE):
-            pass
+            return False
+        return True
 
     def find_class(self, module: str, name: str) -> Name:
         """The stand-in for a name; one that is not harmless is noted, and made no less inert."""
@@ -342,14 +391,14 @@ class _Reader(pickle.Unpickler):
         made = self.call(*pid[:2])
         if len(pid) == 3 and type(made) is Record and isinstance(pid[2], dict):
             made.state = pid[2]
+        if len(pid) == 3 and type(made) in (Dict, list):
+            made.clear()  # what `__new__` alone makes of it
         return made
 
     def identified(self, pid: Any) -> Any:
-        if self.names_only:
-            return Record(Name("an id"), pid)
         if self.persistent is None:
-            raise CheckpointError("a persistent id where none can be")
-        return self.persistent(pid)
+            raise pickle.UnpicklingError("a persistent id where none can be")
+        return Record(Name("an id"), pid) if self.names_only else self.persistent(pid)
 
     def dict_of(self, items: list) -> Dict:
         if len(items) % 2:

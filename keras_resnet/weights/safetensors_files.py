@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from keras_resnet.errors import CheckpointError
@@ -54,7 +56,7 @@ def load_safetensors(data: Any, size: int, name: str) -> Loaded:
             )
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         storage = Storage(key, dtype, math.prod(shape))
-        storage.start = begin + offsets[0]
+        storage.start, storage.data = begin + offsets[0], data
         root[key] = Tensor(storage, 0, shape, strides)
     reached = 0
     for first, last, key in sorted(ranges):
@@ -66,6 +68,64 @@ def load_safetensors(data: Any, size: int, name: str) -> Loaded:
     if begin + reached < size:
         raise CheckpointError(f"{size - begin - reached:,} bytes follow its last tensor")
     loaded.root = root
+    return loaded
+
+
+def load_index(data: Any, path: Path, open_shard: Callable[[Path], Loaded]) -> Loaded:
+    """The shards that a `*.index.json` names, as one file.
+
+    Args:
+        data: The index.
+        path: Of the index; its shards lie in the same folder.
+        open_shard: Opens one of them.
+    """
+    if len(data) > MAX_HEADER:
+        raise CheckpointError(f"an index of {len(data):,} bytes is above {MAX_HEADER:,}")
+    try:
+        index = json.loads(data[:].decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"it is no JSON ({one_line(error)})") from error
+    places = index.get("weight_map") if type(index) is dict else None
+    if type(places) is not dict or not places or any(type(v) is not str for v in places.values()):
+        raise CheckpointError("it is JSON, but no index of shards: weight_map is missing")
+    names = sorted(set(places.values()))
+    strange = [n for n in names if PureWindowsPath(n).name != n or "\0" in n or n in ("", "..")]
+    if strange:
+        raise CheckpointError(f"its shard {one_line(strange[0])!r} is no name of a file beside it")
+    if not all(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(
+            f"it is the index of {len(names):,} pickled shards, such as {one_line(names[0])!r}: "
+            f"name one of them, or save the model as safetensors "
+            f"(save_pretrained(..., safe_serialization=True)), whose index is read"
+        )
+    loaded = Loaded("safetensors", data, 0, root={})
+    loaded.notes["shards"] = f"{len(names):,}, such as {one_line(names[0])}"
+    missing = [name for name in names if not (path.parent / name).exists()]
+    if missing:
+        raise CheckpointError(f"its shard {one_line(missing[0])!r} is missing: download it too")
+    for name in names:
+        try:
+            shard = open_shard(path.parent / name)
+        except CheckpointError as error:
+            raise CheckpointError(f"its shard {one_line(name)!r}: {error}") from error
+        if shard.format != "safetensors":
+            raise CheckpointError(f"its shard {one_line(name)!r} is a {shard.format} file")
+        for key in shard.root:
+            if places.get(key) != name:
+                where = f"places in {one_line(places[key])!r}" if key in places else "does not list"
+                raise CheckpointError(
+                    f"its shard {one_line(name)!r} holds {one_line(key)!r}, which the index {where}"
+                )
+        loaded.root |= shard.root
+        loaded.refused |= shard.refused
+        loaded.metadata |= shard.metadata
+        loaded.size += shard.size
+    lacking = [key for key in places if key not in loaded.root]
+    if lacking:
+        raise CheckpointError(
+            f"its shard {one_line(places[lacking[0]])!r} lacks {one_line(lacking[0])!r}, which the "
+            f"index places there: download it again"
+        )
     return loaded
 
 

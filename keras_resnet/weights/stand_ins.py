@@ -44,6 +44,8 @@ class Budget:
         """A dict key as text: only strings are hashed, since integers can be made to collide."""
         if type(value) is str:
             return value
+        if type(value) in (bool, float) and value == value // 1:
+            value = int(value)  # equal keys are one
         if type(value) is int:
             return str(value)
         if type(value) is bytes:
@@ -55,12 +57,15 @@ class Budget:
 
 
 class StandIn:
-    """An object of a pickle; what a pickle sets on it (`BUILD`) has no effect."""
+    """An object of a pickle, that a pickle sets nothing on (`BUILD`) unless it says otherwise.
+
+    It would set the attributes of a class, or the numbers of a tensor that is there already.
+    """
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        raise CheckpointError(f"it changes {brief(self)} after it was made")
 
 
 class Name(StandIn):
@@ -109,23 +114,34 @@ class Record(StandIn):
 class Dict(StandIn, dict):
     """A dict of the pickle, every key of it a string: see `Budget.key`."""
 
-    __slots__ = ("budget",)
+    __slots__ = ("budget", "spelled")
 
     def __init__(self, budget: Budget):
         self.budget = budget
+        self.spelled: Any = ()  # keys that are no strings in the file
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        dict.__setitem__(self, key if type(key) is str else self.budget.key(key), value)
+        text = key if type(key) is str else self.budget.key(key)
+        if type(key) is not str and text not in self:
+            self.spelled = self.spelled or set()
+            self.spelled.add(text)
+        elif (type(key) is str) == (text in self.spelled):
+            raise CheckpointError(f"a dict with two keys that read {one_line(text)!r}")
+        dict.__setitem__(self, text, value)
+
+    def __setstate__(self, state: Any) -> None:
+        pass  # attributes, such as a state dict's `_metadata`
 
 
 class Storage(StandIn):
     """A range of bytes with an element type; `view` is (storage, first element)."""
 
-    __slots__ = ("dtype", "key", "numel", "start", "view")
+    __slots__ = ("data", "dtype", "key", "numel", "start", "view")
 
     def __init__(self, key: str, dtype: str, numel: int, view: tuple | None = None):
         self.key, self.dtype, self.numel, self.view = key, dtype, numel, view
         self.start: int | None = None  # where it begins in the file
+        self.data: Any = None  # the mapping, where it is another file's than the `Loaded` one
 
     @property
     def nbytes(self) -> int:
@@ -162,7 +178,9 @@ class Tensor(StandIn):
                 f"{one_line(storage.key)!r}, which has {storage.nbytes // size:,}"
             )
         bits = metadata if isinstance(metadata, dict) else {}
-        self.conj, self.neg = bits.get("conj") is True, bits.get("neg") is True
+        self.conj, self.neg = bits.get("conj", False), bits.get("neg", False)
+        if type(self.conj) is not bool or type(self.neg) is not bool:
+            raise CheckpointError(f"a tensor's metadata are {brief(metadata)}")
 
     @property
     def nbytes(self) -> int:
@@ -188,22 +206,25 @@ class Parameter(StandIn):
         self.data = data
 
     def __setstate__(self, state: Any) -> None:
-        if type(state) is tuple and state:
-            self.data = state[0]
+        if type(state) is not tuple or len(state) != 5:
+            raise CheckpointError("a Parameter's state is not what torch writes")
+        self.data = state[0]
 
 
 class NumpyType(StandIn):
     """`numpy.dtype("f4")` with its byte order, for plain numbers only."""
 
-    __slots__ = ("code", "size")
+    __slots__ = ("code", "fixed", "size")
 
-    def __init__(self, code: str):
-        self.code = code
+    def __init__(self, code: str, fixed: bool):
+        self.code, self.fixed = code, fixed
         self.size = int(code[2:])
 
     def __setstate__(self, state: Any) -> None:
-        if type(state) is tuple and len(state) > 1 and state[1] in ("<", ">", "|", "="):
-            self.code = state[1] + self.code[1:]
+        # NumPy's own types cannot be changed, only copies of them.
+        order = state[1] if type(state) is tuple and len(state) > 1 else None
+        if not self.fixed and order in ("<", ">", "|", "="):
+            self.code = order + self.code[1:]
 
 
 class Array(StandIn):

@@ -56,8 +56,8 @@ def _place_storages(loaded: Loaded, storages: Storages, keys: Any, position: int
     data, size = loaded.data, loaded.size
     if type(keys) is not list or any(type(k) not in (str, int) for k in keys):
         raise CheckpointError("its list of storages is damaged: download it again")
-    missing = dict(storages.known)
-    want = position + sum(8 + s.nbytes for s in storages.known.values())
+    missing = storages.roots
+    want = position + sum(8 + s.nbytes for s in missing.values())
     for key in map(str, keys):
         storage = missing.pop(key, None)
         if storage is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import struct
 import zipfile
 import zlib
@@ -17,7 +18,8 @@ from keras_resnet.weights.stand_ins import MAX_IDENTIFIER, MAX_PICKLE, Budget, o
 MAX_ENTRIES = 50_000
 MAX_DIRECTORY = 5 << 19
 MAX_METADATA = 2 << 20
-MAX_INFLATION = 8  # decompressed bytes per byte of the file; weights reach about 1.1
+MAX_INFLATION = 32 << 20  # decompressed bytes beyond 1.1 for each of the file's
+_BLOCK = 1 << 14  # read at a time; unpacks to 16 MiB at most
 
 
 def load_zip(data: Any, size: int, name: str) -> Loaded:
@@ -26,39 +28,42 @@ def load_zip(data: Any, size: int, name: str) -> Loaded:
     if members is None:
         raise _without_directory(data, size)
     loaded = Loaded("zip", data, size, members=members)
-    pickles = [m for m in members if m.count("/") == 1 and m.endswith("/data.pkl")]
-    if len(pickles) > 1:
-        raise CheckpointError(
-            f"the zip archive holds {len(pickles)} checkpoints: {one_line(', '.join(pickles))}"
-        )
-    if not pickles:
+    # PyTorch takes the folder of the first entry, and looks nowhere else.
+    first = next(iter(members), b"")
+    root = loaded.archive = first[: first.find(b"/") + 1]
+    member = loaded.member("data.pkl") if root else None
+    if member is None:
         raise CheckpointError(_contents(members))
-    root = loaded.archive = pickles[0][: -len("data.pkl")]
-    script = f"{root}constants.pkl" in members or any(m.startswith(f"{root}code/") for m in members)
-    if script:
+    outside = [_shown(m) for m in members if not m.startswith(root)]
+    if outside:
+        raise CheckpointError(
+            f"the zip archive holds {outside[0]!r} outside of its folder {_shown(root)!r}, which "
+            f"PyTorch refuses: zip that folder alone, without compression"
+        )
+    if loaded.member("constants.pkl") or any(m.startswith(root + b"code/") for m in members):
         loaded.kind = "TorchScript"
+        loaded.refused["torch.jit.load"] = None  # which is what torch.load calls
         loaded.problem = (
             "it is a TorchScript program (torch.jit.save), code and weights together. In PyTorch: "
             f"torch.save(torch.jit.load({name!r}).state_dict(), 'state_dict.pth'), and read that"
         )
-    order = members.get(f"{root}byteorder")
+    order = loaded.member("byteorder")
     if order is not None:
         text = unpacked(data, order, "byteorder") if order.size < 64 else b"?"
         if text not in (b"little", b"big"):
             raise CheckpointError(f"its byte order is neither little nor big: {text[:20]!r}")
         loaded.big_endian = text == b"big"
-    member = members[pickles[0]]
     if member.size > MAX_PICKLE:
         raise CheckpointError(f"its pickle of {member.size:,} bytes is no state dict's")
     storages = Storages()
-    pickle = unpacked(data, member, pickles[0])
+    pickle = unpacked(data, member, "data.pkl")
     try:
-        loaded.root, _ = read_pickle(pickle, 0, len(pickle), Budget(), loaded.refused, storages)
+        loaded.root, _ = read_pickle(pickle, 0, member.size, Budget(), loaded.refused, storages)
     except CheckpointError:
-        if not (script or loaded.refused):
+        if not loaded.refused:
             raise
     _read_metadata(loaded)
-    if not (script or loaded.refused):
+    if not loaded.refused:
         _place_storages(loaded, storages)
     return loaded
 
@@ -66,7 +71,7 @@ def load_zip(data: Any, size: int, name: str) -> Loaded:
 def _read_metadata(loaded: Loaded) -> None:
     """The text that `write_checkpoint` puts beside the tensors; anything else is ignored."""
     name = "extra/metadata.json"
-    member = loaded.members.get(f"{loaded.archive}{name}")
+    member = loaded.member(name)
     if member is None:
         return
     found = None
@@ -80,8 +85,8 @@ def _read_metadata(loaded: Loaded) -> None:
 
 
 def _place_storages(loaded: Loaded, storages: Storages) -> None:
-    for key, storage in storages.known.items():
-        member = loaded.members.get(f"{loaded.archive}data/{key}")
+    for key, storage in storages.roots.items():
+        member = loaded.member(f"data/{key}")
         if member is None:
             raise CheckpointError(
                 f"storage data/{one_line(key)} is missing from the zip archive: download it again"
@@ -97,11 +102,12 @@ def _place_storages(loaded: Loaded, storages: Storages) -> None:
 # ---------------------------------------------------------------------------------- the directory
 
 
-def zip_members(data: Any, size: int) -> dict[str, Member] | None:
+def zip_members(data: Any, size: int) -> dict[bytes, Member] | None:
     """The archive's directory by `zipfile`, under stricter rules; None where it has none.
 
-    No name twice (PyTorch's look-up ignores case), no entry that its own header contradicts or
-    that lies outside the file or in another, no size that the compressed bytes cannot reach.
+    Names are in small letters, since PyTorch's look-up ignores the case of ASCII. None is there
+    twice or has a NUL, where the look-up would end; no entry is contradicted by its own header, or
+    lies outside the file or in another; no size is one that the compressed bytes cannot reach.
     """
     directory = _directory(data, size)
     if directory is None:
@@ -118,24 +124,23 @@ def zip_members(data: Any, size: int) -> dict[str, Member] | None:
         raise CheckpointError(
             f"the zip archive's directory is damaged: it has {len(entries):,} of {count:,} entries"
         )
-    members: dict[str, Member] = {}
-    folded: set[str] = set()
+    members: dict[bytes, Member] = {}
     for entry in entries:
         raw = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
-        name = raw.decode("utf-8", "replace")
-        if name.casefold() in folded:
+        if raw.lower() in members:
             raise CheckpointError(
-                f"the zip entry {one_line(name)!r} is there twice (PyTorch ignores case)"
+                f"the zip entry {_shown(raw)!r} is there twice (PyTorch ignores case)"
             )
-        folded.add(name.casefold())
-        members[name] = _member(data, entry, raw, one_line(name), start)
+        if b"\0" in raw:
+            raise CheckpointError(f"the zip entry {_shown(raw)!r} has a NUL in its name")
+        members[raw.lower()] = _member(data, entry, raw, _shown(raw), start)
     reached = 0
     for member in sorted(members.values(), key=lambda m: m.header):
         if member.header < reached:
             raise CheckpointError("the zip archive's entries overlap")
         reached = member.start + member.packed
     inflated = sum(m.size for m in members.values() if m.method == zipfile.ZIP_DEFLATED)
-    if inflated > MAX_INFLATION * size + (1 << 20):
+    if inflated > 1.1 * size + MAX_INFLATION:
         raise CheckpointError(
             f"the zip archive would unpack to {inflated:,} bytes from {size:,}: weights do not "
             f"compress like that"
@@ -182,6 +187,8 @@ def _member(data: Any, entry: zipfile.ZipInfo, raw: bytes, shown: str, end: int)
     """An entry of the directory, believed only where its local header agrees."""
     method, packed, unpacked_size = entry.compress_type, entry.compress_size, entry.file_size
     header = entry.header_offset
+    if unpacked_size and (raw.endswith(b"/") or entry.external_attr & 0x10):
+        raise CheckpointError(f"the zip entry {shown!r} is a folder with contents of its own")
     if entry.flag_bits & 1:
         raise CheckpointError(f"the zip entry {shown!r} is encrypted: unpack it first")
     if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -208,28 +215,46 @@ def _member(data: Any, entry: zipfile.ZipInfo, raw: bytes, shown: str, end: int)
     return Member(method, packed, unpacked_size, entry.CRC, header, start)
 
 
-def unpacked(data: Any, member: Member, name: str) -> bytes:
-    """A member's bytes in memory: for pickles, and for the rare compressed storage."""
-    raw = data[member.start : member.start + member.packed]
-    if member.method == zipfile.ZIP_STORED:
-        return raw
-    engine = zlib.decompressobj(-15)
+def unpacked(data: Any, member: Member, name: str) -> bytearray:
+    """A member's bytes in memory: for pickles, and for a compressed or big-endian storage.
+
+    The file's pages are let go as soon as they are read, so that the bytes are there once.
+    """
+    out, filled, complete = bytearray(member.size), 0, True
+    engine = zlib.decompressobj(-15) if member.method == zipfile.ZIP_DEFLATED else None
+    end = member.start + member.packed
     try:
-        out = engine.decompress(raw, member.size + 1)
+        for at in range(member.start, end, _BLOCK):
+            piece = data[at : min(at + _BLOCK, end)]
+            if engine is not None:
+                piece = engine.decompress(piece, member.size - filled + 1)
+                complete = engine.eof
+            if len(piece) > member.size - filled:
+                complete = False
+                break
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            if at // _BLOCK % 64 == 63 and isinstance(data, mmap.mmap):
+                forget = at - 63 * _BLOCK
+                data.madvise(mmap.MADV_DONTNEED, forget - forget % mmap.PAGESIZE, 64 * _BLOCK)
     except zlib.error as error:
         raise CheckpointError(f"the zip entry {one_line(name)!r} is damaged ({error})") from error
-    if len(out) != member.size or zlib.crc32(out) != member.crc:
+    if filled != member.size or not complete or (engine and zlib.crc32(out) != member.crc):
         raise CheckpointError(
-            f"the zip entry {one_line(name)!r} unpacks to {len(out):,} of {member.size:,} bytes, "
+            f"the zip entry {one_line(name)!r} unpacks to {filled:,} of {member.size:,} bytes, "
             f"or to other bytes than were packed: download it again"
         )
     return out
 
 
-def _contents(members: dict[str, Member]) -> str:
+def _shown(raw: bytes) -> str:
+    return one_line(raw.decode("utf-8", "replace"))
+
+
+def _contents(members: dict[bytes, Member]) -> str:
     """What a zip archive that is no checkpoint is instead."""
-    names = list(members)
-    if "model.weights.h5" in members:
+    names = [name.decode("utf-8", "replace") for name in members]
+    if b"model.weights.h5" in members:
         return "it is a Keras model file: open it with keras.saving.load_model"
     if names and all(n.endswith(".npy") for n in names):
         return "it is a NumPy .npz file: open it with numpy.load"

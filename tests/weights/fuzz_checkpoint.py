@@ -2,11 +2,13 @@
 
     python tests/weights/fuzz_checkpoint.py --count 20000 --seed 0
     python tests/weights/fuzz_checkpoint.py --minutes 30 --seed 1
+    python tests/weights/fuzz_checkpoint.py --read-with torch
 
 Every damaged file must end in a result or in `CheckpointError`, in `--limit` CPU seconds and
-within 1.2 times its size and 100 MB. `tests/weights/test_checkpoint.py` runs a short session of
-the same; the frame is `tests/fuzzing.py`. The samples of the folder `shared` are damaged too where
-`KERAS_RESNET_SHARED` names it.
+within 1.2 times its size and 100 MB; with `--read-with torch`, what is called safe is also loaded
+by torch, which may run nothing of it and must find the same numbers.
+`tests/weights/test_checkpoint.py` runs a short session of both; the frame is `tests/fuzzing.py`.
+The samples of the folder `shared` are damaged too where `KERAS_RESNET_SHARED` names it.
 """
 
 from __future__ import annotations
@@ -14,14 +16,20 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import json
 import os
 import pathlib
 import pickle
+import pickletools
 import random
 import struct
 import sys
 import tarfile
 import tempfile
+import types
+import warnings
+import zipfile
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -162,8 +170,259 @@ def samples(shared: pathlib.Path | None = None) -> dict[str, bytes]:
     return files
 
 
+# ------------------------------------------------------------------------------ structured damage
+
+SUNG: list[Any] = []  # what the canary was called with: code of a file that ran
+sys.modules["fuzz_canary"] = types.ModuleType("fuzz_canary")
+exec("def sing(*values): sung.extend(values)", vars(sys.modules["fuzz_canary"]))
+sys.modules["fuzz_canary"].sung = SUNG  # type: ignore[attr-defined]
+CANARY = b"cfuzz_canary\nsing\nK\x01\x85R"
+# Whole values, and what is done to the value on top of the stack, as instructions.
+VALUES = [
+    CANARY,
+    b"N",
+    b"K\x07",
+    b"}",
+    b"]",
+    b")",
+    b"X\x01\x00\x00\x00w",
+    b"U\x02\xc3\xa9",
+    b"J\xff" * 2,
+]
+VALUES += [b"ccollections\nOrderedDict\n)R", b"ctorch\nFloatStorage\n", b"cnumpy\ndtype\n", b"\x88"]
+DONE = [b"0" + value for value in VALUES]
+DONE += [
+    b"b",
+    b"}b",
+    b"N}\x86b",
+    b"\x85R",
+    b")\x81",
+    b"s",
+    b"a",
+    b"e",
+    b"u",
+    b"Q",
+    b"\x85",
+    b"\x86",
+    b"2",
+    b"0",
+]
+DONE += [CANARY + b"0", b"K\x00K\x00)R", b"N" + b"ctorch\nDoubleStorage\n" + b"0b"]
+
+
+def instructions(pickle_: bytes) -> list[bytes]:
+    """A pickle in pieces, and what follows it as the last."""
+    pieces, last = [], 0
+    source = io.BytesIO(pickle_)
+    for _ in pickletools.genops(source):
+        pieces.append(pickle_[last : source.tell()])
+        last = source.tell()
+    return [*pieces, pickle_[last:]]
+
+
+def damaged_pickle(pickle_: bytes, random: random.Random) -> bytes:
+    """Instructions left out, repeated, exchanged, put in, and their values changed."""
+    try:
+        *pieces, rest = instructions(pickle_)
+    except ValueError:
+        return fuzzing.damaged(pickle_, random, WORDS)
+    for _ in range(random.choice((1, 1, 2, 4))):
+        at, other = random.randrange(len(pieces)), random.randrange(len(pieces))
+        piece = pieces[at]
+        match random.randrange(8):
+            case 0:
+                pieces[at] = b""
+            case 1:
+                pieces[at] = pieces[other]
+            case 2:
+                pieces[at], pieces[other] = pieces[other], piece
+            case 3:
+                pieces[at:at] = pieces[other : other + random.randrange(1, 12)]
+            case 4:
+                pieces[at] = piece + random.choice(DONE)
+            case 5:
+                pieces[at] = random.choice(VALUES) + piece
+            case 6 if len(piece) > 1:
+                pieces[at] = piece[:1] + fuzzing.damaged(piece[1:], random, WORDS, times=(1,))
+            case _:
+                same = [p for p in pieces if p[:1] == piece[:1]]
+                pieces[at] = random.choice(same)
+    return b"".join(pieces) + rest
+
+
+def damaged_zip(data: bytes, random: random.Random) -> bytes:
+    """Members damaged, renamed, repeated, moved, packed; the whole put behind or before bytes."""
+    with zipfile.ZipFile(io.BytesIO(data)) as old:
+        members = [(info.filename, old.read(info)) for info in old.infolist()]
+    method = random.choice((zipfile.ZIP_STORED,) * 5 + (zipfile.ZIP_DEFLATED,))
+    for _ in range(random.choice((1, 1, 2, 3))):
+        at = random.randrange(len(members))
+        name, body = members[at]
+        folder, _, rest = name.partition("/")
+        match random.randrange(9):
+            case 0 | 1 | 2:
+                at = next(i for i, (n, _) in enumerate(members) if n.lower().endswith("data.pkl"))
+                members[at] = (members[at][0], damaged_pickle(members[at][1], random))
+            case 3:
+                members[at] = (name, fuzzing.damaged(body, random, WORDS, times=(1,)) + b"\0")
+            case 4:
+                names = [name.upper(), f"x/{rest}", f"{folder}/./{rest}", f"{name}\0x", f"./{name}"]
+                names += [name.replace("/", "\\"), f"{folder}/{rest.title()}", f"/{name}", name]
+                members.insert(random.randrange(len(members)), (random.choice(names), body))
+            case 5:
+                members.append(members.pop(at))
+            case 6:
+                extra = {
+                    "byteorder": random.choice((b"big", b"little", b"Big", b"")),
+                    "version": b"3\n",
+                }
+                extra |= {
+                    "constants.pkl": b"\x80\x02).",
+                    ".format_version": b"1",
+                    "data.pkl": CANARY + b".",
+                }
+                extra |= {
+                    ".data/serialization_id": b"1" * 40,
+                    "code/a.py": b"",
+                    "extra/metadata.json": b"[]",
+                }
+                rest = random.choice(list(extra))
+                members.insert(random.randrange(2), (f"{folder}/{rest}", extra[rest]))
+            case 7:
+                del members[at]
+            case 8:
+                members[at] = (name, members[random.randrange(len(members))][1])
+        if not members:
+            break
+        if not any(n.lower().endswith("data.pkl") for n, _ in members):
+            break
+    out = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", method) as new:
+        warnings.simplefilter("ignore")  # a name twice
+        for name, body in members:
+            info = zipfile.ZipInfo("x")
+            info.filename, info.compress_type = name, method
+            with new.open(info, "w", force_zip64=random.random() < 0.1) as member:
+                member.write(body)
+    packed = out.getvalue()
+    if random.random() < 0.3:
+        directory = packed.find(b"PK\x01\x02")
+        tail = fuzzing.damaged(
+            packed[directory:], random, [b"PK\x05\x06", b"PK\x01\x02"], times=(1,)
+        )
+        packed = packed[:directory] + tail
+    if random.random() < 0.1:
+        packed = random.choice((packed + packed, packed + CANARY + b".", CANARY + b"." + packed))
+    return packed
+
+
+def damaged_stream(data: bytes, random: random.Random) -> bytes:
+    """One of its five pickles damaged, or what follows them, or a pickle put in."""
+    parts, source = [], io.BytesIO(data)
+    for _ in range(5):
+        start = source.tell()
+        for _ in pickletools.genops(source):
+            pass
+        parts.append(data[start : source.tell()])
+    parts.append(data[source.tell() :])
+    at = random.choice((0, 1, 2, 3, 3, 3, 3, 4, 5))
+    if at == 5:
+        parts[5] = fuzzing.damaged(parts[5], random, ends=(200, 200), times=(1,))
+    else:
+        parts[at] = damaged_pickle(parts[at], random)
+    if random.random() < 0.1:
+        parts.insert(at, random.choice((CANARY + b".", parts[0], b"N.")))
+    return b"".join(parts)
+
+
+def damaged_tar(data: bytes, random: random.Random) -> bytes:
+    """Members damaged, renamed, repeated, of other kinds; headers with a right checksum."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as old:
+        members = [(info.name, old.extractfile(info).read()) for info in old]
+    for _ in range(random.choice((1, 1, 2))):
+        at = random.randrange(len(members))
+        name, body = members[at]
+        match random.randrange(4):
+            case 0 | 1:
+                members[at] = (name, damaged_pickle(body, random))
+            case 2:
+                names = [
+                    f"./{name}",
+                    name.upper(),
+                    f"{name}/",
+                    CANARY.decode("latin-1") + ".",
+                    name,
+                ]
+                members.insert(random.randrange(len(members) + 1), (random.choice(names), body))
+            case 3:
+                members.append(members.pop(at))
+    out = io.BytesIO()
+    for name, body in members:
+        info = tarfile.TarInfo("x")
+        info.size = len(body)
+        block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+        raw = name.encode("latin-1")[:100]
+        block[: len(raw)] = raw
+        if random.random() < 0.1:
+            block[156] = random.choice(b"0123457xgLKS\0")
+        if random.random() < 0.1:
+            block[:] = fuzzing.damaged(bytes(block), random, ends=(500, 12), times=(1,))[:512]
+            block += bytes(512 - len(block))
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        out.write(bytes(block) + body + bytes(-len(body) % 512))
+    if random.random() < 0.8:
+        out.write(bytes(1024))
+    return out.getvalue()
+
+
+def damaged_safetensors(data: bytes, random: random.Random) -> bytes:
+    """The header's entries changed, and its length with them; or its length an instruction."""
+    (length,) = struct.unpack_from("<Q", data)
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    for _ in range(random.choice((1, 1, 2))):
+        name = random.choice([key for key in header if key != "__metadata__"] or [""])
+        entry = header.get(name, {})
+        other = random.choice(list(header.values()) or [{}])
+        number = random.choice(fuzzing.NUMBERS)
+        match random.randrange(6):
+            case 0:
+                entry["dtype"] = random.choice(
+                    ("F64", "F16", "I8", "C64", "F4", "x", 3, None, "BF16")
+                )
+            case 1:
+                entry["shape"] = random.choice(
+                    ([], [number], [1, number], [[1]], "2", other.get("shape"))
+                )
+            case 2:
+                entry["data_offsets"] = random.choice(
+                    ([0, number], [number, 4], [0], None, other.get("data_offsets"))
+                )
+            case 3:
+                header[random.choice(("w", "", name.upper(), "__metadata__"))] = dict(other)
+            case 4:
+                header.pop(name, None)
+            case 5:
+                body = fuzzing.damaged(body, random, times=(1,))
+    text = json.dumps(header)
+    if random.random() < 0.2:
+        text = text[:-1] + random.choice(
+            (',"w":1,"w":2}', "\n" + CANARY.decode("latin-1") + ".", "}", " " * 5)
+        )
+    raw = text.encode("latin-1", "replace")
+    if random.random() < 0.3:  # the first byte takes the line, or so many bytes
+        raw += b" " * ((random.choice(b"VXPSB(c\x80") - len(raw)) % 256)
+    return struct.pack("<Q", len(raw)) + raw + body
+
+
+FORMS = {"zip": damaged_zip, "own": damaged_zip, "str": damaged_stream, "tar": damaged_tar}
+
+
 def mutate(name: str, data: bytes, random: random.Random) -> bytes:
-    """A damaged file."""
+    """A damaged file: half of them keep their format's structure."""
+    form = damaged_safetensors if name.endswith(".safetensors") else FORMS.get(name[:3])
+    if form is not None and random.random() < 0.6:
+        return form(data, random)
     return fuzzing.damaged(data, random, WORDS)
 
 
@@ -192,6 +451,70 @@ def _kind(error: CheckpointError) -> str:
     return NET if "not what it seems" in str(error) else "refused"
 
 
+# ---------------------------------------------------------------------------- the same to torch
+
+
+def compare(path: pathlib.Path) -> str:
+    """As `read`; and what is called safe runs nothing in torch, and has the same numbers there."""
+    try:
+        info = inspect_checkpoint(path)
+    except CheckpointError as error:
+        return _kind(error)
+    if not info.safe:
+        return "refused"
+    try:
+        ours = read_checkpoint(path, keep_prefix=True)
+    except CheckpointError:
+        ours = {}
+    ways: list[dict[str, Any]] = [{"weights_only": True}, {"weights_only": False}]
+    if info.format == "zip":
+        with zipfile.ZipFile(path) as archive:
+            packed = any(entry.compress_type for entry in archive.infolist())
+        ways += [] if packed else [{"weights_only": True, "mmap": True}]
+    for options in ways:
+        SUNG.clear()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                theirs = torch.load(path, map_location="cpu", **options)
+        except Exception:  # what torch cannot read, runs nothing
+            theirs = None
+        assert not SUNG, f"it is called safe, and ran in torch.load with {options}"
+        if theirs is not None and ours:
+            _compare(ours, theirs, info.key, options)
+    return "read" if ours else "refused"
+
+
+def _compare(ours: dict[str, np.ndarray], theirs: Any, key: str, options: dict) -> None:
+    for part in key.split(".") if key else ():
+        theirs = theirs[part]
+    known: dict[str, Any] = {}
+    todo = [("", theirs, 0)]
+    while todo:
+        front, value, depth = todo.pop()
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            known[front or "tensor"] = value
+        elif depth < 17 and isinstance(value, (dict, list, tuple)):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            items = [(k.decode("latin-1") if type(k) is bytes else k, v) for k, v in items]
+            todo += [(f"{front}.{k}" if front else str(k), v, depth + 1) for k, v in items]
+    for name, array in ours.items():
+        if "<" in name:  # a key that is no text, as our reader writes it
+            continue
+        assert name in known, f"torch has no {name!r} with {options}"
+        other = known[name]
+        assert array.shape == tuple(other.shape), f"{name!r} has another shape with {options}"
+        if isinstance(other, torch.Tensor):
+            if other.is_meta or other.dtype == torch.complex32:
+                continue
+            assert array.dtype.name == str(other.dtype).removeprefix("torch."), name
+            other = other.detach().resolve_conj().resolve_neg().contiguous()
+            raw = other.reshape(-1).view(torch.uint8).numpy().tobytes() if other.numel() else b""
+        else:
+            raw = other.astype(other.dtype.newbyteorder("=")).tobytes()
+        assert array.tobytes() == raw, f"{name!r} has other numbers with {options}"
+
+
 if __name__ == "__main__":
     shared = os.environ.get("KERAS_RESNET_SHARED")
     fuzzing.main(
@@ -200,4 +523,5 @@ if __name__ == "__main__":
         mutate,
         read,
         keep=[NET],
+        others={"torch": compare},
     )
