@@ -131,6 +131,7 @@ class _Pass:
         self.file_end, self.end = end, min(end, start + MAX_PICKLE)
         self.out, self.copied = bytearray(), start
         self.memo: set[int] = set()
+        self.late: CheckpointError | None = None
         self.steps = 0
 
     def run(self) -> None:
@@ -158,6 +159,8 @@ class _Pass:
                     break
             self.budget.spend(self.steps)
             at = self.position
+            if self.late:
+                raise self.late
         except _Truncated:
             raise
         except CheckpointError as error:
@@ -211,7 +214,9 @@ class _Pass:
         if stop < 0:
             if self.end - at < limit:
                 raise self.ended()
-            raise CheckpointError(f"a line of more than {limit} bytes")
+            # What no name or number begins with is an error to any unpickler.
+            plausible = re.fullmatch(rb"[\w.+-]*", self.data[at : at + limit])
+            raise (CheckpointError if plausible else Damaged)(f"a line of more than {limit} bytes")
         self.position = stop + 1
 
     def ended(self) -> CheckpointError:
@@ -232,12 +237,13 @@ class _Pass:
             return int.from_bytes(raw, "little")
         line = raw[:-1]
         if len(line) > 10 or not line.isdigit():
-            raise CheckpointError(f"{one_line(line.decode('latin-1'), 40)!r} is no memo entry")
+            kind = CheckpointError if line.isdigit() else Damaged
+            raise kind(f"{one_line(line.decode('latin-1'), 40)!r} is no memo entry")
         return int(line)
 
     def protocol(self, at: int) -> None:
         if self.number(at) > MAX_PROTOCOL:
-            raise CheckpointError(f"a pickle protocol above {MAX_PROTOCOL}")
+            raise Damaged(f"a pickle protocol above {MAX_PROTOCOL}")
         self.write(at, self.position, b"")
 
     def frame(self, at: int) -> None:
@@ -250,17 +256,22 @@ class _Pass:
     def put(self, at: int) -> None:
         # Writers number their memo in order, so an index is never above the steps taken.
         index = self.number(at)
-        if index > self.steps:
-            raise CheckpointError(f"memo entry {index:,} after {self.steps:,} steps")
-        self.memo.add(index)
+        if index > max(255, self.steps):
+            # It is left out, and an error at the end, or where it would matter.
+            self.late = CheckpointError(f"memo entry {index:,} after {self.steps:,} steps")
+            self.write(at, self.position, b"")
+        else:
+            self.memo.add(index)
 
     def memoize(self, at: int) -> None:
+        if self.late:
+            raise self.late
         self.memo.add(len(self.memo))
 
     def get(self, at: int) -> None:
         index = self.number(at)
         if index not in self.memo:
-            raise Damaged(f"memo entry {index:,} was never written")
+            raise self.late or Damaged(f"memo entry {index:,} was never written")
 
     def extension(self, at: int) -> None:
         self.write(at, self.position, f"ccopyreg\nextension {self.number(at)}\n".encode())
@@ -276,7 +287,10 @@ class _Pass:
         self.text(at, self.data[at + (2 if self.data[at] == ord(b"U") else 5) : self.position])
 
     def quoted(self, at: int) -> None:
-        inside = self.data[at + 2 : self.position - 2]
+        inside = self.data[at + 1 : self.position - 1]
+        if len(inside) < 2 or inside[:1] != inside[-1:] or inside[:1] not in (b"'", b'"'):
+            raise Damaged("a string without quotes")
+        inside = inside[1:-1]
         if b"\\" in inside:
             self.steps += inside.count(b"\\")
             if self.steps > self.budget.steps:

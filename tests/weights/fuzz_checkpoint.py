@@ -485,6 +485,13 @@ def compare(path: pathlib.Path) -> str:
     return "read" if ours else "refused"
 
 
+def _spelled(key: Any) -> Any:
+    """A key of torch's dict as our reader writes it."""
+    if type(key) in (bool, float) and key == key // 1:
+        return int(key)
+    return key.decode("latin-1") if type(key) is bytes else key
+
+
 def _compare(ours: dict[str, np.ndarray], theirs: Any, key: str, options: dict) -> None:
     for part in key.split(".") if key else ():
         theirs = theirs[part]
@@ -496,7 +503,7 @@ def _compare(ours: dict[str, np.ndarray], theirs: Any, key: str, options: dict) 
             known[front or "tensor"] = value
         elif depth < 17 and isinstance(value, (dict, list, tuple)):
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            items = [(k.decode("latin-1") if type(k) is bytes else k, v) for k, v in items]
+            items = [(_spelled(k), v) for k, v in items]
             todo += [(f"{front}.{k}" if front else str(k), v, depth + 1) for k, v in items]
     for name, array in ours.items():
         if "<" in name:  # a key that is no text, as our reader writes it
