@@ -494,7 +494,7 @@ def _spelled(key: Any) -> Any:
 
 def _compare(ours: dict[str, np.ndarray], theirs: Any, key: str, options: dict) -> None:
     for part in key.split(".") if key else ():
-        theirs = theirs[part]
+        theirs = next(value for k, value in theirs.items() if str(_spelled(k)) == part)
     known: dict[str, Any] = {}
     todo = [("", theirs, 0)]
     while todo:

@@ -956,7 +956,7 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
         "tuples as keys": (archive(b"}(" + b")N" * 240_000 + b"u."), "steps"),
         "a string of 8 million escapes": (
             archive(b"S'" + b"\\n" * 7_500_000 + b"'\n."),
-            "steps",
+            "copies more bytes",
         ),
         "an escape that warns": (archive(b"S'\\d'\n."), "escape that Python does not write"),
         "a zip bomb": (bomb, "do not compress like that"),
