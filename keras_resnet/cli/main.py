@@ -59,7 +59,8 @@ def _run(command: Command, parser: argparse.ArgumentParser, **arguments) -> int:
     if command.keras:
         choose_backend()
         tune_process()
-        import_keras()
+        if not arguments.get("show"):  # the recipe alone
+            import_keras()
     if tf32 is not None:
         from keras_resnet.system.device import set_tf32
 

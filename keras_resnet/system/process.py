@@ -5,13 +5,13 @@ Needs neither Keras nor a backend: most of them count only before a backend is i
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
 import json
 import math
 import os
 import platform
+import random
 import re
 import sys
 from collections.abc import Sequence
@@ -191,13 +191,11 @@ def import_keras() -> None:
     hidden = [name for name in _BESIDE_KERAS if name != backend and name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))
     try:
-        import keras  # noqa: F401
+        import keras
 
-        with contextlib.suppress(ImportError):  # no public name
-            if backend == "torch":  # jax writes a SavedModel through it
-                from keras.src.utils.module_utils import tensorflow
-
-                tensorflow.available  # noqa: B018 (it looks once)
+        if backend == "torch":  # jax writes a SavedModel through TensorFlow
+            # Keras looks for it at its first seed, and remembers what it found.
+            keras.utils.set_random_seed(random.getrandbits(32))
     finally:
         for name in hidden:
             sys.modules.pop(name)
