@@ -61,7 +61,8 @@ def reason_of(error: BaseException) -> str:
         >>> reason_of(ValueError("A layer could not be loaded:\n\n  expected 2 variables"))
         'A layer could not be loaded: expected 2 variables'
     """
-    empty = ("Exception encountered", "Exception from ", "Check '", "FrontEnd API failed")
+    empty = ("Exception encountered", "Exception from ", "Check '", "FrontEnd API failed",
+             "A total of ")  # fmt: skip
     lines = [line.strip() for line in str(error).split("\n")]
     told = [line for line in lines if line and not line.startswith(empty)]
     text = " ".join(" ".join(told).split())

@@ -24,6 +24,9 @@ from keras_resnet.errors import DataError, InputError, did_you_mean
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Of an image when it is prepared, and of all images that are predicted at a time.
+MAX_PIXELS = 1 << 24
+
 # Up to this side, in pixels, an image is its own crop, as CIFAR's are.
 SMALL = 64
 
@@ -48,7 +51,7 @@ class Preprocess:
 
     Attributes:
         resize_size: an int for the short side (the long one becomes `int(size * long / short)`),
-            (height, width) for both, or None for no resize.
+            (height, width) for both, or None for no resize; at most 4096 x 4096 pixels.
         crop_size: the centre crop, an int or (height, width), padded with black where the image
             is smaller; None for no crop.
         interpolation: `"bilinear"`, `"bicubic"`, `"nearest"`, `"box"`, `"hamming"`, `"lanczos"`;
@@ -104,7 +107,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         """Checks every field, and stores each in one form, so that equal means equal."""
         store = object.__setattr__
-        if self.color_mode not in PILLOW_MODES:
+        if self.color_mode not in tuple(PILLOW_MODES):  # a file may say a list
             raise InputError(
                 f"`color_mode` must be one of {sorted(PILLOW_MODES)}. "
                 f"Received: {self.color_mode!r}."
@@ -112,14 +115,14 @@ class Preprocess:
         store(self, "resize_size", _size("resize_size", self.resize_size))
         crop = _size("crop_size", self.crop_size)
         store(self, "crop_size", (crop, crop) if isinstance(crop, int) else crop)
-        if self.interpolation not in INTERPOLATIONS:
+        if self.interpolation not in tuple(INTERPOLATIONS):
             raise InputError(
                 f"interpolation must be one of {sorted(INTERPOLATIONS)}. Received: "
                 f"{self.interpolation!r}.{did_you_mean(self.interpolation, INTERPOLATIONS)}"
             )
         for name in ("mean", "std"):
             store(self, name, self._per_channel(name, getattr(self, name)))
-        if self.std is not None and min(self.std) <= 0:
+        if self.std is not None and np.min(np.float32(self.std)) <= 0:
             raise InputError(f"std must be positive. Received: {self.std}.")
         if self.crop_to_aspect_ratio and self.pad_to_aspect_ratio:
             raise InputError(
@@ -137,10 +140,13 @@ class Preprocess:
     def _per_channel(self, name: str, value: Any) -> tuple[float, ...] | None:
         if value is None:
             return None
-        values = np.atleast_1d(np.asarray(value, dtype=np.float64))
+        try:
+            values = np.atleast_1d(np.asarray(value, dtype=np.float64))
+        except (TypeError, ValueError, OverflowError):
+            values = np.array([np.nan])
         if values.shape == (1,):
             values = np.repeat(values, self.channels)
-        if values.shape != (self.channels,) or not np.isfinite(values).all():
+        if values.shape != (self.channels,) or not (np.abs(values) < 1e30).all():
             raise InputError(
                 f"{name} must be one finite number a channel ({self.channels} for color_mode="
                 f"{self.color_mode!r}) or None. Received: {value!r}."
@@ -250,9 +256,15 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Preprocess:
-        """Builds the object that `get_config` described."""
+        """Builds the object that `get_config` described.
+
+        Raises:
+            InputError: It describes none.
+        """
+        if not isinstance(config, dict):
+            raise InputError(f"A Preprocess is described by a dict. Received: {config!r}.")
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(config) - set(known))
+        unknown = sorted(map(str, set(config) - set(known)))
         if unknown:
             raise InputError(
                 f"Preprocess has no argument {', '.join(unknown)}; it takes {', '.join(known)}."
@@ -290,6 +302,11 @@ def _size(name: str, value: Any) -> int | tuple[int, int] | None:
     if not positive or isinstance(value, str) or len(sides) not in (1, 2):
         raise InputError(
             f"{name} must be a positive int, a (height, width) pair or None. Received: {value!r}."
+        )
+    if int(sides[0]) * int(sides[-1]) > MAX_PIXELS:
+        raise InputError(
+            f"{name} must make an image of at most {MAX_PIXELS:,} pixels, such as 4096 x 4096. "
+            f"Received: {value!r}."
         )
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 

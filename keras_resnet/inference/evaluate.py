@@ -15,7 +15,7 @@ from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures, labels_by_name, split_folder
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.errors import DataError, InputError
-from keras_resnet.models.files import model_class_names, model_input
+from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.models.meaning import Meaning
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
@@ -165,7 +165,7 @@ def evaluate(
             `train`; or an unshuffled `ImageDataset`. Classes go by their names: the folder may
             lack some of the model's, but has none that the model does not know. Those of a model
             without names are the folder's, where there are as many.
-        batch_size: Images at a time; the result does not depend on it.
+        batch_size: Images at a time, fewer where they are large; the result does not depend on it.
         workers: Threads that read images.
         split: Which of `test`, `val`, `train`; the first that is there by default.
         preprocess: In place of the model's own.
@@ -198,7 +198,7 @@ def evaluate(
             true,
             names,
             shuffle=False,
-            batch_size=batch_size,
+            batch_size=images_at_a_time(prepared, batch_size),
             workers=workers,
             preprocess=prepared,
             output=fed,

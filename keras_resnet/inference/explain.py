@@ -23,7 +23,7 @@ from keras_resnet.inference.grad_cam import (
     resized,
 )
 from keras_resnet.inference.prediction_files import Prediction, most_probable
-from keras_resnet.models.files import model_class_names, model_input
+from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.device import in_data_format
 
@@ -129,7 +129,7 @@ def iter_explanations(
             probable one of each.
         layer: As of `grad_cam`.
         top: Classes to give an image, most probable first.
-        batch_size: Images at a time; the result does not depend on it.
+        batch_size: Images at a time, fewer where they are large; the result does not depend on it.
         workers: Threads that read images.
         preprocess: In place of the model's own.
         pixels: As for `predict`.
@@ -154,7 +154,7 @@ def iter_explanations(
         paths,
         label_mode=None,
         shuffle=False,
-        batch_size=batch_size,
+        batch_size=images_at_a_time(prepared, batch_size),
         workers=workers,
         preprocess=prepared,
         output="uint8",

@@ -34,7 +34,7 @@ from keras_resnet.inference.prediction_files import (
     errors_path,
     most_probable,
 )
-from keras_resnet.models.files import model_class_names, model_input
+from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.files import column, printable, text_width, to_json, write_text
@@ -203,13 +203,14 @@ def iter_predictions(
     _check(top, batch_size, workers)
     runner = open_runner(model, engine)
     images = _images(sources)
+    prepared = model_input(runner, preprocess, pixels)
     batches = _batches(
         runner,
         images,
         top=top,
-        batch_size=batch_size,
+        batch_size=images_at_a_time(prepared[0], batch_size),
         workers=workers,
-        prepared=model_input(runner, preprocess, pixels),
+        prepared=prepared,
     )
     return itertools.chain.from_iterable(batches)
 
@@ -264,7 +265,8 @@ def predict(
             image is a path, an array of 0..255 (uint8, or a batch of such), a Pillow image, the
             bytes of a file or an open one; those in memory are called `"image 1"` and so on.
         top: Classes to give an image, most probable first.
-        batch_size: Images at a time; the result does not depend on it.
+        batch_size: Images at a time, of 16.8 million pixels at most together; the result does not
+            depend on it.
         workers: Threads that read images.
         preprocess: In place of the model's own.
         engine: What runs the model: see `open_runner`.
@@ -385,7 +387,7 @@ def write_predictions(
     total = len(images)
     runner = open_runner(model, engine)
     prepared = model_input(runner, preprocess, pixels)
-    top = min(top, runner.num_classes)
+    top, batch_size = min(top, runner.num_classes), images_at_a_time(prepared[0], batch_size)
     identity = _identity(runner, prepared, top, min(batch_size, total))
     started = time.monotonic()
     # Names are all that is kept of images, and those in memory are called alike.

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.data.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_PIXELS,
+    Preprocess,
+)
 from keras_resnet.errors import InputError, one_of, reason_of
+from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.image_model import as_functional
-from keras_resnet.models.meaning import PIXELS, meaning_of, pixels_of
+from keras_resnet.models.meaning import PIXELS, meaning_of, nodes_of, pixels_of
+from keras_resnet.models.summary import summary
 from keras_resnet.models.zoo import create_model
 from keras_resnet.system.device import image_shape
 from keras_resnet.system.files import replace_file, to_json
@@ -22,7 +32,9 @@ from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.keras_files import (
     KERAS_WRITTEN,
+    MAX_TENSOR,
     TORCH_WRITTEN,
+    check_keras_file,
     find_keras_file,
     target_ending,
 )
@@ -30,6 +42,7 @@ from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import save_torchvision
 from keras_resnet.weights.matching import matching_variants
 from keras_resnet.weights.published import named_variant
+from keras_resnet.weights.stand_ins import one_line
 from keras_resnet.weights.verify import VerifyReport, verify
 from keras_resnet.weights.writing import write_checkpoint
 
@@ -206,12 +219,101 @@ def load_model(path: str | os.PathLike) -> keras.Model:
     variant = named_variant(path)
     if variant is not None:
         return create_model(variant, weights="DEFAULT")
-    path = find_keras_file(path)
+    return open_keras_file(find_keras_file(path))
+
+
+def open_keras_file(path: Path, compile: bool = False) -> keras.Model:
+    """The model in a `.keras` file: the one place where Keras opens one.
+
+    Raises:
+        InputError: The file is no Keras model, or one that would take the machine.
+    """
+    numbers = check_keras_file(path)
     try:
-        return keras.saving.load_model(path, compile=False)
+        with _weights_up_to(numbers + _SPARE):
+            model = keras.saving.load_model(path, compile=compile)
+        _check_loaded(model)
     except Exception as error:  # Keras raises a dozen kinds for a damaged file
-        reason = reason_of(error)
+        reason = one_line(reason_of(error), 300)
         raise InputError(f"{str(path)!r} cannot be loaded as a Keras model: {reason}") from error
+    return model
+
+
+_SPARE = 1 << 20  # weights that a file need not hold: those of layers that older Kerases left out
+_LOADING = threading.RLock()
+
+
+@contextlib.contextmanager
+def _weights_up_to(most: int) -> Iterator[None]:
+    """Layers that are made here weigh no more than so many numbers.
+
+    Keras draws the weights of a layer as large as its description says, before it reads those of
+    the file.
+
+    Raises:
+        InputError: They would.
+    """
+    left, here = most, threading.get_ident()
+
+    def add_weight(layer: keras.Layer, shape=None, *args, **kwargs):
+        nonlocal left
+        if threading.get_ident() == here:
+            left -= math.prod(shape or ())
+            if left < 0:
+                raise InputError("its layers would weigh more than the file has weights.")
+        return before(layer, shape, *args, **kwargs)
+
+    with _LOADING:
+        before = keras.Layer.add_weight
+        keras.Layer.add_weight = add_weight  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            keras.Layer.add_weight = before  # type: ignore[method-assign]
+
+
+def _check_loaded(model: keras.Model) -> None:
+    """What can be wrong with a model whatever it is used for: sizes, and what `info` says."""
+    functional = as_functional(model, strict=False)
+    if functional is None:
+        return
+    info = getattr(model, "info", {})
+    prepared = None if info.get("preprocess") is None else model_preprocess(model)
+    if prepared is not None:
+        _check_channels(functional, prepared)
+    for count, name in _output_sizes(functional, prepared):
+        if count > MAX_TENSOR:
+            raise InputError(f"the output of its layer {name!r} has {count:,} values an image.")
+    if info.get("class_names") and isinstance(functional.layers[-1], keras.layers.Dense):
+        model_class_names(model)
+
+
+def _output_sizes(
+    model: keras.Model, prepared: Preprocess | None = None
+) -> Iterator[tuple[int, str]]:
+    """Values and layer of each tensor of a graph, models inside included, for one image."""
+    for node in nodes_of(model):
+        inner = node.operation if isinstance(node.operation, keras.Model) else None
+        inner = inner and as_functional(inner, strict=False)
+        if inner is not None:
+            yield from _output_sizes(inner)
+        for tensor in node.outputs:
+            yield math.prod(size or 1 for size in tensor.shape[1:]), node.operation.name
+    if None in model.inputs[0].shape[1:]:  # sides that the preprocessing decides
+        sides = prepared.output_shape[:2] if prepared is not None else (None, None)
+        with contextlib.suppress(Exception):  # a graph without a summary
+            for row in summary(model, [side or 224 for side in sides]).rows:
+                yield math.prod(row.output_shape), row.name
+
+
+def _check_channels(model: keras.Model, prepared: Preprocess) -> None:
+    shape = as_functional(model).inputs[0].shape
+    count = shape[channel_axis()] if len(shape) == 4 else None
+    if count is not None and prepared.channels not in (shape[1], shape[3]):
+        raise InputError(
+            f"The model {model.name!r} takes images of {count} channels, and its preprocessing "
+            f"makes {prepared.channels}: correct color_mode in model.info['preprocess']."
+        )
 
 
 def model_preprocess(model: keras.Model | Any) -> Preprocess:
@@ -269,8 +371,17 @@ def model_input(
     """
     one_of("pixels", pixels, (None, *PIXELS))
     preprocess = preprocess or model_preprocess(model)
+    given = getattr(model, "given", model)  # of a Runner of Keras'
+    if isinstance(given, keras.Model):
+        _check_channels(given, preprocess)
     if pixels is None:
         pixels = pixels_of(model) if isinstance(model, keras.Model) else model.pixels
     if pixels == "0..1":
         preprocess = dataclasses.replace(preprocess, mean=None, std=None)
     return preprocess, "uint8" if pixels == "0..255" else "float32"
+
+
+def images_at_a_time(preprocess: Preprocess, batch_size: int) -> int:
+    """The batch size that was asked for, or as many images as memory is meant for."""
+    height, width, _ = preprocess.output_shape
+    return min(batch_size, max(1, MAX_PIXELS // ((height or 256) * (width or 256))))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import numbers
+from collections.abc import Callable
 from typing import Any, overload
 
 import keras
@@ -13,6 +15,8 @@ from keras_resnet.layers.norm import Normalize
 from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.torch_graph import DirectGraph
 from keras_resnet.system import device  # as a whole: it may be what imports Keras, half there
+from keras_resnet.system.files import shortened
+from keras_resnet.variants import COUNTER
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
@@ -38,6 +42,52 @@ class ImageModel(DirectGraph, keras.Model):
         return {**super().get_config(), "info": copy.deepcopy(self._info)}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not abs(value) >= 2**63  # a nan is written as one
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What the parts of `info` are that this package writes and reads; each may be missing or None.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(["options", "preprocess", "weights", "training"], _is_dict),
+    **dict.fromkeys(["variant", "options.task", "training.recipe"], _is_text),
+    **dict.fromkeys(["weights.source", "weights.published_as", "weights.sha256"], _is_text),
+    **dict.fromkeys(["training.epoch", "training.epochs"], _is_number),
+    **dict.fromkeys(["training.val_accuracy", "training.val_pictures"], _is_number),
+    f"weights.{COUNTER}": lambda v: all(map(_is_number, v.values() if _is_dict(v) else [v])),
+    "class_names": lambda v: isinstance(v, (list, tuple)) and all(map(_is_text, v)),
+}
+
+
+def check_info(name: str, info: Any) -> None:
+    """Checks what a model says of itself, which anybody can have written.
+
+    Raises:
+        InputError: A part is of another kind than this package writes.
+    """
+    if not isinstance(info, dict):
+        raise InputError(f"The info of {name!r} must be a dict. Received: {_brief(info)}.")
+    for path, fits in _KINDS.items():
+        part, _, key = path.partition(".")
+        value = info.get(part) if not key else (info.get(part) or {}).get(key)
+        if value is not None and not fits(value):
+            raise InputError(
+                f"info[{part!r}]{f'[{key!r}]' if key else ''} of {name!r} is not what it must be: "
+                f"correct it, and save the model again. Received: {_brief(value)}."
+            )
+
+
+def _brief(value: Any) -> str:
+    return shortened(repr(value)[:1000], 80)
+
+
 @overload
 def as_functional(model: keras.Model) -> keras.Model: ...
 @overload
@@ -52,6 +102,7 @@ def as_functional(model, strict=True):
     Raises:
         InputError: A class of one's own without a graph, or a model that is not built.
     """
+    check_info(getattr(model, "name", "?"), getattr(model, "info", {}))
     if hasattr(model, "_nodes_by_depth"):
         return model
     outputs = getattr(model, "outputs", None) if isinstance(model, keras.Sequential) else None

@@ -97,7 +97,7 @@ def meaning_of(model: keras.Model) -> Meaning:
     info = getattr(model, "info", {})
     # Of a backbone that is only pooled.
     bare = type(model.layers[-1]).__name__ in _MEANS | _MAXIMA
-    bare = bare and info.get("options", {}).get("include_top") is False
+    bare = bare and (info.get("options") or {}).get("include_top") is False
     check_head(model.name, [tuple(tensor.shape) for tensor in model.outputs], bare)
     if len(model.inputs) != 1:
         raise InputError(
@@ -125,7 +125,7 @@ def meaning_of(model: keras.Model) -> Meaning:
 
 def _task_of_logits(name: str, count: int, info: dict[str, Any]) -> str:
     """What no graph tells: whether logits are for a softmax or for sigmoids."""
-    task, names = info.get("options", {}).get("task"), info.get("class_names") or []
+    task, names = (info.get("options") or {}).get("task"), info.get("class_names") or []
     if task is None and count == 1 and len(names) != 2:
         raise InputError(
             f"{name!r} has one output without an activation: is it the logit of two classes? Then "
@@ -322,7 +322,7 @@ def pixels_of(model: keras.Model) -> str:
 
 def pixels_in(info: dict[str, Any]) -> str | None:
     """What a model's `info` says of the pixels that it takes."""
-    inside = info.get("options", {}).get("include_preprocessing")
+    inside = (info.get("options") or {}).get("include_preprocessing")
     return None if inside is None else "0..255" if inside else "normalized"
 
 

@@ -10,6 +10,7 @@ import keras
 
 from keras_resnet.errors import InputError
 from keras_resnet.models.image_model import as_functional
+from keras_resnet.system.files import printable
 
 _MIB = 1024**2
 
@@ -120,7 +121,7 @@ def summary(model: keras.Model, input_size: int | Sequence[int] | None = None) -
     model = as_functional(model)
     shape = _input_shape(model, input_size)
     return ModelSummary(
-        model.name,
+        printable(model.name),
         shape[1:],
         tuple(_rows(model, shape)),
         sum(math.prod(w.shape) for w in model.trainable_weights),
@@ -150,8 +151,8 @@ def _rows(model: keras.Model, shape: tuple) -> list[LayerRow]:
                 rows += _rows(inner, given[0])
             elif isinstance(layer, keras.Layer):
                 params = 0 if id(layer) in counted else layer.count_params()
-                kind = type(layer).__name__
-                rows.append(LayerRow(layer.name, kind, out[1:], params, _flops(layer, out)))
+                name, kind = printable(layer.name), type(layer).__name__
+                rows.append(LayerRow(name, kind, out[1:], params, _flops(layer, out)))
             counted.add(id(layer))
     return rows
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import math
 import os
 import re
-import zipfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from keras_resnet.errors import InputError, NotFoundError, meant_path
 from keras_resnet.reports.run_facts import Results, RunFacts
 from keras_resnet.reports.wording import is_number
 from keras_resnet.system.files import csv_value, read_json
+from keras_resnet.weights.keras_files import keras_file_info
 
 # A folder with one of these is a run's, or what `evaluate --output` wrote.
 _MARKS = ("config.json", "history.csv", "evaluation.json", "test_evaluation.json", "best.keras")
@@ -115,9 +114,8 @@ def _model_info(folder: Path) -> dict[str, Any]:
     """`ImageModel.info` out of the model file, without loading the model."""
     for name in ("best.keras", "last.keras"):
         try:
-            with zipfile.ZipFile(folder / name) as file:
-                info = json.loads(file.read("config.json"))["config"]["info"]
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            info = keras_file_info(folder / name)
+        except InputError:
             continue
         if isinstance(info, dict):
             return info

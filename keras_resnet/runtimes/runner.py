@@ -17,9 +17,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, NotFoundError, one_of, reason_of
+from keras_resnet.errors import InputError, KerasResNetError, NotFoundError, one_of, reason_of
 from keras_resnet.models.graph import Step, graph_steps
-from keras_resnet.models.image_model import as_functional
+from keras_resnet.models.image_model import as_functional, check_info
 from keras_resnet.models.meaning import (
     Meaning,
     check_head,
@@ -33,7 +33,7 @@ from keras_resnet.models.rebuild import optimize_for_inference
 from keras_resnet.models.torch_graph import DirectGraph, going_on
 from keras_resnet.runtimes import formats
 from keras_resnet.system.device import in_data_format
-from keras_resnet.system.files import printable
+from keras_resnet.system.files import printable, shortened
 from keras_resnet.system.process import available_cores
 
 
@@ -104,9 +104,18 @@ class Runner(abc.ABC):
         """As `outputs`, where they say something; a logit of minus infinity rules a class out.
 
         Raises:
-            InputError: The outputs for some image are `nan` or infinite.
+            InputError: The outputs for some image are `nan` or infinite, or there are none, as of
+                images of a size that the model does not take.
         """
-        outputs = self.outputs(images)
+        try:
+            outputs = self.outputs(images)
+        except KerasResNetError:
+            raise
+        except Exception as error:  # each backend and runtime raises kinds of its own
+            raise InputError(
+                f"{printable(self.model_name)!r} fails on images of the shape {images.shape[1:]}: "
+                f"{shortened(reason_of(error), 200)}"
+            ) from error
         largest = np.asarray(outputs, np.float64).reshape(len(outputs), -1).max(axis=1)
         wrong = int((~np.isfinite(largest)).sum())
         if wrong:
@@ -141,6 +150,9 @@ class KerasRunner(Runner):
         model: With a classification head, not necessarily compiled.
         precision: What it computes in; its own dtype policy by default.
         optimize: Run a faster twin of the model in its place; without it, the model as it is.
+
+    Attributes:
+        given: The model.
     """
 
     def __init__(self, model: keras.Model, precision: str | None = None, optimize: bool = True):
@@ -149,12 +161,12 @@ class KerasRunner(Runner):
         self.model_name = model.name
         self.info = getattr(model, "info", {})
         self._find_meaning(model.outputs[0].shape[-1], lambda: meaning_of(model))
-        self._given, self._call = model, object()
+        self.given, self._call = model, object()
         self._model = _for_inference(model, precision) if optimize else model
 
     @property
     def pixels(self) -> str:  # noqa: D102 (of the base)
-        return pixels_of(self._given)
+        return pixels_of(self.given)
 
     def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
         # The weights as they are at the first batch, as in the folded twin of other backends.
@@ -286,6 +298,7 @@ class FileRunner(Runner):
         about = formats.from_json(text, path)
         self.model_name = about.get("name") or path.stem
         self.info = about.get("info") or {}
+        check_info(self.model_name, self.info)
         self.input_shape, self.output_shape = given, output
         # A file that somebody else made does not say; few channels come first or last.
         layout = about.get("input", {}).get("layout")

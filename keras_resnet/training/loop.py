@@ -15,6 +15,7 @@ import keras
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.errors import InputError, KerasResNetError
+from keras_resnet.models.files import open_keras_file
 from keras_resnet.recipes import Recipe
 from keras_resnet.system.device import Sender, package_version, random_state
 from keras_resnet.training.callbacks import (
@@ -147,7 +148,7 @@ class Loop:
         if until != self.until:
             self.until = until
             self._compile()
-        last = keras.saving.load_model(run.path("last.keras"))
+        last = open_keras_file(run.path("last.keras"), compile=True)
         for variable, source in zip(self.model.weights, last.weights, strict=True):
             variable.assign(source)
         _carry_over(last.optimizer, self.model.optimizer)

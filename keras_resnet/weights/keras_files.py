@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
 import math
+import mmap
 import os
+import re
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from keras_resnet.errors import InputError, NotFoundError, did_you_mean, meant_path, reason_of
-from keras_resnet.system.files import check_writable, printable
+from keras_resnet.system.files import check_writable, printable, to_json
 from keras_resnet.variants import list_models
+from keras_resnet.weights.loaded import Member
+from keras_resnet.weights.stand_ins import one_line
+from keras_resnet.weights.zip_files import unpacked, zip_members
 
 TORCH_WRITTEN = (".pth", ".pt", ".safetensors")
 KERAS_WRITTEN = (".keras", ".weights.h5")
-_MOST = 64 * 2**20  # bytes of a description; those of this package's models have some 100,000
+_PARTS = ("config.json", "metadata.json", "model.weights.h5")
+
+# What a model file may hold at most, in brackets what this package's largest models do.
+_DESCRIPTION = 8 << 20  # bytes of config.json (500,000)
+_VALUES, _DEPTH = 500_000, 100  # of it (40,000, 12)
+_CALLS = 10_000  # layers, and calls of layers (1,100)
+_MEMBERS = 1_000  # files in the archive, which Keras unpacks (3)
+_LINKS = 100_000  # names in the weights (3,000)
+MAX_TENSOR = 1 << 27  # numbers in the output of a layer for one image, in float32 half a GB
+_REACH = 2_048  # pixels under a kernel, which are padded around an image
 
 
 def find_keras_file(path: str | os.PathLike) -> Path:
@@ -49,12 +67,15 @@ def find_keras_file(path: str | os.PathLike) -> Path:
             f"{str(path)!r} is not a .keras file. A checkpoint of torch becomes one with: "
             f"keras-resnet convert {path.name} {path.stem}.keras"
         )
+    if not path.is_file():
+        raise InputError(f"{str(path)!r} is a device or a pipe; a .keras file is needed.")
     if not zipfile.is_zipfile(path):
         raise InputError(
             f"{str(path)!r} is no whole .keras file ({path.stat().st_size:,} bytes, not a zip "
             "archive): it was cut off or is something else; copy or save it again."
         )
-    _check_names(path)
+    with _opened(path, "read"):
+        pass
     return path
 
 
@@ -114,11 +135,11 @@ class KerasFile:
     def __str__(self) -> str:
         output = f", output (None, {self.classes})" if self.classes else ""
         text = f"{printable(self.name)}: {self.parameters:,} parameters{output}"
-        return f"{text}\n{json.dumps(self.info, indent=2)}"
+        return f"{text}\n{to_json(self.info, indent=2)}"
 
     def to_json(self) -> str:
         """The same as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return to_json(dataclasses.asdict(self), indent=2)
 
 
 def inspect_keras_file(path: str | os.PathLike) -> KerasFile:
@@ -126,47 +147,210 @@ def inspect_keras_file(path: str | os.PathLike) -> KerasFile:
 
     Raises:
         NotFoundError: There is no such file.
-        InputError: It is no whole `.keras` file.
+        InputError: It is no whole `.keras` file, or one that would take the machine.
     """
+    path = find_keras_file(path)
+    with _opened(path, "read") as parts:
+        model = _config(parts)
+        version = str(json.loads(parts.read("metadata.json")).get("keras_version"))
+        last = model["layers"][-1]["config"].get("units")
+        classes = last if type(last) is int else None
+        info, (parameters, _) = model.get("info", {}), _numbers(parts)
+        return KerasFile(str(model["name"]), parameters, classes, version, info)
+
+
+def keras_file_info(path: Path) -> Any:
+    """The `info` that a `.keras` file holds, whatever that is; `None` where there is none.
+
+    Raises:
+        InputError: It is no whole `.keras` file, or one that would take the machine.
+    """
+    with _opened(path, "read") as parts:
+        return _config(parts).get("info")
+
+
+def check_keras_file(path: Path) -> int:
+    """Looks at a `.keras` file before Keras does, which takes what is written there at its word.
+
+    Returns:
+        How many numbers its weights are.
+
+    Raises:
+        InputError: It is no whole `.keras` file, or one that would take the machine: sizes that
+            no image classifier has, weights that are not in the file, links out of it.
+    """
+    with _opened(path, "loaded") as parts:
+        _config(parts)
+        return _numbers(parts)[1]
+
+
+class _Parts:
+    """A `.keras` file's archive, mapped."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.members = data, zip_members(data, len(data)) or {}
+        if b"config.json" not in self.members:
+            raise InputError("it has no config.json.")
+        if len(self.members) > _MEMBERS:
+            raise InputError(f"it has {len(self.members):,} parts; a model has {len(_PARTS)}.")
+
+    def member(self, name: str) -> Member:
+        if name.encode() not in self.members:
+            raise InputError(f"it has no {name}.")
+        return self.members[name.encode()]
+
+    def read(self, name: str) -> bytes:
+        member = self.member(name)
+        if name.endswith(".json") and member.size > _DESCRIPTION:
+            raise InputError(f"{name} has {member.size:,} bytes.")
+        return unpacked(self.data, member, name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, doing: str) -> Iterator[_Parts]:
+    """The parts of a `.keras` file; what cannot be made of them is one error, in one line."""
+    try:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            yield _Parts(data)
+    # h5py alone raises a dozen kinds for a damaged file.
+    except Exception as error:
+        reason = one_line(reason_of(error), 300)
+        if isinstance(error, (AttributeError, LookupError, TypeError)):
+            reason = f"its parts are not as Keras writes them ({reason})."
+        raise InputError(f"{str(path)!r} cannot be {doing} as a Keras model: {reason}") from error
+
+
+# --- what config.json says -----------------------------------------------------------------------
+
+
+def _config(parts: _Parts) -> dict[str, Any]:
+    """The model's own description, after a look at every number that makes a size."""
+    config = json.loads(parts.read("config.json"))
+    waiting, values, calls = [(config, 0)], 0, 0
+    while waiting:
+        value, depth = waiting.pop()
+        children = list(value.values() if isinstance(value, dict) else value)
+        values += len(children)
+        if isinstance(value, dict):
+            calls += _calls(value)
+            _check_sizes(value)
+        if values > _VALUES or depth > _DEPTH or calls > _CALLS:
+            raise InputError(
+                f"its config.json has more than {_VALUES:,} values, {_CALLS:,} calls of layers or "
+                f"{_DEPTH} levels, which no image classifier has."
+            )
+        waiting.extend((v, depth + 1) for v in children if isinstance(v, (dict, list)))
+    return config["config"]
+
+
+def _calls(value: dict[str, Any]) -> int:
+    """Layers of a model, or calls of a layer, that an object of the description holds."""
+    layers, nodes = (
+        found if isinstance(found := value.get(key), list) else []
+        for key in ("layers", "inbound_nodes")
+    )
+    if any(isinstance(node, dict) and not _takes_tensor(node) for node in nodes):
+        raise InputError("a layer of it is called on constants, which would be computed at once.")
+    return len(layers) + len(nodes)
+
+
+def _takes_tensor(value: Any) -> bool:
+    if isinstance(value, dict) and value.get("class_name") == "__keras_tensor__":
+        return "config" in value
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_takes_tensor, inside))
+
+
+_NUMERIC = re.compile(r"(bool|u?int|b?float|complex)[0-9a-z_]*")  # of NumPy, no text of any length
+
+
+def _check_sizes(value: dict[str, Any]) -> None:
+    """Refuses sizes that take memory before, or beside, what a layer puts out.
+
+    Raises:
+        InputError: One is too large.
+    """
+    for key, size in value.items():
+        if key.endswith("shape") or key == "height":
+            count = _product(size) * _product(value.get("width") if key == "height" else 1)
+            if count > MAX_TENSOR:
+                raise InputError(f"a tensor of it has {count:,} values ({key}).")
+    reach = max([1, *_whole(value.get("kernel_size")), *_whole(value.get("pool_size"))])
+    reach *= max([1, *_whole(value.get("dilation_rate"))])
+    if reach > _REACH:
+        raise InputError(f"a kernel of it reaches over {reach:,} pixels.")
+    if value.get("class_name") in ("__numpy__", "__tensor__"):
+        dtype = value["config"]["dtype"]
+        if not _NUMERIC.fullmatch(dtype):
+            raise InputError(f"an array of it is of the type {dtype!r}.")
+
+
+def _product(shape: Any) -> int:
+    """Values of a tensor of that shape, of the largest one where there are several."""
+    if isinstance(shape, list) and any(isinstance(one, list) for one in shape):
+        return max(map(_product, shape))
+    return math.prod(_whole(shape))
+
+
+def _whole(value: Any) -> list[int]:
+    """The whole numbers in a size as Keras writes them: one, a list, or lists in a list."""
+    if isinstance(value, list):
+        return [number for one in value for number in _whole(one)]
+    return [int(value)] if isinstance(value, (int, float)) and value >= 1 else []
+
+
+# --- what model.weights.h5 holds -----------------------------------------------------------------
+
+
+def _numbers(parts: _Parts) -> tuple[int, int]:
+    """How many numbers the layers have, batch-norm statistics included, and the whole file."""
     import h5py  # a quarter of a second
 
-    path = find_keras_file(path)
+    own = every = held = links = 0
+
+    def look(name: str, link: Any) -> None:
+        nonlocal own, every, held, links
+        links += 1
+        if links > _LINKS or not isinstance(link, h5py.HardLink):
+            raise InputError("its weights are too many, or links to other places.")
+        item = weights[name]
+        if isinstance(item, h5py.Dataset):
+            count = math.prod(item.shape)
+            held += count * item.dtype.itemsize
+            _check_stored(item, held, len(content))
+            every += count
+            own += count if name.startswith("layers/") and "/seed_generator/" not in name else 0
+
+    content = parts.read("model.weights.h5")
+    with h5py.File(io.BytesIO(content), "r") as weights:
+        error = weights.visititems_links(functools.partial(_error_of, look))
+    if error is not None:
+        raise error
+    return own, every
+
+
+def _error_of(look: Callable[..., None], *arguments: Any) -> Exception | None:
+    """What a call raises, which h5py would lose on its way through HDF5; anything ends the walk."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            model = _json(archive, "config.json")["config"]
-            version = str(_json(archive, "metadata.json").get("keras_version"))
-            with archive.open("model.weights.h5") as stream, h5py.File(stream) as weights:
-                sizes: list[int] = []
-                weights.visititems(lambda name, item: sizes.append(_size(name, item)))
-        last = model["layers"][-1]["config"]
-        info = model.get("info", {})
-        return KerasFile(model["name"], sum(sizes), last.get("units"), version, info)
-    # What h5py and zipfile raise for a damaged file, and a description of another shape.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-            NotImplementedError, zipfile.BadZipFile) as error:  # fmt: skip
-        raise InputError(
-            f"{str(path)!r} cannot be read as a Keras model: {reason_of(error)}"
-        ) from error
+        look(*arguments)
+    except Exception as error:
+        return error
+    return None
 
 
-def _check_names(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            reason = "" if "config.json" in archive.namelist() else "it has no config.json"
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        reason = reason_of(error)
-    if reason:
-        raise InputError(f"{str(path)!r} cannot be read as a Keras model: {reason}.")
+def _check_stored(item: Any, held: int, size: int) -> None:
+    """Weights are as Keras writes them, one after the other and as they are: no bytes twice.
 
+    What is packed may unpack to any size.
+    """
+    from h5py import h5d
 
-def _json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
-    size = archive.getinfo(name).file_size
-    if size > _MOST:
-        raise ValueError(f"{name} has {size:,} bytes.")
-    return json.loads(archive.read(name))
-
-
-def _size(name: str, item: Any) -> int:
-    """Numbers of a layer's weight; none of a group's, an optimizer's or a random generator's."""
-    counts = name.startswith("layers/") and "/seed_generator/" not in name
-    return math.prod(item.shape) if counts and hasattr(item, "shape") else 0
+    how = item.id.get_create_plist()
+    plain = how.get_layout() in (h5d.COMPACT, h5d.CONTIGUOUS) and not how.get_external_count()
+    if not plain or item.dtype.hasobject:
+        raise InputError("its weights are packed or elsewhere: save the model again with Keras.")
+    if held > size:
+        raise InputError("its weights claim more bytes than are in the file.")

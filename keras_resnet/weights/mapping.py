@@ -180,7 +180,7 @@ def to_torchvision(model: keras.Model) -> dict[str, np.ndarray]:
         >>> {key: array.shape for key, array in state.items()}
         {'fc.weight': (2, 8), 'fc.bias': (2,)}
     """
-    counted = info_of(model).get("weights", {}).get(COUNTER) or 0
+    counted = (info_of(model).get("weights") or {}).get(COUNTER) or 0
     state = {}
     for path, (_, entries) in modules_of(model).items():
         for entry in entries:

@@ -145,7 +145,7 @@ def verify(
     found = read_source(source, key, expected_keys(model), info_of(model).get("variant"))
     if stride_on is not None:
         found.strides, found.strides_from = stride_on, "as asked"
-    own_head = info_of(model).get("weights", {}).get("head", "strict") != "strict"
+    own_head = (info_of(model).get("weights") or {}).get("head", "strict") != "strict"
     return verify_source(
         model, found, head=not own_head, image_size=image_size, images=images, tolerance=tolerance
     )
