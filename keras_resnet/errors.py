@@ -71,6 +71,24 @@ def reason_of(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+_NO_MEMORY = re.compile(
+    r"(allocate|out of|not enough) memory|OOM when allocating|RESOURCE_EXHAUSTED|bad_alloc"
+    r"|failed to map segment|can't start new thread",
+    re.IGNORECASE,
+)
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether memory has run out: each library says it in its own way.
+
+    Examples:
+        >>> no_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+        True
+    """
+    said = getattr(error, "strerror", None) or str(error)  # a file's name may say anything
+    return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(said))
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x' or 'y'?"`, or an empty string where nothing is near.
 

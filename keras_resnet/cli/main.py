@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from keras_resnet import __version__
 from keras_resnet.cli.commands import COMMANDS
 from keras_resnet.cli.parser import Command, make_parser
-from keras_resnet.errors import KerasResNetError
-from keras_resnet.system.files import printable
+from keras_resnet.errors import KerasResNetError, no_memory
+from keras_resnet.system.files import named, printable
 from keras_resnet.system.process import choose_backend, import_keras, tune_process
 
 
@@ -25,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif argv[0] == "version":
         argv = ["--version"]
     try:
-        return _run(**vars(build_parser().parse_args(argv)))
+        code = _run(**vars(build_parser().parse_args(argv)))
+        with named("<stdout>"):  # here, not as Python ends, where it would be a traceback
+            sys.stdout.flush()
+        return code
     except KerasResNetError as error:
         print(f"keras-resnet: {printable(error)}", file=sys.stderr)
         return 2
@@ -33,12 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `keras-resnet models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
-    except OSError as error:  # an output that cannot be written, a full disk
-        where = f"{error.filename!r}: " if error.filename else ""
-        print(f"keras-resnet: {printable(where)}{error.strerror or error}", file=sys.stderr)
+    except Exception as error:
+        if no_memory(error):
+            text = (
+                "Not enough memory: lower the batch size, the image size or the number of workers. "
+                "With more memory the same train, or predict --output, goes on where it was."
+            )
+        elif isinstance(error, OSError):  # an output that cannot be written, a full disk
+            where = f"{error.filename!r}: " if error.filename else ""
+            text = f"{where}{os.strerror(error.errno) if error.errno else error}"
+            if error.filename == "<stdout>":
+                _drop_stdout()
+        else:
+            raise
+        print(f"keras-resnet: {printable(text)}", file=sys.stderr)
         return 2
+
+
+def _drop_stdout() -> None:
+    """What could not be written is not tried again as Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

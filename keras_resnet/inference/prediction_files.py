@@ -27,6 +27,7 @@ from keras_resnet.system.files import (
     check_writable,
     csv_line,
     drop_lock,
+    named,
     plain_path,
     printable,
     replace_file,
@@ -283,8 +284,9 @@ class PredictionWriter:
         """Adds rows of the next images."""
         # One write: a process that is killed leaves whole batches, and the kernel keeps them.
         lines = "".join(to_json(p.to_dict()) + "\n" for p in predictions)
-        self._stream.write(lines.encode())
-        self._stream.flush()
+        with named(self._work):
+            self._stream.write(lines.encode())
+            self._stream.flush()
         self.done += len(predictions)
         self.unreadable += sum(p.error is not None for p in predictions)
 
@@ -312,7 +314,8 @@ class PredictionWriter:
     def close(self) -> None:
         """Leaves what is there for the next run."""
         if self._stream is not None:
-            self._stream.close()
+            with contextlib.suppress(OSError):  # a full disk once more, which `write` has said
+                self._stream.close()
         if self._lock is not None:
             drop_lock(self._lock)
             self._lock = None

@@ -138,11 +138,7 @@ def convert_file(
     _describe(model, class_names, preprocess, lines)
     proof = verify(model, source, key=key) if check else None
     write = model.save if goal == ".keras" else model.save_weights
-    if goal == ".weights.h5":
-        # Keras wants the whole double extension on the temporary name as well.
-        write(str(target), overwrite=True)
-    else:
-        replace_file(target, write)
+    replace_file(target, write)
     return Conversion(str(source), str(target), lines, proof)
 
 

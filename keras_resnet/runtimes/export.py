@@ -27,7 +27,7 @@ from keras_resnet.runtimes.runner import (
 )
 from keras_resnet.runtimes.select import open_file, runtime_of
 from keras_resnet.system.device import exact_float32, installed_version
-from keras_resnet.system.files import printable
+from keras_resnet.system.files import named, printable, remove_leftovers, temporary_prefix
 
 # Images that a file is compared on.
 _COMPARED = 16
@@ -174,9 +174,14 @@ def export(
     images, shown = _images(model, prepared, pictures) if verify else (None, "")
     calibration = None if int8 is None else Int8Images(model, prepared, int8, pictures)
     plain = _as_written(model, notes)
-    with tempfile.TemporaryDirectory(
-        prefix=".exporting-", dir=path.parent, ignore_cleanup_errors=True
-    ) as folder:
+    remove_leftovers(path.parent)
+    prefix = temporary_prefix("exporting")
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
+        ) as folder,
+        named(path),
+    ):
         staged = Path(folder) / path.name
         description = writing.write(plain, staged, name, batch_size)
         before = writing.size_of(staged, name)

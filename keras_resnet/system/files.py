@@ -9,8 +9,9 @@ import math
 import os
 import re
 import secrets
+import shutil
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _check_kind(path: Path) -> None:
 
 
 def _write_empty(path: Path) -> None:
-    name = _beside(path)
+    name = beside(path)
     try:
         with open(name, "xb"):
             pass
@@ -68,9 +69,58 @@ def _write_empty(path: Path) -> None:
         raise InputError(f"Cannot write {str(path)!r}: {error.strerror}.") from None
 
 
-def _beside(path: Path) -> str:
+# Names of temporary files say which process made them. Its number is not enough: in a container
+# it is the same every time.
+_PROCESS = secrets.token_hex(2)
+_TEMPORARY = re.compile(r"\..+-kr(\d+)\.([0-9a-f]{4})-\w{8}(\.[\w.]+)?")
+
+
+def beside(path: Path) -> str:
+    """The name of a temporary file beside another, of the same extension."""
     # Not tempfile.mkstemp: its files are the owner's alone, a saved one follows the umask.
-    return str(path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"))
+    # Keras wants the whole double extension on its weights.
+    suffix = ".weights.h5" if path.name.endswith(".weights.h5") else path.suffix
+    name = temporary_prefix(path.name.removesuffix(suffix)) + secrets.token_hex(4) + suffix
+    return str(path.with_name(name))
+
+
+def temporary_prefix(stem: str) -> str:
+    """What a temporary file or folder is called, up to eight random letters."""
+    return f".{stem}-kr{os.getpid()}.{_PROCESS}-"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of processes that were killed while they wrote."""
+    for name in os.listdir(folder):
+        match = _TEMPORARY.fullmatch(name)
+        if match and _is_dead(int(match[1]), match[2]):
+            with contextlib.suppress(OSError):
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_dead(number: int, process: str) -> bool:
+    if number == os.getpid():
+        return process != _PROCESS
+    try:
+        if os.name != "nt":  # there it would end the process
+            os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # another user's
+        pass
+    return False
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike, temporary: str | None = None) -> Iterator[None]:
+    """Puts a file's name into what the system says of it: of a full disk it names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, temporary):  # else it has words of its own
+            error.filename = os.fspath(path)
+        raise
 
 
 def replace_file(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
@@ -82,20 +132,23 @@ def replace_file(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
 
     Raises:
         InputError: There is a folder, a device or a pipe of that name.
-        OSError: What `write` or the file system raised; the old file is as it was.
+        OSError: What `write` or the file system raised, with the file's name; the old file is as
+            it was.
     """
     path = Path(path).expanduser()
     _check_kind(path)
-    name = _beside(path)
-    try:
-        write(name)
-        with open(name, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    name = beside(path)
+    with named(path, name):
+        remove_leftovers(path.parent)
+        try:
+            write(name)
+            with open(name, "rb+") as stream:
+                os.fsync(stream.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
     _sync_folder(path.parent)
 
 

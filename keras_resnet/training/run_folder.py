@@ -36,7 +36,8 @@ from keras_resnet.system.files import (
 logger = logging.getLogger("keras_resnet")
 
 _STATE = "state.npz"
-# What a killed process leaves behind: files.replace_file's, and Keras' own while it saves.
+# What a killed process leaves behind: files.replace_file's, and Keras' own while it saves. All of
+# it goes, whichever process made it: whoever has the lock of the folder is alone there.
 _TEMPORARY = re.compile(r"\..+-[0-9a-f]{8}\.\w+|tmp[a-z0-9_]{8}")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import errno
 import importlib.util
 import io
 import json
@@ -456,3 +457,29 @@ def test_a_strange_keras_file_is_refused_in_one_line(tmp_path, entries):
     with pytest.raises(InputError, match="cannot be read as a Keras model: ") as stop:
         inspect_keras_file(tmp_path / "m.keras")
     assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "Not enough memory: lower the batch size"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't "
+                      "allocate memory: you tried to allocate 40 bytes.\nC++ stack"), "Not enough"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "Not enough memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), "Not enough"),
+        (ValueError("OOM when allocating tensor with shape[2] on /cpu:0"), "Not enough memory"),
+        (RuntimeError("can't start new thread"), "Not enough memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "Not enough"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Not enough memory"),
+        (OSError(errno.ENOSPC, "Can't write (a long story)", "a.csv"), "'a.csv': No space left"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "out of memory"), "'out of memory': Disk qu"),
+    ],
+)  # fmt: skip
+def test_memory_and_disks_that_are_full_are_said_in_one_line(error, said, monkeypatch, capsys):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "models", COMMANDS["models"]._replace(run=fail))
+    assert cli.main(["models"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"keras-resnet: {said}") and err.count("\n") == 1

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from keras_resnet.inference.predict import (
 from keras_resnet.inference.prediction_files import Prediction
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.runner import Runner
+from keras_resnet.system import files
 
 LONG = bool(os.environ.get("KERAS_RESNET_LONG"))
 HOSTILE = [
@@ -434,6 +436,46 @@ def test_killed_at_any_instant_the_command_goes_on_to_equal_files():
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"{kills} kills" in done.stdout
+
+
+def test_a_run_that_is_killed_while_it_finishes_leaves_nothing_in_the_end(
+    folder, tmp_path, whole, monkeypatch
+):
+    """As it writes the list of unreadable images, and as it writes the output itself."""
+    expected, output = whole(".csv"), tmp_path / "new" / "out.csv"
+    output.parent.mkdir()
+    for count in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_PROCESS", f"000{count}")  # others, of the same number
+            left = iter(range(count))
+
+            def write(path, save, left=left, last=count - 1):
+                if next(left, None) == last:
+                    save(files.beside(path))
+                    raise KeyboardInterrupt
+                files.replace_file(path, save)
+
+            patch.setattr(prediction_files, "replace_file", write)
+            with pytest.raises(KeyboardInterrupt):
+                write_predictions(Brightness(), folder, output, batch_size=4)
+    assert sum("-kr" in name for name in os.listdir(output.parent)) == 1
+    write_predictions(Brightness(), folder, output, batch_size=4)
+    assert sorted(os.listdir(output.parent)) == ["out.csv", "out.errors.csv"]
+    assert output.read_bytes() == expected
+
+
+def test_a_full_disk_names_the_file_and_can_be_gone_on_from(folder, tmp_path, whole):
+    expected, output = whole(".csv"), tmp_path / "out.csv"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_predictions(Brightness(), folder, output, batch_size=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == f"{output}.part"
+    assert write_predictions(Brightness(), folder, output, batch_size=4).resumed > 0
+    assert output.read_bytes() == expected
 
 
 # --- command line --------------------------------------------------------------------------------

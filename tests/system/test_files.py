@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import sys
 import pytest
 
 from keras_resnet.errors import InputError
+from keras_resnet.system import files
 from keras_resnet.system.files import (
     csv_line,
     csv_value,
@@ -39,6 +41,60 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         replace_file(path, write)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["model.keras"]
+
+
+KILLED = """
+import os, signal, sys
+from keras_resnet.system.files import replace_file
+def write(name):
+    open(name, "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+replace_file(sys.argv[1], write)
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path, monkeypatch):
+    for name in ("out.errors.csv", "no-suffix"):
+        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)])
+        assert [left.split("-kr")[0] for left in os.listdir(tmp_path)] == [
+            f".{name.removesuffix('.csv')}"
+        ]
+    parent, own = os.getppid(), os.getpid()
+    monkeypatch.setattr(files, "_PROCESS", "abcd")
+    (tmp_path / f".exporting-kr{own}.0000-abcd_fgh").mkdir()
+    stays = [".photo-12345678.png", f".live-kr{parent}.abcd-12345678.csv", "kr1.abcd-12345678.csv"]
+    goes = [f".out-kr{own}.0000-12345678.csv", f".a-kr{10**30}.0000-12345678.csv"]
+    for name in stays + goes:
+        (tmp_path / name).touch()
+    with pytest.raises(OSError, match="it"):
+
+        def write(name):
+            write_text(tmp_path / "other.csv", "x")  # takes nothing of this process' own
+            assert not os.path.exists(name)
+            open(name, "w").close()
+            write_text(tmp_path / "other.csv", "x")
+            assert os.path.exists(name)
+            raise OSError("it")
+
+        replace_file(tmp_path / "out.csv", write)
+    assert sorted(os.listdir(tmp_path)) == sorted([*stays, "other.csv"])
+
+
+@pytest.mark.parametrize("kind", ["text", "stream"])
+def test_a_full_disk_names_the_file(tmp_path, kind):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            if kind == "text":
+                write_text(tmp_path / "a.csv", "x" * 2000)
+            else:
+                with files.named(tmp_path / "a.csv"), open(tmp_path / "a.csv", "wb", 0) as stream:
+                    while True:
+                        stream.write(bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == str(tmp_path / "a.csv")
 
 
 def test_the_new_file_takes_the_place_of_the_old(tmp_path):
