@@ -61,6 +61,7 @@ if [ "$how" = long ]; then
         (ulimit -v 8000000 &&
             "$BIN/python" tests/weights/fuzz_checkpoint.py --minutes 2 --seed $seed --read-with torch)
         (ulimit -v 8000000 && "$BIN/python" tests/models/fuzz_keras.py --minutes 5 --seed $seed)
+        (ulimit -v 8000000 && "$BIN/python" tests/data/fuzz_images.py --minutes 2 --seed $seed)
     done
     echo "== sixty epochs in one process"
     for backend in ${ONLY:-torch tensorflow jax}; do

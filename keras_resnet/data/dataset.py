@@ -28,7 +28,7 @@ from keras_resnet.data.augment import Mix, repeated_augmentation, smooth_labels
 from keras_resnet.data.folders import Stream, generator
 from keras_resnet.data.labels import checked_labels, checked_mode, described, encoded, printed
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.reading import ImageCache, ReadAhead, load, stacked
+from keras_resnet.data.reading import ImageCache, ReadAhead, in_flight, load, stacked
 from keras_resnet.errors import DataError, InputError, NotFoundError, between, one_of, whole
 from keras_resnet.system.device import in_data_format
 from keras_resnet.system.process import default_threads
@@ -365,6 +365,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         erasing = getattr(self.augment, "erasing", None)
         return pixels, None if erasing is None else erasing.sample(*pixels.shape[:2], rng)
 
+    @in_flight
     def _pixels(self, sample: int, rng: np.random.Generator) -> np.ndarray:
         """One uint8 image as it is fed."""
         image = self._source(sample)

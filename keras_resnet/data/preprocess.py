@@ -10,6 +10,7 @@ everything else is left to Pillow.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,7 +18,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from keras_resnet.data.reading import PILLOW_MODES, GivenImage, Source, converted, load, to_array
+from keras_resnet.data.reading import (
+    PILLOW_MODES,
+    GivenImage,
+    Source,
+    converted,
+    in_flight,
+    load,
+    to_array,
+)
 from keras_resnet.errors import DataError, InputError, did_you_mean
 
 # torchvision/transforms/_presets.py, `ImageClassification`.
@@ -179,6 +188,7 @@ class Preprocess:
         """
         return self.normalize(self.pixels(image))
 
+    @in_flight
     def pixels(self, image: Source | Image.Image | np.ndarray) -> np.ndarray:
         """Returns the resized and cropped image before normalisation.
 
@@ -203,14 +213,14 @@ class Preprocess:
         if isinstance(image, GivenImage):
             image = image.image
         if isinstance(image, Image.Image):
+            in_flight.take(image.width * image.height)
             try:
-                image.load()  # one that was opened may be cut off
-            except Exception as error:  # as in `load`
+                return converted(image, self.exif, self.color_mode)
+            except Exception as error:  # as in `load`: one that was opened may be cut off
                 raise DataError(f"The image cannot be read: {error}") from error
-            if image.mode == PILLOW_MODES[self.color_mode] and not self.exif:
-                return image
-            return converted(image, self.exif, self.color_mode)
-        if not isinstance(image, np.ndarray):
+        if isinstance(image, np.ndarray):
+            in_flight.take(math.prod(image.shape[:2]))
+        else:
             image = load(image, exif=self.exif, color_mode=self.color_mode)
             if isinstance(image, Image.Image):
                 return image

@@ -14,13 +14,16 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from keras_resnet.data.in_flight import files_read, in_flight, most_pixels
 from keras_resnet.data.walk import FORMATS
 from keras_resnet.errors import DataError, InputError, NotFoundError
+from keras_resnet.system.files import beside, remove_leftovers
 
 try:
     import simplejpeg
@@ -88,6 +91,8 @@ def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np
     return image if isinstance(image, np.ndarray) else to_array(image)
 
 
+@files_read
+@in_flight
 def load(
     source: Source, *, exif: bool = False, color_mode: str = "rgb"
 ) -> np.ndarray | Image.Image:
@@ -95,7 +100,8 @@ def load(
 
     Returns:
         A uint8 array (height, width, 3) from simplejpeg, or a loaded Pillow image whose mode is
-        that of `color_mode`.
+        that of `color_mode`. Its pixels count as being in flight until the caller's own block of
+        `in_flight` ends.
     """
     if color_mode not in PILLOW_MODES:
         raise InputError(
@@ -110,7 +116,15 @@ def load(
             return pixels
     try:
         with open_image(io.BytesIO(data)) as image:
+            # An icon of macOS holds an image of a size that it does not say.
+            count = most_pixels() if image.format == "ICNS" else image.width * image.height
+            in_flight.take(count)
             return converted(image, exif, color_mode)
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"{name} is not read: it has more than {most_pixels():,} pixels, twice PIL.Image."
+            "MAX_IMAGE_PIXELS, and may be a decompression bomb. Make it smaller, or raise that."
+        ) from None
     except UnidentifiedImageError:
         raise DataError(
             f"{name} cannot be read as an image: its first bytes {data[:8]!r} belong to no "
@@ -138,9 +152,12 @@ def _read(source: Source) -> tuple[str, bytes]:
     name = repr(path)  # file names may hold newlines; one message stays one line
     with open_file(path) as file:
         try:
+            files_read.take(os.fstat(file.fileno()).st_size)
             return name, file.read(_MOST_BYTES) or b""
         except OSError as error:
             raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+        except MemoryError:
+            raise DataError(f"{name} cannot be read: not enough memory.") from None
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -177,14 +194,19 @@ def _formats() -> tuple[str, ...]:
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
+@in_flight
 def open_image(file: IO[bytes]) -> Image.Image:
     """Opens an image of the formats that are read here, and no other, with Pillow.
 
-    The only place that does: of Pillow's other readers some start programs.
+    The only place that does: of Pillow's other readers some start programs. Pixels are decoded
+    later, but for an icon of Windows, which Pillow decodes at once, whatever size it says.
 
     Raises:
         UnidentifiedImageError: It is none of them; Pillow raises other kinds for damaged files.
     """
+    if file.read(4) == b"\0\0\1\0":
+        in_flight.take(most_pixels())
+    file.seek(0)
     return Image.open(file, formats=_formats())
 
 
@@ -206,23 +228,29 @@ def _decode_jpeg(data: bytes, exif: bool) -> np.ndarray | None:
             with open_image(io.BytesIO(data)) as image:
                 if image.getexif().get(_ORIENTATION, 1) != 1:
                     return None
+        in_flight.take(height * width)
         return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
     except Exception:  # Pillow decides, and words the error
         return None
 
 
 def converted(image: Image.Image, exif: bool, color_mode: str = "rgb") -> Image.Image:
-    """A Pillow image turned as EXIF says, if wanted, and in the mode of `color_mode`."""
-    if exif:
+    """A Pillow image turned as EXIF says, if wanted, and in the mode of `color_mode`.
+
+    The image itself where it is so already, for a copy would cost as much memory again.
+    """
+    image.load()
+    if exif and image.getexif().get(_ORIENTATION) in range(2, 9):
         image = ImageOps.exif_transpose(image)
     mode = PILLOW_MODES[color_mode]
+    if image.mode == mode:
+        return image
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes) and mode == "RGB":
         # The pixels are the same without it; with it Pillow warns about every such file.
         image = image.copy()
         del image.info["transparency"]
     if mode == "L":  # by way of RGB, as a colour image that is made gray later
         return image.convert("RGB").convert("L")
-    image.load()
     return image.convert(mode)
 
 
@@ -254,11 +282,13 @@ def constant_line(found: Sequence[tuple[str, str]]) -> str:
     )
 
 
+@in_flight
 def _lost_mode(path: str) -> str | None:
     try:
         with open_file(path) as file, open_image(file) as image:
             if not image.mode.startswith(("I", "F")):
                 return None
+            in_flight.take(image.width * image.height)
             values, mode = np.asarray(image), image.mode
             seen = image.convert("RGB").getextrema()
     except Exception:  # what cannot be read is said by its reader
@@ -309,6 +339,7 @@ class ImageCache:
         if place not in (None, "ram"):
             try:
                 os.makedirs(place, exist_ok=True)
+                remove_leftovers(Path(place))
             except OSError as error:
                 raise DataError(f"The cache folder cannot be made: {error}") from error
 
@@ -329,7 +360,7 @@ class ImageCache:
             return np.load(file)
         except (OSError, ValueError):  # not there, or cut off while it was written
             pixels = make(path)
-        partial = f"{file}.{os.getpid()}.{threading.get_ident()}"
+        partial = beside(Path(file))
         try:
             with open(partial, "wb") as stream:
                 np.save(stream, pixels)

@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from keras_resnet.data.folders import existing_folder, layout, plain_name, split_folders
-from keras_resnet.data.reading import constant_images, load, open_file, open_image
+from keras_resnet.data.reading import constant_images, in_flight, load, open_file, open_image
 from keras_resnet.data.walk import ENDINGS, FORMATS, extension, unread, unread_line, walk_pictures
 from keras_resnet.errors import DataError, KerasResNetError
-from keras_resnet.system.files import column
+from keras_resnet.system.files import column, replace_file, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.shown import Shown
 
@@ -173,11 +173,11 @@ class ScanReport(Shown):
     def write_exclude_list(self, path: str | os.PathLike) -> int:
         """Writes `exclude_list` for `exclude=`, one absolute path a line; returns how many."""
         out = [os.path.abspath(p) for p in self.exclude_list()]
-        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(f"# {len(out)} files that keras_resnet scan suggests to leave out\n")
-            for name in out:
-                plain = name.isprintable() and not name.startswith(("#", '"'))
-                file.write((name if plain else json.dumps(name)) + "\n")
+        lines = [f"# {len(out)} files that keras_resnet scan suggests to leave out"]
+        for name in out:
+            plain = name.isprintable() and not name.startswith(("#", '"'))
+            lines.append(name if plain else json.dumps(name))
+        write_text(path, "\n".join(lines) + "\n")
         return len(out)
 
     def split_of(self, path: str) -> str:
@@ -243,7 +243,7 @@ class ScanReport(Shown):
             draw.text((left + 4, top + side), title, fill="#b00000", font=font)
             draw.text((left + 4, top + side + 13), repr(shown)[1:-1], fill="black", font=font)
         try:
-            sheet.save(path)
+            replace_file(path, sheet.save)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(
@@ -293,7 +293,8 @@ def scan(
     report.layout = layout(directory, parts)
     report.other_files = _counted(map(extension, other))
     report.not_read = unread_line(unread(other))
-    report.constant = constant_images([path for path, _ in good], threads)
+    deep = [path for path, look in good if look["mode"].startswith(("I", "F"))]
+    report.constant = constant_images(deep, threads)
     _count_classes(report, paths, [path for path, _ in good])
     if good:
         _describe(report, good)
@@ -301,6 +302,7 @@ def scan(
     return report
 
 
+@in_flight
 def _look(path: str) -> dict[str, Any] | str:
     """Everything to know about one image; the reason where it cannot be read."""
     try:
@@ -309,21 +311,20 @@ def _look(path: str) -> dict[str, Any] | str:
             data = file.read()
         with open_image(io.BytesIO(data)) as header:
             kind, mode, turn = header.format, header.mode, header.getexif().get(0x0112, 1)
+        image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+        return {
+            "sha256": hashlib.sha256(data).digest(),
+            "hash": _difference_hash(image),
+            "format": kind,
+            "mode": mode,
+            "turned": turn in range(2, 9),
+            "size": image.size,
+            "counts": np.reshape(image.histogram(), (3, 256)),
+        }
     except KerasResNetError as error:
         return str(error)
     except Exception as error:  # a file that changed since, or EXIF data that Pillow cannot read
         return f"{path!r} cannot be read: {type(error).__name__}: {error}"
-    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
-    planes = np.asarray(pixels).reshape(-1, 3).T
-    return {
-        "sha256": hashlib.sha256(data).digest(),
-        "hash": _difference_hash(image),
-        "format": kind,
-        "mode": mode,
-        "turned": turn in range(2, 9),
-        "size": image.size,
-        "counts": np.stack([np.bincount(plane, minlength=256) for plane in planes]),
-    }
 
 
 def _difference_hash(image: Image.Image) -> np.ndarray:

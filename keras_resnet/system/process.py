@@ -6,6 +6,7 @@ Needs neither Keras nor a backend: most of them count only before a backend is i
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import json
 import math
@@ -49,14 +50,23 @@ def tune_process() -> None:
 
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed pages; gives whether it took the setting."""
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
     trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    libc = _glibc()
+    return bool(libc and libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
+
+
+def give_back_memory() -> None:
+    """Gives freed pages back to the system.
+
+    glibc keeps them for each thread, and no other thread gets them: after huge images, gigabytes.
+    """
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
 def available_cores() -> int:

@@ -7,14 +7,20 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import fuzz_images
+import fuzzing  # beside which fuzz_images puts itself
 import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet.data import reading as module
-from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.data import preprocess as preparing, reading as module
+from keras_resnet.data.in_flight import Gate, in_flight
+from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, resize_image
 from keras_resnet.data.reading import decode, load
 from keras_resnet.errors import DataError, InputError, NotFoundError
 
@@ -257,8 +263,86 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(encoded(Image.new("RGB", (100, 100)), "PNG"))
     (tmp_path / "bomb.jpg").write_bytes(encoded(Image.new("RGB", (100, 100)), "JPEG"))
     for name in ("bomb.png", "bomb.jpg"):
-        with pytest.raises(DataError, match="decompression bomb"):
+        with pytest.raises(DataError, match=r"more than 2,000 pixels.*decompression bomb") as error:
             decode(tmp_path / name)
+        assert name in str(error.value)
+
+
+def held_at_once(monkeypatch, jobs) -> int:
+    """Runs jobs in 8 threads; how many images, at most, waited to be resized at a time."""
+    lock, now, most = threading.Lock(), 0, 0
+
+    def resize(image, *arguments):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return resize_image(image, *arguments)
+
+    monkeypatch.setattr(preparing, "resize_image", resize)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda job: job(), jobs))
+    assert in_flight._held == 0
+    return most
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "most"),
+    [
+        ("PNG", 60, 2),
+        ("JPEG", 60, 2),
+        ("PNG", 90, 1),
+        ("ICO", 16, 1),
+        (None, 60, 2),
+        (None, 120, 1),
+    ],
+)
+def test_pixels_in_flight_are_bounded_until_they_are_made_small(kind, side, most, monkeypatch):
+    """Of all threads together, as many as one image may have; of an icon's nothing is known."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    image = Image.new("RGB", (side, side), "red")
+    source = np.asarray(image) if kind is None else encoded(image, kind)
+    small = Preprocess(8, 8)
+    assert held_at_once(monkeypatch, [lambda: small.pixels(source)] * 12) == most
+
+
+def test_no_thread_waits_for_itself_or_for_what_failed(rng, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    whole = encoded(Image.fromarray(noise(rng, 90, 90)), "PNG")
+    for _ in range(3):
+        with pytest.raises(DataError):
+            decode(whole[:-2000])
+    with in_flight:  # 24,300 pixels
+        assert [len(decode(whole)) for _ in range(3)] == [90, 90, 90]
+    assert in_flight._held == 0
+
+
+def test_a_large_image_gets_its_turn_among_small_ones():
+    gate, done = Gate(lambda: 10, 100), []
+
+    def job(amount):
+        with gate:
+            gate.take(amount)
+            time.sleep(0.01)
+            done.append(amount)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(job, [3] * 9 + [50] + [3] * 40))
+    assert done.index(50) < 20
+
+
+def test_a_file_that_does_not_fit_into_memory_is_said(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"x")
+
+    def take(size):
+        raise MemoryError
+
+    monkeypatch.setattr(module.files_read, "take", take)
+    with pytest.raises(DataError, match=r"a\.png.*not enough memory"):
+        decode(tmp_path / "a.png")
 
 
 def test_a_picture_that_resizing_would_blow_up_is_refused():
@@ -358,3 +442,11 @@ unwanted = {{"keras", "torch", "tensorflow", "jax", "cv2"}} & set(sys.modules)
 assert not unwanted, unwanted
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_damaged_images_are_read_or_refused(tmp_path):
+    """More in `tests/data/fuzz_images.py`."""
+    result = fuzzing.session(
+        fuzz_images.samples(), fuzz_images.mutate, fuzz_images.read, tmp_path, count=900, seed=3
+    )
+    assert not result.failures and set(result.outcomes) == {"read", "refused"}
