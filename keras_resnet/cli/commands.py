@@ -126,6 +126,7 @@ COMMANDS = {
         arg("--max-mb X=20", "of one file", above=0),
         arg("--max-megapixels X=50", "of one image", above=0),
         arg("--max-pictures N=16", "at a time", least=1),
+        _PIXELS,
         _ENGINE,
     ]),
     "report": Command(predicting.report, "show a run, or several side by side, as a page", [

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -28,8 +29,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from keras_resnet.errors import DataError, InputError, require
-from keras_resnet.inference.guard import Guard
+from keras_resnet.errors import DataError, InputError, reason_of, require
+from keras_resnet.inference.guard import Guard, patient_connection
 from keras_resnet.inference.service import Limits, Service, open_service
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.system.files import printable
@@ -91,28 +92,28 @@ def _data_uri(pixels: np.ndarray) -> Markup:
 
 
 def _uploads_field(gradio, **options):
-    """A `gradio.File` of what people give: no addresses, and no files of this machine.
+    """A `gradio.File` that downloads nothing.
 
-    Gradio checks neither where it is mounted in another application (6.31.0). A subclass would be
-    tidier, but Gradio writes a `.pyi` file beside the module of each.
+    A subclass would be tidier, but Gradio writes a `.pyi` file beside the module of each.
     """
     field = gradio.File(file_count="multiple", **options)
-    folder = os.path.realpath(field.GRADIO_CACHE)
 
     async def take(path: str) -> str:
-        if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
-            raise gradio.Error("Give the image itself, not its path.", print_exception=False)
         return path
 
     field.async_move_resource_to_block_cache = take
     return field
 
 
-def _page(gradio, service: Service):
+def _page(gradio, service: Service, folder: str):
     html, limits = page_parts(), service.limits
 
     def classify(uploads: list[dict] | None, heat: bool) -> list:
         found = [(Path(u["path"]), u["orig_name"] or Path(u["path"]).name) for u in uploads or []]
+        # Gradio lets any path and address through where it is mounted in another application, and
+        # does not even ask the field about those that call themselves streams (6.31.0).
+        if not all(_is_inside(path, folder) for path, _ in found):
+            raise gradio.Error("Give the image itself, not its path.", print_exception=False)
         try:
             return service.results([(n, functools.partial(_read, p)) for p, n in found], heat)
         finally:
@@ -151,14 +152,32 @@ def _page(gradio, service: Service):
             preprocess=False,
             api_name="predict",
         )
+    page.preprocess_data = functools.partial(_quiet, gradio.Error, page.preprocess_data)
     page.queue(max_size=64)
+    # Of 2,000 clients Gradio would keep the answers that nobody fetches, megabytes each.
+    page._queue.pending_messages_per_session.max_size = 64
     return page
+
+
+async def _quiet(error, preprocess, *args, **options):
+    """Gradio's check of what a program sends; what is wrong with that is no fault of the server."""
+    try:
+        return await preprocess(*args, **options)
+    except Exception as wrong:
+        raise error(reason_of(wrong), print_exception=False) from None
+
+
+def _is_inside(path: Path, folder: str) -> bool:
+    try:
+        return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
+    except ValueError:  # a NUL
+        return False
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError:  # the same file, uploaded twice at the same time
+    except OSError:  # the same file, uploaded twice at the same time
         raise DataError("The upload is no longer there; give it again.") from None
 
 
@@ -171,6 +190,7 @@ def build_app(
     limits: Limits | None = None,
     engine: str = "keras",
     hosts: Sequence[str] | None = LOOPBACK,
+    pixels: str | None = None,
 ) -> Any:
     """The page and the endpoint as an ASGI application, for a server of your own.
 
@@ -182,7 +202,8 @@ def build_app(
         limits: What an upload may be at most.
         engine: What runs the model: see `open_runner`.
         hosts: Names under which the server may be asked (a page elsewhere cannot pretend to be it
-            by pointing its own name here); `None` for any.
+            by pointing its own name here), beside numeric addresses; `None` for any.
+        pixels: As for `predict`.
 
     Returns:
         A FastAPI application: `uvicorn.run(build_app("best.keras"))`.
@@ -198,30 +219,28 @@ def build_app(
     require("gradio", "serve", "serve")
     import fastapi
     import gradio
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    service = open_service(model, engine, limits)
+    service = open_service(model, engine, limits, pixels)
     folder = tempfile.mkdtemp(prefix="keras-resnet-serve-")
     os.environ["GRADIO_TEMP_DIR"] = folder
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
-        sweeper = asyncio.create_task(_sweep(folder))
+        sweeper = asyncio.create_task(_sweep(folder, page))
         yield
         sweeper.cancel()
         shutil.rmtree(folder, ignore_errors=True)
 
     # Its own pages of documentation would come with scripts from elsewhere.
     app = fastapi.FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, limits=limits)
-    if hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[_bracketed(h) for h in hosts])
+    app.add_middleware(Guard, limits=limits, folder=folder, hosts=hosts)
     _add_endpoint(app, service)
+    page = _page(gradio, service, folder)
     # Gradio's other themes fetch fonts.
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return gradio.mount_gradio_app(
         app,
-        _page(gradio, service),
+        page,
         path="/",
         js=_PASTE,
         theme=gradio.themes.Default(primary_hue="indigo", **fonts),
@@ -235,10 +254,11 @@ def build_app(
     )
 
 
-async def _sweep(folder: str, every: float = 60, age: float = 600) -> None:
+async def _sweep(folder: str, page, every: float = 60, age: float = 600) -> None:
     """Deletes uploads that nothing was ever asked of, and what a broken connection left."""
     while True:
         await asyncio.sleep(every)
+        page.upload_file_set.clear()  # Gradio's list of all there ever were
         for path in Path(folder).rglob("*"):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < time.time() - age:
@@ -250,16 +270,22 @@ def _bracketed(host: str) -> str:
 
 
 def _add_endpoint(app, service: Service) -> None:
-    from starlette.concurrency import run_in_threadpool
+    import anyio
     from starlette.exceptions import HTTPException
     from starlette.responses import JSONResponse
+
+    # One request's images are decoded while another's are classified; more would only take memory.
+    few = anyio.CapacityLimiter(2)
+
+    async def health(request):
+        return JSONResponse({"status": "ok", "model": service.name})
 
     async def predict(request):
         address = str(request.base_url).rstrip("/")
         usage = f"Send images as a form: curl -F pictures=@cat.jpg {address}/predict"
         if request.method != "POST":
             return JSONResponse({"error": usage}, 405, {"Allow": "POST"})
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             return JSONResponse({"error": f"This is no form. {usage}"}, 415)
         try:
             # Its temporary files go when it closes.
@@ -268,12 +294,15 @@ def _add_endpoint(app, service: Service) -> None:
                 if not found:
                     return JSONResponse({"error": f"There is no image in it. {usage}"}, 400)
                 uploads = [(file.filename, file.file.read) for file in found]
-                results = await run_in_threadpool(service.results, uploads, False)
+                run = functools.partial(service.results, uploads, False)
+                results = await anyio.to_thread.run_sync(run, limiter=few)
         except HTTPException as error:
             return JSONResponse({"error": f"{error.detail} {service.limits}"}, 400)
         return JSONResponse(service.to_dict(results))
 
-    app.add_route("/predict", predict, methods=["GET", "HEAD", "PUT", "POST"])
+    app.add_route("/health", health)
+    methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+    app.add_route("/predict", predict, methods=methods)
 
 
 # --- the server ----------------------------------------------------------------------------------
@@ -286,10 +315,12 @@ def serve(
     port: int = 7860,
     limits: Limits | None = None,
     engine: str = "keras",
+    pixels: str | None = None,
 ) -> None:
-    """Serves a page on which people try the model, until Ctrl-C.
+    """Serves a page on which people try the model, until Ctrl-C or SIGTERM; the second is at once.
 
-    `POST /predict` beside it answers programs. Nothing is sent anywhere, and nothing is kept.
+    `POST /predict` beside it answers programs, and `GET /health` those that watch over it. Nothing
+    is sent anywhere, and nothing is kept. Requests under way are finished before it ends.
 
     Args:
         model: A model, a `.keras` file, a run folder, an exported file or a `Runner`.
@@ -297,6 +328,7 @@ def serve(
         port: Where to listen; 0 takes a free one.
         limits: What an upload may be at most.
         engine: What runs the model: see `open_runner`.
+        pixels: As for `predict`.
 
     Raises:
         InputError: The port is taken; the model has no head, or names no preprocessing.
@@ -304,21 +336,48 @@ def serve(
         MissingDependencyError: Gradio is not installed.
     """
     require("gradio", "serve", "serve")
-    import uvicorn
-
     with _listen(host, port) as listener:
         port = listener.getsockname()[1]
         local = host in LOOPBACK
-        app = build_app(model, limits=limits, engine=engine, hosts=LOOPBACK if local else None)
+        name = socket.gethostname().lower()
+        hosts = LOOPBACK if local else (*LOOPBACK, host.lower(), name, f"{name}.local")
+        app = build_app(model, limits=limits, engine=engine, hosts=hosts, pixels=pixels)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else _bracketed(host)
         print(f"Serving at http://{shown}:{port} (Ctrl-C stops)", flush=True)
         if not local:
             print("Whoever reaches this machine can use it: there is no password.", flush=True)
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=3
-        )
         with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
-            uvicorn.Server(config).run(sockets=[listener])
+            _run(app, listener)
+
+
+def _run(app, listener: socket.socket) -> None:
+    """Serves until a signal comes; after it, what has begun is finished."""
+    import uvicorn
+
+    folder = os.environ["GRADIO_TEMP_DIR"]
+    # Each malformed request is a warning.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig, frame):
+            if self.should_exit:
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(128 + sig)
+            super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets=None):
+            app.routes[-1].app.stop_event.set()  # Gradio's, which lets go of pages that are open
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        app,
+        http=patient_connection(),
+        ws="none",
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=30,
+    )
+    Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

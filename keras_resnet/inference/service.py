@@ -27,6 +27,7 @@ from keras_resnet.runtimes.rows import format_of_file
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.device import backend_line, in_data_format
+from keras_resnet.system.files import valid_text
 
 logger = logging.getLogger("keras_resnet")
 
@@ -60,6 +61,16 @@ class Limits:
     def request_bytes(self) -> int:
         """Bytes of a whole request."""
         return int(self.pictures * self.megabytes * 2**20) + 2**20
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all uploads together: those under way, and those that lie on the disk."""
+        return 4 * self.request_bytes
+
+    @property
+    def kept_files(self) -> int:
+        """Uploads that lie on the disk."""
+        return int(64 * self.pictures)
 
     def __str__(self) -> str:
         images = "1 image" if self.pictures == 1 else f"{self.pictures} images"
@@ -163,6 +174,7 @@ class Service:
         model: Says where it looked; `None` where there is no Keras model to ask for gradients.
         limits: What an upload may be at most.
         why_blind: Why there is no `model`.
+        pixels: As for `predict`.
 
     Attributes:
         name: The model's.
@@ -171,12 +183,17 @@ class Service:
     """
 
     def __init__(
-        self, runner: Runner, model: keras.Model | None, limits: Limits, why_blind: str | None
+        self,
+        runner: Runner,
+        model: keras.Model | None,
+        limits: Limits,
+        why_blind: str | None,
+        pixels: str | None = None,
     ):
         self.runner, self.model, self.limits, self.why_blind = runner, model, limits, why_blind
         self.name = str(runner.info.get("variant") or runner.model_name)
         self.names = model_class_names(runner)
-        self.preprocess, self._fed = model_input(runner)
+        self.preprocess, self._fed = model_input(runner, pixels=pixels)
         self._lock = threading.Lock()
 
     def results(
@@ -196,6 +213,7 @@ class Service:
         ]
 
     def _result(self, name: str, read: Callable[[], bytes], heat: bool) -> Result:
+        name = valid_text(name)
         try:
             data = read()
             note = check_image(data, name, self.limits, self.preprocess)
@@ -250,7 +268,10 @@ class Service:
 
 
 def open_service(
-    model: keras.Model | Runner | str | os.PathLike, engine: str, limits: Limits
+    model: keras.Model | Runner | str | os.PathLike,
+    engine: str,
+    limits: Limits,
+    pixels: str | None = None,
 ) -> Service:
     """A model's service; the model of a run folder or `.keras` file is opened for its gradients.
 
@@ -267,7 +288,7 @@ def open_service(
     if found is None:
         blind = "An exported model has no gradients: there are no heat maps of where it looked."
     runner = open_runner(model if found is None else found, engine)
-    height, width, channels = model_input(runner)[0].output_shape
+    height, width, channels = model_input(runner, pixels=pixels)[0].output_shape
     blank = np.zeros((1, height or 224, width or 224, channels), np.float32)
     runner.finite_outputs(blank)  # what would answer nothing is not served
     if found is not None:
@@ -275,7 +296,7 @@ def open_service(
             grad_cam(found, in_data_format(blank))
         except InputError as error:
             found, blind = None, f"No heat maps: {error}"
-    return Service(runner, found, limits, blind)
+    return Service(runner, found, limits, blind, pixels)
 
 
 def _shown(pixels: np.ndarray) -> np.ndarray:

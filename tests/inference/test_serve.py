@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import io
 import json
@@ -19,6 +20,7 @@ import zlib
 import keras
 import numpy as np
 import pytest
+import soak_serve
 from PIL import Image
 
 from keras_resnet.cli import main as cli
@@ -29,6 +31,7 @@ from keras_resnet.inference.serve import build_app, page_parts
 from keras_resnet.inference.service import Limits, check_image, open_service
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.files import printable
 
 NAMES = ["<script>document.title='owned'</script>", "bee", 'a\u202eb & "c"', "d", "e", "f"]
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">\u202e'.png"
@@ -90,13 +93,14 @@ def file(model, tmp_path_factory):
     return str(path)
 
 
-def test_answers_are_those_of_predict_and_heat_maps_come_along(model, tmp_path):
-    service = open_service(model, "keras", Limits())
+@pytest.mark.parametrize("pixels", [None, "0..1"])
+def test_answers_are_those_of_predict_and_heat_maps_come_along(model, tmp_path, pixels):
+    service = open_service(model, "keras", Limits(), pixels)
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(png_bytes(40 + 20 * i, seed=i))
     paths = sorted(tmp_path.iterdir())
     answers = service.results([(p.name, p.read_bytes) for p in paths], heat=True)
-    for answer, expected in zip(answers, predict(model, paths), strict=True):
+    for answer, expected in zip(answers, predict(model, paths, pixels=pixels), strict=True):
         assert [n for n, _ in answer.classes] == [n for n, _ in expected.classes]
         np.testing.assert_allclose(
             [p for _, p in answer.classes], [p for _, p in expected.classes], rtol=1e-4
@@ -237,6 +241,8 @@ def test_the_endpoint_answers_good_and_bad_in_order(client):
 def test_the_endpoint_says_what_is_wrong_with_a_request(client):
     cases = [
         (client.get("/predict"), 405, "curl -F pictures=@cat.jpg"),
+        (client.options("/predict"), 405, "curl -F pictures=@cat.jpg"),
+        (client.delete("/predict"), 405, "curl -F pictures=@cat.jpg"),
         (client.post("/predict", content=b"x"), 415, "no form"),
         (client.post("/predict", data={"x": "1"}, files=[("y", b"")]), 400, "no image in it"),
         (client.post("/predict", files=form(*[("a.png", b"x")] * 17)), 400, "Too many files"),
@@ -271,10 +277,71 @@ def test_an_endless_upload_is_ended_and_leaves_nothing(client, path):
     assert uploads(client) == []
 
 
-def through_gradio(client, value):
-    data = {"path": value, "meta": {"_type": "gradio.FileData"}}
-    event = client.post("/gradio_api/call/predict", json={"data": [[data]]}).json()["event_id"]
+def through_gradio(client, *files):
+    """What Gradio's route of a program answers to `FileData`, or paths of some."""
+    named = [f if isinstance(f, dict) else {"path": f} for f in files]
+    data = [{"meta": {"_type": "gradio.FileData"}, **f} for f in named]
+    # Python's `json` writes what is no UTF-8, httpx does not.
+    asked = {
+        "content": json.dumps({"data": [data]}),
+        "headers": {"content-type": "application/json"},
+    }
+    event = client.post("/gradio_api/call/predict", **asked).json()["event_id"]
     return client.get(f"/gradio_api/call/predict/{event}").text
+
+
+@pytest.mark.once
+def test_the_endpoint_gradio_and_the_page_say_the_same(client, model):
+    files = [
+        ("<img src=x>\u202e'.png", png_bytes()),
+        ("caf\u00e9 \U0001f41d.jpg", png_bytes(60, seed=1)),
+        ("cut.jpg", BAD["cut.jpg"][0]),
+        ("empty.png", b""),
+        ("left out.png", png_bytes()),
+    ]
+    parts = [("files", (str(i), data)) for i, (_, data) in enumerate(files)]
+    paths = client.post("/gradio_api/upload", files=parts).json()
+    given = [
+        {"path": path, "orig_name": name} for path, (name, _) in zip(paths, files, strict=True)
+    ]
+    found = client.post("/predict", files=form(*files)).json()
+    assert json.loads(through_gradio(client, *given).split("data: ")[-1]) == [found]
+    assert [bool(one["error"]) for one in found["pictures"]] == [False, False, True, True, True]
+    service = open_service(model, "keras", Limits(megabytes=0.5, pictures=4))
+    reads = [(name, lambda data=data: data) for name, data in files]
+    cards = str(page_parts().results(service.results(reads, heat=True))).split("<article")[1:]
+    for card, one in zip(cards, found["pictures"], strict=True):
+        text = html.unescape(card)
+        said = re.findall(r"<li><span dir=.auto.>(.*?)</span>\n<span>(.*?)</span>", text)
+        shown = [
+            (printable(c["name"]), f"{p:.1%}" if (p := c["probability"]) >= 0.0005 else "< 0.1%")
+            for c in one["classes"]
+        ]
+        assert said == shown and printable(one["name"]) in text
+        assert all(one[key] is None or one[key] in text for key in ("error", "note"))
+
+
+@pytest.mark.once
+def test_a_name_that_is_no_text_and_fields_of_other_kinds_are_answered(client, capfd):
+    def kept():
+        parts = [("files", ("a.png", png_bytes()))]
+        return client.post("/gradio_api/upload", files=parts).json()[0]
+
+    found = through_gradio(client, {"path": kept(), "orig_name": "caf\udce9.png"})
+    assert "event: complete" in found and r"caf\\udce9.png" in found and '"error": null' in found
+    for wrong in (
+        {"path": 5},
+        {"path": "a\0b"},
+        {"path": "x" * 5000},
+        {"path": kept(), "size": "x"},
+    ):
+        assert "event: error" in through_gradio(client, wrong)
+    assert client.get("/health").json() == {"status": "ok", "model": "resnet20"}
+    deep = b"[" * 10**5
+    for path in ("/gradio_api/call/predict", "/gradio_api/queue/join"):
+        answer = client.post(path, content=deep, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.once
@@ -282,7 +349,9 @@ def test_no_file_of_the_server_and_no_address_is_read(client, tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png_bytes())
     for path in (str(secret), "https://example.com/a.png", os.path.relpath(secret)):
-        assert "not its path" in through_gradio(client, path), path
+        for stream in (False, True):
+            given = {"path": path, "is_stream": stream}
+            assert "not its path" in through_gradio(client, given), given
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
     assert secret.exists()
     for path in (__file__, "/etc/passwd"):
@@ -339,8 +408,11 @@ def address(file):
         found = re.search(r"Serving at (http://127\.0\.0\.1:\d+) \(Ctrl-C stops\)", lines[1])
         assert found, lines
         yield found[1]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        with socket.create_connection(("127.0.0.1", int(found[1].rpartition(":")[2]))) as page:
+            page.sendall(b"GET /gradio_api/heartbeat/a HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert page.recv(100)  # a page that is open keeps nobody waiting
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
         assert process.stdout.read() == ""
     finally:
         process.kill()
@@ -361,6 +433,13 @@ def test_the_documented_client_lines_work(address, tmp_path):
         command = ["curl", "-s", "-F", f"pictures=@{tmp_path / 'cat.png'}", f"{address}/predict"]
         out = subprocess.run(command, capture_output=True, check=True).stdout
         assert json.loads(out) == found
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_many_at_once_get_the_answers_of_one(address):
+    seconds, wrong = soak_serve.soak(int(address.rpartition(":")[2]), 150, 8, page=0.1)
+    assert wrong == [] and len(seconds) > 70
 
 
 @pytest.fixture(scope="module")
