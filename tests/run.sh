@@ -67,4 +67,6 @@ if [ "$how" = long ]; then
     for backend in ${ONLY:-torch tensorflow jax}; do
         KERAS_BACKEND=$backend "$BIN/python" tests/training/soak_train.py
     done
+    echo "== soak of the server"
+    KERAS_BACKEND=torch "$BIN/python" tests/inference/soak_serve.py --requests 5000 --at-once 16
 fi
