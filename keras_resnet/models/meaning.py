@@ -15,8 +15,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, one_of
+from keras_resnet.errors import InputError, one_of, reason_of
 from keras_resnet.models.image_model import as_functional
+from keras_resnet.system.files import printable, shortened
 
 # --- what outputs say ----------------------------------------------------------------------------
 
@@ -277,7 +278,13 @@ def _end(model: keras.Model, tensor: Any) -> str:
 def _end_by_numbers(model: keras.Model, strict: bool) -> str:
     """The same of a graph that cannot be read, from what the model gives for noise."""
     shape = [size or 64 for size in model.inputs[0].shape[1:]]
-    found = np.asarray(ops.convert_to_numpy(model.predict_on_batch(noise(*shape))))
+    try:
+        found = np.asarray(ops.convert_to_numpy(model.predict_on_batch(noise(*shape))))
+    except Exception as error:  # each backend raises kinds of its own
+        raise InputError(
+            f"{printable(model.name)!r} fails on images of the shape {tuple(shape)}: "
+            f"{shortened(reason_of(error), 200)}"
+        ) from error
     kind = meaning_of_numbers(found)
     if strict and kind != "softmax":
         return _UNCLEAR

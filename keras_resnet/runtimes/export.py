@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import keras
@@ -174,15 +175,8 @@ def export(
     images, shown = _images(model, prepared, pictures) if verify else (None, "")
     calibration = None if int8 is None else Int8Images(model, prepared, int8, pictures)
     plain = _as_written(model, notes)
-    remove_leftovers(path.parent)
-    prefix = temporary_prefix("exporting")
-    with (
-        tempfile.TemporaryDirectory(
-            prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
-        ) as folder,
-        named(path),
-    ):
-        staged = Path(folder) / path.name
+    with _staging(path) as folder:
+        staged = folder / path.name
         description = writing.write(plain, staged, name, batch_size)
         before = writing.size_of(staged, name)
         if calibration is not None:
@@ -219,6 +213,18 @@ def export(
         for one in rows.FORMATS[name].runner.files(staged):
             _publish(one, path.with_name(one.name))
     return report
+
+
+@contextlib.contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A folder beside a file for what is not whole yet; a killed process' goes with the next."""
+    remove_leftovers(path.parent)
+    start = temporary_prefix("exporting")
+    with tempfile.TemporaryDirectory(
+        prefix=start, dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        with named(path):
+            yield Path(folder)
 
 
 def _load(path: str | os.PathLike) -> keras.Model:

@@ -225,14 +225,13 @@ def _tf32_switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any
             True,
         ),
     ]
-    # torch 2.9 has newer names beside them, and its compiler fails where these alone are set.
-    if hasattr(cudnn, "conv"):
-        cpu = torch.backends.mkldnn  # bfloat16, where somebody asked for it
-        owners = {cpu.conv: _LEFT_ALONE, cpu.rnn: _LEFT_ALONE, cpu.matmul: _LEFT_ALONE}
-        owners |= {cudnn.rnn: "tf32", torch.backends.cuda.matmul: "tf32", cudnn.conv: "tf32"}
-        for owner, using in owners.items():
-            read = functools.partial(getattr, owner, "fp32_precision")
-            found.append((read, functools.partial(setattr, owner, "fp32_precision"), "ieee", using))
+    # The newer names; torch.compile fails where these alone are set.
+    cpu = torch.backends.mkldnn  # bfloat16, where somebody asked for it
+    owners = {cpu.conv: _LEFT_ALONE, cpu.rnn: _LEFT_ALONE, cpu.matmul: _LEFT_ALONE}
+    owners |= {cudnn.rnn: "tf32", torch.backends.cuda.matmul: "tf32", cudnn.conv: "tf32"}
+    for owner, using in owners.items():
+        read = functools.partial(getattr, owner, "fp32_precision")
+        found.append((read, functools.partial(setattr, owner, "fp32_precision"), "ieee", using))
     return found
 
 

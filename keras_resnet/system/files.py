@@ -238,8 +238,10 @@ def read_json(path: str | os.PathLike) -> Any:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is no JSON.
+        ValueError: It is no JSON, or a pipe or a device, which might never end.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ValueError(f"{str(path)!r} is no regular file")
     return json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
 
 
