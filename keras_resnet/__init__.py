@@ -6,7 +6,7 @@ The public names and their homes are in `__init__.pyi`; none is imported before 
 import lazy_loader
 
 from keras_resnet._registration import register_with_keras
-from keras_resnet.errors import did_you_mean
+from keras_resnet.system.errors import did_you_mean
 
 __version__ = "0.1.0"
 _import, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -23,15 +23,6 @@ from .data.transforms import (
     RandomHorizontalFlip as RandomHorizontalFlip,
     RandomResizedCrop as RandomResizedCrop,
 )
-from .errors import (
-    CheckpointError as CheckpointError,
-    DataError as DataError,
-    InputError as InputError,
-    KerasResNetError as KerasResNetError,
-    MissingDependencyError as MissingDependencyError,
-    NotFoundError as NotFoundError,
-    VerificationError as VerificationError,
-)
 from .inference.calibration import Calibration as Calibration, calibration as calibration
 from .inference.evaluate import Evaluation as Evaluation, evaluate as evaluate
 from .inference.explain import (
@@ -98,6 +89,15 @@ from .runtimes.export import ExportReport as ExportReport, export as export
 from .runtimes.runner import Runner as Runner
 from .runtimes.select import open_runner as open_runner
 from .system.device import set_tf32 as set_tf32
+from .system.errors import (
+    CheckpointError as CheckpointError,
+    DataError as DataError,
+    InputError as InputError,
+    KerasResNetError as KerasResNetError,
+    MissingDependencyError as MissingDependencyError,
+    NotFoundError as NotFoundError,
+    VerificationError as VerificationError,
+)
 from .training import ema as ema, optimizers as optimizers, schedules as schedules
 from .training.ema import ModelEMA as ModelEMA
 from .training.freeze import FreezeReport as FreezeReport, freeze as freeze

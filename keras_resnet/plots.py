@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import replace_file, shortened
 
 logger = logging.getLogger("keras_resnet")

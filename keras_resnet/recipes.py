@@ -6,7 +6,7 @@ import dataclasses
 import textwrap
 from typing import Any
 
-from keras_resnet.errors import InputError, between, did_you_mean, one_of, whole
+from keras_resnet.system.errors import InputError, between, did_you_mean, one_of, whole
 from keras_resnet.variants import get_spec
 
 _CHOICES = {

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from keras_resnet.errors import InputError, did_you_mean, one_of
+from keras_resnet.system.errors import InputError, did_you_mean, one_of
 
 Shape = tuple[int, ...]
 COUNTER = "num_batches_tracked"  # torch's own entry of a batch norm; it has no shape

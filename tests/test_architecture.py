@@ -19,7 +19,7 @@ once = pytest.mark.once
 
 # From the ground up: a file imports its own folder and those before it.
 FOLDERS = (
-    "errors", "system", "variants", "recipes", "plots", "data", "layers", "weights", "models",
+    "system", "variants", "recipes", "plots", "data", "layers", "weights", "models",
     "runtimes", "inference", "reports", "training", "cli",
 )  # fmt: skip
 
@@ -83,7 +83,7 @@ def test_imports_have_no_circles():
         "runtimes/rows",
         "cli/commands",
         "variants",
-        "errors",
+        "system/errors",
     ],
 )
 def test_reading_files_and_pixels_needs_no_keras_and_no_backend(name):
@@ -119,7 +119,7 @@ def test_one_place_opens_images():
 
 @once
 def test_the_reference_shares_no_code_with_what_it_checks():
-    allowed = ("keras_resnet.errors", "keras_resnet.weights.numpy_ops",
+    allowed = ("keras_resnet.system.errors", "keras_resnet.weights.numpy_ops",
                "keras_resnet.weights.reference_check")  # fmt: skip
     for name in ("weights/reference.py", "weights/reference_check.py", "weights/numpy_ops.py"):
         assert all(module.startswith(allowed) for module in own(FILES[name])), name

@@ -10,7 +10,9 @@ from typing import Any
 from keras_resnet.cli.pipes import STDOUT
 from keras_resnet.data.folders import class_folders, existing_folder, split_folders
 from keras_resnet.data.walk import is_picture
-from keras_resnet.errors import (
+from keras_resnet.recipes import Recipe
+from keras_resnet.runtimes.rows import FORMATS, format_of_file, require_runtime
+from keras_resnet.system.errors import (
     InputError,
     MissingDependencyError,
     NotFoundError,
@@ -18,8 +20,6 @@ from keras_resnet.errors import (
     one_of,
     require,
 )
-from keras_resnet.recipes import Recipe
-from keras_resnet.runtimes.rows import FORMATS, format_of_file, require_runtime
 from keras_resnet.system.files import check_writable, check_writable_folder
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.keras_files import find_keras_file, run_models

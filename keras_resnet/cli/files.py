@@ -10,8 +10,8 @@ from typing import Any, TextIO
 import keras_resnet as kr
 from keras_resnet.cli.pipes import piped, say, write_answer
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from keras_resnet.errors import InputError, NotFoundError, VerificationError
 from keras_resnet.runtimes.rows import check_target, default_path, format_for
+from keras_resnet.system.errors import InputError, NotFoundError, VerificationError
 from keras_resnet.system.files import write_text
 from keras_resnet.system.process import tune_process
 from keras_resnet.weights.keras_files import inspect_keras_file, run_models

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from keras_resnet import __version__
 from keras_resnet.cli.commands import COMMANDS
 from keras_resnet.cli.parser import Command, make_parser
-from keras_resnet.errors import KerasResNetError, no_memory
+from keras_resnet.system.errors import KerasResNetError, no_memory
 from keras_resnet.system.files import named, printable
 from keras_resnet.system.process import choose_backend, import_keras, tune_process
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import keras_resnet as kr
-from keras_resnet.errors import InputError, did_you_mean
 from keras_resnet.runtimes.rows import FORMATS
+from keras_resnet.system.errors import InputError, did_you_mean
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.keras_files import find_keras_file
 from keras_resnet.weights.matching import multiply_adds, parameter_count

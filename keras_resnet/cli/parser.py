@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from keras_resnet.cli.words import command_hint, is_other, option_hint, spelled
-from keras_resnet.errors import between, did_you_mean, whole
 from keras_resnet.recipes import Recipe, get_recipe
+from keras_resnet.system.errors import between, did_you_mean, whole
 
 _KINDS = {"N": int, "PIXELS": int, "X": float}  # by metavar; all others are text
 RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe)[3:])

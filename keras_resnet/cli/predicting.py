@@ -12,7 +12,7 @@ from keras_resnet.cli import checks
 from keras_resnet.cli.pipes import STDOUT, piped
 from keras_resnet.data.folders import class_folders, split_folder
 from keras_resnet.data.sources import Images
-from keras_resnet.errors import InputError, require
+from keras_resnet.system.errors import InputError, require
 from keras_resnet.system.files import printable
 
 

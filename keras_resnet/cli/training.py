@@ -7,8 +7,8 @@ from typing import Any
 import keras_resnet as kr
 from keras_resnet.cli import checks
 from keras_resnet.cli.parser import RECIPE_FIELDS
-from keras_resnet.errors import between
 from keras_resnet.recipes import Recipe, get_recipe
+from keras_resnet.system.errors import between
 
 
 def _recipe(name: str, options: dict[str, Any]) -> Recipe:

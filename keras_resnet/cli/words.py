@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from keras_resnet.data.walk import is_picture
-from keras_resnet.errors import did_you_mean
 from keras_resnet.recipes import RECIPES
 from keras_resnet.runtimes.rows import format_of_file
+from keras_resnet.system.errors import did_you_mean
 from keras_resnet.variants import SPECS
 
 

@@ -29,7 +29,7 @@ from keras_resnet.data.transforms import (
     as_image,
     resample_filter,
 )
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 
 # --- the operations of TrivialAugment and RandAugment --------------------------------------------
 

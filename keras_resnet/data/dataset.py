@@ -29,8 +29,8 @@ from keras_resnet.data.folders import Stream, generator
 from keras_resnet.data.labels import checked_labels, checked_mode, described, encoded, printed
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.reading import ImageCache, ReadAhead, in_flight, load, stacked
-from keras_resnet.errors import DataError, InputError, NotFoundError, between, one_of, whole
 from keras_resnet.system.device import in_data_format
+from keras_resnet.system.errors import DataError, InputError, NotFoundError, between, one_of, whole
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.shown import Shown
 

@@ -19,7 +19,7 @@ from keras_resnet.data.folders import (
     stratified_split,
 )
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import DataError, InputError, did_you_mean, one_of, require
+from keras_resnet.system.errors import DataError, InputError, did_you_mean, one_of, require
 
 logger = logging.getLogger("keras_resnet")
 

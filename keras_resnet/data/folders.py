@@ -22,7 +22,7 @@ from keras_resnet.data.walk import (
     unread,
     walk_pictures,
 )
-from keras_resnet.errors import DataError, InputError, NotFoundError, meant_path
+from keras_resnet.system.errors import DataError, InputError, NotFoundError, meant_path
 
 
 class Stream(enum.IntEnum):

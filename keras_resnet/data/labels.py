@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from keras_resnet.data.folders import listed
-from keras_resnet.errors import DataError, InputError
+from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.files import printable
 
 

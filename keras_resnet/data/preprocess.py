@@ -27,7 +27,7 @@ from keras_resnet.data.reading import (
     load,
     to_array,
 )
-from keras_resnet.errors import DataError, InputError, did_you_mean
+from keras_resnet.system.errors import DataError, InputError, did_you_mean
 
 # torchvision/transforms/_presets.py, `ImageClassification`.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

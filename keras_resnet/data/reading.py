@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from keras_resnet.data.in_flight import files_read, in_flight, most_pixels
 from keras_resnet.data.walk import FORMATS
-from keras_resnet.errors import DataError, InputError, NotFoundError
+from keras_resnet.system.errors import DataError, InputError, NotFoundError
 from keras_resnet.system.files import beside, remove_leftovers
 
 try:

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from keras_resnet.data.folders import existing_folder, layout, plain_name, split_folders
 from keras_resnet.data.reading import constant_images, in_flight, load, open_file, open_image
 from keras_resnet.data.walk import ENDINGS, FORMATS, extension, unread, unread_line, walk_pictures
-from keras_resnet.errors import DataError, KerasResNetError
+from keras_resnet.system.errors import DataError, KerasResNetError
 from keras_resnet.system.files import column, replace_file, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.shown import Shown

@@ -14,7 +14,7 @@ from PIL import Image
 from keras_resnet.data.folders import flat_images
 from keras_resnet.data.reading import GivenImage
 from keras_resnet.data.walk import is_picture as is_image_name, picture_folders, pictures_in
-from keras_resnet.errors import InputError, NotFoundError, meant_path
+from keras_resnet.system.errors import InputError, NotFoundError, meant_path
 from keras_resnet.system.files import printable, text_width
 
 One = str | os.PathLike | bytes | IO[bytes] | Image.Image | np.ndarray

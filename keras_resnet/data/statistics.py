@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.errors import DataError
+from keras_resnet.system.errors import DataError
 
 
 def dataset_statistics(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from keras_resnet.data.preprocess import (
     image_from_array,
     resize_image,
 )
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.system.errors import InputError, did_you_mean
 
 AnyImage = Image.Image | np.ndarray
 

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from keras_resnet.errors import InputError, whole
+from keras_resnet.system.errors import InputError, whole
 
 
 @dataclasses.dataclass(frozen=True)

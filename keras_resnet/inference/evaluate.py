@@ -14,11 +14,11 @@ from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures, labels_by_name, split_folder
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import DataError, InputError
 from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.models.meaning import Meaning
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.files import (
     column,
     csv_line,

@@ -14,7 +14,6 @@ from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import plain_name
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
-from keras_resnet.errors import DataError, InputError, between, did_you_mean, whole
 from keras_resnet.inference.grad_cam import (
     as_classifier,
     data_format_of,
@@ -26,6 +25,7 @@ from keras_resnet.inference.prediction_files import Prediction, most_probable
 from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.device import in_data_format
+from keras_resnet.system.errors import DataError, InputError, between, did_you_mean, whole
 
 # --- for people ----------------------------------------------------------------------------------
 

@@ -11,11 +11,11 @@ import numpy as np
 from keras import ops
 
 from keras_resnet.data.sources import Images, is_picture
-from keras_resnet.errors import InputError, did_you_mean, whole
 from keras_resnet.models.files import load_model, model_input
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import activation_of, gives_on, meaning_of, node_of, nodes_of
 from keras_resnet.system.device import in_data_format, sync
+from keras_resnet.system.errors import InputError, did_you_mean, whole
 
 _BACKEND = keras.backend.backend()
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from keras_resnet.errors import reason_of
 from keras_resnet.inference.service import Limits
+from keras_resnet.system.errors import reason_of
 from keras_resnet.system.files import printable
 
 logger = logging.getLogger("keras_resnet")

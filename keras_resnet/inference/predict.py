@@ -25,7 +25,6 @@ import numpy as np
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images, Sources
 from keras_resnet.data.walk import unread_line
-from keras_resnet.errors import DataError, InputError, NotFoundError, whole
 from keras_resnet.inference.prediction_files import (
     Prediction,
     PredictionWriter,
@@ -37,6 +36,7 @@ from keras_resnet.inference.prediction_files import (
 from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.errors import DataError, InputError, NotFoundError, whole
 from keras_resnet.system.files import column, printable, text_width, to_json, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.progress import Progress

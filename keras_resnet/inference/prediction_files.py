@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import InputError, did_you_mean, require
+from keras_resnet.system.errors import InputError, did_you_mean, require
 from keras_resnet.system.files import (
     check_writable,
     csv_line,

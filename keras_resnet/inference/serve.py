@@ -29,10 +29,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from keras_resnet.errors import DataError, InputError, reason_of, require
 from keras_resnet.inference.guard import Guard, patient_connection
 from keras_resnet.inference.service import Limits, Service, open_service
 from keras_resnet.runtimes.runner import Runner
+from keras_resnet.system.errors import DataError, InputError, reason_of, require
 from keras_resnet.system.files import printable
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

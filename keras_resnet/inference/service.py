@@ -18,7 +18,6 @@ from PIL import Image, UnidentifiedImageError
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.reading import open_image
 from keras_resnet.data.walk import FORMATS
-from keras_resnet.errors import DataError, InputError, KerasResNetError, between, reason_of
 from keras_resnet.inference.explain import enlarged, overlay
 from keras_resnet.inference.grad_cam import grad_cam
 from keras_resnet.inference.prediction_files import most_probable
@@ -27,6 +26,7 @@ from keras_resnet.runtimes.rows import format_of_file
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.device import backend_line, in_data_format
+from keras_resnet.system.errors import DataError, InputError, KerasResNetError, between, reason_of
 from keras_resnet.system.files import valid_text
 
 logger = logging.getLogger("keras_resnet")

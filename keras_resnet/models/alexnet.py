@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import keras
 
-from keras_resnet.errors import InputError
 from keras_resnet.layers.pool import MaxPooling2D
 from keras_resnet.models.blocks import (
     apply_drawn,
@@ -13,6 +12,7 @@ from keras_resnet.models.blocks import (
     conv,
     kernel_initializer,
 )
+from keras_resnet.system.errors import InputError
 from keras_resnet.variants import AlexNetSpec
 
 

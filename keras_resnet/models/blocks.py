@@ -9,10 +9,10 @@ from typing import Literal
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError, one_of
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.layers.pool import ZeroPaddedShortcut
+from keras_resnet.system.errors import InputError, one_of
 from keras_resnet.variants import layer_names
 
 # torchvision/models/resnet.py: kaiming_normal_(mode="fan_out", nonlinearity="relu"); He et al.

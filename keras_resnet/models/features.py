@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import keras
 
-from keras_resnet.errors import InputError
 from keras_resnet.models.image_model import as_functional
+from keras_resnet.system.errors import InputError
 
 
 def _feature_maps(model: keras.Model) -> dict[int, str]:

@@ -20,13 +20,13 @@ from keras_resnet.data.preprocess import (
     MAX_PIXELS,
     Preprocess,
 )
-from keras_resnet.errors import InputError, one_of, reason_of
 from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import PIXELS, meaning_of, nodes_of, pixels_of
 from keras_resnet.models.summary import summary
 from keras_resnet.models.zoo import create_model
 from keras_resnet.system.device import image_shape
+from keras_resnet.system.errors import InputError, one_of, reason_of
 from keras_resnet.system.files import replace_file, to_json
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
@@ -210,7 +210,7 @@ def load_model(path: str | os.PathLike) -> keras.Model:
         >>> load_model("no-such.keras")
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.NotFoundError: No model file at 'no-such.keras'.
+        keras_resnet.system.errors.NotFoundError: No model file at 'no-such.keras'.
     """
     variant = named_variant(path)
     if variant is not None:

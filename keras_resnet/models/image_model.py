@@ -10,11 +10,11 @@ from typing import Any, overload
 import keras
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from keras_resnet.errors import InputError
 from keras_resnet.layers.norm import Normalize
 from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.torch_graph import DirectGraph
 from keras_resnet.system import device  # as a whole: it may be what imports Keras, half there
+from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import shortened
 from keras_resnet.variants import COUNTER
 

@@ -15,8 +15,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, one_of, reason_of
 from keras_resnet.models.image_model import as_functional
+from keras_resnet.system.errors import InputError, one_of, reason_of
 from keras_resnet.system.files import printable, shortened
 
 # --- what outputs say ----------------------------------------------------------------------------

@@ -10,12 +10,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, one_of
 from keras_resnet.layers.conv import Conv2D, paddings
 from keras_resnet.layers.norm import BatchNormalization, Normalize
 from keras_resnet.layers.pool import MaxPooling2D, ZeroPaddedShortcut
 from keras_resnet.models.graph import Step, can_take_over, count_users, fold_norm, graph_steps
 from keras_resnet.models.image_model import ImageModel, as_functional
+from keras_resnet.system.errors import InputError, one_of
 
 PRECISIONS = {
     "fp32": "float32",

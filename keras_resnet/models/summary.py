@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import keras
 
-from keras_resnet.errors import InputError
 from keras_resnet.models.image_model import as_functional
+from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import printable
 
 _MIB = 1024**2

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec
 
-from keras_resnet.errors import InputError, between, one_of, whole
 from keras_resnet.models.image_model import ImageModel, finish, image_input, pooled
+from keras_resnet.system.errors import InputError, between, one_of, whole
 from keras_resnet.variants import get_spec
 
 P = ParamSpec("P")

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import reason_of
 from keras_resnet.reports.run_facts import RunFacts
+from keras_resnet.system.errors import reason_of
 
 logger = logging.getLogger("keras_resnet")
 

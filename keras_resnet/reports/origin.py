@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError, reason_of
 from keras_resnet.recipes import RECIPES
 from keras_resnet.reports.run_facts import RunFacts
+from keras_resnet.system.errors import InputError, reason_of
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights import download, published
 

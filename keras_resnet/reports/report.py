@@ -12,12 +12,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, pass_eval_context
 from jinja2.nodes import EvalContext
 
-from keras_resnet.errors import InputError
 from keras_resnet.reports.comparison_page import comparison
 from keras_resnet.reports.run_files import read_run
 from keras_resnet.reports.run_page import run_context
 from keras_resnet.reports.wording import FILTERS, Markdown, as_markdown, as_time
 from keras_resnet.system.device import package_version
+from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import write_text
 
 _CARD_OWN = re.compile(r"<!-- yours -->\n(.*?)<!-- end of yours -->", re.DOTALL)

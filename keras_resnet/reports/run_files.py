@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import InputError, NotFoundError, meant_path
 from keras_resnet.reports.run_facts import Results, RunFacts
 from keras_resnet.reports.wording import is_number
+from keras_resnet.system.errors import InputError, NotFoundError, meant_path
 from keras_resnet.system.files import csv_value, read_json
 from keras_resnet.weights.keras_files import keras_file_info
 

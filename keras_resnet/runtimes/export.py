@@ -15,7 +15,6 @@ import numpy as np
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.data.sources import image_paths
-from keras_resnet.errors import DataError, InputError, VerificationError, whole
 from keras_resnet.models.files import load_model, model_input, model_preprocess
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.runtimes import formats, int8 as quantization, rows, writing
@@ -28,6 +27,7 @@ from keras_resnet.runtimes.runner import (
 )
 from keras_resnet.runtimes.select import open_file, runtime_of
 from keras_resnet.system.device import exact_float32, installed_version
+from keras_resnet.system.errors import DataError, InputError, VerificationError, whole
 from keras_resnet.system.files import named, printable, remove_leftovers, temporary_prefix
 
 # Images that a file is compared on.
@@ -220,11 +220,13 @@ def _staging(path: Path) -> Iterator[Path]:
     """A folder beside a file for what is not whole yet; a killed process' goes with the next."""
     remove_leftovers(path.parent)
     start = temporary_prefix("exporting")
-    with tempfile.TemporaryDirectory(
-        prefix=start, dir=path.parent, ignore_cleanup_errors=True
-    ) as folder:
-        with named(path):
-            yield Path(folder)
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=start, dir=path.parent, ignore_cleanup_errors=True
+        ) as folder,
+        named(path),
+    ):
+        yield Path(folder)
 
 
 def _load(path: str | os.PathLike) -> keras.Model:

@@ -15,11 +15,11 @@ from typing import Any
 import keras
 
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import InputError, require
 from keras_resnet.models.meaning import meaning_of, pixels_of
 from keras_resnet.runtimes.rows import get_format
 from keras_resnet.system import files
 from keras_resnet.system.device import image_shape, package_version
+from keras_resnet.system.errors import InputError, require
 
 # The name under which a file keeps what is known about its model.
 METADATA = "keras_resnet"

@@ -15,11 +15,11 @@ from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures, labels_by_name
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
-from keras_resnet.errors import DataError, InputError, require
 from keras_resnet.models.files import model_class_names, model_input
 from keras_resnet.runtimes.rows import FORMATS
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.system.device import in_data_format
+from keras_resnet.system.errors import DataError, InputError, require
 
 # Images that ranges are taken from, and that the result is measured on.
 _CALIBRATED, _MEASURED = 300, 2000

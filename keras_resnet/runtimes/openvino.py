@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from keras_resnet.errors import NotFoundError
 from keras_resnet.runtimes.formats import INPUT, METADATA, to_json
 from keras_resnet.runtimes.runner import FileRunner
+from keras_resnet.system.errors import NotFoundError
 
 
 class Runner(FileRunner):

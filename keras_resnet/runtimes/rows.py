@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean, require
+from keras_resnet.system.errors import InputError, NotFoundError, did_you_mean, require
 from keras_resnet.system.files import check_writable, check_writable_folder
 
 # Of the engines that take a Keras model, and those that an exported file names by itself.
@@ -106,7 +106,7 @@ def get_format(name: str) -> Format:
         >>> get_format("onxx")
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: Unknown format 'onxx'. Did you mean 'onnx'?
+        keras_resnet.system.errors.InputError: Unknown format 'onxx'. Did you mean 'onnx'?
     """
     if name not in FORMATS:
         hint = did_you_mean(name, FORMATS) or f" There are: {', '.join(FORMATS)}."

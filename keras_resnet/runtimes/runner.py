@@ -17,7 +17,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, KerasResNetError, NotFoundError, one_of, reason_of
 from keras_resnet.models.graph import Step, graph_steps
 from keras_resnet.models.image_model import as_functional, check_info
 from keras_resnet.models.meaning import (
@@ -33,6 +32,13 @@ from keras_resnet.models.rebuild import optimize_for_inference
 from keras_resnet.models.torch_graph import DirectGraph, going_on
 from keras_resnet.runtimes import formats
 from keras_resnet.system.device import in_data_format
+from keras_resnet.system.errors import (
+    InputError,
+    KerasResNetError,
+    NotFoundError,
+    one_of,
+    reason_of,
+)
 from keras_resnet.system.files import printable, shortened
 from keras_resnet.system.process import available_cores
 

@@ -11,13 +11,6 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnet.errors import (
-    InputError,
-    MissingDependencyError,
-    NotFoundError,
-    meant_path,
-    reason_of,
-)
 from keras_resnet.models.files import load_model
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import meaning_of
@@ -32,6 +25,13 @@ from keras_resnet.runtimes.runner import (
     require_finite_weights,
 )
 from keras_resnet.system.device import devices, tf32_allowed
+from keras_resnet.system.errors import (
+    InputError,
+    MissingDependencyError,
+    NotFoundError,
+    meant_path,
+    reason_of,
+)
 from keras_resnet.system.process import tune_process
 
 _OWN_RUNTIME = ("keras", "auto")

@@ -15,10 +15,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError, reason_of
 from keras_resnet.models.image_model import ImageModel
 from keras_resnet.runtimes.formats import INPUT, check_backend, describe, input_size, pixels_held
 from keras_resnet.runtimes.rows import FORMATS
+from keras_resnet.system.errors import InputError, reason_of
 
 
 def write(

@@ -17,7 +17,7 @@ from typing import Any
 
 import filelock
 
-from keras_resnet.errors import InputError, NotFoundError, meant_path
+from keras_resnet.system.errors import InputError, NotFoundError, meant_path
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean
+from keras_resnet.system.errors import InputError, MissingDependencyError, did_you_mean
 
 _SWITCH = "KERAS_RESNET_TUNE"
 _done = False

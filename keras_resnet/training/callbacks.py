@@ -12,8 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.errors import KerasResNetError
 from keras_resnet.system.device import devices, set_random_state
+from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.system.progress import LINE_SECONDS, duration
 from keras_resnet.training.loggers import Loggers
 

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, between, whole
+from keras_resnet.system.errors import InputError, between, whole
 
 
 def adjusted_decay(

@@ -11,8 +11,8 @@ from typing import Any
 import keras
 
 from keras_resnet.data.folders import plain_name
-from keras_resnet.errors import CheckpointError, InputError, did_you_mean
 from keras_resnet.models.files import load_model
+from keras_resnet.system.errors import CheckpointError, InputError, did_you_mean
 from keras_resnet.weights import download
 from keras_resnet.weights.keras_files import find_keras_file
 from keras_resnet.weights.load import load_torchvision

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError, MissingDependencyError, did_you_mean, reason_of
+from keras_resnet.system.errors import InputError, MissingDependencyError, did_you_mean, reason_of
 from keras_resnet.system.files import shown_path
 
 logger = logging.getLogger("keras_resnet")
@@ -147,10 +147,10 @@ class Loggers:
         MissingDependencyError: The package is not installed; the message has the pip line.
 
     Examples:
-        >>> Loggers(["tensorbord"])
+        >>> Loggers(["wandbb"])
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: Unknown logger 'tensorbord'. Did you mean 'tensorboard'?
+        keras_resnet.system.errors.InputError: Unknown logger 'wandbb'. Did you mean 'wandb'?
     """
 
     def __init__(self, names: Sequence[str]):

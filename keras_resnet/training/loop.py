@@ -14,10 +14,10 @@ import keras
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.errors import InputError, KerasResNetError
 from keras_resnet.models.files import open_keras_file
 from keras_resnet.recipes import Recipe
 from keras_resnet.system.device import Sender, package_version, random_state
+from keras_resnet.system.errors import InputError, KerasResNetError
 from keras_resnet.training.callbacks import (
     Interrupted,
     Position,

@@ -13,11 +13,11 @@ import keras
 import numpy as np
 
 from keras_resnet import plots
-from keras_resnet.errors import InputError, between, whole
 from keras_resnet.models.files import model_input
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import meaning_of
 from keras_resnet.recipes import Recipe, get_recipe
+from keras_resnet.system.errors import InputError, between, whole
 from keras_resnet.training.freeze import freeze
 from keras_resnet.training.prepare import (
     build_model,

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, between, did_you_mean
+from keras_resnet.system.errors import InputError, between, did_you_mean
 from keras_resnet.training.schedules import Schedule
 
 

@@ -30,10 +30,10 @@ from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Pre
 from keras_resnet.data.reading import constant_images, constant_line
 from keras_resnet.data.statistics import measured_on
 from keras_resnet.data.walk import unread_line
-from keras_resnet.errors import DataError, InputError
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import Recipe
 from keras_resnet.system.device import image_shape, in_data_format
+from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.training.freeze import load_pretrained, starting_weights
 from keras_resnet.training.optimizers import SGD
 from keras_resnet.training.schedules import (

@@ -20,8 +20,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError, KerasResNetError, reason_of
 from keras_resnet.system.device import sync
+from keras_resnet.system.errors import InputError, KerasResNetError, reason_of
 from keras_resnet.system.files import (
     csv_line,
     drop_lock,

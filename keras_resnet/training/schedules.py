@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, between, one_of, whole
+from keras_resnet.system.errors import InputError, between, one_of, whole
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):

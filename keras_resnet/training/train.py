@@ -19,7 +19,6 @@ import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.errors import between, reason_of, whole
 from keras_resnet.inference.evaluate import Evaluation, evaluate
 from keras_resnet.inference.predict import PredictionFile, write_predictions
 from keras_resnet.models.files import load_model
@@ -33,6 +32,7 @@ from keras_resnet.system.device import (
     package_version,
     tf32_allowed,
 )
+from keras_resnet.system.errors import between, reason_of, whole
 from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.process import system_name, tune_process
 from keras_resnet.system.progress import shows_bars

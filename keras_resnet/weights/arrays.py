@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.dtypes import EXTENSION_SIZES, NUMPY_CODES, SIZES
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.stand_ins import Array, Storage, Tensor, Unreadable, one_line

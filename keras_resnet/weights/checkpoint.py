@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.system.files import to_json
 from keras_resnet.weights.arrays import dtype_name, to_array
 from keras_resnet.weights.loaded import Loaded

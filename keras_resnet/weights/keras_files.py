@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from keras_resnet.errors import InputError, NotFoundError, did_you_mean, meant_path, reason_of
+from keras_resnet.system.errors import (
+    InputError,
+    NotFoundError,
+    did_you_mean,
+    meant_path,
+    reason_of,
+)
 from keras_resnet.system.files import check_writable, printable, to_json
 from keras_resnet.variants import list_models
 from keras_resnet.weights.loaded import Member
@@ -48,7 +54,7 @@ def find_keras_file(path: str | os.PathLike) -> Path:
         >>> find_keras_file("no-such.keras")
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.NotFoundError: No model file at 'no-such.keras'.
+        keras_resnet.system.errors.NotFoundError: No model file at 'no-such.keras'.
     """
     given, path = os.fspath(path), Path(path).expanduser()
     if path.is_dir():

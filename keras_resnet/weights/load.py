@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import printable
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import published as hub

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.dtypes import SIZES
 from keras_resnet.weights.stand_ins import MAX_IDENTIFIER, Name, Storage, brief, counts, one_line
 

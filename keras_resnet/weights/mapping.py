@@ -17,7 +17,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 from keras_resnet.weights.matching import COUNTER, Shape
 from keras_resnet.weights.writing import write_checkpoint
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 
 _COLUMN_BYTES = 4 * 2**20  # of im2col at a time (or one row): what a core's cache holds
 

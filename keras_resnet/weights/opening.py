@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from keras_resnet.errors import (
+from keras_resnet.system.errors import (
     CheckpointError,
     KerasResNetError,
     NotFoundError,

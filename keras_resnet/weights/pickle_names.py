@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.dtypes import ALIASES, CLASSES, QUANTISED_SIZES, SIZES
 from keras_resnet.weights.stand_ins import (
     Array,

@@ -28,7 +28,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.pickle_names import HARMLESS
 from keras_resnet.weights.stand_ins import (
     MAX_IDENTIFIER,

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import InputError, did_you_mean
+from keras_resnet.system.errors import InputError, did_you_mean
 from keras_resnet.variants import SPECS
 
 _HERE = pathlib.Path(__file__).parent

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 from keras_resnet.weights.numpy_ops import adaptive_average_pool, conv2d, max_pool, relu
 from keras_resnet.weights.reference_check import NORM_ENTRIES, check, shape_of
 

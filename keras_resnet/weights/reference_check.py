@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 
 NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.dtypes import SAFETENSORS_DTYPES, SIZES
 from keras_resnet.weights.loaded import Loaded, cut_off
 from keras_resnet.weights.stand_ins import Storage, Tensor, Unreadable, brief, counts, one_line

@@ -7,7 +7,7 @@ import itertools
 import re
 from typing import Any
 
-from keras_resnet.errors import CheckpointError, did_you_mean
+from keras_resnet.system.errors import CheckpointError, did_you_mean
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.stand_ins import (
     MAX_STEPS,

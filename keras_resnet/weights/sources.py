@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError, reason_of
+from keras_resnet.system.errors import InputError, reason_of
 from keras_resnet.system.files import printable, to_json, write_text
 from keras_resnet.weights import download, published
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint

@@ -7,7 +7,7 @@ import itertools
 import math
 from typing import Any
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.dtypes import SIZES
 
 # Limits. A ResNet-50's pickle has about 8,000 steps (25 a tensor) and 40 kB; a file that needs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.loaded import Loaded, Storages, cut_off
 from keras_resnet.weights.pickles import read_pickle
 from keras_resnet.weights.stand_ins import Budget, brief, one_line

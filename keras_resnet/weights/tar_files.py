@@ -8,7 +8,7 @@ import struct
 import tarfile
 from typing import Any
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.dtypes import SIZES
 from keras_resnet.weights.loaded import Loaded, cut_off
 from keras_resnet.weights.pickle_names import plain

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from keras_resnet.errors import InputError
 from keras_resnet.system.device import exact_float32
+from keras_resnet.system.errors import InputError
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import reference
 from keras_resnet.weights.mapping import (

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.errors import CheckpointError, NotFoundError
+from keras_resnet.system.errors import CheckpointError, NotFoundError
 from keras_resnet.system.files import replace_file
 from keras_resnet.weights.dtypes import (
     CLASSES,

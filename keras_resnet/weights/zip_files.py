@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from typing import Any
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.loaded import Loaded, Member, Storages
 from keras_resnet.weights.pickles import read_pickle
 from keras_resnet.weights.stand_ins import MAX_IDENTIFIER, MAX_PICKLE, Budget, one_line

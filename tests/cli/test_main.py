@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 
 import keras_resnet as kr
-from keras_resnet import errors
 from keras_resnet.cli import checks, main as cli, words as foreign
 from keras_resnet.cli.commands import COMMANDS
-from keras_resnet.errors import InputError, MissingDependencyError
 from keras_resnet.recipes import Recipe, get_recipe
+from keras_resnet.system import errors
+from keras_resnet.system.errors import InputError, MissingDependencyError
 from keras_resnet.variants import SPECS
 from keras_resnet.weights.keras_files import inspect_keras_file
 from keras_resnet.weights.matching import spec_shapes

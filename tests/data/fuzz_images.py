@@ -30,7 +30,7 @@ from PIL import Image
 
 from keras_resnet.data.reading import constant_images, decode
 from keras_resnet.data.scan import _look
-from keras_resnet.errors import DataError
+from keras_resnet.system.errors import DataError
 
 PIXELS = 2**20  # of one image, twice of all
 SIDES = (

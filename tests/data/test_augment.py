@@ -26,7 +26,7 @@ from keras_resnet.data.transforms import (
     RandomResizedCrop,
     Resize,
 )
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 
 pytestmark = pytest.mark.once
 

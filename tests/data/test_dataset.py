@@ -31,7 +31,7 @@ from keras_resnet.data.transforms import (
     RandomHorizontalFlip,
     RandomResizedCrop,
 )
-from keras_resnet.errors import DataError, InputError, MissingDependencyError, NotFoundError
+from keras_resnet.system.errors import DataError, InputError, MissingDependencyError, NotFoundError
 
 once = pytest.mark.once
 

@@ -22,7 +22,7 @@ from keras_resnet.data import preprocess as preparing, reading as module
 from keras_resnet.data.in_flight import Gate, in_flight
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, resize_image
 from keras_resnet.data.reading import decode, load
-from keras_resnet.errors import DataError, InputError, NotFoundError
+from keras_resnet.system.errors import DataError, InputError, NotFoundError
 
 pytestmark = pytest.mark.once
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from keras_resnet.data.directory import image_dataset_from_directory
 from keras_resnet.data.scan import ScanReport, near_pairs, scan
-from keras_resnet.errors import DataError, NotFoundError
+from keras_resnet.system.errors import DataError, NotFoundError
 from keras_resnet.system.files import text_width
 
 pytestmark = pytest.mark.once

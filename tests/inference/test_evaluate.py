@@ -16,7 +16,6 @@ from keras_resnet.cli import main as cli
 from keras_resnet.data.directory import image_dataset_from_directory
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
-from keras_resnet.errors import DataError, InputError, NotFoundError
 from keras_resnet.inference.evaluate import Evaluation, evaluate
 from keras_resnet.inference.predict import PredictionTable, iter_predictions, predict
 from keras_resnet.inference.prediction_files import Prediction
@@ -24,6 +23,7 @@ from keras_resnet.models.files import load_model, model_preprocess
 from keras_resnet.models.meaning import Meaning
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.errors import DataError, InputError, NotFoundError
 from keras_resnet.system.files import text_width
 
 NAMES = [f"class {i}" for i in range(7)]

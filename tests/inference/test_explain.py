@@ -13,8 +13,8 @@ from rounding import allowed
 
 import keras_resnet as kr
 from keras_resnet.cli import main as cli
-from keras_resnet.errors import DataError, InputError
 from keras_resnet.inference.grad_cam import resized
+from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.variants import SPECS, list_models
 
 SIDES = {"alexnet": 128, "alexnet_paper": 224, "resnet34_cifar10": 64}

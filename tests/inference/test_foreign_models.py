@@ -10,8 +10,8 @@ from PIL import Image
 
 import keras_resnet as kr
 from keras_resnet.cli import main as cli
-from keras_resnet.errors import InputError
 from keras_resnet.runtimes.runner import Runner
+from keras_resnet.system.errors import InputError
 
 SHAPE = (16, 16, 3)
 PREPARED = kr.Preprocess(SHAPE[:2], None)

@@ -21,7 +21,6 @@ from keras_resnet.cli import main as cli
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images
 from keras_resnet.data.walk import walk_pictures
-from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError
 from keras_resnet.inference import prediction_files
 from keras_resnet.inference.predict import (
     PredictionTable,
@@ -33,6 +32,7 @@ from keras_resnet.inference.prediction_files import Prediction
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.system import files
+from keras_resnet.system.errors import InputError, MissingDependencyError, NotFoundError
 
 LONG = bool(os.environ.get("KERAS_RESNET_LONG"))
 HOSTILE = [

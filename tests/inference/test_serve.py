@@ -25,12 +25,12 @@ from PIL import Image
 
 from keras_resnet.cli import main as cli
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import DataError, InputError, MissingDependencyError
 from keras_resnet.inference.predict import predict
 from keras_resnet.inference.serve import build_app, page_parts
 from keras_resnet.inference.service import Limits, check_image, open_service
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.select import open_runner
+from keras_resnet.system.errors import DataError, InputError, MissingDependencyError
 from keras_resnet.system.files import printable
 
 NAMES = ["<script>document.title='owned'</script>", "bee", 'a\u202eb & "c"', "d", "e", "f"]

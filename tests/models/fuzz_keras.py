@@ -28,8 +28,8 @@ import keras
 import numpy as np
 
 import keras_resnet as kr
-from keras_resnet.errors import KerasResNetError
 from keras_resnet.models.files import model_class_names, model_input
+from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.weights.keras_files import inspect_keras_file
 
 # What a value of the description can become.

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_resnet as kr
-from keras_resnet.errors import InputError
 from keras_resnet.models.blocks import block_name
+from keras_resnet.system.errors import InputError
 
 
 @pytest.fixture(params=["channels_last", "channels_first"])

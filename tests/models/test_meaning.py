@@ -6,8 +6,8 @@ import pytest
 from keras import layers, ops
 
 import keras_resnet as kr
-from keras_resnet.errors import InputError
 from keras_resnet.models.meaning import Meaning, meaning_of, meaning_of_numbers, pixels_of
+from keras_resnet.system.errors import InputError
 
 SHAPE = (16, 16, 3)
 

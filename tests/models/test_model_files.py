@@ -21,8 +21,8 @@ from PIL import Image
 
 import keras_resnet as kr
 from keras_resnet.cli.main import main
-from keras_resnet.errors import InputError
 from keras_resnet.models.files import images_at_a_time
+from keras_resnet.system.errors import InputError
 from keras_resnet.weights.keras_files import check_keras_file, inspect_keras_file
 
 pytestmark = pytest.mark.once

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import keras_resnet as kr
-from keras_resnet.errors import InputError
 from keras_resnet.inference import grad_cam as explain
+from keras_resnet.system.errors import InputError
 from keras_resnet.variants import SPECS, conv_output_size
 from keras_resnet.weights.mapping import expected_keys
 from keras_resnet.weights.matching import multiply_adds, parameter_count, spec_shapes

@@ -8,11 +8,11 @@ import pytest
 from keras import ops
 
 import keras_resnet as kr
-from keras_resnet.errors import InputError
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.models.rebuild import optimize_for_inference, to_stock
 from keras_resnet.runtimes.runner import KerasRunner
+from keras_resnet.system.errors import InputError
 
 # One of every kind of block, stem, shortcut and head.
 VARIANTS = {"resnet20": 32, "resnet18": 48, "resnet50_v1_relu": 48, "alexnet_cifar10": 32}

@@ -13,8 +13,8 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn
 
-from keras_resnet.errors import InputError
 from keras_resnet.models.zoo import create_model
+from keras_resnet.system.errors import InputError
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import to_torchvision
 from keras_resnet.weights.verify import verify

@@ -13,11 +13,11 @@ from keras import ops
 from rounding import allowed
 
 from keras_resnet import to_stock
-from keras_resnet.errors import InputError
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.layers.pool import MaxPooling2D
 from keras_resnet.models.zoo import create_model
+from keras_resnet.system.errors import InputError
 
 # One of every kind of block, stem and shortcut.
 # jax has no float64 unless its process is started for it.

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from keras_resnet import plots
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 
 pytestmark = pytest.mark.once
 

@@ -16,7 +16,6 @@ from PIL import Image
 from keras_resnet import runtimes
 from keras_resnet.cli import main as cli
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import InputError, MissingDependencyError, NotFoundError, VerificationError
 from keras_resnet.inference.evaluate import evaluate
 from keras_resnet.inference.predict import predict
 from keras_resnet.layers.conv import Conv2D
@@ -29,6 +28,12 @@ from keras_resnet.runtimes.rows import FORMATS
 from keras_resnet.runtimes.runner import KerasRunner, relative_difference
 from keras_resnet.runtimes.select import open_file, open_runner
 from keras_resnet.system.device import exact_float32
+from keras_resnet.system.errors import (
+    InputError,
+    MissingDependencyError,
+    NotFoundError,
+    VerificationError,
+)
 
 # Nothing in them may break XML, JSON or a zip archive.
 NAMES = ["ant", "<script>&amp;", "q\"uo'te", "new\nline", "\u202ertl", "é]]>\x07"]

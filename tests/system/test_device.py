@@ -13,9 +13,9 @@ import pytest
 import keras_resnet as kr
 from keras_resnet.cli import main as command_line
 from keras_resnet.cli.commands import _TF32, COMMANDS
-from keras_resnet.errors import InputError
 from keras_resnet.runtimes import writing
 from keras_resnet.system import device
+from keras_resnet.system.errors import InputError
 from keras_resnet.weights import verify
 
 

@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
-from keras_resnet.errors import InputError
 from keras_resnet.system import files
+from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import (
     csv_line,
     csv_value,

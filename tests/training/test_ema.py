@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 from keras_resnet.training.ema import ModelEMA, adjusted_decay
 from keras_resnet.training.optimizers import SGD
 

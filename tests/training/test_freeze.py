@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 
-from keras_resnet.errors import InputError, NotFoundError
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import get_recipe
+from keras_resnet.system.errors import InputError, NotFoundError
 from keras_resnet.training.freeze import freeze, load_pretrained, parts, starting_weights
 from keras_resnet.training.loop import part_to_train
 from keras_resnet.training.prepare import compile_model, make_optimizer

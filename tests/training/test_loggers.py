@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from keras_resnet.errors import InputError, MissingDependencyError
+from keras_resnet.system.errors import InputError, MissingDependencyError
 from keras_resnet.training import loggers
 from keras_resnet.training.loggers import Loggers
 

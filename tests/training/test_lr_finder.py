@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from keras_resnet.cli import main as cli
-from keras_resnet.errors import InputError
 from keras_resnet.models.zoo import create_model
+from keras_resnet.system.errors import InputError
 from keras_resnet.training.lr_finder import (
     LrFinderResult,
     is_noise,

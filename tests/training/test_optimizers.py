@@ -13,7 +13,7 @@ import pytest
 from keras import ops
 from rounding import allowed
 
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 from keras_resnet.training import schedules
 from keras_resnet.training.optimizers import SGD
 

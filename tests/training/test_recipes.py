@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from keras_resnet.cli import main as cli
-from keras_resnet.errors import InputError
 from keras_resnet.recipes import RECIPES, Recipe, get_recipe
+from keras_resnet.system.errors import InputError
 from keras_resnet.training.prepare import (
     _check_sizes,
     evaluation_preprocess,

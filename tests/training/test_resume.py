@@ -27,11 +27,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet.errors import InputError
 from keras_resnet.models.files import load_model
 from keras_resnet.recipes import get_recipe
 from keras_resnet.reports import report as reporting
 from keras_resnet.system import files
+from keras_resnet.system.errors import InputError
 from keras_resnet.training.run_folder import Run, SaveError, fingerprint
 from keras_resnet.training.train import train
 

@@ -20,11 +20,11 @@ import pytest
 from PIL import Image
 
 from keras_resnet.cli import main as cli
-from keras_resnet.errors import DataError, InputError
 from keras_resnet.inference.evaluate import evaluate
 from keras_resnet.inference.predict import predict
 from keras_resnet.models.files import load_model
 from keras_resnet.recipes import get_recipe
+from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.progress import shows_bars
 from keras_resnet.training import callbacks as run_callbacks, train as training
 from keras_resnet.training.prepare import prepare_data

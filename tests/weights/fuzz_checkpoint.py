@@ -38,7 +38,7 @@ import fuzzing
 import numpy as np
 import torch
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.writing import write_checkpoint
 

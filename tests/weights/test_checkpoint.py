@@ -28,7 +28,7 @@ torch = pytest.importorskip("torch")
 from fuzz_checkpoint import mutate, read, samples as _samples, state, tar_bytes
 from fuzzing import memory_of_readers, session
 
-from keras_resnet.errors import CheckpointError, NotFoundError
+from keras_resnet.system.errors import CheckpointError, NotFoundError
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.stream_files import MAGIC
 from keras_resnet.weights.writing import write_checkpoint
@@ -994,7 +994,7 @@ def hostile(marker: str) -> dict[str, tuple[bytes, str]]:
 MEASURE = """
 import json, os, resource, sys, time
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 def peak(mark="VmHWM"):
     # The kernel's high-water mark of this process; getrusage's would include its parent's.
     with open("/proc/self/status") as file:

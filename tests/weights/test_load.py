@@ -16,9 +16,9 @@ torch = pytest.importorskip("torch")
 from fuzz_checkpoint import tar_bytes
 
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import InputError, NotFoundError
 from keras_resnet.models.blocks import conv_block, identity_block
 from keras_resnet.models.zoo import create_model
+from keras_resnet.system.errors import InputError, NotFoundError
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import download, published, sources
 from keras_resnet.weights.checkpoint import inspect_checkpoint

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.errors import CheckpointError, InputError
+from keras_resnet.system.errors import CheckpointError, InputError
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import download, published
 from keras_resnet.weights.writing import write_checkpoint
@@ -421,8 +421,8 @@ def test_weights_with_other_classes_are_refused_before_the_download(made, server
 
 
 def test_weights_may_be_a_path_or_a_state_dict(made, tmp_path):
-    from keras_resnet.errors import NotFoundError
     from keras_resnet.models.zoo import create_model
+    from keras_resnet.system.errors import NotFoundError
     from keras_resnet.weights.mapping import to_torchvision
 
     state = to_torchvision(made)

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from keras_resnet.errors import InputError
+from keras_resnet.system.errors import InputError
 from keras_resnet.weights import numpy_ops, reference
 
 torch = pytest.importorskip("torch")
@@ -420,7 +420,7 @@ def test_numpy_is_all_it_needs():
         [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines() == [
-        "['keras_resnet', 'keras_resnet.errors', 'keras_resnet.weights', "
+        "['keras_resnet', 'keras_resnet.system.errors', 'keras_resnet.weights', "
         "'keras_resnet.weights.numpy_ops', 'keras_resnet.weights.reference', "
         "'keras_resnet.weights.reference_check']",
         "set()",

@@ -36,7 +36,7 @@ from test_checkpoint import (
     with_checksum,
 )
 
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.stream_files import MAGIC
 from keras_resnet.weights.writing import write_checkpoint
@@ -459,7 +459,7 @@ def test_damaged_files_mean_the_same_to_torch(tmp_path):
 
 LARGE = """
 import pathlib
-from keras_resnet.errors import CheckpointError
+from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 def memory(mark):
     return 1024 * int(pathlib.Path("/proc/self/status").read_text().partition(mark)[2].split()[0])

@@ -146,7 +146,7 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
         >>> one_of("pooling", 7, (None, "avg", "max"))
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: pooling must be None, 'avg' or 'max'. Received: 7.
+        keras_resnet.system.errors.InputError: pooling must be None, 'avg' or 'max'. Received: 7.
     """
     allowed = list(allowed)
     # By identity but for text: 1 is no True, and an array equals nothing as a whole.
@@ -164,10 +164,10 @@ def whole(name: str, value: Any, least: int) -> int:
         InputError: It is no whole number, or is below `least`.
 
     Examples:
-        >>> whole("epochs", 0, least=1)
+        >>> whole("n", 0, least=1)
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: epochs must be a whole number of at least 1. Received: 0.
+        keras_resnet.system.errors.InputError: n must be a whole number of at least 1. Received: 0.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -195,14 +195,14 @@ def between(
         InputError: It is no number, or out of bounds.
 
     Examples:
-        >>> between("dropout", 1.0, 0, 1, ends="[)")
+        >>> between("rate", 1.0, 0, 1, ends="[)")
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: dropout must be at least 0 and below 1. Received: 1.0.
+        keras_resnet.system.errors.InputError: rate must be at least 0 and below 1. Received: 1.0.
         >>> between("learning_rate", 0.0, 0, ends="(]")
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: learning_rate must be above 0. Received: 0.0.
+        keras_resnet.system.errors.InputError: learning_rate must be above 0. Received: 0.0.
     """
     try:  # a nan is within no bounds
         fits = low <= value <= high
