@@ -144,7 +144,7 @@ class Half:
 
 
 def outcome(folder: pathlib.Path) -> dict[str, bytes]:
-    found = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    found = sorted(folder.iterdir())
     return {path.name: path.read_bytes() for path in found}
 
 
