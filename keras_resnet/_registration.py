@@ -19,7 +19,7 @@ import importlib.util
 import os
 import sys
 
-from keras_resnet.system.process import BACKENDS, choose_backend, keras_json
+from keras_resnet.system.process import BACKENDS, choose_backend, importing_keras, keras_json
 
 REGISTERING = ("layers", "models.image_model", "training.optimizers", "training.schedules")
 
@@ -56,7 +56,8 @@ class _WhenKerasIsImported(importlib.abc.MetaPathFinder):
                 settings = keras_json()
                 known = settings.exists()
                 try:
-                    execute(module)
+                    with importing_keras():
+                        execute(module)
                 except BaseException:
                     # Keras writes its settings first: of an import that failed they would decide
                     # on the backend for ever.

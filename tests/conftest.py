@@ -22,11 +22,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import pytest
 
-from keras_resnet.system.process import import_keras
+from keras_resnet.system.process import keep_keras_alone
 
 # As the commands do: without it each test process imports all that Keras can find, 600 MB more.
 # Doctests, examples and whatever runs as a process of its own import Keras as users do.
-import_keras()
+keep_keras_alone()
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Files with few tests that take minutes: they train, or start processes.

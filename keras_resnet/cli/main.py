@@ -13,7 +13,7 @@ from keras_resnet.cli.commands import COMMANDS
 from keras_resnet.cli.parser import Command, make_parser
 from keras_resnet.system.errors import KerasResNetError, no_memory
 from keras_resnet.system.files import named, printable
-from keras_resnet.system.process import choose_backend, import_keras, tune_process
+from keras_resnet.system.process import choose_backend, keep_keras_alone, tune_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,8 +78,7 @@ def _run(command: Command, parser: argparse.ArgumentParser, **arguments) -> int:
     if command.keras:
         choose_backend()
         tune_process()
-        if not arguments.get("show"):  # the recipe alone
-            import_keras()
+        keep_keras_alone()
     if tf32 is not None:
         from keras_resnet.system.device import set_tf32
 

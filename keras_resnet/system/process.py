@@ -5,6 +5,7 @@ Needs neither Keras nor a backend: most of them count only before a backend is i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -15,7 +16,7 @@ import platform
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from keras_resnet.system.errors import InputError, MissingDependencyError, did_you_mean
@@ -185,27 +186,35 @@ def choose_backend(known: Sequence[str] = BACKENDS) -> None:
 
 # What Keras imports wherever it is installed, for features that no command uses.
 _BESIDE_KERAS = ("cv2", "IPython", "jax", "matplotlib", "pandas", "sklearn", "tensorflow")
+_alone = False
 
 
-def import_keras() -> None:
-    """Imports Keras for a command, which shall answer soon: without what else it would import.
+def keep_keras_alone() -> None:
+    """Has Keras imported, when it comes to that, without what else it would import; for commands.
 
     With every backend and matplotlib, pandas and scikit-learn installed, `import keras` on torch
     takes 9 CPU seconds and 620 MB, and 4 and 330 so; and Keras' seed would import TensorFlow too.
     Only for a process of our own: Keras' wrappers for scikit-learn, say, do not work in it. The
     packages can be imported behind it by whoever needs them.
     """
-    if "keras" in sys.modules:
+    global _alone
+    _alone = True
+
+
+@contextlib.contextmanager
+def importing_keras() -> Iterator[None]:
+    """What `import keras` runs in (see `_registration`): the packages beside it are not there."""
+    if not _alone:
+        yield
         return
     backend = os.environ.get("KERAS_BACKEND") or _backend_of_keras_json() or "tensorflow"
     hidden = [name for name in _BESIDE_KERAS if name != backend and name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))
     try:
-        import keras
-
+        yield
         if backend == "torch":  # jax writes a SavedModel through TensorFlow
             # Keras looks for it at its first seed, and remembers what it found.
-            keras.utils.set_random_seed(random.getrandbits(32))
+            sys.modules["keras"].utils.set_random_seed(random.getrandbits(32))
     finally:
         for name in hidden:
             sys.modules.pop(name)

@@ -217,7 +217,7 @@ HABITS = [
     ("runs/a", "Did you mean 'predict runs/a IMAGE'?"),
     ("photos/ants/1.png", "Did you mean 'predict MODEL photos/ants/1.png'?"),
     ("r20.pth", "Did you mean 'inspect r20.pth'?"),
-    ("xyz", "There are: models, summary, train"),
+    ("xyz", "There are: models, summary, info, train"),
     ("--epochs 3 train photos", "the command comes first, not '--epochs'"),
     ("train photos --resume", "goes on with an unfinished run by itself; --restart begins anew."),
     ("train photos --resume=last.pt", "goes on with an unfinished run by itself"),

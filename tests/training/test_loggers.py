@@ -151,4 +151,6 @@ def test_a_logger_that_fails_is_named_once_and_left_out(monkeypatch, tmp_path, c
     assert many.start(tmp_path, "run", {}, {}) == {}
     many.log(1, VALUES)
     many.finish("finished")
-    assert [r.getMessage() for r in caplog.records] == ["Logging to wandb stopped: no network"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "Logging to wandb stopped: no network and more"
+    ]

@@ -420,9 +420,9 @@ def test_numpy_is_all_it_needs():
         [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines() == [
-        "['keras_resnet', 'keras_resnet.system.errors', 'keras_resnet.weights', "
-        "'keras_resnet.weights.numpy_ops', 'keras_resnet.weights.reference', "
-        "'keras_resnet.weights.reference_check']",
+        "['keras_resnet', 'keras_resnet.system', 'keras_resnet.system.errors', "
+        "'keras_resnet.weights', 'keras_resnet.weights.numpy_ops', "
+        "'keras_resnet.weights.reference', 'keras_resnet.weights.reference_check']",
         "set()",
     ]
 
