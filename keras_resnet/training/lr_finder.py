@@ -130,7 +130,7 @@ def suggest(rates: np.ndarray, smoothed: np.ndarray, steps: int | None = None) -
         >>> rates = np.logspace(-5, 0, 51)
         >>> losses = 1 / (1 + (rates / 1e-2) ** 2)
         >>> round(suggest(rates, losses), 6)
-        0.001259
+        0.001995
     """
     part = _looked_at(len(smoothed), steps)
     found = valley(smoothed[part])
