@@ -18,6 +18,7 @@ import numpy as np
 from keras_resnet.models.image_model import ImageModel
 from keras_resnet.runtimes.formats import INPUT, check_backend, describe, input_size, pixels_held
 from keras_resnet.runtimes.rows import FORMATS
+from keras_resnet.system.device import without_source_paths
 from keras_resnet.system.errors import InputError, reason_of
 
 
@@ -53,7 +54,7 @@ def write(
     signature = keras.InputSpec(shape=(batch, *description["input"]["shape"][1:]), dtype="float32")
     signature.name = INPUT
     try:
-        with _quiet():
+        with _quiet(), without_source_paths():
             model.export(
                 os.fspath(path),
                 format=row.keras_name,

@@ -141,6 +141,26 @@ def make_deterministic() -> None:
         tf.config.experimental.enable_op_determinism()
 
 
+@contextlib.contextmanager
+def without_source_paths() -> Iterator[None]:
+    """For what is written for others: jax notes the lines of code that it came from, with folders.
+
+    Names of the files stay.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    name = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, name)
+    jax.config.update(name, ".*/")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
 # --- TF32 ----------------------------------------------------------------------------------------
 
 
