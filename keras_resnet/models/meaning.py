@@ -7,8 +7,9 @@ stays unclear is refused, with the words that make it clear.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnet.models.image_model import as_functional
-from keras_resnet.system.errors import InputError, one_of, reason_of
+from keras_resnet.system.errors import InputError, KerasResNetError, one_of, reason_of
 from keras_resnet.system.files import printable, shortened
 
 # --- what outputs say ----------------------------------------------------------------------------
@@ -275,16 +276,30 @@ def _end(model: keras.Model, tensor: Any) -> str:
     return "logits" if kind == "logits" and name in _LINEAR else _UNCLEAR
 
 
+@contextlib.contextmanager
+def one_line_of(name: str, images: np.ndarray) -> Iterator[None]:
+    """Around a model's run on images: each backend and runtime raises kinds of its own.
+
+    Raises:
+        InputError: It failed.
+    """
+    try:
+        yield
+    except KerasResNetError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{printable(name)!r} fails on images of the shape {images.shape[1:]}: "
+            f"{shortened(reason_of(error), 200)}"
+        ) from error
+
+
 def _end_by_numbers(model: keras.Model, strict: bool) -> str:
     """The same of a graph that cannot be read, from what the model gives for noise."""
     shape = [size or 64 for size in model.inputs[0].shape[1:]]
-    try:
-        found = np.asarray(ops.convert_to_numpy(model.predict_on_batch(noise(*shape))))
-    except Exception as error:  # each backend raises kinds of its own
-        raise InputError(
-            f"{printable(model.name)!r} fails on images of the shape {tuple(shape)}: "
-            f"{shortened(reason_of(error), 200)}"
-        ) from error
+    images = noise(*shape)
+    with one_line_of(model.name, images):
+        found = np.asarray(ops.convert_to_numpy(model.predict_on_batch(images)))
     kind = meaning_of_numbers(found)
     if strict and kind != "softmax":
         return _UNCLEAR

@@ -25,6 +25,7 @@ from keras_resnet.models.meaning import (
     meaning_of,
     meaning_of_numbers,
     noise,
+    one_line_of,
     pixels_in,
     pixels_of,
 )
@@ -34,12 +35,11 @@ from keras_resnet.runtimes import formats
 from keras_resnet.system.device import in_data_format
 from keras_resnet.system.errors import (
     InputError,
-    KerasResNetError,
     NotFoundError,
     one_of,
     reason_of,
 )
-from keras_resnet.system.files import printable, shortened
+from keras_resnet.system.files import printable
 from keras_resnet.system.process import available_cores
 
 
@@ -113,15 +113,8 @@ class Runner(abc.ABC):
             InputError: The outputs for some image are `nan` or infinite, or there are none, as of
                 images of a size that the model does not take.
         """
-        try:
+        with one_line_of(self.model_name, images):
             outputs = self.outputs(images)
-        except KerasResNetError:
-            raise
-        except Exception as error:  # each backend and runtime raises kinds of its own
-            raise InputError(
-                f"{printable(self.model_name)!r} fails on images of the shape {images.shape[1:]}: "
-                f"{shortened(reason_of(error), 200)}"
-            ) from error
         largest = np.asarray(outputs, np.float64).reshape(len(outputs), -1).max(axis=1)
         wrong = int((~np.isfinite(largest)).sum())
         if wrong:

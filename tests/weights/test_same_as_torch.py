@@ -151,6 +151,12 @@ def pickles() -> dict[str, tuple[bytes, str]]:
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     array += b"(K\x01K\x02\x85"
     order = b"(K\x03U\x01>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+
+    def typed(kind: bytes) -> bytes:
+        """An array under "w" whose NumPy type is called for in this way."""
+        start = b"\x80\x02}" + text("w") + array + b"cnumpy\ndtype\nU\x02f4" + kind
+        return start + order + b"\x89" + encode + text("latin1") + b"\x86Rtbs."
+
     cases = {
         "BUILD of a tensor": (two(b"h\x00(h\x01\x89NNNtb"), "after it was made"),
         "BUILD of a class": (
@@ -196,27 +202,11 @@ def pickles() -> dict[str, tuple[bytes, str]]:
             "no tensors",
         ),
         "NumPy's own type": (
-            b"\x80\x02}"
-            + text("w")
-            + array
-            + b"cnumpy\ndtype\nU\x02f4\x85R"
-            + order
-            + b"\x89"
-            + encode
-            + text("latin1")
-            + b"\x86Rtbs.",
+            typed(b"\x85R"),
             "",
         ),
         "NumPy's type copied": (
-            b"\x80\x02}"
-            + text("w")
-            + array
-            + b"cnumpy\ndtype\nU\x02f4\x89\x88\x87R"
-            + order
-            + b"\x89"
-            + encode
-            + text("latin1")
-            + b"\x86Rtbs.",
+            typed(b"\x89\x88\x87R"),
             "",
         ),
     }
