@@ -341,3 +341,19 @@ def test_a_sequential_model_is_a_functional_one_to_everything(rng):
     assert [y.shape for y in kr.feature_extractor(maps, [2]).outputs] == [(None, 8, 8, 4)]
     model.add(layers.Softmax())  # what was unwrapped before is not kept
     assert meaning_of(model) == SOFTMAX
+
+
+@keras.saving.register_keras_serializable("tests")
+class Fails(keras.layers.Layer):
+    def call(self, inputs):
+        raise RuntimeError("no such kernel")
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def test_a_model_that_fails_on_noise_is_one_line():
+    inputs = keras.Input((8, 8, 3))
+    outputs = Fails()(keras.layers.Dense(3)(keras.layers.Flatten()(inputs)))
+    with pytest.raises(InputError, match=r"fails on images of the shape \(8, 8, 3\): .*no such"):
+        meaning_of(keras.Model(inputs, outputs))

@@ -239,3 +239,10 @@ def test_long_names_lose_letters_and_never_all_of_them(text, width, shown):
 def test_no_accent_is_left_without_its_letter():
     cut = shortened("e\u0301" * 30, 11)
     assert cut == "e\u0301" * 6 + "..." + "e\u0301" * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX'")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="no regular file"):
+        files.read_json(tmp_path / "config.json")
