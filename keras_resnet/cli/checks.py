@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_resnet.cli.pipes import STDOUT
-from keras_resnet.data.folders import class_folders, existing_folder, split_folders
+from keras_resnet.data.opening import check_images
 from keras_resnet.data.walk import is_picture
 from keras_resnet.recipes import Recipe
 from keras_resnet.runtimes.rows import FORMATS, format_of_file, require_runtime
@@ -154,7 +154,7 @@ def training(directory: str, recipe: Recipe) -> None:
             f"{directory!r} is a model; a folder of images is needed: "
             "keras-resnet train DIR --model NAME."
         )
-    class_folders(split_folders(existing_folder(directory)).get("train", directory), least=2)
+    check_images(directory, least=2)
     weights = recipe.weights
     if weights in (None, "auto"):
         return

@@ -20,7 +20,7 @@ from keras_resnet.cli.checks import (
     written,
 )
 from keras_resnet.cli.parser import Command, arg
-from keras_resnet.data.folders import existing_folder
+from keras_resnet.data.opening import check_images
 from keras_resnet.data.sources import Images
 from keras_resnet.recipes import RECIPES
 from keras_resnet.reports.run_files import check_run
@@ -96,7 +96,7 @@ COMMANDS = {
     ], recipe=True),
     "evaluate": Command(predicting.evaluate, "measure a model on a labelled folder", [
         _MODEL,
-        arg("directory DIR", "class folders, or test/ val/ train/", existing_folder),
+        arg("directory DIR", "class folders, or test/ val/ train/", check_images),
         arg("--split", "which of them", choices=("test", "val", "train")),
         arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
         _BATCH, _WORKERS, _STRICT, _ENGINE, _PIXELS, _TF32,
@@ -139,7 +139,7 @@ COMMANDS = {
         arg("--epochs N", least=1),
     ]),
     "scan": Command(files.scan, "look for trouble in a folder of images", [
-        arg("directory DIR", "class folders, or train/ val/ test/", existing_folder),
+        arg("directory DIR", "class folders, or train/ val/ test/", check_images),
         arg("--json FILE", "write the report as JSON; - for stdout", written(pipe=True)),
         arg("--sheet FILE", "write an image of the worst", written(".png", ".jpg", ".jpeg")),
         arg("--exclude-list FILE", "write what `train` should leave out", written()),

@@ -10,7 +10,7 @@ from typing import Any
 import keras_resnet as kr
 from keras_resnet.cli import checks
 from keras_resnet.cli.pipes import STDOUT, piped
-from keras_resnet.data.folders import class_folders, split_folder
+from keras_resnet.data.opening import labelled_place
 from keras_resnet.data.sources import Images
 from keras_resnet.system.errors import InputError, require
 from keras_resnet.system.files import printable
@@ -38,9 +38,7 @@ def _say_unreadable(count: int, images: Sequence[str] | Images) -> None:
 
 def evaluate(model: str, directory: str, split: str | None, engine: str, **options: Any) -> None:
     """Measures a model on a labelled folder."""
-    folder = split_folder(directory, split)
-    class_folders(folder)  # says what is wrong before the model is opened
-    print(f"Folder: {printable(folder)}")
+    print(f"{printable(labelled_place(directory, split))}", flush=True)
     print(kr.evaluate(_open(model, engine), directory, split=split, **options))
 
 

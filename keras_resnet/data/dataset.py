@@ -26,6 +26,7 @@ from PIL import Image
 
 from keras_resnet.data.augment import Mix, repeated_augmentation, smooth_labels
 from keras_resnet.data.folders import Stream, generator
+from keras_resnet.data.items import Item, Source, taken
 from keras_resnet.data.labels import checked_labels, checked_mode, described, encoded, printed
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.reading import ImageCache, ReadAhead, in_flight, load, stacked
@@ -56,7 +57,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
     `shuffle=False`; give that: the images are shuffled here, and runs can be repeated.
 
     Attributes:
-        file_paths: all paths, in the order of the labels.
+        file_paths: all paths, in the order of the labels; or a `Source`, such as shards are.
         labels: int32, aligned with `file_paths`; None where there are none.
         class_names: the name of each label; None where there are none.
         class_counts: images of each class.
@@ -106,7 +107,8 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             whole("workers", workers, 0)
         between("label_smoothing", label_smoothing, 0, 1, ends="[)")
 
-        self.file_paths = [os.fspath(path) for path in file_paths]
+        lazy = isinstance(file_paths, Source)
+        self.file_paths = file_paths if lazy else [os.fspath(path) for path in file_paths]
         if not self.file_paths:
             raise DataError("A dataset needs at least one image. Received: none.")
         self.labels, self.class_names = checked_labels(labels, class_names, len(self.file_paths))
@@ -155,7 +157,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             NotFoundError: one of the files does not exist.
         """
         for path in paths:
-            if not os.path.exists(path):
+            if not isinstance(path, Item) and not os.path.exists(path):
                 raise NotFoundError(f"{os.fspath(path)!r} does not exist.")
         return cls(paths, labels, class_names, **arguments)
 
@@ -428,7 +430,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             )
         if bad:
             good = [i for i, e in enumerate(errors) if e is None]
-            self.file_paths = [self.file_paths[i] for i in good]
+            self.file_paths = taken(self.file_paths, good)
             self.labels = None if self.labels is None else self.labels[good]
             self._order = self._ahead = None
             for path, why in bad:

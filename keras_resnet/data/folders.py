@@ -75,7 +75,7 @@ def find_pictures(
                 f"{directory!r}; they must be different ones of them. Not there: "
                 f"{missing or 'none'}. Given: {class_names}. Found: {found}."
             )
-    excluded = _excluded(directory, exclude)
+    excluded = left_out(directory, exclude)
     paths, labels, empty, other = [], [], [], []
     for label, name in enumerate(class_names):
         folder = os.path.join(directory, folder_of[plain_name(name)])
@@ -185,7 +185,7 @@ def flat_images(directory: str, follow_links: bool, exclude: Any) -> list[str]:
     """Lists the images anywhere below a folder, or raises DataError that says what is there."""
     directory = existing_folder(directory)
     files, other = walk_pictures(directory, follow_links)
-    excluded = _excluded(directory, exclude)
+    excluded = left_out(directory, exclude)
     files = [path for path in files if os.path.abspath(path) not in excluded]
     if not files:
         raise DataError(
@@ -216,7 +216,7 @@ def listed(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _excluded(directory: str, exclude: Any) -> set[str]:
+def left_out(directory: str, exclude: Any) -> set[str]:
     """Absolute paths to leave out; relative ones count from the directory.
 
     A file has one path a line, `#` before a comment, and a JSON string where a name holds a

@@ -10,7 +10,6 @@ everything else is left to Pillow.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from keras_resnet.data.items import image_from_array
 from keras_resnet.data.reading import (
     PILLOW_MODES,
-    GivenImage,
     Source,
     converted,
     in_flight,
@@ -173,7 +172,7 @@ class Preprocess:
         size = self.crop_size or self.resize_size
         return (*(size if isinstance(size, tuple) else (None, None)), self.channels)
 
-    def __call__(self, image: Source | Image.Image | np.ndarray) -> np.ndarray:
+    def __call__(self, image: Source) -> np.ndarray:
         """Returns the model's input for one image.
 
         Args:
@@ -189,13 +188,15 @@ class Preprocess:
         return self.normalize(self.pixels(image))
 
     @in_flight
-    def pixels(self, image: Source | Image.Image | np.ndarray) -> np.ndarray:
+    def pixels(self, image: Source) -> np.ndarray:
         """Returns the resized and cropped image before normalisation.
 
         Returns:
             uint8, (height, width, channels), equal to torchvision's to the bit.
         """
-        loaded = self._loaded(image)
+        loaded = load(image, exif=self.exif, color_mode=self.color_mode)
+        if not isinstance(loaded, Image.Image):
+            loaded = converted(image_from_array(loaded), False, self.color_mode)
         if self.crop_to_aspect_ratio:
             loaded = _crop_to_ratio(loaded, self.resize_size)
         if self.resize_size is not None:
@@ -208,23 +209,6 @@ class Preprocess:
         if self.crop_size is not None:
             loaded = crop_centre(loaded, self.crop_size)
         return to_array(loaded)
-
-    def _loaded(self, image: Source | Image.Image | np.ndarray) -> Image.Image:
-        if isinstance(image, GivenImage):
-            image = image.image
-        if isinstance(image, Image.Image):
-            in_flight.take(image.width * image.height)
-            try:
-                return converted(image, self.exif, self.color_mode)
-            except Exception as error:  # as in `load`: one that was opened may be cut off
-                raise DataError(f"The image cannot be read: {error}") from error
-        if isinstance(image, np.ndarray):
-            in_flight.take(math.prod(image.shape[:2]))
-        else:
-            image = load(image, exif=self.exif, color_mode=self.color_mode)
-            if isinstance(image, Image.Image):
-                return image
-        return converted(image_from_array(image), False, self.color_mode)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """Returns (pixels / 255 - mean) / std, in float32 as torch computes it.
@@ -284,24 +268,6 @@ class Preprocess:
     def to_json(self) -> str:
         """Returns `get_config` as JSON text."""
         return json.dumps(self.get_config())
-
-
-def image_from_array(pixels: np.ndarray) -> Image.Image:
-    """Returns a Pillow image of a uint8 array (height, width), or with 1, 3 or 4 channels."""
-    if pixels.dtype != np.uint8:
-        raise InputError(
-            f"An image given as an array must be uint8 with values 0 to 255. "
-            f"Received: {pixels.dtype}."
-        )
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    gray, coloured = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[-1] in (3, 4)
-    if 0 in pixels.shape or not (gray or coloured):
-        raise InputError(
-            f"An image given as an array is (height, width) or (height, width, 1, 3 or 4). "
-            f"Received: shape {pixels.shape}."
-        )
-    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def _size(name: str, value: Any) -> int | tuple[int, int] | None:

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import io
 import logging
+import math
 import os
 import stat
 import threading
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from keras_resnet.data.in_flight import files_read, in_flight, most_pixels
+from keras_resnet.data.items import Item, absolute, image_from_array, stamp_of
 from keras_resnet.data.walk import FORMATS
 from keras_resnet.system.errors import DataError, InputError, NotFoundError
 from keras_resnet.system.files import beside, remove_leftovers
@@ -35,7 +37,7 @@ logger = logging.getLogger("keras_resnet")
 
 PILLOW_MODES = {"rgb": "RGB", "grayscale": "L", "rgba": "RGBA"}
 
-Source = str | os.PathLike | bytes | IO[bytes]
+Source = str | os.PathLike | bytes | IO[bytes] | Image.Image | np.ndarray
 
 # Of one file: an image of as many pixels as Pillow takes, with four channels of 16 bits, is less.
 _MOST_BYTES = 2**31
@@ -47,28 +49,11 @@ _ORIENTATION = 0x0112  # the EXIF tag
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-class GivenImage(str):
-    """The name of an image in memory, which has the image with it.
-
-    Args:
-        name: Whatever stands for its path.
-        image: A Pillow image, a uint8 array or a file's bytes.
-    """
-
-    image: Any
-
-    def __new__(cls, name: str, image: Any):
-        """Makes the text, which cannot be changed afterwards."""
-        made = super().__new__(cls, name)
-        made.image = image
-        return made
-
-
 def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np.ndarray:
     """Decodes an image to the pixels of torchvision's `Image.open(f).convert("RGB")`.
 
     Args:
-        source: a path, the file's bytes, or a binary file object.
+        source: a path, the file's bytes, a binary file object, or an `Item` of a source.
         exif: turn the image as its EXIF orientation says; torchvision does not.
         color_mode: `"rgb"`, `"grayscale"` or `"rgba"`.
 
@@ -107,7 +92,16 @@ def load(
         raise InputError(
             f"color_mode must be one of {sorted(PILLOW_MODES)}. Received: {color_mode!r}."
         )
-    name, data = _read(source)
+    name, data = read(source)
+    if isinstance(data, np.ndarray):
+        in_flight.take(math.prod(data.shape[:2]))
+        return converted(image_from_array(data), False, color_mode)
+    if isinstance(data, Image.Image):
+        in_flight.take(data.width * data.height)
+        try:
+            return converted(data, exif, color_mode)
+        except Exception as error:  # as below: one that was opened may be cut off
+            raise DataError(f"The image cannot be read: {error}") from error
     if not data:
         raise DataError(f"{name} cannot be read as an image: the file is empty (0 bytes).")
     if color_mode == "rgb":
@@ -137,12 +131,17 @@ def load(
         raise DataError(f"{name} cannot be read as an image: {reason}") from error
 
 
-def _read(source: Source) -> tuple[str, bytes]:
-    """Returns how to call the image in a message, and its bytes."""
+def read(source: Source) -> tuple[str, Any]:
+    """Returns how to call the image in a message, and its bytes; or itself, where it is decoded."""
+    if isinstance(source, np.ndarray | Image.Image):
+        return "", source
     if isinstance(source, bytes | bytearray | memoryview):
         return f"an image of {len(source)} bytes", bytes(source)
     if hasattr(source, "read"):
-        return repr(getattr(source, "name", "a file object")), source.read()
+        named = isinstance(source, Item)
+        data = source.read()
+        files_read.take(len(data) if isinstance(data, bytes) else 0)
+        return repr(source if named else getattr(source, "name", "a file object")), data
     if not isinstance(source, str | os.PathLike):
         raise InputError(
             f"An image is given as a path, bytes or a binary file. "
@@ -168,6 +167,11 @@ def open_file(path: str) -> IO[bytes]:
         DataError: It is something else, larger than any image, or cannot be opened.
     """
     name = repr(path)
+    if isinstance(path, Item):
+        data = path.read()
+        if not isinstance(data, bytes):
+            raise DataError(f"{name} is no image file: it is pixels.")
+        return io.BytesIO(data)
     # Not waiting, should it have become a pipe since it was looked at.
     wait = getattr(os, "O_NONBLOCK", 0)
     try:
@@ -375,11 +379,7 @@ class ImageCache:
 
     @staticmethod
     def _key(path: str, how: str) -> str:
-        try:
-            state = os.stat(path)
-        except OSError:
-            raise NotFoundError(f"{path!r} does not exist.") from None
-        key = (os.path.abspath(path), state.st_size, state.st_mtime_ns, how)
+        key = (absolute(path), *stamp_of(path), how)
         return hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()
 
 

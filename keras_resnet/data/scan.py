@@ -14,13 +14,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from keras_resnet.data.folders import existing_folder, layout, plain_name, split_folders
-from keras_resnet.data.reading import constant_images, in_flight, load, open_file, open_image
+from keras_resnet.data.items import Source
+from keras_resnet.data.opening import opened
+from keras_resnet.data.reading import constant_images, in_flight, load, open_image, read
 from keras_resnet.data.walk import ENDINGS, FORMATS, extension, unread, unread_line, walk_pictures
 from keras_resnet.system.errors import DataError, KerasResNetError
 from keras_resnet.system.files import column, replace_file, write_text
@@ -79,6 +81,7 @@ class ScanReport(Shown):
     smallest: list[str] = field(default_factory=list)
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
+    _places: ClassVar[dict[str, tuple[str, str]]] = {}  # of a source that is no folder
 
     def to_json(self) -> str:
         """Returns everything as JSON text."""
@@ -98,7 +101,7 @@ class ScanReport(Shown):
 
     def __str__(self) -> str:
         """A table, with the first few files of every kind of trouble."""
-        below = os.path.relpath(self.directory)
+        below = self.directory if self._places else os.path.relpath(self.directory)
         shown = self.directory if below.startswith(os.pardir) else below
         lines = [f"{shown!r}: {self.pictures} images"]
         lines += [f"  {text}" for text in (self.layout, self.not_read) if text]
@@ -151,7 +154,7 @@ class ScanReport(Shown):
         ]
 
     def _short(self, part: Any) -> str:
-        if isinstance(part, str) and part.startswith(self.directory):
+        if isinstance(part, str) and part.startswith(self.directory) and not self._places:
             return repr(os.path.relpath(part, self.directory))
         return str(part)
 
@@ -189,6 +192,8 @@ class ScanReport(Shown):
         return self._place(path)[1]
 
     def _place(self, path: str) -> tuple[str, str]:
+        if self._places:
+            return self._places[path]
         parts = os.path.relpath(path, self.directory).split(os.sep)[:-1]
         kinds = {folder: kind for kind, folder in self.splits.items()}
         split = kinds[parts.pop(0)] if parts and parts[0] in kinds else ""
@@ -238,7 +243,8 @@ class ScanReport(Shown):
                 sheet.paste(thumbnail, (left + 3, top + 3))
             except KerasResNetError:
                 draw.rectangle((left + 3, top + 3, left + side - 4, top + side - 4), fill="#dddddd")
-            shown = os.path.relpath(name, self.directory).encode("ascii", "replace").decode()
+            shown = name if self._places else os.path.relpath(name, self.directory)
+            shown = shown.encode("ascii", "replace").decode()
             shown = shown if len(shown) <= 26 else "..." + shown[-23:]
             draw.text((left + 4, top + side), title, fill="#b00000", font=font)
             draw.text((left + 4, top + side + 13), repr(shown)[1:-1], fill="black", font=font)
@@ -253,7 +259,7 @@ class ScanReport(Shown):
 
 
 def scan(
-    directory: str | os.PathLike, *, threshold: int = 6, workers: int | None = None
+    directory: str | os.PathLike | Source, *, threshold: int = 6, workers: int | None = None
 ) -> ScanReport:
     """Reads every image below a folder once and reports what may spoil training on it.
 
@@ -276,13 +282,20 @@ def scan(
         >>> len(report.exact_duplicates), len(report.label_conflicts)
         (1, 1)
     """
-    directory = os.path.abspath(existing_folder(directory))
-    paths, other = walk_pictures(directory)
+    source = opened(directory)
+    paths: Sequence[str] = ()
+    other: Sequence[str] = ()
+    parts: dict[str, str] = {}
+    if isinstance(source, Source):
+        directory, paths = source.place, source
+    else:
+        directory = os.path.abspath(existing_folder(source))
+        paths, other = walk_pictures(directory)
+        parts = split_folders(directory)
     if not paths:
         raise DataError(
             f"{directory!r} holds no image: {len(other)} other files. Images end in {ENDINGS}."
         )
-    parts = split_folders(directory)
     threads = workers or default_threads()
     with ThreadPoolExecutor(threads, "keras_resnet-scan") as pool:
         looks = list(pool.map(_look, paths))
@@ -290,7 +303,10 @@ def scan(
     report.unreadable = [(p, x) for p, x in zip(paths, looks, strict=True) if isinstance(x, str)]
     good = [(p, x) for p, x in zip(paths, looks, strict=True) if not isinstance(x, str)]
     report.splits = {kind: os.path.basename(path) for kind, path in parts.items()}
-    report.layout = layout(directory, parts)
+    if isinstance(source, Source):
+        report._places, report.layout = _places(source), " ".join(source.notes)
+    else:
+        report.layout = layout(directory, parts)
     report.other_files = _counted(map(extension, other))
     report.not_read = unread_line(unread(other))
     deep = [path for path, look in good if look["mode"].startswith(("I", "F"))]
@@ -302,15 +318,25 @@ def scan(
     return report
 
 
+def _places(source: Source) -> dict[str, tuple[str, str]]:
+    """The split and the class of each image that is no file of a folder."""
+    names, labels, splits = source.class_names or [""], source.labels, source.splits
+    return {
+        name: ("" if splits is None else splits[i], "" if labels is None else names[labels[i]])
+        for i, name in enumerate(source)
+    }
+
+
 @in_flight
 def _look(path: str) -> dict[str, Any] | str:
     """Everything to know about one image; the reason where it cannot be read."""
     try:
         pixels = load(path)
-        with open_file(path) as file:
-            data = file.read()
-        with open_image(io.BytesIO(data)) as header:
-            kind, mode, turn = header.format, header.mode, header.getexif().get(0x0112, 1)
+        _, data = read(path)
+        kind, mode, turn = "array", "RGB" if np.ndim(data) == 3 else "L", 1
+        if isinstance(data, bytes):
+            with open_image(io.BytesIO(data)) as header:
+                kind, mode, turn = header.format, header.mode, header.getexif().get(0x0112, 1)
         image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
         return {
             "sha256": hashlib.sha256(data).digest(),
@@ -369,7 +395,8 @@ def _describe(report: ScanReport, good: Sequence[tuple[str, dict[str, Any]]]) ->
     report.wrong_extensions = [
         (path, look["format"])
         for path, look in good
-        if os.path.splitext(path)[1].lower() not in FORMATS.get(look["format"], ())
+        if look["format"] in FORMATS
+        and os.path.splitext(path)[1].lower() not in FORMATS[look["format"]]
     ]
     width, height = np.array([look["size"] for _, look in good]).T
     report.sizes = {

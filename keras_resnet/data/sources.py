@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 from collections import Counter
@@ -12,13 +13,17 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.data.folders import flat_images
-from keras_resnet.data.reading import GivenImage
+from keras_resnet.data.items import Item, Source
 from keras_resnet.data.walk import is_picture as is_image_name, picture_folders, pictures_in
 from keras_resnet.system.errors import InputError, NotFoundError, meant_path
 from keras_resnet.system.files import printable, text_width
 
 One = str | os.PathLike | bytes | IO[bytes] | Image.Image | np.ndarray
-Sources = One | Iterable[One]
+Sources = One | Source | Iterable[One | Source]
+
+
+def _given(content: Any) -> Any:
+    return content
 
 
 def is_picture(source: Any) -> bool:
@@ -54,14 +59,18 @@ class Images:
     """
 
     def __init__(self, sources: Sources):
-        several = isinstance(sources, Iterable) and not isinstance(sources, (str, os.PathLike))
-        if not several or is_picture(sources) or _is_array(sources):
+        one = isinstance(sources, (str, os.PathLike, Source)) or not isinstance(sources, Iterable)
+        if one or is_picture(sources) or _is_array(sources):
             sources = [sources]  # type: ignore[list-item]
-        self._parts: list[list[str] | _Folders] = []
+        self._parts: list[list[str] | _Folders | Source] = []
         self.unread: Counter = Counter()
         self.in_memory = 0  # how many
         for source in sources:  # type: ignore[union-attr]
-            if is_picture(source) or _is_array(source):
+            if isinstance(source, Source):
+                self._parts.append(source)
+            elif isinstance(source, Item):
+                self._add_files([source])
+            elif is_picture(source) or _is_array(source):
                 self._add_image(source)
             elif isinstance(source, (str, os.PathLike)):
                 self._add(os.path.expanduser(os.fspath(source)))
@@ -80,7 +89,8 @@ class Images:
             self.in_memory += 1
             path = getattr(one, "filename", None) or getattr(one, "name", None)
             name = path if path and isinstance(path, str) else f"image {self.in_memory}"
-            self._add_files([GivenImage(name, one.read() if hasattr(one, "read") else one)])
+            content = one.read() if hasattr(one, "read") else one
+            self._add_files([Item(name, functools.partial(_given, content))])
 
     def _add(self, text: str) -> None:
         if os.path.isdir(text):

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from keras_resnet.data.items import image_from_array
 from keras_resnet.data.preprocess import (
     INTERPOLATIONS,
     crop_centre,
-    image_from_array,
     resize_image,
 )
 from keras_resnet.system.errors import InputError, did_you_mean

@@ -12,7 +12,9 @@ import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.data.folders import find_pictures, labels_by_name, split_folder
+from keras_resnet.data.folders import labels_by_name
+from keras_resnet.data.items import Source
+from keras_resnet.data.opening import labelled
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.models.meaning import Meaning
@@ -146,7 +148,7 @@ class Evaluation(Shown):
 
 def evaluate(
     model: keras.Model | Runner | str | os.PathLike,
-    data: str | os.PathLike | ImageDataset,
+    data: str | os.PathLike | Source | ImageDataset,
     *,
     batch_size: int = 32,
     workers: int | None = None,
@@ -190,7 +192,7 @@ def evaluate(
         names, true = _by_name(runner, names, dataset.labels, dataset.class_names, "The dataset")
         _check_dataset(runner, dataset, pixels)
     else:
-        paths, labels, found = find_pictures(split_folder(data, split))
+        paths, labels, found = labelled(data, split)
         names, true = _by_name(runner, names, labels, found, "The folder")
         prepared, fed = model_input(runner, preprocess, pixels)
         dataset = ImageDataset(

@@ -12,7 +12,8 @@ import keras
 import numpy as np
 
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.data.folders import find_pictures, labels_by_name
+from keras_resnet.data.folders import labels_by_name
+from keras_resnet.data.opening import labelled
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
 from keras_resnet.models.files import model_class_names, model_input
@@ -138,8 +139,8 @@ class Int8Images:
         """Images with their labels, where the folder's class folders are the model's."""
         if isinstance(source, (str, os.PathLike)):
             try:
-                paths, labels, found = find_pictures(source)
-                return paths, labels_by_name(labels, found, self._names)
+                paths, labels, found = labelled(source)
+                return list(paths), labels_by_name(labels, found, self._names)
             except (DataError, InputError):
                 pass
         return image_paths(source), None

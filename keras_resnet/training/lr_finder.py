@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_resnet import plots
+from keras_resnet.data.items import Source
 from keras_resnet.models.files import model_input
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import meaning_of
@@ -161,7 +162,7 @@ def is_noise(losses: np.ndarray, smoothed: np.ndarray, beta: float, steps: int) 
 
 
 def lr_find(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike | Source,
     *,
     recipe: str | Recipe = "finetune",
     model: str | keras.Model | None = None,

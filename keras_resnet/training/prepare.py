@@ -7,8 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -16,20 +15,13 @@ import numpy as np
 
 from keras_resnet.data import augment, transforms
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.data.folders import (
-    class_folders,
-    find_pictures,
-    labels_by_name,
-    layout,
-    split_folders,
-    stratified_split,
-    test_images,
-)
+from keras_resnet.data.folders import stratified_split
+from keras_resnet.data.items import Source, absolute, taken
 from keras_resnet.data.labels import check_classes
+from keras_resnet.data.opening import Parts, find_parts, opened, place
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
 from keras_resnet.data.reading import constant_images, constant_line
 from keras_resnet.data.statistics import measured_on
-from keras_resnet.data.walk import unread_line
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import Recipe
 from keras_resnet.system.device import image_shape, in_data_format
@@ -85,7 +77,7 @@ class Data:
 
 
 def prepare_data(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike | Source,
     recipe: Recipe,
     *,
     seed: int = 0,
@@ -115,17 +107,13 @@ def prepare_data(
         DataError: No class folders, one class only, an empty class, no readable image.
         InputError: Images too small for the network, or classes that do not fit.
     """
-    directory = os.path.expanduser(os.fspath(directory))
     size = recipe.image_size or get_spec(recipe.model).input_size
     eval_size = recipe.eval_size or size
     _check_sizes(recipe.model, image_size=size, eval_size=eval_size)
     options = {"exif": exif, **_NORMALIZATIONS[recipe.normalization]}
-    folders = split_folders(directory)
-    if folders and "train" not in folders:
-        raise DataError(f"{directory!r} has {' and '.join(folders)} but no training folder.")
-    notes, others = [layout(directory, folders)], Counter()
-    class_folders(folders.setdefault("train", directory), least=2)
-    parts, names = _find_parts(folders, recipe, seed, exclude, others)
+    source = opened(directory)
+    found = find_parts(source, exclude)
+    parts, names, notes = _split(found, recipe, seed), found.names, list(found.notes)
     soft = bool(recipe.mixup or recipe.cutmix or recipe.label_smoothing)
     common = {
         "batch_size": recipe.batch_size,
@@ -147,15 +135,14 @@ def prepare_data(
         repeats=recipe.repeats,
         **common,
     )
-    check_classes(training.class_counts, repr(folders["train"]))
+    check_classes(training.class_counts, repr(place(source)))
     preprocess = evaluation_preprocess(recipe, eval_size, **options)
     if recipe.normalization == "dataset" and look:
         preprocess = dataclasses.replace(preprocess, **measured_on(training, workers))
     evaluation = {"preprocess": preprocess, "shuffle": False, **common}
     validation = ImageDataset(*parts["val"], names, **evaluation) if "val" in parts else None
-    paths, labels, note = test_images(folders.get("test"), names)
     evaluation["label_mode"] = "int"  # mixed only in training
-    test = ImageDataset(paths, labels, names, **evaluation) if paths else None
+    test = ImageDataset(*parts["test"], names, **evaluation) if "test" in parts else None
     held_out = [] if validation is None else validation.file_paths
     if look:
         for part in (validation, test if strict else None):
@@ -172,7 +159,7 @@ def prepare_data(
         size,
         soft,
         _fingerprint(training.file_paths, held_out),
-        [line for line in [*notes, note, unread_line(others)] if line],
+        [line for line in notes if line],
     )
 
 
@@ -195,32 +182,23 @@ def _check_sizes(variant: str, **sizes: int) -> None:
             )
 
 
-def _find_parts(
-    folders: dict[str, str], recipe: Recipe, seed: int, exclude: Any, others: Counter
-) -> tuple[dict[str, tuple[list[str], np.ndarray]], list[str]]:
-    """Paths and labels of the training images, of the validation images if any, and the names."""
-    paths, labels, names = find_pictures(folders["train"], exclude=exclude, others=others)
-    if "val" in folders:
-        val_paths, val_labels, found = find_pictures(folders["val"], exclude=exclude, others=others)
-        val_labels = labels_by_name(
-            val_labels, found, names, "The validation folder", "the training folder"
+def _split(found: Parts, recipe: Recipe, seed: int) -> dict[str, tuple[Sequence[str], np.ndarray]]:
+    """The images of each part, with some of the training ones held out where the recipe says so."""
+    parts = dict(found.of)
+    if "val" not in parts and recipe.val_split:
+        paths, labels = parts["train"]
+        kept, held = stratified_split(labels, recipe.val_split, seed)
+        for name, those in (("train", kept), ("val", held)):
+            parts[name] = taken(paths, those), labels[those]
+    elif "val" not in parts and recipe.patience is not None:
+        raise InputError(
+            f"patience={recipe.patience} needs images to validate on: pass a val_split above 0."
         )
-        return {"train": (paths, labels), "val": (val_paths, val_labels)}, names
-    if not recipe.val_split:
-        if recipe.patience is not None:
-            raise InputError(
-                f"patience={recipe.patience} needs images to validate on: pass a val_split above 0."
-            )
-        return {"train": (paths, labels)}, names
-    kept, held = stratified_split(labels, recipe.val_split, seed)
-    parts = {"train": kept, "val": held}
-    return {
-        part: ([paths[i] for i in those], labels[those]) for part, those in parts.items()
-    }, names
+    return parts
 
 
-def _fingerprint(*lists: list[str]) -> str:
-    text = "\n".join("\0".join(map(os.path.abspath, paths)) for paths in lists)
+def _fingerprint(*lists: Sequence[str]) -> str:
+    text = "\n".join("\0".join(map(absolute, paths)) for paths in lists)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -19,6 +19,8 @@ import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
+from keras_resnet.data.items import Source
+from keras_resnet.data.opening import opened, place
 from keras_resnet.inference.evaluate import Evaluation, evaluate
 from keras_resnet.inference.predict import PredictionFile, write_predictions
 from keras_resnet.models.files import load_model
@@ -92,7 +94,7 @@ class TrainResult(Shown):
 
 
 def train(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike | Source,
     *,
     recipe: str | Recipe = "finetune",
     output: str | os.PathLike = "runs",
@@ -166,10 +168,11 @@ def train(
         TrainingError: The loss is no number any more; the last good model is kept.
         SaveError: The disk is full; what was saved before is whole.
     """
+    directory = opened(directory)
     if isinstance(exclude, os.PathLike):
         exclude = os.fspath(exclude)
     arguments = {
-        "directory": os.path.abspath(os.path.expanduser(os.fspath(directory))),
+        "directory": place(directory),
         "seed": whole("seed", seed, 0),
         "exif": exif,
         "strict": strict,

@@ -1,0 +1,172 @@
+"""What images come from: a sequence of names, each of which knows how to read its image.
+
+Whatever feeds, predicts, scans or shows images takes such a sequence. A folder's is a list of
+paths: a path is its own address. All other sources are a `Source`, whose items are read by number.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from keras_resnet.system.errors import InputError, NotFoundError
+
+
+class Item(str):
+    """The name of an image that is no file of its own, which reads it.
+
+    Args:
+        name: Whatever stands for its path.
+        read: Gives the bytes of an image file, a uint8 array or a Pillow image.
+        stamp: Gives what is another value when the image has changed; of its bytes by default.
+    """
+
+    read: Callable[[], Any]
+    _stamp: Callable[[], Any] | None
+
+    def __new__(cls, name: str, read: Callable[[], Any], stamp: Callable[[], Any] | None = None):
+        """Makes the text, which cannot be changed afterwards."""
+        made = super().__new__(cls, name)
+        made.read, made._stamp = read, stamp
+        return made
+
+    def __getnewargs__(self) -> tuple:  # type: ignore[override]
+        """What pickle and copy make it of."""
+        return str(self), self.read, self._stamp
+
+    def stamp(self) -> Any:
+        """What is another value when the image has changed, as a file's size and time are."""
+        if self._stamp is not None:
+            return self._stamp()
+        content = self.read()
+        data = content if isinstance(content, bytes) else np.asarray(content)
+        return hashlib.sha256(data).hexdigest()
+
+
+class Source(Sequence[str]):
+    """Images in an order: their number, what each is called, its bytes or pixels, its label.
+
+    What a subclass has to say is in `__len__`, `name` and `read`. It can be pickled.
+
+    Attributes:
+        labels: int32, one an image; None where there are none.
+        class_names: The name of each label.
+        splits: `"train"`, `"val"` or `"test"`, one an image; None where there is no split.
+        notes: Lines about what was taken as what.
+        place: What says in a run's record where the images come from, and which they are.
+    """
+
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
+    splits: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    place: str = "images"
+
+    def name(self, index: int) -> str:
+        """What an image is called in messages and results; no two alike."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> Any:
+        """The bytes of an image file, or a uint8 array `(height, width[, channels])`."""
+        raise NotImplementedError
+
+    def stamp(self, index: int) -> Any:
+        """What is another value when the image has changed."""
+        return Item(self.name(index), functools.partial(self.read, index)).stamp()
+
+    def __getitem__(self, index):
+        """An `Item`; several of a slice."""
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        index = range(len(self))[index]
+        ways = (functools.partial(way, index) for way in (self.read, self.stamp))
+        return Item(self.name(index), *ways)
+
+    def take(self, positions: np.ndarray) -> Source:
+        """Some of the images."""
+        return _Part(self, np.asarray(positions))
+
+    def parts(self) -> dict[str, Source]:
+        """The images of each split."""
+        if self.splits is None:
+            return {}
+        known = ("train", "val", "test")
+        found = {kind: np.flatnonzero(self.splits == kind) for kind in known}
+        return {kind: self.take(those) for kind, those in found.items() if len(those)}
+
+
+class _Part(Source):
+    """Some images of another source."""
+
+    def __init__(self, whole: Source, positions: np.ndarray):
+        self._whole, self._positions = whole, positions
+        self.class_names, self.notes, self.place = whole.class_names, whole.notes, whole.place
+        self.labels = None if whole.labels is None else whole.labels[positions]
+        self.splits = None if whole.splits is None else whole.splits[positions]
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def name(self, index: int) -> str:
+        return self._whole.name(int(self._positions[index]))
+
+    def read(self, index: int) -> Any:
+        return self._whole.read(int(self._positions[index]))
+
+    def stamp(self, index: int) -> Any:
+        return self._whole.stamp(int(self._positions[index]))
+
+    def take(self, positions: np.ndarray) -> Source:
+        return _Part(self._whole, self._positions[positions])
+
+
+def taken(paths: Sequence[str], positions: Sequence[int] | np.ndarray) -> Sequence[str]:
+    """Some of the images of a source, or of a list of paths."""
+    if isinstance(paths, Source):
+        return paths.take(np.asarray(positions, np.int64))
+    return [paths[i] for i in positions]
+
+
+def absolute(path: str) -> str:
+    """How an image is called wherever the process works: an absolute path, if it lies in a file."""
+    inside = os.path.dirname(path) or not isinstance(path, Item)
+    return os.path.abspath(path) if inside else str(path)
+
+
+def stamp_of(path: str) -> tuple:
+    """What is another value when an image has changed: a file's size and time.
+
+    Raises:
+        NotFoundError: There is no such file.
+    """
+    if isinstance(path, Item):
+        return (path.stamp(),)
+    try:
+        state = os.stat(path)
+    except OSError:
+        raise NotFoundError(f"{path!r} does not exist.") from None
+    return state.st_size, state.st_mtime_ns
+
+
+def image_from_array(pixels: np.ndarray) -> Image.Image:
+    """Returns a Pillow image of a uint8 array (height, width), or with 1, 3 or 4 channels."""
+    if pixels.dtype != np.uint8:
+        raise InputError(
+            f"An image given as an array must be uint8 with values 0 to 255. "
+            f"Received: {pixels.dtype}."
+        )
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    gray, coloured = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[-1] in (3, 4)
+    if 0 in pixels.shape or not (gray or coloured):
+        raise InputError(
+            f"An image given as an array is (height, width) or (height, width, 1, 3 or 4). "
+            f"Received: shape {pixels.shape}."
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
