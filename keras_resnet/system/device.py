@@ -255,20 +255,39 @@ def _tf32_switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any
     return found
 
 
+# --- not waiting for the device ------------------------------------------------------------------
+
+
+def _cuda() -> Any:
+    """torch's CUDA device where Keras computes on one (`KERAS_TORCH_DEVICE` may say another)."""
+    if keras.backend.backend() != "torch":
+        return None
+    device = keras.ops.zeros(()).device
+    return device if device.type == "cuda" else None
+
+
 class Sender:
     """Sends batches to torch's CUDA device while it still computes; elsewhere changes nothing.
 
-    Pinned memory lets the copy run without the processor, a stream of its own beside the kernels
-    of the step before; nobody waits but the kernels that read the batch.
+    Page-locked memory lets the copy run without the processor, a stream of its own beside the
+    kernels of the step before; nobody waits but the kernels that read the batch.
     """
 
     def __init__(self):
-        self._stream = None
-        if keras.backend.backend() == "torch":
+        self._device, self._stream = _cuda(), None
+        if self._device is not None:
             import torch
 
-            if keras.ops.zeros(()).device.type == "cuda":  # KERAS_TORCH_DEVICE may say another
-                self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream()
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array to put a batch together in: what it holds is sent without another copy."""
+        if self._stream is None:
+            return np.empty(shape, dtype)
+        import torch
+
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
 
     def __call__(self, batch: tuple) -> tuple:
         """The arrays of a batch as tensors on the device, uint8 as uint8."""
@@ -276,16 +295,107 @@ class Sender:
             return batch
         import torch
 
+        def locked(array: np.ndarray) -> torch.Tensor:
+            # The tensor behind an array of `empty`, for torch keeps that until it is copied.
+            whole = isinstance(array.base, torch.Tensor) and array.base.shape == array.shape
+            return (array.base if whole else torch.from_numpy(array)).pin_memory()
+
         current = torch.cuda.current_stream()
         with torch.cuda.stream(self._stream):
-            sent = tuple(
-                torch.from_numpy(array).pin_memory().to(current.device, non_blocking=True)
-                for array in batch
-            )
+            sent = tuple(locked(array).to(self._device, non_blocking=True) for array in batch)
         current.wait_stream(self._stream)
         for tensor in sent:
             tensor.record_stream(current)  # its memory is not reused before the kernels are through
         return sent
+
+
+def fetch(value: Any) -> Callable[[], np.ndarray]:
+    """Begins to copy a tensor to the host; the function that is given waits for it, and gives it.
+
+    On torch's CUDA devices and on jax that waits for what had been begun before this call alone;
+    TensorFlow waits for all that is under way when it is asked.
+
+    Examples:
+        >>> float(fetch(keras.ops.ones(()))())
+        1.0
+    """
+    backend, copied = keras.backend.backend(), None
+    if backend == "jax":
+        value.copy_to_host_async()
+    elif backend == "torch" and value.device.type == "cuda":
+        import torch
+
+        value = value.detach().to("cpu", non_blocking=True)  # torch puts it in page-locked memory
+        copied = torch.cuda.Event()
+        copied.record()
+
+    def get() -> np.ndarray:
+        if copied is not None:
+            copied.synchronize()
+        return keras.ops.convert_to_numpy(value)
+
+    return get
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """For steps of Keras on torch's CUDA device: numbers get there without a wait for its work.
+
+    Keras makes a tensor of each number that it computes with (the size of a batch, the 1 that a
+    counter grows by) with `torch.as_tensor`, whose copy to a device waits until all that is under
+    way is done: four times in a plain step. In this block a number is filled in on the device, and
+    lists and arrays are copied from page-locked memory.
+    """
+    place = _cuda()
+    if place is None:
+        yield
+        return
+    import torch
+
+    as_tensor = torch.as_tensor
+
+    def sent(data, dtype=None, device=None):
+        apart = device is not None and torch.device(device).type == place.type
+        if apart and isinstance(data, (bool, int, float)):
+            return torch.full((), data, dtype=dtype, device=device)
+        if apart and isinstance(data, (list, tuple, np.ndarray)):
+            return as_tensor(data, dtype=dtype).pin_memory().to(device, non_blocking=True)
+        return as_tensor(data, dtype=dtype, device=device)
+
+    torch.as_tensor = sent
+    try:
+        yield
+    finally:
+        torch.as_tensor = as_tensor
+
+
+@contextlib.contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """cuDNN tries its kernels at the first batch of a shape, as in torchvision's training.
+
+    Not where deterministic kernels are asked for: which is the fastest differs from run to run.
+    """
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    import torch
+
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
+def cudnn_benchmark() -> bool | None:
+    """Whether cuDNN tries its kernels; `None` where torch does not run."""
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    return torch.backends.cudnn.benchmark
 
 
 def sync(model: keras.Model) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.system.device import devices, set_random_state
+from keras_resnet.system.device import devices, fetch, set_random_state
 from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.system.progress import LINE_SECONDS, duration
 from keras_resnet.training.loggers import Loggers
@@ -115,9 +115,11 @@ class RunCallbacks(keras.callbacks.CallbackList):
         )
         self._run_model, self._at, self._settings = model, at, settings
         self._save, self._check_loss = save, check_loss
-        self._heard = settings.bar or any(map(_wants_steps, settings.callbacks))
+        steps, tests = ("on_batch_end", "on_train_batch_end"), ("on_test_batch_end",)
+        self._heard = settings.bar or _any_has(settings.callbacks, steps)
+        self._heard_in_tests = _any_has(settings.callbacks, tests)
         self._lag = 0 if devices()[0] == "cpu" else 16
-        self._losses: deque[tuple[int, Any]] = deque()
+        self._losses: deque[tuple[int, Callable[[], np.ndarray]]] = deque()
         self._begun = False
         self._first = 0
         self._saved_at = 0.0
@@ -164,8 +166,9 @@ class RunCallbacks(keras.callbacks.CallbackList):
         """Looks at a step, and saves or ends the run where it is time to."""
         at, settings = self._at, self._settings
         at.step = self._first + batch + 1
-        self._losses.append((at.step, logs["loss"]))
-        self._look(self._lag)
+        self._losses.append((at.step, fetch(logs["loss"])))
+        if len(self._losses) > 2 * self._lag:  # rarely, for TensorFlow then waits for the device
+            self._look(self._lag)
         if self._heard:
             super().on_train_batch_end(batch, logs)
         if settings.lines and time.monotonic() - self._told_at > LINE_SECONDS:
@@ -185,7 +188,8 @@ class RunCallbacks(keras.callbacks.CallbackList):
 
     def on_test_batch_end(self, batch, logs=None):
         """Says how far a long validation is."""
-        super().on_test_batch_end(batch, logs)
+        if self._heard_in_tests:
+            super().on_test_batch_end(batch, logs)
         if self._settings.lines and time.monotonic() - self._told_at > LINE_SECONDS:
             self._tell(f"validation, batch {batch + 1:,}", logs)
 
@@ -204,7 +208,7 @@ class RunCallbacks(keras.callbacks.CallbackList):
     def _look(self, lag: int = 0) -> None:
         while len(self._losses) > lag:
             step, loss = self._losses.popleft()
-            self._check_loss(float(keras.ops.convert_to_numpy(loss)), step)
+            self._check_loss(float(loss()), step)
 
     def on_epoch_end(self, epoch, logs=None):
         """Keeps the epoch's numbers."""
@@ -212,10 +216,12 @@ class RunCallbacks(keras.callbacks.CallbackList):
         self.logs = {k: float(keras.ops.convert_to_numpy(v)) for k, v in (logs or {}).items()}
 
 
-def _wants_steps(callback: keras.callbacks.Callback) -> bool:
+def _any_has(callbacks: Sequence[keras.callbacks.Callback], names: Sequence[str]) -> bool:
+    """Whether a callback has a method of its own of one of these names."""
     base = keras.callbacks.Callback
     # Of the instance: a LambdaCallback keeps its functions there.
     return any(
         getattr(getattr(callback, name, None), "__func__", None) is not getattr(base, name)
-        for name in ("on_batch_end", "on_train_batch_end")
+        for callback in callbacks
+        for name in names
     )

@@ -16,7 +16,7 @@ from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.models.files import open_keras_file
 from keras_resnet.recipes import Recipe
-from keras_resnet.system.device import Sender, package_version, random_state
+from keras_resnet.system.device import Sender, package_version, random_state, without_waiting
 from keras_resnet.system.errors import InputError, KerasResNetError
 from keras_resnet.training.callbacks import (
     Interrupted,
@@ -207,15 +207,17 @@ class Loop:
         batches = _EpochBatches(self.data.train, self.at.epoch, self.at.step)
         callbacks.begin_epoch(len(batches))
         try:
-            self.model.fit(
-                batches,
-                epochs=self.at.epoch + 1,
-                initial_epoch=self.at.epoch,
-                validation_data=None if val is None else _EpochBatches(val, 0, 0),
-                shuffle=False,  # the dataset has shuffled already, by the seed
-                callbacks=callbacks,
-                verbose=0,
-            )
+            # What is compiled holds no numbers that would have to be sent.
+            with contextlib.nullcontext() if self.settings.jit else without_waiting():
+                self.model.fit(
+                    batches,
+                    epochs=self.at.epoch + 1,
+                    initial_epoch=self.at.epoch,
+                    validation_data=None if val is None else _EpochBatches(val, 0, 0),
+                    shuffle=False,  # the dataset has shuffled already, by the seed
+                    callbacks=callbacks,
+                    verbose=0,
+                )
         except (KerasResNetError, Interrupted):
             raise
         except Exception:

@@ -198,13 +198,35 @@ class SGD(keras.optimizers.Optimizer):
                 gradient = value
         self.assign_sub(variable, ops.multiply(gradient, rate))
 
-    # Two methods of Keras' internals are overridden. Here its own optimizers for torch update all
+    # Three methods of Keras' internals are overridden. Here its own optimizers for torch update all
     # variables in one go; were it renamed, `update_step` would do the same, slower.
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if keras.backend.backend() != "torch" or self._stateless:
             super()._backend_update_step(grads, trainable_variables, learning_rate)
         else:
             self._torch_update(grads, trainable_variables, learning_rate)
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        every = self.gradient_accumulation_steps
+        if not every or self.use_ema or not self._on_eager_torch():
+            super()._backend_apply_gradients(grads, trainable_variables)
+            return
+        # The same; Keras would ask the device at every step whether it is the one to update at.
+        import torch
+
+        indices = map(self._get_variable_index, trainable_variables)
+        held = [self._accumulated_gradients[i].value for i in indices]
+        with torch.no_grad():
+            torch._foreach_add_(held, [g.to(h.dtype) for g, h in zip(grads, held, strict=True)])
+            if (self._host.read(self._iterations) + 1) % every:
+                return
+            self.gradient_accumulation_steps = None
+            try:
+                mean = torch._foreach_div(held, every)
+                super()._backend_apply_gradients(list(mean), trainable_variables)
+            finally:
+                self.gradient_accumulation_steps = every
+            torch._foreach_zero_(held)
 
     # TensorFlow never forgets the gradient function of a sum over replicas, and that holds the
     # graph of the step: the weights and buffers of every trained model stayed in memory.
@@ -271,7 +293,8 @@ class SGD(keras.optimizers.Optimizer):
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Updates the variables: see `keras.optimizers.Optimizer.apply`."""
         by_step = isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule)
-        if not (by_step and len(grads) and self._on_eager_torch()):
+        counted = by_step or self.gradient_accumulation_steps
+        if not (counted and len(grads) and self._on_eager_torch()):
             super().apply(grads, trainable_variables)
             return
         step = self._host.read(self._iterations)

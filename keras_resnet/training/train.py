@@ -29,7 +29,9 @@ from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.system.device import (
     backend_line,
     backend_version,
+    cudnn_benchmark,
     devices,
+    fastest_convolutions,
     make_deterministic,
     package_version,
     tf32_allowed,
@@ -227,7 +229,10 @@ def train(
     settings.say(_plan(run, recipe, data, seed))
     if dry_run:
         return TrainResult(run.folder, None, {})
-    return _train(run, recipe, data, settings, arguments, report)
+    if deterministic:
+        make_deterministic()
+    with fastest_convolutions():
+        return _train(run, recipe, data, settings, arguments, report)
 
 
 def _train(
@@ -240,8 +245,6 @@ def _train(
 ) -> TrainResult:
     """Trains in a run folder, and evaluates and reports what came of it."""
     keras.utils.set_random_seed(arguments["seed"])
-    if arguments["deterministic"]:
-        make_deterministic()
     if run.resumed or run.extended:
         # Its weights are in what was saved, and where they came from in its record.
         start, model = run.config["start"], new_model(recipe, data)
@@ -333,6 +336,7 @@ def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
         "augment": None if data.train.augment is None else data.train.augment.get_config(),
         "devices": devices(),
         "tf32": tf32_allowed(),
+        "cudnn_benchmark": cudnn_benchmark(),
         "versions": {
             "keras_resnet": package_version(),
             "keras": keras.__version__,
