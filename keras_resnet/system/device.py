@@ -259,7 +259,7 @@ def _tf32_switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any
 
 
 def _cuda() -> Any:
-    """torch's CUDA device where Keras computes on one (`KERAS_TORCH_DEVICE` may say another)."""
+    """Torch's CUDA device where Keras computes on one (`KERAS_TORCH_DEVICE` may say another)."""
     if keras.backend.backend() != "torch":
         return None
     device = keras.ops.zeros(()).device
@@ -371,7 +371,7 @@ def without_waiting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fastest_convolutions() -> Iterator[None]:
-    """cuDNN tries its kernels at the first batch of a shape, as in torchvision's training.
+    """CuDNN tries its kernels at the first batch of a shape, as in torchvision's training.
 
     Not where deterministic kernels are asked for: which is the fastest differs from run to run.
     """

@@ -77,9 +77,9 @@ def counting(seen):
     class Functions(TorchFunctionMode):
         def __torch_function__(self, function, kinds, args=(), kwargs=None):
             kwargs, name = kwargs or {}, getattr(function, "__name__", "")
-            if name in asking:
-                note(name)
-            elif name in making and kwargs.get("device") and not torch.is_tensor(args[0]):
+            if name in asking or (
+                name in making and kwargs.get("device") and not torch.is_tensor(args[0])
+            ):
                 note(name)
             elif name == "to" and not kwargs.get("non_blocking"):
                 places = [a for a in (*args[1:2], kwargs.get("device")) if a in ("cpu", host)]
