@@ -18,7 +18,7 @@ from conftest import ROOT
 import keras_resnet as kr
 from keras_resnet.cli.demo import write_cifar10, write_digits
 from keras_resnet.recipes import get_recipe
-from keras_resnet.training.prepare import make_schedule
+from keras_resnet.training.schedules import make_schedule
 
 EXAMPLES = ROOT / "examples"
 

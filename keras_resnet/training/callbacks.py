@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 from collections import deque
@@ -208,7 +209,10 @@ class RunCallbacks(keras.callbacks.CallbackList):
     def _look(self, lag: int = 0) -> None:
         while len(self._losses) > lag:
             step, loss = self._losses.popleft()
-            self._check_loss(float(loss()), step)
+            value = float(loss())
+            self._check_loss(value, step)
+            if not math.isfinite(value):
+                self._losses.clear()  # those behind it are means with it
 
     def on_epoch_end(self, epoch, logs=None):
         """Keeps the epoch's numbers."""

@@ -8,15 +8,23 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 import keras
+import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.models.files import open_keras_file
 from keras_resnet.recipes import Recipe
-from keras_resnet.system.device import Sender, package_version, random_state, without_waiting
+from keras_resnet.system.device import (
+    Sender,
+    package_version,
+    random_state,
+    sync,
+    without_waiting,
+)
 from keras_resnet.system.errors import InputError, KerasResNetError
 from keras_resnet.training.callbacks import (
     Interrupted,
@@ -31,10 +39,13 @@ from keras_resnet.training.prepare import (
     Data,
     compile_model,
     make_optimizer,
-    make_schedule,
     readable_batch,
 )
 from keras_resnet.training.run_folder import Run
+from keras_resnet.training.schedules import make_schedule
+
+# A loss scale below it has been halved 25 times: it is not the scale that float16 cannot hold.
+_LEAST_SCALE = 2.0**-10
 
 
 class Loop:
@@ -185,6 +196,7 @@ class Loop:
             )
 
     def _save_state(self) -> None:
+        self._lost_steps()
         progress = {
             "epoch": self.at.epoch,
             "step": self.at.step,
@@ -227,12 +239,19 @@ class Loop:
                 raise failure from None
             raise
         measured = ("accuracy", "loss") + (() if val is None else ("val_accuracy", "val_loss"))
+        lost = self._lost_steps()
         row = {
             **{name: callbacks.logs[name] for name in measured},
-            "learning_rate": self.schedule.value_at((self.at.epoch + 1) * self.steps - 1),
+            "learning_rate": self.schedule.value_at((self.at.epoch + 1) * self.steps - 1 - lost),
             "seconds": time.perf_counter() - started,
         }
         self._record(row)
+        if lost:
+            scale = float(keras.ops.convert_to_numpy(self.model.optimizer.dynamic_scale))
+            self.settings.say(
+                f"Steps skipped so far, for their gradients were beyond float16: {lost}. The loss "
+                f"is scaled by {scale:g} now."
+            )
         # Without validation the last epoch is the best.
         improved = val is None or row["val_accuracy"] > self.best
         self.stale = 0 if improved else self.stale + 1
@@ -312,14 +331,48 @@ class Loop:
     # After each step.
 
     def _check_loss(self, loss: float, step: int) -> None:
-        """Raises TrainingError where the loss is no number."""
-        if math.isfinite(loss):
-            return
+        """Raises TrainingError where the loss is no number, and it is no step that was skipped."""
+        half = self.recipe.precision == "fp16"
+        if not (math.isfinite(loss) or (half and self._was_skipped())):
+            remedy = "a lower learning_rate, or clip_norm=1"
+            self._fail(
+                f"The loss is {loss}", step, f"precision='bf16', {remedy}" if half else remedy
+            )
+
+    def _was_skipped(self) -> bool:
+        """Whether a step that float16 could not hold has left no trace but in the mean loss."""
+        sync(self.model)
+        if not _is_finite(self.model.weights):
+            return False
+        for metric in self.model.metrics:
+            # The mean begins anew; that of an epoch with nothing behind it stays no number.
+            if self.at.step < self.steps and not _is_finite(metric.variables):
+                metric.reset_state()
+        return True
+
+    def _lost_steps(self) -> int:
+        """Steps that were skipped because float16 could not hold their gradients.
+
+        Raises:
+            TrainingError: It holds none, however little the loss is scaled.
+        """
+        if self.recipe.precision != "fp16":
+            return 0
+        sync(self.model)
+        optimizer = self.model.optimizer
+        scale = float(keras.ops.convert_to_numpy(optimizer.dynamic_scale))
+        if not _LEAST_SCALE <= scale < math.inf:
+            what = f"No gradient is within float16, with the loss scaled by {scale:g},"
+            self._fail(what, self.at.step, "precision='bf16', or a lower learning_rate")
+        taken = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        return self.at.epoch * self.steps + self.at.step - taken
+
+    def _fail(self, what: str, step: int, remedy: str) -> NoReturn:
         folder = str(self.run_folder.folder)
         kept = f"last.keras of epoch {self.at.epoch} in {folder!r}" if self.at.epoch else "none yet"
         message = (
-            f"The loss is {loss} at epoch {self.at.epoch + 1}, step {step}. The last good model: "
-            f"{kept}. Try a lower learning_rate, or clip_norm=1."
+            f"{what} at epoch {self.at.epoch + 1}, step {step}. The last good model: {kept}. "
+            f"Try {remedy}."
         )
         self.run_folder.log(message)
         raise TrainingError(message)
@@ -398,6 +451,10 @@ class _EpochBatches(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple:
         return self._send(readable_batch(self.dataset, index + self.start))
+
+
+def _is_finite(variables: Iterable[keras.Variable]) -> bool:
+    return all(np.isfinite(keras.ops.convert_to_numpy(v)).all() for v in variables)
 
 
 def _carry_over(before: keras.optimizers.Optimizer, after: keras.optimizers.Optimizer) -> None:

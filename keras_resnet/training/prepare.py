@@ -28,14 +28,6 @@ from keras_resnet.system.device import image_shape, in_data_format
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.training.freeze import load_pretrained, starting_weights
 from keras_resnet.training.optimizers import SGD
-from keras_resnet.training.schedules import (
-    ConstantSchedule,
-    CosineSchedule,
-    MultiStepSchedule,
-    OneCycleSchedule,
-    Schedule,
-    StepSchedule,
-)
 from keras_resnet.variants import get_spec
 
 logger = logging.getLogger("keras_resnet")
@@ -346,6 +338,9 @@ def compile_model(
     """
     losses = keras.losses
     loss = losses.CategoricalCrossentropy if soft_labels else losses.SparseCategoricalCrossentropy
+    if any(layer.dtype_policy.name == "mixed_float16" for layer in model.layers):
+        # Keras asks the model's own policy, which is another where it is built of given layers.
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
     model.compile(
         optimizer=optimizer,
         loss=loss(from_logits=from_logits),
@@ -357,34 +352,6 @@ def compile_model(
 
 
 # --- optimizer -----------------------------------------------------------------------------------
-
-
-def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
-    """The learning rates of a recipe.
-
-    Examples:
-        >>> from keras_resnet.recipes import get_recipe
-        >>> schedule = make_schedule(get_recipe("resnet_v1"), steps_per_epoch=5004)
-        >>> [round(schedule.value_at(5004 * epoch), 6) for epoch in (0, 30, 60)]
-        [0.1, 0.01, 0.001]
-    """
-    rate, epochs = recipe.learning_rate, recipe.epochs
-    common = {
-        "steps_per_epoch": steps_per_epoch,
-        "per": recipe.schedule_per,
-        "warmup_epochs": recipe.warmup_epochs,
-        "warmup_decay": recipe.warmup_decay,
-    }
-    if recipe.schedule == "constant":
-        return ConstantSchedule(rate, **common)
-    if recipe.schedule == "step":
-        return StepSchedule(rate, recipe.step_size, recipe.gamma, **common)
-    if recipe.schedule == "multistep":
-        drops = [int(m * epochs) if m < 1 else int(m) for m in recipe.milestones]
-        return MultiStepSchedule(rate, drops, recipe.gamma, **common)
-    if recipe.schedule == "cosine":
-        return CosineSchedule(rate, epochs, **common)
-    return OneCycleSchedule(rate, epochs, steps_per_epoch)
 
 
 def make_optimizer(

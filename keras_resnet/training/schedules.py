@@ -18,6 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_resnet.recipes import Recipe
 from keras_resnet.system.errors import InputError, between, one_of, whole
 
 
@@ -343,3 +344,31 @@ class OneCycleSchedule(Schedule):
             "three_phase": self.three_phase,
             "per": self.per,
         }
+
+
+def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
+    """The learning rates of a recipe.
+
+    Examples:
+        >>> from keras_resnet.recipes import get_recipe
+        >>> schedule = make_schedule(get_recipe("resnet_v1"), steps_per_epoch=5004)
+        >>> [round(schedule.value_at(5004 * epoch), 6) for epoch in (0, 30, 60)]
+        [0.1, 0.01, 0.001]
+    """
+    rate, epochs = recipe.learning_rate, recipe.epochs
+    common = {
+        "steps_per_epoch": steps_per_epoch,
+        "per": recipe.schedule_per,
+        "warmup_epochs": recipe.warmup_epochs,
+        "warmup_decay": recipe.warmup_decay,
+    }
+    if recipe.schedule == "constant":
+        return ConstantSchedule(rate, **common)
+    if recipe.schedule == "step":
+        return StepSchedule(rate, recipe.step_size, recipe.gamma, **common)
+    if recipe.schedule == "multistep":
+        drops = [int(m * epochs) if m < 1 else int(m) for m in recipe.milestones]
+        return MultiStepSchedule(rate, drops, recipe.gamma, **common)
+    if recipe.schedule == "cosine":
+        return CosineSchedule(rate, epochs, **common)
+    return OneCycleSchedule(rate, epochs, steps_per_epoch)

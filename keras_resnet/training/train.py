@@ -313,7 +313,7 @@ def _plan(run: Run, recipe: Recipe, data: Data, seed: int) -> str:
             f"Model: {recipe.model}, {data.train_size}x{data.train_size} pixels in training, "
             f"{height}x{width} in validation; recipe {recipe.name}, {recipe.epochs} epochs of "
             f"{len(data.train):,} steps of {recipe.batch_size}, {recipe.optimizer} at "
-            f"{recipe.learning_rate:g}, seed {seed}",
+            f"{recipe.learning_rate:g}, {recipe.precision}, seed {seed}",
             f"{verb}: {printable(run.folder)}",
         ]
     )
@@ -337,6 +337,7 @@ def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
         "devices": devices(),
         "tf32": tf32_allowed(),
         "cudnn_benchmark": cudnn_benchmark(),
+        "dtype_policy": model.dtype_policy.name,
         "versions": {
             "keras_resnet": package_version(),
             "keras": keras.__version__,

@@ -13,9 +13,11 @@ import pytest
 from keras import ops
 from rounding import allowed
 
+from keras_resnet.recipes import get_recipe
 from keras_resnet.system.errors import InputError
 from keras_resnet.training import schedules
 from keras_resnet.training.optimizers import SGD
+from keras_resnet.training.prepare import compile_model, make_optimizer
 
 torch = pytest.importorskip("torch")
 
@@ -301,6 +303,62 @@ def test_a_loss_scale_around_it_skips_overflow_and_changes_nothing_else(backend,
     got = run(optimizer, start, scaled, backend)
     good = [g for i, g in enumerate(gradients) if i not in (0, 3)]
     assert_close(got, run_torch(start, good, [0.1, 0.1, 0.05, 0.05], **options))
+
+
+def torch_steps(start, batches, clip, accumulate, lost):
+    """A linear layer in half precision, by torch.amp.GradScaler and torch.optim.SGD."""
+    kernel, bias = (torch.nn.Parameter(torch.tensor(a)) for a in start)
+    optimizer = torch.optim.SGD([kernel, bias], 0.1, momentum=0.9, weight_decay=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, growth_interval=3)
+    scales, done = [], 0
+    for i, (x, y) in enumerate(batches):
+        if accumulate > 1 and i in lost:
+            continue  # of several batches that one alone is left out; torch would lose them all
+        logits = torch.tensor(x).half() @ kernel.half() + bias.half()
+        loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(y))
+        scaler.scale(loss / accumulate).backward()
+        done += 1
+        if done % accumulate == 0:
+            scaler.unscale_(optimizer)
+            if clip:
+                torch.nn.utils.clip_grad_norm_([kernel, bias], clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        scales.append((scaler.get_scale(), scaler._get_growth_tracker()))
+    return [kernel.detach().numpy(), bias.detach().numpy()], scales
+
+
+@pytest.mark.parametrize("clip, accumulate", [(None, 1), (0.05, 1), (0.05, 2)])
+def test_half_precision_is_scaled_as_by_torchs_grad_scaler(clip, accumulate, rng):
+    lost = (1, 5)  # their gradients are beyond float16, and their losses are not
+    batches = [(rng.standard_normal((6, 4)), rng.integers(0, 3, 6)) for _ in range(10)]
+    batches = [(x.astype("float32") * (100 if i in lost else 1), y) for i, (x, y) in
+               enumerate(batches)]  # fmt: skip
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="mixed_float16")])
+    start = [rng.standard_normal((4, 3)).astype("float32") * 0.1, np.zeros(3, "float32")]
+    model.set_weights(start)
+    recipe = get_recipe("resnet_v1").with_options(
+        clip_norm=clip, accumulate=accumulate, weight_decay=0.01
+    )
+    compile_model(model, make_optimizer(recipe, 0.1), soft_labels=False)
+    optimizer = model.optimizer
+    optimizer.dynamic_growth_steps = 3
+    scales = []
+    for i, (x, y) in enumerate(batches):
+        before = numpy_of([*model.weights, *optimizer.inner_optimizer.variables])
+        assert np.isfinite(model.train_on_batch(x, y)[0])
+        after = numpy_of([*model.weights, *optimizer.inner_optimizer.variables])
+        if i in lost:
+            for old, new in zip(before, after, strict=True):
+                np.testing.assert_array_equal(old, new)
+        scales.append((float(optimizer.dynamic_scale), int(optimizer.step_counter)))
+    expected, torchs = torch_steps(start, batches, clip, accumulate, lost)
+    if accumulate == 1:  # torch's counts what is accumulated as one
+        assert scales == torchs and {scale for scale, _ in scales} == {2.0**14, 2.0**15}
+    # float16's sums are rounded by each backend in its own order
+    np.testing.assert_allclose(model.get_weights()[0], expected[0], rtol=5e-4, atol=5e-5)
+    np.testing.assert_allclose(model.get_weights()[1], expected[1], rtol=5e-4, atol=5e-5)
 
 
 def test_a_schedule_counts_the_steps(backend, rng):

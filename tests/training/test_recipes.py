@@ -15,9 +15,9 @@ from keras_resnet.training.prepare import (
     _check_sizes,
     evaluation_preprocess,
     make_optimizer,
-    make_schedule,
     recipe_augment,
 )
+from keras_resnet.training.schedules import make_schedule
 from keras_resnet.variants import get_spec
 
 

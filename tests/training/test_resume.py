@@ -137,6 +137,34 @@ def test_an_interrupted_run_ends_with_the_same_weights(request, tmp_path, steps,
     assert not (second.folder / "state.npz").exists()
 
 
+@pytest.mark.slow
+def test_a_half_precision_run_keeps_its_loss_scale(pictures, tmp_path, backend):
+    if backend != "torch" and not os.environ.get("KERAS_RESNET_LONG"):
+        pytest.skip("half a minute there: make test-long")
+
+    class Overflow(keras.callbacks.Callback):
+        """The gradients of the second step are beyond float16."""
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.scale = float(self.model.optimizer.dynamic_scale)
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 1 and self.scale == 2.0**15:
+                self.model.optimizer.dynamic_scale.assign(2.0**30)
+
+    options = {**OPTIONS, "epochs": 2, "precision": "fp16", "unfreeze": "head", "gradual": 1}
+    overflow = Overflow()
+    peaceful = train(pictures, output=tmp_path / "a", callbacks=[overflow], **options)
+    assert 2.0**15 < overflow.scale < 2.0**30  # epoch 2 has an optimizer of its own
+    stop = [Overflow(), At(3, lambda: signal.raise_signal(signal.SIGINT))]
+    first = train(pictures, output=tmp_path / "b", callbacks=stop, **options)
+    with np.load(first.folder / "state.npz") as state:
+        counter, scale = state["optimizer/2"], state["optimizer/3"]
+    assert first.interrupted and counter < 2 and 2.0**15 < scale < 2.0**30
+    second = train(pictures, output=tmp_path / "b", **options)
+    assert_same_outcome(peaceful.folder, second.folder)
+
+
 class Killed(BaseException):
     """Stands for SIGKILL where the test's own process must live on."""
 

@@ -28,6 +28,7 @@ from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.progress import shows_bars
 from keras_resnet.training import callbacks as run_callbacks, train as training
 from keras_resnet.training.prepare import prepare_data
+from keras_resnet.training.schedules import make_schedule
 from keras_resnet.training.train import train
 
 TINY = {
@@ -590,6 +591,48 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(pictures, tmp_path, m
     assert (folder / "history.csv").read_text().count("\n") == 2
     with np.load(folder / "state.npz") as state:
         assert all(np.isfinite(state[key]).all() for key in state.files)
+
+
+class HugeHead(keras.callbacks.Callback):
+    """For one step the logits are beyond float16, and so the loss is no number."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.kernel = self.model.get_layer("fc").kernel
+        if batch == 0:
+            self.before = np.array(keras.ops.convert_to_numpy(self.kernel))
+            self.kernel.assign(np.full(self.kernel.shape, 3e38))
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 0:
+            self.kernel.assign(self.before)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("device", ["cpu", "some GPU"])
+def test_a_step_beyond_float16_is_skipped_and_said(pictures, tmp_path, monkeypatch, capsys, device):
+    monkeypatch.setattr(run_callbacks, "devices", lambda: [device])
+    options = {**TINY, "precision": "fp16", "batch_size": 1, "epochs": 1, "verbose": True}
+    result = train(pictures, output=tmp_path, callbacks=[HugeHead()], **options)
+    assert (
+        "Steps skipped so far, for their gradients were beyond float16: 1. The"
+        in capsys.readouterr().out
+    )
+    assert np.isfinite(result.history["loss"]).all() and 0 < result.history["loss"][0] < 9
+    steps = 24
+    schedule = make_schedule(get_recipe("finetune").with_options(epochs=1), steps)
+    assert result.history["learning_rate"] == [pytest.approx(schedule.value_at(steps - 2))]
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["dtype_policy"] == "mixed_float16"
+
+
+@pytest.mark.once
+def test_a_run_whose_every_step_is_beyond_float16_is_told(pictures, tmp_path, monkeypatch):
+    scaled = keras.optimizers.LossScaleOptimizer
+    monkeypatch.setattr(scaled, "check_finite", lambda *_: keras.ops.convert_to_tensor(False))
+    with pytest.raises(
+        ArithmeticError, match=r"scaled by 1.*e-10, at epoch 2, step 24.*Try precision="
+    ):
+        train(pictures, output=tmp_path, precision="fp16", **{**TINY, "batch_size": 1, "epochs": 2})
 
 
 @pytest.mark.once
