@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from keras_resnet.cli.pipes import STDOUT
-from keras_resnet.data.opening import check_images
+from keras_resnet.data.items import Source
+from keras_resnet.data.opening import check_training, image_source, opened
 from keras_resnet.data.walk import is_picture
 from keras_resnet.recipes import Recipe
 from keras_resnet.runtimes.rows import FORMATS, format_of_file, require_runtime
@@ -147,21 +148,38 @@ def model_first(command: str, arguments: dict[str, Any]) -> None:
         )
 
 
-def training(directory: str, recipe: Recipe) -> None:
-    """There is a folder to train on, and the weights that training starts from can be had."""
+def images(directory: str, columns: str | None, label_regex: str | None) -> str | Source:
+    """What a folder or another source is, with what was said beside it."""
+    names: dict[str, str] = {}
+    for pair in columns.split(",") if columns else ():
+        part, equals, name = pair.partition("=")
+        if not equals:
+            raise InputError(f"Columns are given as path=NAME,label=NAME. Received: {columns!r}.")
+        names[part.strip()] = name.strip()
+    if label_regex is None:
+        return opened(directory, names)
+    return image_source(directory, columns=names, label_regex=label_regex)
+
+
+def training(
+    directory: str, recipe: Recipe, columns: str | None = None, label_regex: str | None = None
+) -> str | Source:
+    """There are images to train on, and the weights that training starts from can be had."""
     if is_model(directory) or directory in SPECS:
         raise InputError(
             f"{directory!r} is a model; a folder of images is needed: "
             "keras-resnet train DIR --model NAME."
         )
-    check_images(directory, least=2)
+    source = images(directory, columns, label_regex)
+    check_training(source)
     weights = recipe.weights
     if weights in (None, "auto"):
-        return
-    if os.path.isdir(weights) or weights.endswith(".keras"):
+        pass
+    elif os.path.isdir(weights) or weights.endswith(".keras"):
         find_keras_file(weights)
     elif not os.path.exists(weights):
         if is_tag(weights):
             resolve_weights(get_spec(recipe.model).name, weights)
         else:
             existing(weights)
+    return source

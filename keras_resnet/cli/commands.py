@@ -28,7 +28,21 @@ from keras_resnet.runtimes.rows import check_engine, get_format
 from keras_resnet.variants import get_spec
 from keras_resnet.weights.keras_files import find_keras_file, target_ending
 
-_TRAIN_FOLDER = arg("directory DIR", "class folders, or train/ and val/")
+_TRAIN_FOLDER = arg("directory DIR", "class folders, or train/ and val/; or a table of images")
+_SOURCE = [
+    arg(
+        "--columns NAMES",
+        "a table's, as path=image,label=breed; guessed by default",
+        group="Data",
+        rare=True,
+    ),
+    arg(
+        "--label-regex REGEX",
+        "finds the label in a file's name, as its first group",
+        group="Data",
+        rare=True,
+    ),
+]
 _RECIPE = arg("--recipe NAME=finetune", f"what the options start from: {', '.join(RECIPES)}",
               group="Model")  # fmt: skip
 _SEED = arg("--seed N=0", "of everything random", least=0, group="Training")
@@ -64,7 +78,7 @@ COMMANDS = {
     "info": Command(models.info, "versions, device, threads and engines in use", []),
     "train": Command(training.train, "fit a model on an image folder", [
         _TRAIN_FOLDER,
-        _WORKERS, _EXCLUDE, _STRICT,
+        _WORKERS, _EXCLUDE, _STRICT, *_SOURCE,
         arg("--exif", "turn images by their EXIF tag", group="Data", rare=True),
         arg("--cache ram|DIR", "keep decoded images in memory, or in a folder", cache,
             group="Data"),
@@ -92,14 +106,14 @@ COMMANDS = {
         arg("--start X=1e-6", "first rate", above=0),
         arg("--stop X=10", "last rate", above=0),
         arg("--steps N=100", "batches", least=3),
-        _SEED, _WORKERS, _EXCLUDE,
+        _SEED, _WORKERS, _EXCLUDE, *_SOURCE,
     ], recipe=True),
     "evaluate": Command(predicting.evaluate, "measure a model on a labelled folder", [
         _MODEL,
-        arg("directory DIR", "class folders, or test/ val/ train/", check_images),
+        arg("directory DIR", "class folders, or test/ val/ train/; or a table", check_images),
         arg("--split", "which of them", choices=("test", "val", "train")),
         arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
-        _BATCH, _WORKERS, _STRICT, _ENGINE, _PIXELS, _TF32,
+        _BATCH, _WORKERS, _STRICT, _ENGINE, _PIXELS, _TF32, *_SOURCE,
     ], order=model_first),
     "predict": Command(predicting.predict, "classify images", [
         _MODEL, _IMAGES, _TOP,
@@ -139,11 +153,11 @@ COMMANDS = {
         arg("--epochs N", least=1),
     ]),
     "scan": Command(files.scan, "look for trouble in a folder of images", [
-        arg("directory DIR", "class folders, or train/ val/ test/", check_images),
+        arg("directory DIR", "class folders, or train/ val/ test/; or a table", check_images),
         arg("--json FILE", "write the report as JSON; - for stdout", written(pipe=True)),
         arg("--sheet FILE", "write an image of the worst", written(".png", ".jpg", ".jpeg")),
         arg("--exclude-list FILE", "write what `train` should leave out", written()),
-        _WORKERS,
+        _WORKERS, *_SOURCE,
     ], keras=False),
     "inspect": Command(files.inspect, "say what a weight file is, running nothing", [
         arg("file FILE", ".pth, .pt, .th, .tar, .safetensors, .keras"),

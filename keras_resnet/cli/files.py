@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import keras_resnet as kr
+from keras_resnet.cli import checks
 from keras_resnet.cli.pipes import piped, say, write_answer
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.runtimes.rows import check_target, default_path, format_for
@@ -20,12 +21,13 @@ from keras_resnet.weights.published import published_by_torchvision
 
 
 def scan(
-    directory: str, json: str | None, sheet: str | None, exclude_list: str | None, **options: Any
-) -> None:
+    directory: str, json: str | None, sheet: str | None, exclude_list: str | None,
+    columns: str | None, label_regex: str | None, **options: Any,
+) -> None:  # fmt: skip
     """Says what may spoil training on a folder."""
     tune_process()
     with piped(json) as stdout:
-        report = kr.scan(directory, **options)
+        report = kr.scan(checks.images(directory, columns, label_regex), **options)
         say(report, stdout)
         if json:
             write_answer(json, report.to_json() + "\n", stdout)

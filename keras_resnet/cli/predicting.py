@@ -36,10 +36,14 @@ def _say_unreadable(count: int, images: Sequence[str] | Images) -> None:
         print(f"{count} of {len(images)} images could not be read.", file=sys.stderr)
 
 
-def evaluate(model: str, directory: str, split: str | None, engine: str, **options: Any) -> None:
+def evaluate(
+    model: str, directory: str, split: str | None, engine: str, columns: str | None,
+    label_regex: str | None, **options: Any,
+) -> None:  # fmt: skip
     """Measures a model on a labelled folder."""
-    print(f"{printable(labelled_place(directory, split))}", flush=True)
-    print(kr.evaluate(_open(model, engine), directory, split=split, **options))
+    images = checks.images(directory, columns, label_regex)
+    print(printable(labelled_place(images, split)), flush=True)
+    print(kr.evaluate(_open(model, engine), images, split=split, **options))
 
 
 def predict(

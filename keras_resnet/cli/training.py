@@ -18,24 +18,30 @@ def _recipe(name: str, options: dict[str, Any]) -> Recipe:
     return get_recipe(name).with_options(**{field: options[field] for field in given})
 
 
-def train(directory: str, recipe: str, show: bool, **options: Any) -> int:
+def train(
+    directory: str, recipe: str, show: bool, columns: str | None, label_regex: str | None,
+    **options: Any,
+) -> int:  # fmt: skip
     """Fits a model; 130 where it was interrupted."""
     changed = _recipe(recipe, options)
     if show:
         print(changed)
         return 0
-    checks.training(directory, changed)
-    return 130 if kr.train(directory, recipe=recipe, **options).interrupted else 0
+    images = checks.training(directory, changed, columns, label_regex)
+    return 130 if kr.train(images, recipe=recipe, **options).interrupted else 0
 
 
-def lr_find(directory: str, recipe: str, plot: str, **options: Any) -> None:
+def lr_find(
+    directory: str, recipe: str, plot: str, columns: str | None, label_regex: str | None,
+    **options: Any,
+) -> None:  # fmt: skip
     """Draws the loss over the learning rate."""
-    checks.training(directory, _recipe(recipe, options))
+    images = checks.training(directory, _recipe(recipe, options), columns, label_regex)
     between("stop", options["stop"], options["start"], ends="(]")
     from keras_resnet.system.device import backend_line
 
     print(f"Backend: {backend_line()}")
-    result = kr.lr_find(directory, recipe=recipe, **options)
+    result = kr.lr_find(images, recipe=recipe, **options)
     print(f"{result}\nWritten: {result.plot(plot)}")
 
 

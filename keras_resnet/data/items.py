@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from keras_resnet.data.folders import labels_by_name
 from keras_resnet.system.errors import InputError, NotFoundError
 
 
@@ -84,7 +85,9 @@ class Source(Sequence[str]):
         """An `Item`; several of a slice."""
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        index = range(len(self))[index]
+        return self._item(range(len(self))[index])
+
+    def _item(self, index: int) -> str:
         ways = (functools.partial(way, index) for way in (self.read, self.stamp))
         return Item(self.name(index), *ways)
 
@@ -92,13 +95,44 @@ class Source(Sequence[str]):
         """Some of the images."""
         return _Part(self, np.asarray(positions))
 
+    def digest(self) -> str:
+        """A hash of which images these are; that of the files' absolute paths."""
+        text = "\0".join(map(absolute, self))
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
     def parts(self) -> dict[str, Source]:
         """The images of each split."""
         if self.splits is None:
             return {}
         known = ("train", "val", "test")
         found = {kind: np.flatnonzero(self.splits == kind) for kind in known}
-        return {kind: self.take(those) for kind, those in found.items() if len(those)}
+        parts = {kind: self.take(those) for kind, those in found.items() if len(those)}
+        for part in parts.values():
+            if part.labels is not None and (part.labels < 0).any():  # not known: of test images
+                part.labels = None
+        return parts
+
+
+class Files(Source):
+    """Files in an order, wherever they lie: their paths are their names.
+
+    Args:
+        paths: Of the files.
+        **facts: Attributes of a `Source`.
+    """
+
+    def __init__(self, paths: Sequence[str], **facts: Any):
+        self._paths = paths
+        self.__dict__.update(facts)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return self._paths[index]
+
+    _item = name  # a path is its own address
 
 
 class _Part(Source):
@@ -107,8 +141,8 @@ class _Part(Source):
     def __init__(self, whole: Source, positions: np.ndarray):
         self._whole, self._positions = whole, positions
         self.class_names, self.notes, self.place = whole.class_names, whole.notes, whole.place
-        self.labels = None if whole.labels is None else whole.labels[positions]
         self.splits = None if whole.splits is None else whole.splits[positions]
+        self.labels = None if whole.labels is None else whole.labels[positions]
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -116,14 +150,55 @@ class _Part(Source):
     def name(self, index: int) -> str:
         return self._whole.name(int(self._positions[index]))
 
-    def read(self, index: int) -> Any:
-        return self._whole.read(int(self._positions[index]))
-
-    def stamp(self, index: int) -> Any:
-        return self._whole.stamp(int(self._positions[index]))
+    def _item(self, index: int) -> str:
+        return self._whole._item(int(self._positions[index]))
 
     def take(self, positions: np.ndarray) -> Source:
         return _Part(self._whole, self._positions[positions])
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._whole.digest().encode() + self._positions.tobytes()).hexdigest()
+
+
+class Joined(Source):
+    """Several sources as the parts of one; the classes are those of the first, by their names.
+
+    Args:
+        parts: `"train"` first, and others; those without labels have none.
+        notes: Further lines.
+    """
+
+    def __init__(self, parts: Mapping[str, Source], notes: Sequence[str] = ()):
+        self._parts = list(parts.values())
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+        self.splits = np.repeat(list(parts), [len(part) for part in self._parts])
+        self.class_names = names = self._parts[0].class_names
+        labels = []
+        for kind, part in parts.items():
+            if part.labels is None or part.class_names is None or names is None:
+                labels.append(np.full(len(part), -1, np.int32))
+            else:
+                who = f"The part {kind!r}", "the first"
+                labels.append(labels_by_name(part.labels, part.class_names, names, *who))
+        self.labels = None if names is None else np.concatenate(labels)
+        self.notes = (*notes, *(line for part in self._parts for line in part.notes))
+        self.place = ", ".join(dict.fromkeys(part.place for part in self._parts))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _at(self, index: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self._starts, index, "right")) - 1
+        return self._parts[part], index - int(self._starts[part])
+
+    def name(self, index: int) -> str:
+        """As the part calls it."""
+        part, inside = self._at(index)
+        return part.name(inside)
+
+    def _item(self, index: int) -> str:
+        part, inside = self._at(index)
+        return part._item(inside)
 
 
 def taken(paths: Sequence[str], positions: Sequence[int] | np.ndarray) -> Sequence[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from keras_resnet.data.folders import listed
+from keras_resnet.data.folders import listed, plain_name
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.files import printable
 
@@ -41,6 +42,47 @@ def checked_labels(
             f"Received: {labels.min()}..{labels.max()}."
         )
     return labels.astype(np.int32), names
+
+
+def numbered(
+    values: Sequence[Any], class_names: Sequence[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Labels of any kind as int32, and the names of the classes.
+
+    Whole numbers from 0 on are labels, and their names are given or the numbers. Others are names:
+    the classes are sorted, as folders are; whole numbers by their size. None is no label: -1.
+
+    Raises:
+        InputError: A number or name that `class_names` does not have.
+
+    Examples:
+        >>> numbered(["bee", "ant", "bee"])
+        (array([1, 0, 1], dtype=int32), ['ant', 'bee'])
+        >>> numbered(["0", "2"], ["ant", "bee", "cat"])
+        (array([0, 2], dtype=int32), ['ant', 'bee', 'cat'])
+    """
+    known = {value for value in values if value is not None}
+    texts = {value: str(value).strip() for value in known}
+    whole = bool(known) and all(re.fullmatch(r"\d{1,9}", text) for text in texts.values())
+    if whole:
+        numbers = {value: int(text) for value, text in texts.items()}
+        found = sorted(set(numbers.values()))
+        if class_names is not None or (found[0] == 0 and found[-1] < 10 * len(found) + 100):
+            names = [str(i) for i in range(found[-1] + 1)] if class_names is None else class_names
+            if found[-1] >= len(names):
+                raise InputError(
+                    f"labels must lie in 0..{len(names) - 1} (classes {listed(list(names))}). "
+                    f"Received: {found[-1]}."
+                )
+            labels = [-1 if value is None else numbers[value] for value in values]
+            return np.asarray(labels, np.int32), list(map(str, names))
+        class_names = list(map(str, found))
+    names = sorted(set(texts.values())) if class_names is None else list(map(str, class_names))
+    position = {plain_name(name): i for i, name in enumerate(names)}
+    if unknown := sorted(text for text in texts.values() if plain_name(text) not in position):
+        raise InputError(f"There is no class {unknown[0]!r}; there are: {listed(names)}.")
+    places = {value: position[plain_name(text)] for value, text in texts.items()} | {None: -1}
+    return np.asarray([places[value] for value in values], np.int32), names
 
 
 def checked_mode(mode: str | None, names: Sequence[str] | None, soft: bool) -> str | None:

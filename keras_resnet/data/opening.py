@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_resnet.data import tables
+from keras_resnet.data.arrays import Arrays, is_array
 from keras_resnet.data.folders import (
     class_folders,
     existing_folder,
     find_pictures,
+    flat_images,
     labels_by_name,
     layout,
     left_out,
@@ -20,7 +24,8 @@ from keras_resnet.data.folders import (
     split_folders,
     test_images,
 )
-from keras_resnet.data.items import Source
+from keras_resnet.data.items import Files, Joined, Source
+from keras_resnet.data.labels import numbered
 from keras_resnet.data.walk import unread_line
 from keras_resnet.system.errors import DataError, InputError, NotFoundError
 
@@ -40,19 +45,113 @@ class Parts(NamedTuple):
     notes: list[str]
 
 
-def opened(data: Any) -> str | Source:
+def is_source(path: str) -> bool:
+    """Whether a path is called as a table is, and is no folder."""
+    return path.lower().endswith(tables.ENDINGS) and not os.path.isdir(path)
+
+
+def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
     """The path of a folder, which need not be there; or the source that something else is.
+
+    Args:
+        data: A folder; a table; `(images, labels)` or `(images, labels, class_names)` as arrays,
+            or two such, to train and to test on; a dict of `"train"`, `"val"` and `"test"`; or a
+            `Source`.
+        columns: Of a table: what its columns are called.
 
     Raises:
         InputError: It is nothing that holds images.
+        NotFoundError: There is no such table.
+        DataError: It cannot be read.
     """
     if isinstance(data, Source):
         return data
     if isinstance(data, (str, os.PathLike)):
-        return os.path.expanduser(os.fspath(data))
+        path = os.path.expanduser(os.fspath(data))
+        return tables.open_table(path, columns) if is_source(path) else path
+    if isinstance(data, Mapping) and data and set(data) <= {"train", "val", "test"}:
+        order = sorted(data, key=("train", "val", "test").index)
+        return Joined({kind: _part_of(data[kind], kind) for kind in order})
+    if isinstance(data, (tuple, list)) and len(data) in (2, 3):
+        if all(isinstance(part, (tuple, list)) and is_array(part[0]) for part in data):
+            return opened(dict(zip(("train", "test"), data, strict=True)))
+        if is_array(data[0]):
+            return Arrays(*data)
     raise InputError(
-        f"Images are given as a folder or another source of them. Received: {type(data).__name__}."
+        "Images are given as a folder, a table, (images, labels) as arrays, or a dict of such for "
+        f"'train', 'val' and 'test'. Received: {type(data).__name__}."
     )
+
+
+def _part_of(data: Any, kind: str) -> Source:
+    if isinstance(data, (tuple, list)) and len(data) in (2, 3) and is_array(data[0]):
+        return Arrays(*data, name=f"{kind} image {{}}")
+    return image_source(data)
+
+
+def image_source(
+    data: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    label_regex: str | None = None,
+) -> Source:
+    r"""Images and their labels out of a folder, a table or arrays, for `train` and others.
+
+    They take the same by themselves; this is for what has to be said beside it.
+
+    Args:
+        data: A folder; a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`); arrays, `(images, labels)`
+            or `(images, labels, class_names)`, or two such, to train and to test on; or a dict of
+            `"train"`, `"val"` and `"test"`, each any of these.
+        columns: What a table's columns `"path"`, `"label"` and `"split"` are called.
+        label_regex: Finds the label in each file's name, as its first group.
+
+    Raises:
+        NotFoundError: There is nothing there.
+        DataError: It holds no images, or a file's name has no label.
+        InputError: An argument that cannot work.
+
+    Examples:
+        >>> import numpy as np
+        >>> pixels = np.zeros((2, 8, 8, 3), np.uint8)
+        >>> source = image_source((pixels, ["ant", "bee"]))
+        >>> len(source), source[1], source.class_names
+        (2, 'image 2', ['ant', 'bee'])
+    """
+    source = opened(data, columns)
+    if not isinstance(source, Source):
+        if label_regex is None:
+            paths, labels, names = find_pictures(source)
+            facts = {"labels": labels, "class_names": names}
+            return Files(paths, place=os.path.abspath(source), **facts)
+        folders = split_folders(source) or {"": source}
+        found = {kind: flat_images(path, True, None) for kind, path in folders.items()}
+        splits = [kind for kind, paths in found.items() for _ in paths]
+        source = Files([path for paths in found.values() for path in paths], place=place(source))
+        if "train" in found:
+            source.splits = np.asarray(splits)
+    return source if label_regex is None else _relabelled(source, label_regex)
+
+
+def _relabelled(source: Source, pattern: str) -> Source:
+    """A source with the labels that file names hold."""
+    try:
+        search = re.compile(pattern).search
+    except re.error as error:
+        raise InputError(
+            f"label_regex is no regular expression: {error}. Received: {pattern!r}."
+        ) from None
+    found = [search(os.path.basename(source.name(i))) for i in range(len(source))]
+    labels = [match and (match[1] if match.re.groups else match[0]) for match in found]
+    if missing := [i for i, label in enumerate(labels) if not label]:
+        raise DataError(
+            f"label_regex {pattern!r} finds no label in {len(missing):,} of {len(labels):,} file "
+            f"names, such as {os.path.basename(source.name(missing[0]))!r}."
+        )
+    source = source.take(np.arange(len(source)))
+    source.labels, source.class_names = numbered(labels)
+    source.place += f" by {pattern}"
+    return source
 
 
 def place(data: str | Source) -> str:
@@ -60,23 +159,29 @@ def place(data: str | Source) -> str:
     return data.place if isinstance(data, Source) else os.path.abspath(data)
 
 
-def check_images(data: Any, least: int = 0) -> None:
-    """Says what is wrong with a folder or another source, before Keras is imported.
-
-    Args:
-        data: As `opened` takes it.
-        least: Classes that training needs.
+def check_images(path: str) -> None:
+    """There is such a folder or other source, which nothing is read of yet.
 
     Raises:
         NotFoundError: There is nothing there.
-        DataError: It holds no images.
+        DataError: It is a file of another kind.
     """
-    source = opened(data)
+    path = os.path.expanduser(path)
+    if not (is_source(path) and os.path.exists(path)):
+        existing_folder(path)
+
+
+def check_training(source: str | Source) -> None:
+    """It can be trained on, as far as names say it.
+
+    Raises:
+        NotFoundError: There is nothing there.
+        DataError: It holds no images of two classes.
+    """
     if isinstance(source, Source):
-        return
-    existing_folder(source)
-    if least:
-        class_folders(split_folders(source).get("train", source), least)
+        _labelled(source)
+    else:
+        class_folders(split_folders(source).get("train", source), least=2)
 
 
 def find_parts(data: str | Source, exclude: Any = None) -> Parts:

@@ -12,8 +12,10 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+from keras_resnet.data.arrays import is_array, is_picture, whole_pixels
 from keras_resnet.data.folders import flat_images
 from keras_resnet.data.items import Item, Source
+from keras_resnet.data.opening import is_source, opened
 from keras_resnet.data.walk import is_picture as is_image_name, picture_folders, pictures_in
 from keras_resnet.system.errors import InputError, NotFoundError, meant_path
 from keras_resnet.system.files import printable, text_width
@@ -24,18 +26,6 @@ Sources = One | Source | Iterable[One | Source]
 
 def _given(content: Any) -> Any:
     return content
-
-
-def is_picture(source: Any) -> bool:
-    """Whether a source is a Pillow image, the bytes of a file or an open one."""
-    kinds = (bytes, bytearray, memoryview, Image.Image)
-    return isinstance(source, kinds) or hasattr(source, "read")
-
-
-def _is_array(source: Any) -> bool:
-    """Whether a source is an array or tensor of numbers, and not of paths."""
-    is_one = hasattr(source, "__array__") and not is_picture(source)
-    return is_one and np.asarray(source).dtype.kind not in "OSU"
 
 
 class Images:
@@ -60,7 +50,7 @@ class Images:
 
     def __init__(self, sources: Sources):
         one = isinstance(sources, (str, os.PathLike, Source)) or not isinstance(sources, Iterable)
-        if one or is_picture(sources) or _is_array(sources):
+        if one or is_picture(sources) or is_array(sources):
             sources = [sources]  # type: ignore[list-item]
         self._parts: list[list[str] | _Folders | Source] = []
         self.unread: Counter = Counter()
@@ -70,7 +60,7 @@ class Images:
                 self._parts.append(source)
             elif isinstance(source, Item):
                 self._add_files([source])
-            elif is_picture(source) or _is_array(source):
+            elif is_picture(source) or is_array(source):
                 self._add_image(source)
             elif isinstance(source, (str, os.PathLike)):
                 self._add(os.path.expanduser(os.fspath(source)))
@@ -83,7 +73,7 @@ class Images:
         self._width = 0
 
     def _add_image(self, image: Any) -> None:
-        if _is_array(image):
+        if is_array(image):
             image = whole_pixels(np.asarray(image))
         for one in image if getattr(image, "ndim", 0) == 4 else [image]:
             self.in_memory += 1
@@ -102,6 +92,8 @@ class Images:
                 self._add_files([text])  # its row says that it is a folder
             else:  # the error says what there is
                 flat_images(text, follow_links=True, exclude=None)
+        elif is_source(text):
+            self._parts.append(opened(text))  # type: ignore[arg-type]
         elif os.path.lexists(text):  # its row says where a link leads nowhere
             self._add_files([text])
         elif glob.has_magic(text) and "://" not in text:
@@ -151,25 +143,6 @@ class _Folders:
         for folder in self._folders:
             for name in pictures_in(folder):
                 yield os.path.join(folder, name)
-
-
-def whole_pixels(image: np.ndarray) -> np.ndarray:
-    """An array of pixel values as uint8.
-
-    Raises:
-        InputError: Its numbers are not whole ones of 0..255: nobody knows what they are.
-    """
-    if image.dtype == np.uint8:
-        return image
-    known = image.dtype.kind in "iuf" and image.size > 0
-    # 0 and 1 alone may be black and white of 0..1.
-    if known and 1 < image.max() <= 255 and image.min() >= 0 and (image == np.round(image)).all():
-        return image.astype(np.uint8)
-    shown = f", {image.min():.3g} to {image.max():.3g}" if known else ""
-    raise InputError(
-        "An image given as an array holds whole pixel values 0 to 255, as uint8 has them: "
-        f"(image * 255).round().astype('uint8') of 0 to 1. Received: {image.dtype}{shown}."
-    )
 
 
 def image_paths(sources: Sources) -> list[str]:

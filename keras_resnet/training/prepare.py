@@ -190,7 +190,10 @@ def _split(found: Parts, recipe: Recipe, seed: int) -> dict[str, tuple[Sequence[
 
 
 def _fingerprint(*lists: Sequence[str]) -> str:
-    text = "\n".join("\0".join(map(absolute, paths)) for paths in lists)
+    text = "\n".join(
+        paths.digest() if isinstance(paths, Source) else "\0".join(map(absolute, paths))
+        for paths in lists
+    )
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 

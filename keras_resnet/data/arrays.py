@@ -1,0 +1,110 @@
+"""Images in memory: arrays of pixels with their labels, as `keras.datasets` gives them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from keras_resnet.data.items import Source
+from keras_resnet.data.labels import numbered
+from keras_resnet.system.errors import InputError
+
+
+def is_picture(source: Any) -> bool:
+    """Whether a source is a Pillow image, the bytes of a file or an open one."""
+    kinds = (bytes, bytearray, memoryview, Image.Image)
+    return isinstance(source, kinds) or hasattr(source, "read")
+
+
+def is_array(source: Any) -> bool:
+    """Whether a source is an array or tensor of numbers, and not of paths."""
+    is_one = hasattr(source, "__array__") and not is_picture(source)
+    return is_one and np.asarray(source).dtype.kind not in "OSU"
+
+
+def whole_pixels(image: np.ndarray) -> np.ndarray:
+    """An array of pixel values as uint8.
+
+    Raises:
+        InputError: Its numbers are not whole ones of 0..255: nobody knows what they are.
+    """
+    if image.dtype == np.uint8:
+        return image
+    known = image.dtype.kind in "iuf" and image.size > 0
+    # 0 and 1 alone may be black and white of 0..1.
+    if known and 1 < image.max() <= 255 and image.min() >= 0 and (image == np.round(image)).all():
+        return image.astype(np.uint8)
+    shown = f", {image.min():.3g} to {image.max():.3g}" if known else ""
+    raise InputError(
+        "An image given as an array holds whole pixel values 0 to 255, as uint8 has them: "
+        f"(image * 255).round().astype('uint8') of 0 to 1. Received: {image.dtype}{shown}."
+    )
+
+
+class Arrays(Source):
+    """Images of one size in memory.
+
+    Args:
+        images: `(n, height, width)` or `(n, height, width, 1, 3 or 4)` of whole numbers 0..255;
+            `(n, 3, height, width)` is turned.
+        labels: A number or a name an image, or rows of which one value is 1.
+        class_names: The name of each number.
+        name: What an image is called, with `{}` for its number from 1.
+        place: As of a `Source`; made of the contents by default.
+
+    Raises:
+        InputError: Other numbers or another shape, or labels that do not fit.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: Any = None,
+        class_names: Sequence[str] | None = None,
+        *,
+        name: str = "image {}",
+        place: str | None = None,
+    ):
+        images = whole_pixels(np.asarray(images))
+        if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3, 4):
+            images = images.transpose(0, 2, 3, 1)
+        if images.ndim not in (3, 4):
+            raise InputError(
+                "Images in an array are (n, height, width) or (n, height, width, 1, 3 or 4). "
+                f"Received: shape {images.shape}."
+            )
+        self._images, self._name = images, name
+        if labels is not None:
+            labels = np.asarray(labels)
+            if labels.ndim == 2 and labels.shape[1] > 1 and _one_hot(labels):
+                labels = labels.argmax(1)
+            if labels.size != len(images):
+                raise InputError(
+                    f"There must be one label an image ({len(images)}). Received: labels of shape "
+                    f"{labels.shape}."
+                )
+            self.labels, self.class_names = numbered(labels.reshape(-1).tolist(), class_names)
+        if place is None:
+            marks = hashlib.sha256(np.ascontiguousarray(images))
+            marks.update(b"" if labels is None else str(labels.tolist()).encode())
+            place = f"arrays-{marks.hexdigest()[:12]}"
+        self.place = place
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        """Its number, in words."""
+        return self._name.format(index + 1)
+
+    def read(self, index: int) -> np.ndarray:
+        """Its pixels."""
+        return self._images[index]
+
+
+def _one_hot(labels: np.ndarray) -> bool:
+    return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())

@@ -1,0 +1,199 @@
+"""Tables of images: a CSV, JSON Lines or Parquet file with a row an image."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_resnet.data.folders import listed, split_of
+from keras_resnet.data.items import Files, Source
+from keras_resnet.data.labels import numbered
+from keras_resnet.data.walk import is_picture
+from keras_resnet.system.errors import DataError, InputError, NotFoundError, did_you_mean, require
+
+ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+
+# What people call each column; the first that is there is taken.
+_CALLED = {
+    "path": "path file filename file_name filepath file_path image image_path img img_path "
+            "image_name image_file picture",
+    "label": "label class target category class_name label_name y labels species breed",
+    "split": "split subset set partition part",
+}  # fmt: skip
+_UNUSED = "weight", "weights", "sample_weight", "fold"
+
+
+def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
+    """The images that a table names, in its order; paths count from the table's folder.
+
+    Args:
+        path: Of the table.
+        columns: What its columns `"path"`, `"label"` and `"split"` are called; guessed by default.
+
+    Raises:
+        NotFoundError: There is no such file, or none of the first images that it names.
+        DataError: It cannot be read, or a row lacks something.
+        InputError: It has no such column.
+    """
+    if not os.path.exists(path):
+        raise NotFoundError(f"{path!r} does not exist.")
+    try:
+        table = _read(path)
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise DataError(f"The table {path!r} cannot be read: {error}") from error
+    used = _columns(path, list(table), columns or {})
+    note = ", ".join(f"{part} from {column!r}" for part, column in used.items())
+    unused = [name for name in table if str(name).lower() in _UNUSED]
+    notes = [f"Columns: {note}{f'; not used: {listed(unused)}' if unused else ''}."]
+    values = {part: table[column] for part, column in used.items()}
+    if not values["path"]:
+        raise DataError(f"The table {path!r} has no row.")
+    facts: dict[str, Any] = {"notes": tuple(notes), "place": os.path.abspath(path)}
+    if "split" in values:
+        facts["splits"] = _splits(path, values["split"])
+    if "label" in values:
+        labels = [_label(path, row, value) for row, value in enumerate(values["label"], 1)]
+        tests = facts.get("splits", [""] * len(labels))
+        for row, (label, kind) in enumerate(zip(labels, tests, strict=True), 1):
+            if label is None and kind != "test":
+                raise DataError(f"Row {row:,} of {path!r} has no label.")
+        facts["labels"], facts["class_names"] = numbered(labels)
+    return Files(_paths(path, values["path"]), **facts)
+
+
+def _paths(path: str, names: Sequence[Any]) -> list[str]:
+    folder = os.path.dirname(path)
+    paths = []
+    for row, name in enumerate(names, 1):
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"Row {row:,} of {path!r} has no path. Received: {name!r}.")
+        paths.append(os.path.join(folder, os.path.expanduser(name.strip())))
+    if not any(map(os.path.exists, paths[:100])):
+        raise NotFoundError(
+            f"None of the first images of the table {path!r} is there, such as {paths[0]!r}: paths "
+            "count from the table's folder."
+        )
+    return paths
+
+
+def _label(path: str, row: int, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        if len(value) != 1:
+            raise DataError(
+                f"Row {row:,} of {path!r} has {len(value)} labels, a classifier needs one an "
+                f"image. Received: {str(value)[:80]}."
+            )
+        value = value[0]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    missing = value is None or value != value or str(value).strip() == ""
+    return None if missing else value
+
+
+def _splits(path: str, values: Sequence[Any]) -> np.ndarray:
+    kinds = {value: split_of(str(value)) for value in set(values)}
+    unknown = sorted(str(value) for value, kind in kinds.items() if kind is None)
+    if unknown:
+        raise DataError(
+            f"The table {path!r} has splits that are neither train, val nor test: "
+            f"{listed(unknown)}."
+        )
+    return np.asarray([kinds[value] for value in values])
+
+
+def _columns(path: str, there: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    """Which column is what."""
+    for part, column in given.items():
+        if part not in _CALLED:
+            raise InputError(f"A column is for path, label or split. Received: {part!r}.")
+        if column not in there:
+            raise InputError(
+                f"The table {path!r} has no column {column!r}.{did_you_mean(column, there)} It "
+                f"has: {listed(list(there))}."
+            )
+    plain = {str(name).strip().lower().replace(" ", "_"): name for name in reversed(there)}
+    guessed = {
+        part: next((plain[name] for name in names.split() if name in plain), None)
+        for part, names in _CALLED.items()
+    }
+    used = {part: given.get(part, name) for part, name in guessed.items()}
+    if used["path"] is None:
+        raise InputError(
+            f"The table {path!r} has no column of paths that is known. It has: "
+            f"{listed(list(there))}. Say which: columns={{'path': NAME}} (--columns path=NAME)."
+        )
+    return {part: name for part, name in used.items() if name is not None}
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _read(path: str) -> dict[str, Sequence[Any]]:
+    """A table's columns by their names."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".parquet":
+        return _read_parquet(path)
+    if ending in (".jsonl", ".ndjson"):
+        return _read_jsonl(path)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        first = file.readline()
+        file.seek(0)
+        marks = {mark: first.count(mark) for mark in ",;\t|"}
+        mark = "\t" if ending == ".tsv" else max(marks, key=lambda mark: marks[mark])
+        rows = csv.reader(file, delimiter=mark)
+        names = next(rows, [])
+        if any(is_picture(cell.strip()) for cell in names):  # no header
+            rows = itertools.chain([names], rows)
+            names = ["path", "label", "split"][: len(names)]
+        columns: list[list[str]] = [[] for _ in names]
+        for number, row in enumerate(rows, 1):
+            if not row:
+                continue
+            if len(row) != len(names):
+                raise ValueError(f"row {number:,} has {len(row)} cells, the header {len(names)}")
+            for column, cell in zip(columns, row, strict=True):
+                column.append(cell)
+    return dict(zip(names, columns, strict=True))
+
+
+def _read_jsonl(path: str) -> dict[str, Sequence[Any]]:
+    columns: dict[str, list[Any]] = {}
+    count = 0
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number:,} is no object")
+            for name, value in row.items():
+                column = columns.setdefault(name, [])
+                column += [None] * (count - len(column))
+                column.append(value)
+            count += 1
+    for column in columns.values():
+        column += [None] * (count - len(column))
+    return columns
+
+
+def _read_parquet(path: str) -> dict[str, Sequence[Any]]:
+    require("pyarrow", "parquet", "A Parquet table")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        plain = [
+            field.name
+            for field in file.schema_arrow
+            if not pyarrow.types.is_binary(field.type) and not pyarrow.types.is_struct(field.type)
+        ]
+        return file.read(columns=plain).to_pydict()
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
