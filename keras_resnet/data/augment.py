@@ -278,7 +278,7 @@ class Augment:
     def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
         """Returns the changed image, uint8 (height, width, channels), without the erasing."""
         for step in self.steps:
-            image = step(image, rng)
+            image = step.in_chain(image, rng)
         pixels = np.asarray(image)
         return pixels[..., None] if pixels.ndim == 2 else pixels
 

@@ -283,6 +283,7 @@ def held_at_once(monkeypatch, jobs) -> int:
         return resize_image(image, *arguments)
 
     monkeypatch.setattr(preparing, "resize_image", resize)
+    monkeypatch.setattr(preparing, "_kernels", False)  # resizes without it
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda job: job(), jobs))
     assert in_flight._held == 0
