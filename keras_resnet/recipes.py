@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from typing import Any
+from typing import Any, Literal
 
 from keras_resnet.system.errors import InputError, between, did_you_mean, one_of, whole
 from keras_resnet.variants import get_spec
@@ -34,7 +34,7 @@ class Recipe:
         model: The network: see `keras-resnet models`.
         weights: `"auto"`, `None` (random), `"DEFAULT"`, a file, a run.
         epochs: Passes over the training data.
-        batch_size: Images a step, over all devices.
+        batch_size: Images a step on all devices; `"auto"`: what fits.
         image_size: Side in training, pixels; `None` is the variant's own.
         eval_size: Side of the evaluated images; `None` is `image_size`.
         eval_resize: Short side before the evaluation's centre crop; `None` is 256/224 of
@@ -89,7 +89,7 @@ class Recipe:
     model: str
     weights: str | None = None
     epochs: int = 90
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = 32
     image_size: int | None = None
     eval_size: int | None = None
     eval_resize: int | None = None
@@ -139,7 +139,8 @@ class Recipe:
         for name, allowed in _CHOICES.items():
             one_of(name, getattr(self, name), allowed)
         for name in ("epochs", "batch_size", "accumulate", "repeats", "ema_steps", "step_size"):
-            whole(name, getattr(self, name), 1)
+            if getattr(self, name) != "auto" or name != "batch_size":
+                whole(name, getattr(self, name), 1)
         for name in ("image_size", "eval_size", "eval_resize", "patience"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), 1)

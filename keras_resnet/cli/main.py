@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if no_memory(error):
             text = (
-                "Not enough memory: lower the batch size, the image size or the number of workers. "
+                "Not enough memory: lower the batch size (train finds one by --batch-size auto), "
+                "the image size or the number of workers. "
                 "With more memory the same train, or predict --output, goes on where it was."
             )
         elif isinstance(error, OSError):  # an output that cannot be written, a full disk

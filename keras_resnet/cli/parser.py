@@ -307,11 +307,13 @@ def _kind(hint: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is tuple:
         return {"type": float, "nargs": "+", "metavar": "X"}
-    optional = isinstance(hint, types.UnionType)
-    kind = next(t for t in typing.get_args(hint) if t is not types.NoneType) if optional else hint
+    kinds = typing.get_args(hint) or (hint,)
+    kind = next(t for t in kinds if isinstance(t, type) and t is not types.NoneType)
+    words = {"none": None} if types.NoneType in kinds else {}
+    words |= {word: word for t in kinds for word in typing.get_args(t)}  # of a Literal
 
     def parse(text: str):
-        return None if optional and text.lower() == "none" else kind(text)
+        return words[text.lower()] if text.lower() in words else kind(text)
 
-    parse.__name__ = kind.__name__  # argparse says it where the text is none
+    parse.__name__ = " or ".join([kind.__name__, *filter(None, words.values())])  # where it is none
     return {"type": parse, "metavar": {str: "NAME", int: "N"}.get(kind, "X")}

@@ -77,6 +77,9 @@ HINTS = _pairs({
     "Give --precision bf16, or fp16.":
         "--amp --fp16 --bf16 --half --mixed-precision --use-amp --apex-amp --native-amp "
         "--amp-dtype",
+    "Give --batch-size auto.":
+        "--auto-batch --autobatch --auto-batch-size --auto-scale-batch-size --find-batch-size "
+        "--auto-find-batch-size",
     "The backend takes a GPU where it finds one; CUDA_VISIBLE_DEVICES in the environment chooses "
     "which, and set to nothing it means the CPU.":
         "--device --devices --gpu --gpus --cuda --cpu --no-cuda --no-gpu --use-gpu --accelerator "

@@ -152,8 +152,10 @@ class RunFacts:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The recipe's fields as they were used: weights `"auto"` are what they came to."""
+        """The recipe's fields as they were used: `"auto"` is what it came to."""
         recipe = self.config.get("recipe", {})
+        if recipe.get("batch_size") == "auto":
+            recipe = {**recipe, "batch_size": self.config.get("batch_size", "auto")}
         if recipe.get("weights") == "auto" and self.config.get("start"):
             recipe = {**recipe, "weights": self.config["start"][0]}
         return recipe

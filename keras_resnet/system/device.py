@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import os
 import platform
@@ -396,6 +397,15 @@ def cudnn_benchmark() -> bool | None:
     import torch
 
     return torch.backends.cudnn.benchmark
+
+
+def release_memory() -> None:
+    """Gives the memory of what is no longer used back to torch's CUDA device."""
+    gc.collect()
+    if _cuda() is not None:
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def sync(model: keras.Model) -> None:

@@ -73,7 +73,8 @@ def reason_of(error: BaseException) -> str:
 
 _NO_MEMORY = re.compile(
     r"(allocate|out of|not enough) memory|OOM when allocating|RESOURCE_EXHAUSTED|bad_alloc"
-    r"|failed to map segment|can't start new thread",
+    r"|failed to map segment|can't start new thread"
+    r"|ALLOC_FAILED|failed to allocate|Dst tensor is not initialized",  # cuDNN, XLA, TensorFlow
     re.IGNORECASE,
 )
 

@@ -65,6 +65,44 @@ def give_back_memory() -> None:
         libc.malloc_trim(0)
 
 
+def free_memory(root: Path = Path("/")) -> float:
+    """Bytes that this process can still get, as its system and its container say; else infinity.
+
+    Args:
+        root: Where `proc` and `sys` are.
+    """
+    free = 1024 * _number(root / "proc/meminfo", r"^MemAvailable:\s+(\d+)", math.inf)
+    for folder, limit, used, cache in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        group = root / "sys/fs/cgroup" / folder
+        taken = _number(group / used) - _number(group / "memory.stat", rf"^{cache} (\d+)")
+        free = min(free, _number(group / limit, r"^(\d+)", math.inf) - taken)
+    return free
+
+
+def peak_memory(anew: bool = False) -> float:
+    """The most bytes that this process has had in memory, on Linux; 0 elsewhere.
+
+    Args:
+        anew: Since now, from here on.
+    """
+    if anew:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return 1024 * _number(Path("/proc/self/status"), r"^VmHWM:\s+(\d+)")
+
+
+def _number(path: Path, pattern: str = r"^(\d+)", missing: float = 0.0) -> float:
+    """A number in a file of the system; `missing` where there is none."""
+    try:
+        found = re.search(pattern, path.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        found = None
+    return float(found[1]) if found else missing
+
+
 @functools.cache
 def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None

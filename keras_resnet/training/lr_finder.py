@@ -212,6 +212,11 @@ def lr_find(
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
     if recipe.accumulate > 1:
         raise InputError("Gradients are not accumulated in the sweep: pass accumulate=1.")
+    if recipe.batch_size == "auto":
+        raise InputError(
+            "The sweep needs the batch size that you train with, a number: train --dry-run says "
+            "what 'auto' comes to."
+        )
     data = prepare_data(directory, recipe, seed=seed, workers=workers, exclude=exclude)
     keras.utils.set_random_seed(seed)
     if model is None:

@@ -108,7 +108,9 @@ def prepare_data(
     parts, names, notes = _split(found, recipe, seed), found.names, list(found.notes)
     soft = bool(recipe.mixup or recipe.cutmix or recipe.label_smoothing)
     common = {
-        "batch_size": recipe.batch_size,
+        "batch_size": 1
+        if recipe.batch_size == "auto"
+        else recipe.batch_size,  # until it is settled
         "seed": seed,
         "workers": workers,
         "cache": cache if look else None,

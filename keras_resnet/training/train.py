@@ -41,6 +41,7 @@ from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.process import system_name, tune_process
 from keras_resnet.system.progress import shows_bars
 from keras_resnet.system.shown import Shown
+from keras_resnet.training.batch_size import settle_batch_size
 from keras_resnet.training.callbacks import Settings
 from keras_resnet.training.freeze import starting_weights
 from keras_resnet.training.loggers import Loggers
@@ -215,6 +216,7 @@ def train(
     }
     name = name or f"{recipe.model}-{Path(arguments['directory']).name}"
     run = Run.find(output, name, identity, restart)
+    recipe = settle_batch_size(recipe, data, run.config.get("batch_size"))
     settings = Settings(
         say=run.say if verbose else run.log,
         bar=verbose and shows_bars(sys.stdout),
@@ -338,6 +340,7 @@ def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
         "tf32": tf32_allowed(),
         "cudnn_benchmark": cudnn_benchmark(),
         "dtype_policy": model.dtype_policy.name,
+        "batch_size": recipe.batch_size,
         "versions": {
             "keras_resnet": package_version(),
             "keras": keras.__version__,

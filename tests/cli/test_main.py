@@ -469,6 +469,7 @@ def test_a_strange_keras_file_is_refused_in_one_line(tmp_path, entries):
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), "Not enough"),
         (ValueError("OOM when allocating tensor with shape[2] on /cpu:0"), "Not enough memory"),
         (RuntimeError("can't start new thread"), "Not enough memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "Not enough memory"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "Not enough"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "Not enough memory"),
         (OSError(errno.ENOSPC, "Can't write (a long story)", "a.csv"), "'a.csv': No space left"),

@@ -31,6 +31,33 @@ def test_share_of_a_container(tmp_path):
         assert process.cgroup_cores(one) == cores
 
 
+def test_memory_that_is_left(tmp_path):
+    assert process.free_memory(tmp_path) == math.inf
+    group = tmp_path / "sys/fs/cgroup"
+    (group / "memory").mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1500\n")
+    assert process.free_memory(tmp_path) == 4000 * 1024
+    (group / "memory.max").write_text("2000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 300\n")
+    assert process.free_memory(tmp_path) == 2000 - (1500 - 300)
+    for name, text in (
+        ("limit_in_bytes", "1000"), ("usage_in_bytes", "900"), ("stat", "total_inactive_file 50"),
+    ):  # fmt: skip
+        (group / "memory" / f"memory.{name}").write_text(f"{text}\n")
+    assert process.free_memory(tmp_path) == 150
+    assert process.free_memory() > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells")
+def test_the_peak_of_memory():
+    before = process.peak_memory(anew=True)
+    block = b"x" * 2**25
+    assert process.peak_memory() - before > 0.8 * len(block)
+
+
 PROGRAM = """
 import os, resource
 import numpy as np
