@@ -60,8 +60,8 @@ _BATCH = arg("--batch-size N=32", "images at a time", least=1)
 _KEY = arg("--key NAME", "which dict inside, such as model_ema")
 _PIXELS = arg("--pixels RANGE", "what the model takes, where its layers do not tell",
               choices=("0..255", "0..1", "normalized"))  # fmt: skip
-_ENGINE = arg("--engine NAME=keras", "keras, openvino, onnxruntime, torch; auto tries them",
-              check_engine)  # fmt: skip
+_ENGINES = "keras, openvino, onnxruntime, torch; auto"
+_ENGINE = arg("--engine NAME=auto", f"{_ENGINES} takes one where it pays", check_engine)
 
 _TF32 = arg("--tf32", "let a GPU compute float32 on 10 bits; as the backend has it by default",
             action=argparse.BooleanOptionalAction, default=None, rare=True)  # fmt: skip
@@ -141,7 +141,7 @@ COMMANDS = {
         arg("--max-megapixels X=50", "of one image", above=0),
         arg("--max-pictures N=16", "at a time", least=1),
         _PIXELS,
-        _ENGINE,
+        arg("--engine NAME=keras", f"{_ENGINES} tries them", check_engine),
     ]),
     "report": Command(predicting.report, "show a run, or several side by side, as a page", [
         arg("runs RUN", "a run folder", check_run, nargs="+"),

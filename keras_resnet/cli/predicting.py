@@ -10,7 +10,7 @@ from typing import Any
 import keras_resnet as kr
 from keras_resnet.cli import checks
 from keras_resnet.cli.pipes import STDOUT, piped
-from keras_resnet.data.opening import labelled_place
+from keras_resnet.data.opening import labelled, labelled_place
 from keras_resnet.data.sources import Images
 from keras_resnet.system.errors import InputError, require
 from keras_resnet.system.files import printable
@@ -22,12 +22,14 @@ def _say_backend() -> None:
     print(f"Backend: {backend_line()}", flush=True)
 
 
-def _open(model: str, engine: str):
-    """A model ready to run; says which backend and engine do."""
+def _open(model: str, engine: str, images: Sequence[str] | Images, begun: Path | None = None):
+    """A model ready to run; says which backend and engine do, and why."""
     checks.runtime(model, engine)
     _say_backend()
-    runner = kr.open_runner(model, engine)
-    print(f"Engine: {runner}")
+    from keras_resnet.inference.predict import runner_for
+
+    runner = runner_for(model, images, engine, begun=begun)
+    print(f"Engine: {runner}", flush=True)
     return runner
 
 
@@ -43,7 +45,8 @@ def evaluate(
     """Measures a model on a labelled folder."""
     images = checks.images(directory, columns, label_regex)
     print(printable(labelled_place(images, split)), flush=True)
-    print(kr.evaluate(_open(model, engine), images, split=split, **options))
+    runner = _open(model, engine, labelled(images, split)[0])
+    print(kr.evaluate(runner, images, split=split, **options))
 
 
 def predict(
@@ -61,7 +64,7 @@ def predict(
         return _predict_to_file(model, paths, output, engine=engine, restart=restart, **options)
     images = Images(paths)
     with piped(csv, json) as stdout:
-        runner = _open(model, engine)
+        runner = _open(model, engine, images)
         from keras_resnet.inference.predict import PredictionTable, predictions_text
         from keras_resnet.models.files import model_class_names
 
@@ -87,13 +90,14 @@ def predict(
     return 0
 
 
-def _predict_to_file(model: str, paths: list[str], name: str, **options: Any) -> int:
+def _predict_to_file(
+    model: str, paths: list[str], name: str, engine: str, restart: bool, **options: Any
+) -> int:
     from keras_resnet.inference.prediction_files import check_output
     from keras_resnet.system.progress import Progress, ProgressLine
 
     output, images, last = check_output(name), Images(paths), Progress(0, 0)
-    checks.runtime(model, options["engine"])
-    _say_backend()
+    runner = _open(model, engine, images, None if restart else output)
 
     def progress(now: Progress) -> None:
         nonlocal last
@@ -104,7 +108,9 @@ def _predict_to_file(model: str, paths: list[str], name: str, **options: Any) ->
 
     try:
         with ProgressLine() as line:
-            result = kr.write_predictions(model, images, output, progress=progress, **options)
+            result = kr.write_predictions(
+                runner, images, output, restart=restart, progress=progress, **options
+            )
     except KeyboardInterrupt:
         if not last.total:
             raise

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import keras
 import numpy as np
 
 from keras_resnet import plots
-from keras_resnet.data.dataset import ImageDataset
+from keras_resnet.data.dataset import Batch, ImageDataset
 from keras_resnet.data.folders import labels_by_name
 from keras_resnet.data.items import Source
 from keras_resnet.data.opening import labelled
@@ -32,6 +34,8 @@ from keras_resnet.system.files import (
     write_text,
 )
 from keras_resnet.system.shown import Shown
+
+logger = logging.getLogger("keras_resnet")
 
 _ROWS, _WORST = 30, 10  # classes in the table; of more than that, so many of the worst
 
@@ -156,7 +160,7 @@ def evaluate(
     preprocess: Preprocess | None = None,
     strict: bool = False,
     output: str | os.PathLike | None = None,
-    engine: str = "keras",
+    engine: str = "auto",
     pixels: str | None = None,
 ) -> Evaluation:
     """Measures a model on labelled images.
@@ -173,7 +177,7 @@ def evaluate(
         preprocess: In place of the model's own.
         strict: Stop at an image that cannot be read, instead of skipping it.
         output: A folder for `evaluation.json`, `predictions.csv` and `confusion_matrix.png`.
-        engine: What runs the model: see `open_runner`.
+        engine: What runs the model, as for `predict`.
         pixels: As for `predict`.
 
     Returns:
@@ -185,14 +189,19 @@ def evaluate(
         DataError: A folder without images, or, if strict, an image that cannot be read.
         NotFoundError: A path does not exist.
     """
-    runner = open_runner(model, engine)
+    if isinstance(data, ImageDataset):
+        paths, labels, found = data.file_paths, data.labels, data.class_names
+        preprocess = data.preprocess
+    else:
+        paths, labels, found = labelled(data, split)
+    runner = open_runner(model, engine, images=len(paths), preprocess=preprocess)
+    logger.info("Engine: %s", runner)
     names = model_class_names(runner)
     if isinstance(data, ImageDataset):
         dataset = data
-        names, true = _by_name(runner, names, dataset.labels, dataset.class_names, "The dataset")
+        names, true = _by_name(runner, names, labels, found, "The dataset")
         _check_dataset(runner, dataset, pixels)
     else:
-        paths, labels, found = labelled(data, split)
         names, true = _by_name(runner, names, labels, found, "The folder")
         prepared, fed = model_input(runner, preprocess, pixels)
         dataset = ImageDataset(
@@ -207,15 +216,13 @@ def evaluate(
             on_error="raise" if strict else "skip",
         )
     logs, kept = [], []
-    for index in range(len(dataset)):
-        try:
-            batch = dataset.read_batch(index)
-        except DataError:  # nothing of this batch can be read
-            if dataset.on_error == "raise":
-                raise
-            continue
-        logs.append(runner.log_probabilities(batch.images))
-        kept.append(batch.indices)
+    for indices, found_logs in runner.in_turn(
+        lambda batch: (batch.indices, runner.log_probabilities(batch.images)),
+        _readable(dataset),
+        dataset.batch_size,
+    ):
+        logs.append(found_logs)
+        kept.append(indices)
     if not kept:
         reason = dataset.skipped[0][1]
         raise DataError(f"None of the {dataset.num_samples} images can be read: {reason}")
@@ -225,6 +232,15 @@ def evaluate(
     if output is not None:
         result.save(output)
     return result
+
+
+def _readable(dataset: ImageDataset) -> Iterator[Batch]:
+    for index in range(len(dataset)):
+        try:
+            yield dataset.read_batch(index)
+        except DataError:  # nothing of this batch can be read
+            if dataset.on_error == "raise":
+                raise
 
 
 def _by_name(

@@ -28,6 +28,7 @@ from keras_resnet.data.walk import unread_line
 from keras_resnet.inference.prediction_files import (
     Prediction,
     PredictionWriter,
+    begun_engine,
     check_output,
     csv_lines,
     errors_path,
@@ -169,8 +170,8 @@ def _batches(
     size = (height or 256) * (width or 256) * channels * (1 if raw else 4)
     threads = default_threads() if workers is None else workers
     names = model_class_names(runner)
-    for batch in _read_ahead(paths, read, batch_size, threads, size):
-        yield _predicted(runner, batch, names, top)
+    batches = _read_ahead(paths, read, batch_size, threads, size)
+    return runner.in_turn(lambda batch: _predicted(runner, batch, names, top), batches, batch_size)
 
 
 def _images(sources: Sources | Images) -> Images:
@@ -179,6 +180,23 @@ def _images(sources: Sources | Images) -> Images:
     if images.unread:
         logger.warning("%s", unread_line(images.unread))
     return images
+
+
+def runner_for(
+    model: keras.Model | Runner | str | os.PathLike,
+    images: Sequence[str] | Images,
+    engine: str = "auto",
+    preprocess: Preprocess | None = None,
+    begun: Path | None = None,
+) -> Runner:
+    """`open_runner` for some images; for an output that was begun, what it was begun with."""
+    if isinstance(model, Runner):
+        return model
+    if engine == "auto" and begun is not None:
+        engine = begun_engine(begun)
+    runner = open_runner(model, engine, images=len(images), preprocess=preprocess)
+    logger.info("Engine: %s", runner)
+    return runner
 
 
 def _check(top: int, batch_size: int, workers: int | None) -> None:
@@ -196,13 +214,13 @@ def iter_predictions(
     batch_size: int = 32,
     workers: int | None = None,
     preprocess: Preprocess | None = None,
-    engine: str = "keras",
+    engine: str = "auto",
     pixels: str | None = None,
 ) -> Iterator[Prediction]:
     """As `predict`, one `Prediction` at a time in the order of the files, in flat memory."""
     _check(top, batch_size, workers)
-    runner = open_runner(model, engine)
     images = _images(sources)
+    runner = runner_for(model, images, engine, preprocess)
     prepared = model_input(runner, preprocess, pixels)
     batches = _batches(
         runner,
@@ -251,7 +269,7 @@ def predict(
     batch_size=32,
     workers=None,
     preprocess=None,
-    engine="keras",
+    engine="auto",
     pixels=None,
     output=None,
     restart=False,
@@ -269,7 +287,8 @@ def predict(
             depend on it.
         workers: Threads that read images.
         preprocess: In place of the model's own.
-        engine: What runs the model: see `open_runner`.
+        engine: What runs the model: see `open_runner`. Of many images it is ONNX Runtime or
+            OpenVINO where one is installed and pays; `"keras"` is the model itself.
         pixels: What the model takes, where its layers do not tell: `"0..255"` where it normalises
             pixels itself, `"0..1"`, or `"normalized"` by the mean and deviation of its
             preprocessing.
@@ -344,7 +363,7 @@ def write_predictions(
     batch_size: int = 32,
     workers: int | None = None,
     preprocess: Preprocess | None = None,
-    engine: str = "keras",
+    engine: str = "auto",
     pixels: str | None = None,
     restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -385,7 +404,7 @@ def write_predictions(
     path = check_output(output)
     images = _images(sources)
     total = len(images)
-    runner = open_runner(model, engine)
+    runner = runner_for(model, images, engine, preprocess, None if restart else path)
     prepared = model_input(runner, preprocess, pixels)
     top, batch_size = min(top, runner.num_classes), images_at_a_time(prepared[0], batch_size)
     identity = _identity(runner, prepared, top, min(batch_size, total))

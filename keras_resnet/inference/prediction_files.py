@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_resnet.runtimes.rows import ENGINES
 from keras_resnet.system.errors import InputError, did_you_mean, require
 from keras_resnet.system.files import (
     check_writable,
@@ -30,6 +31,7 @@ from keras_resnet.system.files import (
     named,
     plain_path,
     printable,
+    read_json,
     replace_file,
     take_lock,
     to_json,
@@ -163,6 +165,18 @@ def check_output(output: str | os.PathLike) -> Path:
     return path
 
 
+def begun_engine(output: Path) -> str:
+    """The engine of an interrupted run, which goes on with it; `"auto"` where there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        word = re.split("[/, ]", read_json(_note(output))["engine"])[0]  # keras/torch
+        return word if word in ENGINES else "auto"
+    return "auto"
+
+
+def _note(output: Path) -> Path:
+    return output.with_name(f"{output.name}.part.json")
+
+
 # --- the work file -------------------------------------------------------------------------------
 
 
@@ -214,7 +228,7 @@ class PredictionWriter:
         self._top, self._step, self._restart = top, step, restart
         self._identity = identity
         self._work = output.with_name(f"{output.name}.part")
-        self._note = output.with_name(f"{output.name}.part.json")
+        self._note = _note(output)
         self._stream = self._lock = None
 
     def open(self, paths: Iterable[str]) -> None:

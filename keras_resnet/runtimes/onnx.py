@@ -23,6 +23,7 @@ class Runner(FileRunner):
 
     runtime = "onnxruntime"
     fixes_batch = True  # Keras takes another exporter for fixed sizes
+    splits = True
     reads = ("onnx",)
     quantizers: ClassVar = {"onnxruntime": "onnx"}
 
@@ -30,12 +31,10 @@ class Runner(FileRunner):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads // self._parts
         options.log_severity_level = 3
-        gpu = {"CUDAExecutionProvider": {"use_tf32": str(int(tf32_allowed()))}}
-        gpu["ROCMExecutionProvider"] = gpu["MIGraphXExecutionProvider"] = {}
-        installed = onnxruntime.get_available_providers()
-        providers = [(name, how) for name, how in gpu.items() if name in installed]
+        settings = {"CUDAExecutionProvider": {"use_tf32": str(int(tf32_allowed()))}}
+        providers = [(name, settings.get(name, {})) for name in _gpu_providers()]
         self._session = onnxruntime.InferenceSession(
             os.fspath(path), options, providers=[*providers, "CPUExecutionProvider"]
         )
@@ -50,6 +49,11 @@ class Runner(FileRunner):
 
     def _run(self, images):
         return self._session.run(None, {self._input: images})[0]
+
+    @staticmethod
+    def accelerator() -> str | None:
+        """The first kind of GPU that the installed package has code for."""
+        return next(iter(_gpu_providers()), None)
 
     @staticmethod
     def prepare(model: keras.Model) -> keras.Model:
@@ -128,6 +132,13 @@ class Runner(FileRunner):
         folded.unlink()
         fresh.unlink()
         onnx.save(model, path)
+
+
+def _gpu_providers() -> list[str]:
+    import onnxruntime
+
+    known = ("CUDAExecutionProvider", "ROCMExecutionProvider", "MIGraphXExecutionProvider")
+    return [name for name in known if name in onnxruntime.get_available_providers()]
 
 
 def _without_xla(model: keras.Model) -> keras.Model:

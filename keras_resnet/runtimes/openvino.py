@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ class Runner(FileRunner):
     """OpenVINO on an `.xml` file and the `.bin` beside it, or on an `.onnx` file."""
 
     runtime = "openvino"
+    splits = True
     reads = ("openvino", "onnx")
     quantizers: ClassVar = {"nncf": "int8"}
     precisions = ("float32", "bfloat16", "float16")
@@ -33,13 +35,17 @@ class Runner(FileRunner):
         hints = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
         # Left alone, it computes in bfloat16 where the processor can.
         options = {"INFERENCE_PRECISION_HINT": hints[precision], "PERFORMANCE_HINT": "LATENCY"}
-        gpu = next((name for name in core.available_devices if name.startswith("GPU")), None)
+        gpu = self.accelerator()
         if gpu is None:
             options["INFERENCE_NUM_THREADS"] = str(threads)
+            options["NUM_STREAMS"] = str(self._parts)
         else:
             self.name += f" on {core.get_property(gpu, 'FULL_DEVICE_NAME')}"
         self._model = core.compile_model(model, gpu or "CPU", options)
-        self._request = self._model.create_infer_request()
+        # One for each thread that may ask at once; any others wait.
+        self._requests: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(self._parts):
+            self._requests.put(self._model.create_infer_request())
         text = None
         for keys in ([METADATA], ["framework", METADATA]):  # .xml, .onnx
             if model.has_rt_info(keys):
@@ -52,8 +58,19 @@ class Runner(FileRunner):
         return text, *shapes
 
     def _run(self, images):
-        # A copy: the request's own buffer is written over by the next batch.
-        return np.array(self._request.infer([images], share_inputs=True)[0])
+        request = self._requests.get()
+        try:
+            # A copy: the request's own buffer is written over by the next batch.
+            return np.array(request.infer([images], share_inputs=True)[0])
+        finally:
+            self._requests.put(request)
+
+    @staticmethod
+    def accelerator() -> str | None:
+        """The first of Intel's GPUs."""
+        import openvino as ov
+
+        return next((name for name in ov.Core().available_devices if name.startswith("GPU")), None)
 
     @staticmethod
     def finish(path: Path, description: dict[str, Any]) -> None:

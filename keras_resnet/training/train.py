@@ -383,7 +383,7 @@ def _finish(
     with _spared("evaluation", say, " The same command tries again."):
         model = load_model(best)
         if data.val is not None:
-            result = evaluate(model, data.val)
+            result = evaluate(model, data.val, engine="keras")
             run.guard(result.save, run.folder)
     if data.test is not None and model is not None:
         with _spared("results of the test images", say):
@@ -410,9 +410,10 @@ def _test(
             run.path("test_predictions.csv"),
             batch_size=recipe.batch_size,
             workers=images.threads,
+            engine="keras",
             restart=True,
         )
-    result = evaluate(model, images)
+    result = evaluate(model, images, engine="keras")
     run.guard(lambda folder: result.save(folder, prefix="test_"), run.folder)
     return result
 

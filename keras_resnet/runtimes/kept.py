@@ -1,0 +1,143 @@
+"""What a model file became for an engine: converted and compared once, then kept beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from keras_resnet.runtimes.rows import Format
+from keras_resnet.system.device import installed_version, package_version
+from keras_resnet.system.files import read_json, remove_leftovers, temporary_prefix, write_json
+from keras_resnet.weights.download import cache_folder, file_sha256, local_path
+from keras_resnet.weights.keras_files import find_keras_file
+from keras_resnet.weights.published import named_variant, resolve_weights
+
+FOLDER = ".keras_resnet"  # beside the model file
+TOLERANCE = 1e-4  # of the largest output, as `export` has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """How an engine does with a model.
+
+    Attributes:
+        path: The exported file, where there is one.
+        difference: Of its outputs from the model's, relative to the largest.
+        seconds: It took for an image, in a batch.
+        model_seconds: The model took.
+    """
+
+    path: Path | None
+    difference: float | None = None
+    seconds: float | None = None
+    model_seconds: float | None = None
+
+    @property
+    def differs(self) -> bool:
+        """Whether its outputs are not the model's."""
+        # Written so that a nan differs; in JSON it is null.
+        return self.difference is None or not self.difference <= TOLERANCE
+
+    @property
+    def refused(self) -> str:
+        """Why it does not run the model unasked; empty where it may."""
+        if self.differs:
+            return (
+                f"differs from the model by {self.difference or math.nan:.2g} of the largest output"
+            )
+        if self.seconds is not None and self.seconds >= (self.model_seconds or 0):
+            return f"was no faster: {self}"
+        return ""
+
+    def __str__(self) -> str:
+        """The times."""
+        if self.seconds is None or self.model_seconds is None:
+            return "times not known"
+        return f"{self.seconds * 1000:.3g} ms an image, the model {self.model_seconds * 1000:.3g}"
+
+
+def source_of(model: str | os.PathLike) -> Path | None:
+    """The file that `load_model` would open; `None` for published weights that are not here yet.
+
+    Raises:
+        NotFoundError: There is no such file.
+        InputError: It is no model file.
+    """
+    variant = named_variant(model)
+    return find_keras_file(model) if variant is None else local_path(resolve_weights(variant))
+
+
+def find(source: Path, row: Format) -> Kept | None:
+    """What is known of a model file as it is now, in the engine as it is installed now."""
+    for folder in _folders(source):
+        path = folder / f"{source.name}{row.suffix}"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            record = read_json(_record(path))
+            files = record.pop("files")
+            if record.pop("of") != _of(source, row):
+                continue
+            if not files:
+                return Kept(None, **record)
+            if all(file_sha256(one) == files[one.name] for one in row.runner.files(path)):
+                return Kept(path, **record)
+    return None
+
+
+def keep(source: Path, row: Format, found: Kept) -> Kept:
+    """Moves a file from its `workplace` to the folder around it, with what is known of it."""
+    files, target = {}, found.path.parent.parent / f"{source.name}{row.suffix}"
+    record = {"of": _of(source, row), "files": files, **dataclasses.asdict(found)}
+    del record["path"]
+    for one in [] if found.differs else row.runner.files(found.path):
+        place = target.with_suffix(one.suffix)
+        files[place.name] = file_sha256(one)
+        os.replace(one, place)
+    write_json(_record(target), record)
+    return dataclasses.replace(found, path=target)
+
+
+@contextlib.contextmanager
+def workplace(source: Path | None) -> Iterator[tuple[Path, bool]]:
+    """A folder for a file to come, and whether it can be kept."""
+    for folder in _folders(source) if source is not None else ():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            made = _temporary(prefix=temporary_prefix("engine"), dir=folder)
+        except OSError:  # a folder that cannot be written
+            continue
+        with made as name:
+            yield Path(name), True
+        return
+    with _temporary() as name:
+        yield Path(name), False
+
+
+def _temporary(**where: Any) -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True, **where)
+
+
+def _folders(source: Path) -> tuple[Path, Path]:
+    """Where files are kept: beside the model's, else in the user's cache."""
+    name = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:16]
+    return source.parent / FOLDER, cache_folder().parent / "engines" / name
+
+
+def _record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _of(source: Path, row: Format) -> dict[str, str]:
+    """What a comparison is true of."""
+    return {
+        "model": file_sha256(source),
+        row.module: f"{installed_version(row.module)} on {row.runner.accelerator() or 'CPU'}",
+        "keras_resnet": package_version(),
+    }
