@@ -5,6 +5,11 @@ pictures in memory in, logits in memory out. All get the same processors and the
 the allocator unless `--allocator` says otherwise. Models are exported once, before the first turn.
 
     python benchmarks/infer.py --model resnet50 --batch 1 16 --rounds 9 --json infer.json
+
+With `--data DIR` a turn is all of a folder's JPEG files, and times are an image's: what `predict`
+does with a model that it has converted before, against the runtime alone with a good loader.
+
+    python benchmarks/infer.py --data DIR --model resnet18 --batch 1 16 --rounds 5
 """
 
 from __future__ import annotations
@@ -32,6 +37,13 @@ CONTENDERS = {
     "ONNX Runtime": "our model through export, in float32",
     "OpenVINO": "our model through export",
 }
+# From files, to probabilities. The baseline is the last, or the first that takes part.
+FROM_FILES = {
+    "predict": "kr.predict as it is by default: JPEG files in, classes out",
+    "predict --engine keras": "the same by the model itself",
+    "ONNX Runtime, Pillow": "onnxruntime by its defaults on torchvision's model, fed by threads that "
+    "read ahead with Pillow and torchvision's transforms",
+}
 # Compiling takes minutes, so that these two are asked for by name or by `all`.
 _SLOW = ("torchvision compiled", "ours compiled")
 _FILES = {"ONNX Runtime": ("onnx", "model.onnx"), "OpenVINO": ("openvino", "model.xml")}
@@ -42,7 +54,9 @@ _EXPORT = "export "  # a contender of this name writes the file, and ends
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="\n".join(f"{name:<22}{what}" for name, what in CONTENDERS.items()),
+        epilog="\n".join(
+            f"{name:<24}{what}" for name, what in {**CONTENDERS, **FROM_FILES}.items()
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_common_arguments(parser)
@@ -52,13 +66,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=[name for name in CONTENDERS if name not in _SLOW],
-        choices=[*CONTENDERS, "all"],
+        help="by default all but those that compile; with --data those that read files",
+        choices=[*CONTENDERS, *FROM_FILES, "all"],
+    )
+    parser.add_argument(
+        "--data", type=pathlib.Path, help="a folder of JPEG files, searched through"
     )
     peers.add_output_arguments(parser)
     parser.add_argument("--files", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.data is not None:
+        options.contenders = options.contenders or list(FROM_FILES)
+    elif options.contenders is None:
+        options.contenders = [name for name in CONTENDERS if name not in _SLOW]
+    elif "all" in options.contenders:
+        options.contenders = list(CONTENDERS)
+    return options
 
 
 def torchvision_step(options, autocast: bool, compiled: bool):
@@ -115,10 +139,92 @@ def file_step(options, which: str):
     return lambda: runner.outputs(x)
 
 
+def jpegs(folder: pathlib.Path) -> list[str]:
+    return [str(path) for path in sorted(folder.rglob("*.jp*g"))]
+
+
+def predict_step(options, engine: str):
+    """What the command does once the model is open, for a model that was converted before."""
+    import keras_resnet as kr
+
+    paths, file = jpegs(options.data), options.files / "model.keras"
+    runner = kr.open_runner(file, engine, images=len(paths))
+    print(f"Engine: {runner}", file=sys.stderr, flush=True)
+    return lambda: kr.predict(runner, paths, batch_size=options.batch)
+
+
+def runtime_step(options):
+    """The loop that people write around onnxruntime, with images read ahead of it."""
+    from collections import deque
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+    import onnxruntime
+    from PIL import Image
+
+    transforms = peers.import_torchvision().transforms
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    size = options.image_size
+    chain = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
+    chain = transforms.Compose([*chain, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    session = onnxruntime.InferenceSession(
+        options.files / "torchvision.onnx", settings, providers=["CPUExecutionProvider"]
+    )
+    paths, pool = jpegs(options.data), ThreadPoolExecutor(options.threads)
+
+    def read(path):
+        with Image.open(path) as image:
+            return chain(image.convert("RGB")).numpy()
+
+    def step():
+        found, coming, rest = [], deque(), iter(paths)
+        while len(found) < len(paths):
+            while len(coming) < 2 * options.batch + options.threads:
+                path = next(rest, None)
+                if path is None:
+                    break
+                coming.append(pool.submit(read, path))
+            count = min(options.batch, len(coming))
+            batch = np.stack([coming.popleft().result() for _ in range(count)])
+            (logits,) = session.run(None, {"images": batch})
+            shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+            shares /= shares.sum(axis=1, keepdims=True)
+            found += [row.argsort()[:-6:-1].tolist() for row in shares]
+        return found
+
+    return step
+
+
+def export_for_files(options) -> None:
+    """Our model file and what `predict` makes of it for many images, and torchvision's model."""
+    import torch
+
+    import keras_resnet as kr
+
+    size, classes = options.image_size, native.classes_of(options.model)
+    model = kr.create_model(options.model, num_classes=classes, input_shape=(size, size, 3))
+    model.info["preprocess"] = kr.Preprocess(size * 8 // 7, size).get_config()
+    model.save(options.files / "model.keras")
+    kr.open_runner(options.files / "model.keras", "auto", images=10**9)
+    torch.onnx.export(
+        native.torch_model(options.model).eval(),
+        (torch.zeros(2, 3, size, size),),
+        options.files / "torchvision.onnx",
+        dynamo=False,
+        input_names=["images"],
+        dynamic_axes={"images": {0: "batch"}},
+    )
+
+
 def export(options, name: str) -> None:
     """Writes our model for another runtime; `export` itself says when it cannot."""
     import keras_resnet as kr
 
+    if name in FROM_FILES:
+        export_for_files(options)
+        return
     shape = (options.image_size, options.image_size, 3)
     classes = native.classes_of(options.model)
     model = kr.create_model(options.model, num_classes=classes, input_shape=shape)
@@ -137,16 +243,27 @@ def contend(options) -> None:
         compiled = which.endswith("compiled")
         half = options.precision == "bfloat16" and which != "torchvision"
         step = torchvision_step(options, half, compiled)
+    elif which.startswith("predict"):
+        step = predict_step(options, which.partition("--engine ")[2] or "auto")
+    elif which in FROM_FILES:
+        step = runtime_step(options)
     elif which in _FILES:
         step = file_step(options, which)
     else:
         step = keras_step(options, which)
+    if which in FROM_FILES:
+        peers.serve(step, warmup=1, parts=len(jpegs(options.data)))
+        return
     peers.serve(step, options.steps, warmup=train.warmup_of(options))
 
 
 def excuse(name: str, options) -> str | None:
     """Why a contender cannot take part, as far as it can be said beforehand."""
     half = options.precision == "bfloat16"
+    if name in FROM_FILES:
+        if options.data is None or not jpegs(options.data):
+            return "--data names no folder of JPEG files"
+        return peers.missing("onnx", "onnxruntime", "torchvision")
     if name == "torchvision autocast" and not half:
         return "the same as torchvision in float32"
     if name == "ours optimized" and options.backend != "torch":
@@ -164,11 +281,11 @@ def excuse(name: str, options) -> str | None:
 
 def taking_part(options) -> dict[str, str]:
     """Contenders and their backends, without those that cannot take part."""
-    chosen = list(CONTENDERS) if "all" in options.contenders else options.contenders
     contenders = {}
-    for name in chosen:
+    for name in options.contenders:
         reason = excuse(name, options)
-        if reason is None and name in _FILES:
+        written = FROM_FILES.keys() & contenders.keys()
+        if reason is None and (name in _FILES or (name in FROM_FILES and not written)):
             command = [sys.executable, __file__, "--contender", _EXPORT + name, *sys.argv[1:]]
             done = subprocess.run(
                 [*command, "--files", str(options.files)],
@@ -190,6 +307,8 @@ def measure(options) -> list[dict]:
     """A table for every batch size."""
     half = options.precision == "bfloat16"
     baseline = "torchvision autocast" if half else "torchvision"
+    if options.data is not None:
+        baseline = "ONNX Runtime, Pillow"
     tables = []
     with tempfile.TemporaryDirectory() as folder:
         options.files = pathlib.Path(folder)
@@ -199,6 +318,8 @@ def measure(options) -> list[dict]:
             results = peers.compete(__file__, contenders, arguments, options.rounds)
             rows = train.labelled(peers.rows_of(results, baseline), options.model)
             title = f"Inference, {options.model}, batch {batch}, {train.setting(options)}"
+            if options.data is not None:
+                title += f", an image out of {len(jpegs(options.data))} JPEG files"
             tables.append(peers.table(title, rows, native.label(baseline, options.model)))
     return tables
 

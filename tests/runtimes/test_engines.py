@@ -210,6 +210,25 @@ def test_a_model_in_memory_is_converted_at_each_call(model, file, work):
     assert work == ["write", "compared"] * 2 and os.listdir(file.parent) == ["m.keras"]
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("fixed", [None, 2])
+def test_of_many_images_each_thread_has_its_own(model, tmp_path, monkeypatch, engine, fixed):
+    pytest.importorskip(engine)
+    path, images = tmp_path / "m.onnx", sample_input(model, 7)
+    writing.write(model, path, "onnx", fixed)
+    runner = select.open_file(path, engine, threads=3, many=True)
+    seen, run = [], runner._run
+    monkeypatch.setattr(runner, "_run", lambda part: seen.append(len(part)) or run(part))
+    expected = KerasRunner(model).outputs(images)
+    assert relative_difference(runner.outputs(images), expected) < 1e-5
+    assert sorted(seen) == ([2, 2, 3] if fixed is None else [2, 2, 2, 2])
+    # So many batches that every thread has work while one of them ends.
+    assert [runner.at_once(n) for n in (1, 2, 7)] == ([4, 3, 2] if fixed is None else [4, 4, 2])
+    assert select.open_file(path, engine, threads=3).at_once(1) == 1
+    found = runner.in_turn(runner.outputs, np.split(images, 7), 1)
+    assert relative_difference(np.concatenate(list(found)), expected) < 1e-5
+
+
 @pytest.fixture
 def photos(tmp_path):
     rng = np.random.default_rng(0)
