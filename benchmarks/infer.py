@@ -41,7 +41,7 @@ CONTENDERS = {
 FROM_FILES = {
     "predict": "kr.predict as it is by default: JPEG files in, classes out",
     "predict --engine keras": "the same by the model itself",
-    "ONNX Runtime, Pillow": "onnxruntime by its defaults on torchvision's model, fed by threads that "
+    "ONNX Runtime, Pillow": "onnxruntime by default, torchvision's model; threads that "
     "read ahead with Pillow and torchvision's transforms",
 }
 # Compiling takes minutes, so that these two are asked for by name or by `all`.
