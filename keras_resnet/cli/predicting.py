@@ -65,7 +65,8 @@ def predict(
     images = Images(paths)
     with piped(csv, json) as stdout:
         runner = _open(model, engine, images)
-        from keras_resnet.inference.predict import PredictionTable, predictions_text
+        from keras_resnet.inference.predict import predictions_text
+        from keras_resnet.inference.prediction_files import PredictionTable
         from keras_resnet.models.files import model_class_names
 
         table = PredictionTable(images, model_class_names(runner), options["top"])
@@ -129,7 +130,7 @@ def explain(model: str, paths: list[str], output: str, top: int, **options: Any)
     images = list(Images(paths))
     _say_backend()
     from keras_resnet.inference.explain import overlay_names
-    from keras_resnet.inference.predict import PredictionTable
+    from keras_resnet.inference.prediction_files import PredictionTable
     from keras_resnet.models.files import model_class_names
 
     loaded, folder, written = kr.load_model(model), Path(output).expanduser(), 0

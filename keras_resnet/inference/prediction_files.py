@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from keras_resnet.data.sources import Images
 from keras_resnet.runtimes.rows import ENGINES
 from keras_resnet.system.errors import InputError, did_you_mean, require
 from keras_resnet.system.files import (
     check_writable,
+    column,
     csv_line,
     drop_lock,
     named,
@@ -34,6 +36,7 @@ from keras_resnet.system.files import (
     read_json,
     replace_file,
     take_lock,
+    text_width,
     to_json,
     valid_text,
     write_json,
@@ -71,6 +74,49 @@ class Prediction:
         """
         classes = [{"name": name, "probability": p} for name, p in self.classes]
         return {"path": self.path, "classes": classes, "error": self.error}
+
+
+class PredictionTable:
+    """Predictions as lines of a table whose columns stay in place, for a terminal.
+
+    Args:
+        paths: Of all the images, or `Images`.
+        class_names: Of all the classes.
+        top: Classes an image.
+
+    Examples:
+        >>> table = PredictionTable(["a.png", "bees/1.png"], ["ant", "bee"], top=2)
+        >>> print(table.header)
+        Image       Class       Class
+        >>> print(table.line(Prediction("a.png", [("bee", 0.75), ("ant", 0.25)])))
+        a.png       bee  75.0%  ant  25.0%
+    """
+
+    def __init__(self, paths: Sequence[str] | Images, class_names: Sequence[str], top: int):
+        known = isinstance(paths, Images)
+        longest = (
+            paths.width if known else max((text_width(printable(p)) for p in paths), default=0)
+        )
+        self._path = min(60, max(5, longest))
+        self._name = min(30, max(text_width(printable(n)) for n in class_names))
+        self._top = min(top, len(class_names))
+
+    @property
+    def header(self) -> str:
+        """The names of the columns."""
+        cell = f"{'Class':{self._name + 7}}"
+        return f"{'Image':{self._path}}  {'  '.join([cell] * self._top)}".rstrip()
+
+    def line(self, prediction: Prediction) -> str:
+        """One image; a path too long for its column loses its beginning, a name its middle."""
+        path = printable(prediction.path)
+        while text_width(path) > self._path:
+            path = f"...{path.removeprefix('...')[1:]}"
+        path += " " * (self._path - text_width(path))
+        if prediction.error is not None:
+            return f"{path}  {printable(prediction.error)}"
+        cells = [f"{column(name, self._name)} {p:6.1%}" for name, p in prediction.classes]
+        return f"{path}  {'  '.join(cells)}"
 
 
 def most_probable(logs: np.ndarray, names: Sequence[str], top: int) -> list[tuple[str, float]]:

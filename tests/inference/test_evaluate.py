@@ -17,8 +17,8 @@ from keras_resnet.data.directory import image_dataset_from_directory
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
 from keras_resnet.inference.evaluate import Evaluation, evaluate
-from keras_resnet.inference.predict import PredictionTable, iter_predictions, predict
-from keras_resnet.inference.prediction_files import Prediction
+from keras_resnet.inference.predict import iter_predictions, predict
+from keras_resnet.inference.prediction_files import Prediction, PredictionTable
 from keras_resnet.models.files import load_model, model_preprocess
 from keras_resnet.models.meaning import Meaning
 from keras_resnet.models.zoo import create_model

@@ -23,12 +23,11 @@ from keras_resnet.data.sources import Images
 from keras_resnet.data.walk import walk_pictures
 from keras_resnet.inference import prediction_files
 from keras_resnet.inference.predict import (
-    PredictionTable,
     iter_predictions,
     predict,
     write_predictions,
 )
-from keras_resnet.inference.prediction_files import Prediction
+from keras_resnet.inference.prediction_files import Prediction, PredictionTable
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.system import files
