@@ -93,7 +93,7 @@ ROWS = (
     ),
     Row(
         "pipeline",
-        "pipeline.py --rounds 2 --epochs 1 --only torchvision 'ours uint8' 'ours float32'",
+        "pipeline.py --rounds 2 --epochs 2",
         (*_TORCH, "pictures"),
         draws=False,
     ),
