@@ -98,7 +98,7 @@ ROWS = (
         draws=False,
     ),
     Row("import_weights", "import_weights.py --rounds 2", ("torch",), draws=False),
-    Row("gpu", "gpu.py --rounds 5", (*_TORCH, "cuda")),
+    Row("gpu", "gpu.py --rounds 5 --batch 64", (*_TORCH, "cuda"), draws=False),
 )
 
 

@@ -40,7 +40,7 @@ _APPLICATIONS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": 
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """What train.py, infer.py and gpu.py have in common."""
+    """What train.py and infer.py have in common."""
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")

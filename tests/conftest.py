@@ -53,15 +53,34 @@ def pytest_configure(config):
     )
     config.addinivalue_line("markers", "slow: takes more than a few seconds; not in `make quick`")
     config.addinivalue_line(
+        "markers", "cuda: `-m cuda` runs these on a CUDA device, TF32 off; all else never sees one"
+    )
+    if not _on_device(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    config.addinivalue_line(
         "markers", "long: takes minutes; runs where KERAS_RESNET_LONG=1, as in `make test-long`"
     )
 
 
+def _on_device(config) -> bool:
+    """Whether the tests are to run on a CUDA device."""
+    return config.getoption("markexpr") == "cuda"
+
+
 def pytest_collection_modifyitems(config, items):
+    on_device, absent = _on_device(config), None
+    if on_device and items:
+        from keras_resnet.system.device import devices, set_tf32
+
+        set_tf32(False)
+        if devices()[0] == "cpu":
+            absent = pytest.mark.skip(reason=f"{os.environ['KERAS_BACKEND']} finds no CUDA device")
     once = pytest.mark.skip(reason="independent of the backend; run once, under torch")
     long = pytest.mark.skip(reason="long: make test-long, or KERAS_RESNET_LONG=1")
     for item in items:
-        if "once" in item.keywords and os.environ["KERAS_BACKEND"] != "torch":
+        if absent is not None:
+            item.add_marker(absent)
+        if "once" in item.keywords and os.environ["KERAS_BACKEND"] != "torch" and not on_device:
             item.add_marker(once)
         if "long" in item.keywords and not os.environ.get("KERAS_RESNET_LONG"):
             item.add_marker(long)

@@ -66,6 +66,8 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         epoch: counts completed passes; set it with `set_epoch` to continue a run.
         skipped: (path, reason) of every image that could not be read so far.
         failure: the exception that ended a batch, where a backend hides it behind its own.
+        empty: makes the array that a batch is put together in; `np.empty`, unless a device asks
+            for memory of its own kind.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         self._begun = self._finished = self._iterated = False
         self._lock = threading.Lock()
         self._ahead: ReadAhead | None = None
+        self.empty: Callable[..., np.ndarray] = np.empty
         self._cache = ImageCache(self.cache)
         super().__init__()
         if verify:
@@ -333,7 +336,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             )
         samples = samples[kept]
         pixels, erased = zip(*filter(None, pictures), strict=True)
-        images = stacked(pixels, [self.file_paths[i] for i in samples])
+        images = stacked(pixels, [self.file_paths[i] for i in samples], self.empty)
         if self.output == "float32":
             images = self.preprocess.normalize(images)
         elif self.output == "pixels":
@@ -467,7 +470,8 @@ class ImageDataset(Shown, keras.utils.PyDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out threads, lock and cached images: another process makes its own."""
-        return {**self.__dict__, "_lock": None, "_ahead": None, "_cache": None}
+        own = {"_lock": None, "_ahead": None, "_cache": None, "empty": np.empty}
+        return {**self.__dict__, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what `__getstate__` gave."""

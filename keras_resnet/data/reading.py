@@ -307,8 +307,12 @@ def to_array(image: Image.Image) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def stacked(pixels: Sequence[np.ndarray], paths: Sequence[str]) -> np.ndarray:
-    """The images of a batch as one uint8 array.
+def stacked(
+    pixels: Sequence[np.ndarray],
+    paths: Sequence[str],
+    empty: Callable[..., np.ndarray] = np.empty,
+) -> np.ndarray:
+    """The images of a batch as one uint8 array, which `empty` makes.
 
     Raises:
         InputError: they have different sizes; the message names the first that differs.
@@ -320,7 +324,8 @@ def stacked(pixels: Sequence[np.ndarray], paths: Sequence[str]) -> np.ndarray:
                 f"Images of one batch have different sizes: {one.shape} of {path!r} and {shape} "
                 f"before it. Give image_size, or a Preprocess with a crop_size."
             )
-    return np.stack(pixels, dtype=np.uint8, casting="unsafe")
+    batch = empty((len(pixels), *shape), np.uint8)
+    return np.stack(pixels, out=batch, casting="unsafe")
 
 
 class ImageCache:

@@ -212,7 +212,7 @@ def evaluate(
             batch_size=images_at_a_time(prepared, batch_size),
             workers=workers,
             preprocess=prepared,
-            output=fed,
+            output=runner.fed(prepared, fed),
             on_error="raise" if strict else "skip",
         )
     logs, kept = [], []

@@ -114,7 +114,8 @@ def _batches(
     prepared: tuple[Preprocess, str],
 ) -> Iterator[list[Prediction]]:
     """Predictions, a batch at a time; `prepared` is what `model_input` gives."""
-    preprocess, raw = prepared[0], prepared[1] == "uint8"
+    preprocess = prepared[0]
+    raw = runner.fed(*prepared) == "uint8"
 
     def read(path: str) -> np.ndarray | str:
         try:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, overload
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from keras_resnet.layers.norm import Normalize
@@ -15,7 +17,7 @@ from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.torch_graph import DirectGraph
 from keras_resnet.system import device  # as a whole: it may be what imports Keras, half there
 from keras_resnet.system.errors import InputError
-from keras_resnet.system.files import shortened
+from keras_resnet.system.files import printable, shortened
 from keras_resnet.variants import COUNTER
 
 
@@ -126,6 +128,38 @@ def as_functional(model, strict=True):
         object.__setattr__(model, "_as_functional", kept)  # no state, hence not Keras' to track
     object.__setattr__(kept, "_info", getattr(model, "info", {}))
     return kept
+
+
+OTHER_WEIGHTS = "Load other weights, or train again at a lower learning rate."
+
+
+def weights_not_finite(model: keras.Model) -> str | None:
+    """Which of the weights are `nan` or infinite, as a sentence; `None` where all are numbers."""
+    found = {}
+    for variable in model.weights:
+        values = np.asarray(ops.convert_to_numpy(variable))
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(values.sum()):  # in a third of the time
+                continue
+        wrong = int((~np.isfinite(values)).sum())
+        if wrong:
+            found[variable.path] = f"{wrong:,} of {values.size:,} values"
+    if not found:
+        return None
+    path, count = next(iter(found.items()))
+    more = f", and {len(found) - 1} more weights" if len(found) > 1 else ""
+    return f"{count} of the weight {printable(path)!r} are not finite{more}."
+
+
+def require_finite_weights(model: keras.Model) -> None:
+    """Checks weights that are to be written or served.
+
+    Raises:
+        InputError: One holds `nan` or an infinity.
+    """
+    wrong = weights_not_finite(model)
+    if wrong is not None:
+        raise InputError(f"{printable(model.name)!r}: {wrong} {OTHER_WEIGHTS}")
 
 
 def check_input_shape(name: str, input_shape, min_size: int) -> tuple[int | None, ...]:

@@ -16,14 +16,13 @@ import numpy as np
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.data.sources import image_paths
 from keras_resnet.models.files import load_model, model_input, model_preprocess
-from keras_resnet.models.image_model import as_functional
+from keras_resnet.models.image_model import as_functional, require_finite_weights
 from keras_resnet.runtimes import formats, int8 as quantization, rows, writing
 from keras_resnet.runtimes.int8 import Int8Images, Int8Report, spread
 from keras_resnet.runtimes.runner import (
     KerasRunner,
     Runner,
     relative_difference,
-    require_finite_weights,
 )
 from keras_resnet.runtimes.select import open_file, runtime_of
 from keras_resnet.system.device import exact_float32, installed_version

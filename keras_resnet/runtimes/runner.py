@@ -7,9 +7,11 @@ an exported file.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +23,15 @@ import numpy as np
 from keras import ops
 
 from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.layers.norm import Normalize
 from keras_resnet.models.files import model_preprocess
 from keras_resnet.models.graph import Step, graph_steps
-from keras_resnet.models.image_model import as_functional, check_info
+from keras_resnet.models.image_model import (
+    OTHER_WEIGHTS,
+    as_functional,
+    check_info,
+    weights_not_finite,
+)
 from keras_resnet.models.meaning import (
     Meaning,
     check_head,
@@ -37,7 +45,7 @@ from keras_resnet.models.meaning import (
 from keras_resnet.models.rebuild import optimize_for_inference
 from keras_resnet.models.torch_graph import DirectGraph, going_on
 from keras_resnet.runtimes import formats
-from keras_resnet.system.device import in_data_format
+from keras_resnet.system.device import Sender, devices, fetch, in_data_format
 from keras_resnet.system.errors import (
     InputError,
     NotFoundError,
@@ -115,6 +123,10 @@ class Runner(abc.ABC):
             Of a floating type, `(n, classes)`.
         """
 
+    def fed(self, preprocess: Preprocess, fed: str) -> str:
+        """What it wants where the model takes this: it may normalise pixels for the model."""
+        return fed
+
     def finite_outputs(self, images: np.ndarray) -> np.ndarray:
         """As `outputs`, where they say something; a logit of minus infinity rules a class out.
 
@@ -189,51 +201,49 @@ class KerasRunner(Runner):
         self._find_meaning(model.outputs[0].shape[-1], lambda: meaning_of(model))
         self.given, self._call = model, object()
         self._model = _for_inference(model, precision) if optimize else model
+        self._apart, self._normal = devices()[0] != "cpu", None
+        self._send, self._turn = Sender(), threading.Lock()
 
     @property
     def pixels(self) -> str:  # noqa: D102 (of the base)
         return pixels_of(self.given)
 
+    def fed(self, preprocess: Preprocess, fed: str) -> str:  # noqa: D102 (of the base)
+        if not self._apart or fed == "uint8":
+            return fed
+        channels = preprocess.channels
+        mean, std = preprocess.mean or (0.0,) * channels, preprocess.std or (1.0,) * channels
+        self._normal = Normalize(mean, std, dtype="float32")
+        return "uint8"  # a quarter of the bytes to send
+
+    def at_once(self, batch_size: int) -> int:  # noqa: D102 (of the base)
+        return 2 if self._apart else 1  # one is computed, while the other gets there
+
     def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
-        # The weights as they are at the first batch, as in the folded twin of other backends.
-        with going_on(self._call):
-            return np.asarray(self._model.predict_on_batch(in_data_format(images)))
+        images = in_data_format(images)
+        place = self._send.device  # a thread does not know what `keras.device` said in another
+        with contextlib.nullcontext() if place is None else keras.device(str(place)):
+            if self._apart:  # bytes as bytes: floats are made of them there
+                [images] = self._send((images,))
+                images = ops.convert_to_tensor(images)
+            # The weights as they are at the first batch, as in the folded twin of other backends.
+            with self._turn, going_on(self._call):
+                if self._normal and keras.backend.standardize_dtype(images.dtype) == "uint8":
+                    images = self._normal(images)
+                found = self._begin(images)
+        return np.asarray(found())
+
+    def _begin(self, images: Any) -> Callable[[], np.ndarray]:
+        """Begins to compute; on torch's CUDA device the next batch need not wait for this one."""
+        if self._send.device is None:
+            outputs = self._model.predict_on_batch(images)
+            return lambda: outputs
+        self._model.make_predict_function()
+        return fetch(self._model.predict_function([(images,)]))
 
     def _why_not_finite(self) -> str:
         wrong = weights_not_finite(self._model)
-        return super()._why_not_finite() if wrong is None else f"{wrong} {_OTHER_WEIGHTS}"
-
-
-_OTHER_WEIGHTS = "Load other weights, or train again at a lower learning rate."
-
-
-def weights_not_finite(model: keras.Model) -> str | None:
-    """Which of the weights are `nan` or infinite, as a sentence; `None` where all are numbers."""
-    found = {}
-    for variable in model.weights:
-        values = np.asarray(ops.convert_to_numpy(variable))
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(values.sum()):  # in a third of the time
-                continue
-        wrong = int((~np.isfinite(values)).sum())
-        if wrong:
-            found[variable.path] = f"{wrong:,} of {values.size:,} values"
-    if not found:
-        return None
-    path, count = next(iter(found.items()))
-    more = f", and {len(found) - 1} more weights" if len(found) > 1 else ""
-    return f"{count} of the weight {printable(path)!r} are not finite{more}."
-
-
-def require_finite_weights(model: keras.Model) -> None:
-    """Checks weights that are to be written or served.
-
-    Raises:
-        InputError: One holds `nan` or an infinity.
-    """
-    wrong = weights_not_finite(model)
-    if wrong is not None:
-        raise InputError(f"{printable(model.name)!r}: {wrong} {_OTHER_WEIGHTS}")
+        return super()._why_not_finite() if wrong is None else f"{wrong} {OTHER_WEIGHTS}"
 
 
 def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:

@@ -17,7 +17,7 @@ import numpy as np
 
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.models.files import load_model, model_preprocess
-from keras_resnet.models.image_model import as_functional
+from keras_resnet.models.image_model import as_functional, require_finite_weights
 from keras_resnet.models.meaning import meaning_of
 from keras_resnet.models.summary import count_flops
 from keras_resnet.runtimes import formats, kept, rows, writing
@@ -30,7 +30,6 @@ from keras_resnet.runtimes.runner import (
     Trial,
     cores,
     relative_difference,
-    require_finite_weights,
 )
 from keras_resnet.system.device import devices, exact_float32
 from keras_resnet.system.errors import (

@@ -272,14 +272,17 @@ class Sender:
 
     Page-locked memory lets the copy run without the processor, a stream of its own beside the
     kernels of the step before; nobody waits but the kernels that read the batch.
+
+    Attributes:
+        device: Where they go; `None` where they stay.
     """
 
     def __init__(self):
-        self._device, self._stream = _cuda(), None
-        if self._device is not None:
+        self.device, self._stream = _cuda(), None
+        if self.device is not None:
             import torch
 
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream(self.device)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array to put a batch together in: what it holds is sent without another copy."""
@@ -301,9 +304,9 @@ class Sender:
             whole = isinstance(array.base, torch.Tensor) and array.base.shape == array.shape
             return (array.base if whole else torch.from_numpy(array)).pin_memory()
 
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
-            sent = tuple(locked(array).to(self._device, non_blocking=True) for array in batch)
+            sent = tuple(locked(array).to(self.device, non_blocking=True) for array in batch)
         current.wait_stream(self._stream)
         for tensor in sent:
             tensor.record_stream(current)  # its memory is not reused before the kernels are through
@@ -326,9 +329,9 @@ def fetch(value: Any) -> Callable[[], np.ndarray]:
     elif backend == "torch" and value.device.type == "cuda":
         import torch
 
+        copied, stream = torch.cuda.Event(), torch.cuda.current_stream(value.device)
         value = value.detach().to("cpu", non_blocking=True)  # torch puts it in page-locked memory
-        copied = torch.cuda.Event()
-        copied.record()
+        copied.record(stream)
 
     def get() -> np.ndarray:
         if copied is not None:

@@ -445,6 +445,7 @@ class _EpochBatches(keras.utils.PyDataset):
         dataset.set_epoch(epoch)
         self.dataset, self.start = dataset, start
         self._send = Sender()
+        dataset.empty = self._send.empty
 
     def __len__(self) -> int:
         return len(self.dataset) - self.start

@@ -14,7 +14,8 @@ from PIL import Image
 import keras_resnet as kr
 from keras_resnet.cli.main import main
 from keras_resnet.inference.service import Limits, open_service
-from keras_resnet.runtimes.runner import KerasRunner, weights_not_finite
+from keras_resnet.models.image_model import weights_not_finite
+from keras_resnet.runtimes.runner import KerasRunner
 from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import to_json, write_json
 

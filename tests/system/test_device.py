@@ -13,7 +13,9 @@ import pytest
 import keras_resnet as kr
 from keras_resnet.cli import main as command_line
 from keras_resnet.cli.commands import _TF32, COMMANDS
-from keras_resnet.runtimes import writing
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.models.files import model_input
+from keras_resnet.runtimes import runner, writing
 from keras_resnet.system import device
 from keras_resnet.system.errors import InputError
 from keras_resnet.weights import verify
@@ -185,3 +187,28 @@ def test_a_command_imports_no_more_with_keras_than_it_needs():
     backend = keras.backend.backend()
     assert found == str(["jax", "tensorflow"] if backend == "jax" else [backend])
     assert there == "pandas"  # and is not hidden any more
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_predictions_on_an_accelerator_send_bytes_and_are_the_same(inside, monkeypatch, rng):
+    model = kr.create_model("resnet_tiny", num_classes=3, include_preprocessing=inside)
+    preprocess, fed = model_input(model, Preprocess(32, 32))
+    images = rng.integers(0, 256, (4, *model.input_shape[1:]), np.uint8)
+    expected = runner.KerasRunner(model).outputs(images if inside else preprocess.normalize(images))
+    monkeypatch.setattr(runner, "devices", lambda: ["Card"])
+    sent = []
+
+    class Wire:
+        device = None
+
+        def __call__(self, batch):
+            sent.extend(array.dtype for array in batch)
+            return batch
+
+    monkeypatch.setattr(runner, "Sender", Wire)
+    apart = runner.KerasRunner(model)
+    assert apart.at_once(4) == 2
+    assert apart.fed(preprocess, fed) == "uint8"  # of either it is normalised over there
+    found = apart.outputs(images)
+    assert sent == [np.uint8]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

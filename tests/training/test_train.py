@@ -762,23 +762,3 @@ def test_ctrl_c_leaves_everything_and_the_same_command_goes_on(pictures, tmp_pat
     again = Run.find(tmp_path, history.parent.name, identity, restart=False)
     assert again.folder == history.parent and again.resumed
     assert Run.find(tmp_path, history.parent.name, identity, restart=True).folder != again.folder
-
-
-def test_batches_stay_as_they_are_where_there_is_no_cuda(backend):
-    from keras_resnet.system.device import Sender
-
-    if backend == "torch" and pytest.importorskip("torch").cuda.is_available():
-        pytest.skip("here they are sent: see the next test")
-    batch = np.zeros((2, 4, 4, 3), "uint8"), np.zeros(2, "int32")
-    assert Sender()(batch) is batch
-
-
-def test_batches_are_sent_to_cuda_as_they_are(backend):
-    from keras_resnet.system.device import Sender
-
-    if backend != "torch" or not pytest.importorskip("torch").cuda.is_available():
-        pytest.skip("needs torch with a CUDA device")
-    images = np.arange(96, dtype="uint8").reshape(2, 4, 4, 3)
-    sent, labels = Sender()((images, np.array([1, 2])))
-    assert sent.device.type == labels.device.type == "cuda" and str(sent.dtype) == "torch.uint8"
-    np.testing.assert_array_equal(sent.cpu().numpy(), images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import threading
 import traceback
 import types
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import keras_resnet as kr
+from keras_resnet.runtimes import runner
 from keras_resnet.system import device
 from keras_resnet.training import callbacks, loop
 from keras_resnet.training.train import train
@@ -103,17 +106,36 @@ def counting(seen):
 
 @pytest.fixture
 def card(monkeypatch):
-    """A stand-in for a CUDA device: the processor, with what torch.cuda says of one."""
+    """A stand-in for a CUDA device: the processor, with what torch.cuda says of one.
+
+    It gives the addresses of page-locked memory, and notes what was copied there afterwards.
+    """
     import torch
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    seen, empty = types.SimpleNamespace(locked=set(), copied=[]), torch.empty
+
+    def locked_empty(*shape, pin_memory=False, **kwargs):
+        made = empty(*shape, **kwargs)
+        if pin_memory:
+            seen.locked.add(made.data_ptr())
+        return made
+
+    def pin_memory(tensor):
+        if tensor.data_ptr() in seen.locked:
+            return tensor
+        seen.copied.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch, "empty", locked_empty)
     monkeypatch.setattr(device, "_cuda", lambda: torch.device("cpu:0"))
     monkeypatch.setattr(callbacks, "devices", lambda: ["Card"])
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda place: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    return seen
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -121,13 +143,29 @@ def test_a_step_asks_a_device_nothing(run, pictures, card, tmp_path):
     import torch
 
     seen, stack = collections.Counter(), contextlib.ExitStack()
-    # Class indices are checked on a processor; CUDA's kernel checks them itself.
     middle = Middle(lambda: stack.enter_context(counting(seen)), stack.close)
     as_tensor = torch.as_tensor
     with stack:
         train(pictures, output=tmp_path, callbacks=[middle], **TINY, **RUNS[run])
     assert torch.as_tensor is as_tensor
+    # Threads that read have put the images where they are sent from, but what is mixed.
+    assert ((4, 16, 16, 3) in card.copied) == ("mixed" in run)
     assert not seen, "\n".join(f"{n} x {' '.join(key)}" for key, n in seen.items())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("run", RUNS)
+def test_a_step_asks_a_cuda_device_nothing(run, pictures, tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and pytest -m cuda")
+    mode = torch.cuda.set_sync_debug_mode
+    middle = Middle(lambda: mode("error"), lambda: mode("default"))
+    try:
+        train(pictures, output=tmp_path, callbacks=[middle], **TINY, **RUNS[run])
+    finally:
+        mode("default")
 
 
 def test_the_count_sees_what_keras_asks_by_itself(pictures, card, tmp_path, monkeypatch):
@@ -138,3 +176,65 @@ def test_the_count_sees_what_keras_asks_by_itself(pictures, card, tmp_path, monk
         train(pictures, output=tmp_path, callbacks=[middle], **TINY)
     assert sum(seen.values()) == 3 * 4  # three steps
     assert {name for name, _ in seen} == {"as_tensor"}
+
+
+def test_a_number_is_copied_aside_and_only_its_copy_is_waited_for(monkeypatch):
+    import torch
+
+    done = []
+
+    class Number:
+        device = types.SimpleNamespace(type="cuda")
+
+        def detach(self):
+            return self
+
+        def to(self, where, non_blocking=False):
+            done.append(f"copy to {where}, waiting {not non_blocking}")
+            return torch.tensor(2.5)
+
+    class Event:
+        record = staticmethod(lambda stream: done.append(f"mark on {stream}"))
+        synchronize = staticmethod(lambda: done.append("wait for the mark"))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: f"the stream of {place.type}")
+    number = device.fetch(Number())
+    assert done == ["copy to cpu, waiting False", "mark on the stream of cuda"]
+    assert number() == 2.5 and done[2:] == ["wait for the mark"]
+
+
+def test_losses_are_looked_at_many_at_once_and_all_before_a_save(card, monkeypatch):
+    waited, saved = [], []
+    monkeypatch.setattr(callbacks, "fetch", lambda step: lambda: waited.append(step) or step)
+    at = callbacks.Position(steps=60)
+    settings = callbacks.Settings(say=print, checkpoint_steps=50)
+    run = callbacks.RunCallbacks(
+        keras.Sequential(), at, settings, epochs=1, first=[],
+        save=lambda: saved.append(len(waited)), check_loss=lambda loss, step: None,
+    )  # fmt: skip
+    run.begin_epoch(60)
+    counts = []
+    for step in range(60):
+        run.on_train_batch_end(step, {"loss": step})
+        counts.append(len(waited))
+    assert counts[31:34] == [0, 17, 17]  # those that are 16 steps old, which the device has done
+    assert saved == [50] and waited == [*range(60)]
+
+
+def test_the_next_batch_is_begun_while_one_is_computed(card, monkeypatch, rng):
+    monkeypatch.setattr(runner, "devices", lambda: ["Card"])
+    waiting, fetch = threading.Barrier(2, timeout=60), device.fetch
+
+    def fetched(value):
+        get = fetch(value)
+        return lambda: (waiting.wait(), get())[1]  # not before another has been begun
+
+    monkeypatch.setattr(runner, "fetch", fetched)
+    model = kr.create_model("resnet_tiny", num_classes=3, include_preprocessing=True)
+    batches = [rng.integers(0, 256, (2, 16, 16, 3), np.uint8) for _ in range(4)]
+    plain = [model.predict_on_batch(batch) for batch in batches]
+    apart = runner.KerasRunner(model)
+    for found, expected in zip(apart.in_turn(apart.outputs, batches, 2), plain, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert card.copied.count((2, 16, 16, 3)) == 4
