@@ -14,6 +14,7 @@ from .data.augment import (
 from .data.dataset import ImageDataset as ImageDataset
 from .data.directory import image_dataset_from_directory as image_dataset_from_directory
 from .data.opening import image_source as image_source
+from .data.packing import Packed as Packed, pack as pack
 from .data.preprocess import Preprocess as Preprocess
 from .data.scan import ScanReport as ScanReport, scan as scan
 from .data.statistics import dataset_statistics as dataset_statistics

@@ -28,7 +28,7 @@ from keras_resnet.runtimes.rows import check_engine, get_format
 from keras_resnet.variants import get_spec
 from keras_resnet.weights.keras_files import find_keras_file, target_ending
 
-_TRAIN_FOLDER = arg("directory DIR", "class folders, or train/ and val/; or a table of images")
+_TRAIN_FOLDER = arg("directory DIR", "class folders, train/ and val/, a table, shards")
 _SOURCE = [
     arg(
         "--columns NAMES",
@@ -110,7 +110,8 @@ COMMANDS = {
     ], recipe=True),
     "evaluate": Command(predicting.evaluate, "measure a model on a labelled folder", [
         _MODEL,
-        arg("directory DIR", "class folders, or test/ val/ train/; or a table", check_images),
+        arg("directory DIR", "class folders, or test/ val/ train/; or a table, or shards",
+            check_images),
         arg("--split", "which of them", choices=("test", "val", "train")),
         arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
         _BATCH, _WORKERS, _STRICT, _ENGINE, _PIXELS, _TF32, *_SOURCE,
@@ -153,11 +154,18 @@ COMMANDS = {
         arg("--epochs N", least=1),
     ]),
     "scan": Command(files.scan, "look for trouble in a folder of images", [
-        arg("directory DIR", "class folders, or train/ val/ test/; or a table", check_images),
+        arg("directory DIR", "class folders, or train/ val/ test/; or a table, or shards",
+            check_images),
         arg("--json FILE", "write the report as JSON; - for stdout", written(pipe=True)),
         arg("--sheet FILE", "write an image of the worst", written(".png", ".jpg", ".jpeg")),
         arg("--exclude-list FILE", "write what `train` should leave out", written()),
         _WORKERS, *_SOURCE,
+    ], keras=False),
+    "pack": Command(files.pack, "write images into tar shards, to train on", [
+        arg("directory DIR", "class folders, or train/ val/ test/; or a table", check_images),
+        arg("folder SHARDS", "where they go", output_folder),
+        arg("--shard-mb X=256", "of one shard, at most", above=0),
+        _EXCLUDE, *_SOURCE,
     ], keras=False),
     "inspect": Command(files.inspect, "say what a weight file is, running nothing", [
         arg("file FILE", ".pth, .pt, .th, .tar, .safetensors, .keras"),

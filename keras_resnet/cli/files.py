@@ -38,6 +38,11 @@ def scan(
             print(f"{count} files to leave out in {exclude_list}")
 
 
+def pack(directory: str, columns: str | None, label_regex: str | None, **options: Any) -> None:
+    """Writes images into tar shards."""
+    print(kr.pack(checks.images(directory, columns, label_regex), **options))
+
+
 def inspect(file: str, key: str | None, json: str | None, tensors: bool) -> int:
     """Says what a weight file is; 1 where it is refused or damaged."""
     with piped(json) as stdout:

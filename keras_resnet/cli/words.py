@@ -127,6 +127,7 @@ COMMANDS = _pairs({
     "inspect": "info describe cat open keys",
     "lr-find": "lr lrfind find-lr lr-finder tune",
     "models": "list ls zoo model list-models available download variants",
+    "pack": "shard shards tar webdataset",
     "predict": "infer inference classify label run detect recognize test-image",
     "report": "compare html dashboard visualize plot view results",
     "scan": "check lint clean stats data dataset analyze",

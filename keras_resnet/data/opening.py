@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_resnet.data import tables
+from keras_resnet.data import shards, tables
 from keras_resnet.data.arrays import Arrays, is_array
 from keras_resnet.data.folders import (
     class_folders,
@@ -46,7 +46,9 @@ class Parts(NamedTuple):
 
 
 def is_source(path: str) -> bool:
-    """Whether a path is called as a table is, and is no folder."""
+    """Whether a path is called as a table or shards are, or is a folder of shards."""
+    if shards.is_shards(path):
+        return True
     return path.lower().endswith(tables.ENDINGS) and not os.path.isdir(path)
 
 
@@ -54,9 +56,9 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
     """The path of a folder, which need not be there; or the source that something else is.
 
     Args:
-        data: A folder; a table; `(images, labels)` or `(images, labels, class_names)` as arrays,
-            or two such, to train and to test on; a dict of `"train"`, `"val"` and `"test"`; or a
-            `Source`.
+        data: A folder; a table; tar shards; `(images, labels)` or `(images, labels, class_names)`
+            as arrays, or two such, to train and to test on; a dict of `"train"`, `"val"` and
+            `"test"`; or a `Source`.
         columns: Of a table: what its columns are called.
 
     Raises:
@@ -68,7 +70,13 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
         return data
     if isinstance(data, (str, os.PathLike)):
         path = os.path.expanduser(os.fspath(data))
-        return tables.open_table(path, columns) if is_source(path) else path
+        if shards.is_shards(path):
+            return shards.Shards(shards.shard_paths(path), os.path.abspath(path))
+        if is_source(path):
+            return tables.open_table(path, columns)
+        if columns:
+            raise InputError(f"columns are those of a table. Received: {path!r}, which is none.")
+        return path
     if isinstance(data, Mapping) and data and set(data) <= {"train", "val", "test"}:
         order = sorted(data, key=("train", "val", "test").index)
         return Joined({kind: _part_of(data[kind], kind) for kind in order})
@@ -78,8 +86,8 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
         if is_array(data[0]):
             return Arrays(*data)
     raise InputError(
-        "Images are given as a folder, a table, (images, labels) as arrays, or a dict of such for "
-        f"'train', 'val' and 'test'. Received: {type(data).__name__}."
+        "Images are given as a folder, a table, tar shards, (images, labels) as arrays, or a dict "
+        f"of such for 'train', 'val' and 'test'. Received: {type(data).__name__}."
     )
 
 
@@ -100,9 +108,10 @@ def image_source(
     They take the same by themselves; this is for what has to be said beside it.
 
     Args:
-        data: A folder; a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`); arrays, `(images, labels)`
-            or `(images, labels, class_names)`, or two such, to train and to test on; or a dict of
-            `"train"`, `"val"` and `"test"`, each any of these.
+        data: A folder; a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`); tar shards (one, a pattern,
+            a folder of them); arrays, `(images, labels)` or `(images, labels, class_names)`, or two
+            such, to train and to test on; or a dict of `"train"`, `"val"` and `"test"`, each any of
+            these.
         columns: What a table's columns `"path"`, `"label"` and `"split"` are called.
         label_regex: Finds the label in each file's name, as its first group.
 
@@ -167,7 +176,9 @@ def check_images(path: str) -> None:
         DataError: It is a file of another kind.
     """
     path = os.path.expanduser(path)
-    if not (is_source(path) and os.path.exists(path)):
+    if shards.is_shards(path):
+        shards.shard_paths(path)
+    elif not (is_source(path) and os.path.exists(path)):
         existing_folder(path)
 
 
@@ -216,8 +227,10 @@ def find_parts(data: str | Source, exclude: Any = None) -> Parts:
 
 
 def _parts_of(source: Source, exclude: Any) -> Parts:
-    source = _labelled(without(source, exclude))
+    source = without(source, exclude)
     parts = source.parts() or {"train": source}
+    for kind in {"train", "val"} & set(parts):
+        _labelled(parts[kind])
     if "train" not in parts:
         raise DataError(f"{source.place!r} has {' and '.join(parts)} but no training images.")
     found = {kind: (part, part.labels) for kind, part in parts.items()}
@@ -225,7 +238,7 @@ def _parts_of(source: Source, exclude: Any) -> Parts:
 
 
 def _labelled(source: Source) -> Source:
-    if source.labels is None or source.class_names is None:
+    if source.labels is None or source.class_names is None or (source.labels < 0).any():
         raise DataError(f"{source.place!r} says no labels: the images' classes are not known.")
     return source
 

@@ -131,6 +131,7 @@ def load(
         raise DataError(f"{name} cannot be read as an image: {reason}") from error
 
 
+@files_read
 def read(source: Source) -> tuple[str, Any]:
     """Returns how to call the image in a message, and its bytes; or itself, where it is decoded."""
     if isinstance(source, np.ndarray | Image.Image):

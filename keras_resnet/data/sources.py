@@ -16,6 +16,7 @@ from keras_resnet.data.arrays import is_array, is_picture, whole_pixels
 from keras_resnet.data.folders import flat_images
 from keras_resnet.data.items import Item, Source
 from keras_resnet.data.opening import is_source, opened
+from keras_resnet.data.shards import find_in_shard
 from keras_resnet.data.walk import is_picture as is_image_name, picture_folders, pictures_in
 from keras_resnet.system.errors import InputError, NotFoundError, meant_path
 from keras_resnet.system.files import printable, text_width
@@ -83,7 +84,9 @@ class Images:
             self._add_files([Item(name, functools.partial(_given, content))])
 
     def _add(self, text: str) -> None:
-        if os.path.isdir(text):
+        if is_source(text):
+            self._parts.append(opened(text))  # type: ignore[arg-type]
+        elif os.path.isdir(text):
             folders, others = picture_folders(text)
             self.unread += others
             if folders:
@@ -92,8 +95,6 @@ class Images:
                 self._add_files([text])  # its row says that it is a folder
             else:  # the error says what there is
                 flat_images(text, follow_links=True, exclude=None)
-        elif is_source(text):
-            self._parts.append(opened(text))  # type: ignore[arg-type]
         elif os.path.lexists(text):  # its row says where a link leads nowhere
             self._add_files([text])
         elif glob.has_magic(text) and "://" not in text:
@@ -104,6 +105,8 @@ class Images:
             if not matches:
                 raise NotFoundError(f"No file matches {text!r}.")
             self._add_files(matches)
+        elif (item := find_in_shard(text)) is not None:
+            self._add_files([item])
         else:
             raise NotFoundError(f"No file or folder at {text!r}.{meant_path(text)}")
 

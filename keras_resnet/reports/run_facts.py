@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from keras_resnet.data.reading import open_file, open_image
+from keras_resnet.data.shards import find_in_shard
 from keras_resnet.inference.calibration import Calibration, accuracy_interval, calibration
 from keras_resnet.system.process import system_name
 
@@ -265,6 +266,8 @@ class RunFacts:
         """
         if os.path.isfile(path):
             return path
+        if (item := find_in_shard(path)) is not None:
+            return item
         parts = Path(path).parts if "directory" in self.config else ()
         for i in range(1, len(parts)):
             candidate = os.path.join(self.config["directory"], *parts[i:])

@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import platformdirs
 
 from keras_resnet.system.errors import InputError, NotFoundError, meant_path
+
+
+def cache_home() -> Path:
+    """What is kept from one call to the next: `KERAS_RESNET_HOME`, or the user's cache folder."""
+    home = os.environ.get("KERAS_RESNET_HOME")
+    return Path(home).expanduser() if home else platformdirs.user_cache_path("keras_resnet")
 
 
 def check_writable(path: str | os.PathLike) -> None:

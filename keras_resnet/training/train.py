@@ -172,40 +172,28 @@ def train(
         SaveError: The disk is full; what was saved before is whole.
     """
     directory = opened(directory)
-    if isinstance(exclude, os.PathLike):
-        exclude = os.fspath(exclude)
     arguments = {
         "directory": place(directory),
         "seed": whole("seed", seed, 0),
         "exif": exif,
         "strict": strict,
-        "exclude": exclude if isinstance(exclude, (str, type(None))) else list(map(str, exclude)),
+        "exclude": _plain(exclude),
         "workers": None if workers is None else whole("workers", workers, 0),
         "cache": None if cache is None else os.fspath(cache),
         "deterministic": deterministic,
         "compile": compile,
         "checkpoint_steps": checkpoint_steps,
-        "checkpoint_seconds": checkpoint_seconds,
+        "checkpoint_seconds": between("checkpoint_seconds", checkpoint_seconds, 0),
         "keep": whole("keep", keep, 0),
         "log": [log] if isinstance(log, str) else list(log),
     }
-    if checkpoint_steps is not None:
-        whole("checkpoint_steps", checkpoint_steps, 1)
-    between("checkpoint_seconds", checkpoint_seconds, 0)
+    whole("checkpoint_steps", 1 if checkpoint_steps is None else checkpoint_steps, 1)
     tune_process()
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
     loggers = Loggers(arguments["log"])
-    data = prepare_data(
-        directory,
-        recipe,
-        seed=seed,
-        workers=workers,
-        cache=cache,
-        exclude=arguments["exclude"],
-        strict=strict,
-        exif=exif,
-        look=not dry_run,
-    )
+    names = ("seed", "workers", "cache", "exclude", "strict", "exif")
+    given = {name: arguments[name] for name in names}
+    data = prepare_data(directory, recipe, look=not dry_run, **given)
     identity = {
         "directory": arguments["directory"],
         "recipe": dataclasses.asdict(recipe),
@@ -214,8 +202,8 @@ def train(
         "backend": keras.backend.backend(),
         "data_format": keras.config.image_data_format(),
     }
-    name = name or f"{recipe.model}-{Path(arguments['directory']).name}"
-    run = Run.find(output, name, identity, restart)
+    called = f"{recipe.model}-{Path(arguments['directory']).name}"
+    run = Run.find(output, name or called, identity, restart)
     recipe = settle_batch_size(recipe, data, run.config.get("batch_size"))
     settings = Settings(
         say=run.say if verbose else run.log,
@@ -235,6 +223,13 @@ def train(
         make_deterministic()
     with fastest_convolutions():
         return _train(run, recipe, data, settings, arguments, report)
+
+
+def _plain(exclude: Any) -> str | list[str] | None:
+    """The list of images to leave out as JSON can hold it."""
+    if isinstance(exclude, (str, os.PathLike, type(None))):
+        return exclude and os.fspath(exclude)
+    return list(map(str, exclude))
 
 
 def _train(

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import IO
 
 import filelock
-import platformdirs
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,6 +26,7 @@ from rich.progress import (
 )
 
 from keras_resnet.system.errors import CheckpointError
+from keras_resnet.system.files import cache_home
 from keras_resnet.weights.published import TorchvisionWeights
 
 _CHUNK = 1 << 20
@@ -38,9 +38,7 @@ _ATTEMPTS = 5
 
 def cache_folder() -> pathlib.Path:
     """Where downloaded weights lie: below `KERAS_RESNET_HOME`, else the platform's cache folder."""
-    home = os.environ.get("KERAS_RESNET_HOME")
-    home = pathlib.Path(home).expanduser() if home else platformdirs.user_cache_path("keras_resnet")
-    return pathlib.Path(home) / "weights"
+    return cache_home() / "weights"
 
 
 def _torch_cache() -> pathlib.Path:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import os
 import pickle
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from keras_resnet.cli import main as cli
+from keras_resnet.data import shards as shard_files
 from keras_resnet.data.arrays import Arrays
 from keras_resnet.data.folders import find_pictures
 from keras_resnet.data.items import Item, Source
 from keras_resnet.data.opening import find_parts, image_source, labelled, opened
+from keras_resnet.data.packing import pack
 from keras_resnet.data.scan import scan
 from keras_resnet.data.sources import Images
 from keras_resnet.inference.evaluate import evaluate
@@ -70,7 +76,15 @@ def arrays(folder):
     return np.stack([np.asarray(Image.open(path)) for path in paths]), labels, names
 
 
+def shards(folder):
+    place = folder.parent / "shards"
+    if not place.exists():
+        pack(folder, place, shard_mb=0.03)
+    return place
+
+
 MAKERS = {
+    "shards": shards,
     "csv": table,
     "jsonl": lambda folder: table(folder, "jsonl"),
     "parquet": lambda folder: table(folder, "parquet"),
@@ -120,7 +134,7 @@ def test_every_source_is_read_as_the_folder_is(kind, folder):
 @once
 def test_sources_are_predicted(folder, history):
     expected = predict(history.model, folder)
-    for source in (str(table(folder)), opened(arrays(folder))):
+    for source in (str(table(folder)), opened(arrays(folder)), shards(folder)):
         found = predict(history.model, source)
         assert [p.classes for p in found] == [p.classes for p in expected]
 
@@ -184,6 +198,8 @@ def test_columns_and_labels_can_be_said(folder, tmp_path):
     assert source.class_names == ["9", "10"] and source.labels.tolist() == [1, 0]
     with pytest.raises(InputError, match=r"no column 'arts'\. Did you mean 'art'"):
         image_source(path, columns={"path": "foto", "label": "arts"})
+    with pytest.raises(InputError, match="columns are those of a table"):
+        image_source(folder, columns={"path": "foto"})
     with pytest.raises(InputError, match="for path, label or split"):
         image_source(path, columns={"text": "foto"})
     with pytest.raises(DataError, match="finds no label in 24 of 24"):
@@ -253,3 +269,210 @@ def test_the_command_line_takes_tables(folder, history, tmp_path, capsys):
     assert "Columns: path from 'path', label from 'label'." in out and "3 classes" in out
     assert cli.main(["train", str(tmp_path / "away.csv")]) == 2
     assert "away.csv' does not exist" in capsys.readouterr().err
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+
+def tar(path, files, **options):
+    """A tar archive; a file's contents may be a `TarInfo` that changes the entry."""
+    with tarfile.open(path, "w", **options) as out:
+        for name, data in files:
+            entry = tarfile.TarInfo(name)
+            if isinstance(data, dict):
+                for key, value in data.items():
+                    setattr(entry, key, value)
+                data = b""
+            else:
+                entry.size = len(data)
+            out.addfile(entry, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def png():
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+@once
+def test_packing_the_same_images_gives_the_same_bytes(folder, tmp_path):
+    one, two = pack(folder, tmp_path / "1", shard_mb=0.01), pack(arrays(folder), tmp_path / "2")
+    again = pack(folder, tmp_path / "3", shard_mb=0.01)
+    assert one.count == two.count == 24 and len(one.shards) > 2 and len(two.shards) == 1
+    assert [p.read_bytes() for p in one.shards] == [p.read_bytes() for p in again.shards]
+    assert all(path.stat().st_size < 20_480 for path in one.shards)
+    with tarfile.open(one.shards[0]) as file:
+        assert file.getnames()[:2] == ["ant/ant_0.png", "ant/ant_0.cls"]
+        assert file.extractfile("ant/ant_0.cls").read() == b"0"
+    source = opened(tmp_path / "1")
+    assert source[0].read() == (folder / "ant" / "ant_0.png").read_bytes()
+    assert opened(tmp_path / "2").class_names == ["ant", "bee", "cat"]
+    # Packed once more from shards, they are the same; and no folder of shards is written over.
+    pack(source, tmp_path / "4", shard_mb=0.01)
+    assert (tmp_path / "4" / one.shards[1].name).read_bytes() == one.shards[1].read_bytes()
+    with pytest.raises(InputError, match="holds shards"):
+        pack(folder, tmp_path / "1")
+
+
+@once
+def test_parts_of_a_dataset_are_shards_by_name(folder, tmp_path, png):
+    for part in ("Train", "val"):
+        shutil.copytree(folder, tmp_path / "data" / part)
+    (tmp_path / "data" / "test").mkdir()
+    (tmp_path / "data" / "test" / "x.png").write_bytes(png)
+    out = tmp_path / "data" / "Train" / "bee" / "bee_1.png"
+    packed = pack(tmp_path / "data", tmp_path / "out", exclude=[out])
+    assert [path.name for path in packed.shards] == [
+        "train-000000.tar", "val-000000.tar", "test-000000.tar",
+    ]  # fmt: skip
+    parts = find_parts(opened(tmp_path / "out"))
+    assert [len(parts.of[kind][0]) for kind in ("train", "val", "test")] == [23, 24, 1]
+    assert parts.of["test"][1] is None and parts.names == ["ant", "bee", "cat"]
+    assert "classes from folders" in parts.notes[0]
+    paths, labels, _ = labelled(str(tmp_path / "out" / "{train,val}-000000.tar"), "train")
+    assert len(paths) == 23 and labels[-1] == 2
+
+
+@once
+def test_webdatasets_shards_are_read_by_any_of_their_layouts(tmp_path, png):
+    for number in range(2):
+        files = [(f"{i:06}.{kind}", data) for i in range(3)
+                 for kind, data in (("jpg", png), ("cls", b"%d" % i), ("seg.png", png),
+                                    ("json", b"{}"))]  # fmt: skip
+        # As webdataset writes them: a time that is no whole number makes an extended header.
+        tar(tmp_path / f"a-{number:03}.tar", files, format=tarfile.PAX_FORMAT,
+            pax_headers={"comment": "x"})  # fmt: skip
+    source = opened(tmp_path / "a-{000..001}.tar")
+    assert source.labels.tolist() == [0, 1, 2] * 2 and source.class_names == ["0", "1", "2"]
+    assert source[4] == f"{tmp_path}/a-001.tar/000001.jpg" and source[4].read() == png
+    assert "6 .json" in source.notes[1] and "6 a further image" in source.notes[1]
+    long = "bee/" + "x" * 150 + "/ö.png"
+    for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        name = long.replace("ö", "o") if kind == tarfile.USTAR_FORMAT else long
+        path = tar(tmp_path / "b.tar", [("./ant/1.png", png), (name, png)], format=kind)
+        source = opened(path)
+        assert source.class_names == ["ant", "bee"] and source[1] == f"{path}/{name}"
+    source = opened(tar(tmp_path / "c.tar", [("1.png", png), ("1.cls", b"cat"), ("2.png", png)]))
+    assert source.labels is None and "for 1 have none" in source.notes[0]
+    with pytest.raises(NotFoundError, match=r"no shard '.*a-002\.tar'"):
+        opened(tmp_path / "a-{000..002}.tar")
+    with pytest.raises(DataError, match=r"holds no image\. It holds: 1 \.txt"):
+        opened(tar(tmp_path / "d.tar", [("1.txt", b"")]))
+    (tmp_path / "e.tar").write_bytes(gzip.compress(png))
+    with pytest.raises(DataError, match="is compressed: unpack it"):
+        opened(tmp_path / "e.tar")
+
+
+@once
+def test_what_a_hostile_archive_holds_is_left_out_with_its_reason(tmp_path, png):
+    link = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
+    files = [
+        ("ok/1.png", png), ("../../up.png", png), ("/etc/x.png", png), ("a/./b.png", png),
+        ("ok/1.png", b"other"), ("link.png", link), ("hard.png", {**link, "type": tarfile.LNKTYPE}),
+        ("dev.png", {"type": tarfile.CHRTYPE}), ("pipe.png", {"type": tarfile.FIFOTYPE}),
+        ("dir.png", {"type": tarfile.DIRTYPE}), ("ok/._1.png", png), ("ok/2.png", png),
+    ]  # fmt: skip
+    source = opened(tar(tmp_path / "x.tar", files))
+    assert [name.rpartition(".tar/")[2] for name in source] == ["ok/1.png", "ok/2.png"]
+    assert source[0].read() == png
+    for words in ("3 a name that leads elsewhere", "2 a link", "2 a device or a pipe",
+                  "1 a name that is there twice"):  # fmt: skip
+        assert words in source.notes[1]
+    assert not os.path.lexists(tmp_path.parent.parent / "up.png")
+
+
+def header(name=b"1.png", size=b"00000000004", kind=b"0", tail=b""):
+    block = bytearray(512)
+    block[: len(name)], block[124 : 124 + len(size)], block[156:157] = name, size, kind
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32 - sum(block[148:156]))
+    return bytes(block) + tail
+
+
+@once
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"no tar at all" * 100, "its entry at byte 0 is damaged"),
+        (header(size=b"\xff" * 12) + bytes(1024), "has a size below 0"),
+        (header(size=b"\x80" + b"\xff" * 11) + bytes(1024), "it is cut off"),
+        (header(size=b"77777777777") + bytes(1024), "it is cut off"),
+        (header(size=b"9z") + bytes(1024), "is damaged"),
+        (header(kind=b"S") + bytes(1024), "is sparse"),
+        (header(kind=b"2") + bytes(1024), "is no plain file, and has a size"),
+        (header(kind=b"5") + bytes(1024), "is no plain file, and has a size"),
+        (header(kind=b"L", size=b"00001000000") + bytes(2**18), "a name of 262,144 bytes"),
+        (header(kind=b"x", size=b"00000000012") + b"10 size=1\n" + bytes(1024), "second size"),
+        (header(kind=b"g", size=b"00000000013") + b"11 path=ab\n" + bytes(1024), "second size"),
+        (header(kind=b"x", size=b"00000000012") + b"99 size=1\n" + bytes(1024), "is damaged"),
+        (header(kind=b"x", size=b"00000000012") + b"-1 size=1\n" + bytes(1024), "is damaged"),
+    ],
+)
+def test_a_damaged_or_ambiguous_archive_is_refused_in_one_line(data, words, tmp_path):
+    (tmp_path / "x.tar").write_bytes(data)
+    with pytest.raises(DataError, match=words) as caught:
+        opened(tmp_path / "x.tar")
+    assert "\n" not in str(caught.value)
+
+
+@once
+def test_an_archive_is_looked_through_once(tmp_path, png, monkeypatch):
+    monkeypatch.setenv("KERAS_RESNET_HOME", str(tmp_path / "home"))
+    path = tar(tmp_path / "x.tar", [("ant/1.png", png), ("bee/2.png", png)])
+    first, index = opened(path), tmp_path / "x.tar.index"
+    assert index.is_file() and not (tmp_path / "home").exists()
+    looks = []
+    look = shard_files._looked_through
+    monkeypatch.setattr(shard_files, "_looked_through", lambda p: looks.append(p) or look(p))
+    again = opened(path)
+    assert not looks and list(again) == list(first) and again.notes == first.notes
+    assert again.digest() == first.digest() and again[1].read() == png
+    good = index.read_bytes()
+    line, _, arrays = good.partition(b"\n")
+    start = int.from_bytes(arrays[:8], "little")
+    for bad in (
+        b"", b"{}", good[:-3], good + b"x", line.replace(b'"version": 1', b'"version": 2'),
+        line.replace(b'"count": 2', b'"count": 99999999999') + b"\n" + arrays,
+        line.replace(b'"count": 2', b'"count": -2') + b"\n" + arrays,
+        line + b"\n" + (2**40).to_bytes(8, "little") + arrays[8:],
+        line + b"\n" + (-start).to_bytes(8, "little", signed=True) + arrays[8:],
+        b"[" * 100_000 + b"\n",
+    ):  # fmt: skip
+        index.write_bytes(bad)
+        looks.clear()
+        assert list(opened(path)) == list(first) and looks
+    # One that has changed under a run is no other image.
+    item = first[1]
+    stamp = item.stamp()
+    tar(path, [("ant/1.png", png), ("bee/2.png", b"other")])
+    os.utime(path, (1, 1))
+    with pytest.raises(DataError, match="the archive has changed since"):
+        item.read()
+    assert opened(path)[1].read() == b"other" and opened(path)[1].stamp() != stamp
+    # Where nothing can be written beside it, the user's cache has it.
+    index.unlink()
+    index.mkdir()
+    (index / "x").touch()
+    opened(path)
+    assert len(list((tmp_path / "home" / "shards").iterdir())) == 1
+    looks.clear()
+    assert len(opened(path)) == 2 and not looks
+
+
+def test_images_in_shards_are_in_results_and_reports(folder, history, tmp_path, capsys):
+    place = shards(folder)
+    result = train(place, output=tmp_path, **{**TINY, "report": True})
+    page = (result.folder / "report.html").read_text()
+    assert page.count("data:image/jpeg") > 3
+    rows = (result.folder / "predictions.csv").read_text().splitlines()
+    name = rows[1].split(",")[0]
+    assert ".tar/" in name
+    assert predict(history.model, name)[0].path == name
+    assert cli.main(["pack", str(folder), str(tmp_path / "new")]) == 0
+    assert "24 images in 1 shards" in capsys.readouterr().out
+    assert cli.main(["scan", str(tmp_path / "new" / "*.tar")]) == 0
+    assert "24 images" in capsys.readouterr().out
+    with pytest.raises(NotFoundError, match="No file or folder"):
+        predict(history.model, f"{name}x")
