@@ -189,6 +189,18 @@ def test_a_command_imports_no_more_with_keras_than_it_needs():
     assert there == "pandas"  # and is not hidden any more
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_tries_its_kernels_unless_they_are_to_be_deterministic(deterministic, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    assert device.cudnn_benchmark() is False
+    with device.fastest_convolutions():
+        assert device.cudnn_benchmark() is not deterministic
+    assert device.cudnn_benchmark() is False
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_predictions_on_an_accelerator_send_bytes_and_are_the_same(inside, monkeypatch, rng):
     model = kr.create_model("resnet_tiny", num_classes=3, include_preprocessing=inside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import threading
 import traceback
 import types
@@ -146,8 +147,9 @@ def test_a_step_asks_a_device_nothing(run, pictures, card, tmp_path):
     middle = Middle(lambda: stack.enter_context(counting(seen)), stack.close)
     as_tensor = torch.as_tensor
     with stack:
-        train(pictures, output=tmp_path, callbacks=[middle], **TINY, **RUNS[run])
-    assert torch.as_tensor is as_tensor
+        result = train(pictures, output=tmp_path, callbacks=[middle], **TINY, **RUNS[run])
+    assert torch.as_tensor is as_tensor and not torch.backends.cudnn.benchmark
+    assert json.loads((result.folder / "config.json").read_text())["cudnn_benchmark"] is True
     # Threads that read have put the images where they are sent from, but what is mixed.
     assert ((4, 16, 16, 3) in card.copied) == ("mixed" in run)
     assert not seen, "\n".join(f"{n} x {' '.join(key)}" for key, n in seen.items())
