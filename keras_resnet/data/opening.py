@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_resnet.data import shards, tables
+from keras_resnet.data import cifar, shards, tables
 from keras_resnet.data.arrays import Arrays, is_array
 from keras_resnet.data.folders import (
     class_folders,
@@ -22,10 +22,12 @@ from keras_resnet.data.folders import (
     left_out,
     split_folder,
     split_folders,
+    split_of,
     test_images,
 )
 from keras_resnet.data.items import Files, Joined, Source
 from keras_resnet.data.labels import numbered
+from keras_resnet.data.rows import Rows, is_rows
 from keras_resnet.data.walk import unread_line
 from keras_resnet.system.errors import DataError, InputError, NotFoundError
 
@@ -47,7 +49,7 @@ class Parts(NamedTuple):
 
 def is_source(path: str) -> bool:
     """Whether a path is called as a table or shards are, or is a folder of shards."""
-    if shards.is_shards(path):
+    if shards.is_shards(path) or cifar.is_cifar(path):
         return True
     return path.lower().endswith(tables.ENDINGS) and not os.path.isdir(path)
 
@@ -56,9 +58,9 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
     """The path of a folder, which need not be there; or the source that something else is.
 
     Args:
-        data: A folder; a table; tar shards; `(images, labels)` or `(images, labels, class_names)`
-            as arrays, or two such, to train and to test on; a dict of `"train"`, `"val"` and
-            `"test"`; or a `Source`.
+        data: A folder; a table; tar shards; CIFAR's archive; a `datasets.Dataset`; `(images,
+            labels)` or `(images, labels, class_names)` as arrays, or two such, to train and to test
+            on; a dict of `"train"`, `"val"` and `"test"`; or a `Source`.
         columns: Of a table: what its columns are called.
 
     Raises:
@@ -70,6 +72,8 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
         return data
     if isinstance(data, (str, os.PathLike)):
         path = os.path.expanduser(os.fspath(data))
+        if cifar.is_cifar(path):
+            return cifar.open_cifar(path)
         if shards.is_shards(path):
             return shards.Shards(shards.shard_paths(path), os.path.abspath(path))
         if is_source(path):
@@ -77,9 +81,13 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
         if columns:
             raise InputError(f"columns are those of a table. Received: {path!r}, which is none.")
         return path
-    if isinstance(data, Mapping) and data and set(data) <= {"train", "val", "test"}:
-        order = sorted(data, key=("train", "val", "test").index)
-        return Joined({kind: _part_of(data[kind], kind) for kind in order})
+    if is_rows(data):
+        return Rows(data)
+    if isinstance(data, Mapping) and data:
+        kinds = {split_of(str(name)): part for name, part in data.items()}
+        order = [kind for kind in ("train", "val", "test") if kind in kinds]
+        if len(order) == len(data):
+            return Joined({kind: _part_of(kinds[kind], kind) for kind in order})
     if isinstance(data, (tuple, list)) and len(data) in (2, 3):
         if all(isinstance(part, (tuple, list)) and is_array(part[0]) for part in data):
             return opened(dict(zip(("train", "test"), data, strict=True)))
@@ -94,6 +102,8 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
 def _part_of(data: Any, kind: str) -> Source:
     if isinstance(data, (tuple, list)) and len(data) in (2, 3) and is_array(data[0]):
         return Arrays(*data, name=f"{kind} image {{}}")
+    if is_rows(data):
+        return Rows(data, f"{kind} row {{}}")
     return image_source(data)
 
 
@@ -109,7 +119,8 @@ def image_source(
 
     Args:
         data: A folder; a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`); tar shards (one, a pattern,
-            a folder of them); arrays, `(images, labels)` or `(images, labels, class_names)`, or two
+            a folder of them); CIFAR's archive, as it is published; a `datasets.Dataset` of Hugging
+            Face; arrays, `(images, labels)` or `(images, labels, class_names)`, or two
             such, to train and to test on; or a dict of `"train"`, `"val"` and `"test"`, each any of
             these.
         columns: What a table's columns `"path"`, `"label"` and `"split"` are called.

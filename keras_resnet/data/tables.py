@@ -14,6 +14,7 @@ import numpy as np
 from keras_resnet.data.folders import listed, split_of
 from keras_resnet.data.items import Files, Source
 from keras_resnet.data.labels import numbered
+from keras_resnet.data.rows import ParquetImages
 from keras_resnet.data.walk import is_picture
 from keras_resnet.system.errors import DataError, InputError, NotFoundError, did_you_mean, require
 
@@ -47,7 +48,7 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
         table = _read(path)
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"The table {path!r} cannot be read: {error}") from error
-    used = _columns(path, list(table), columns or {})
+    used = _columns(path, table, columns or {})
     note = ", ".join(f"{part} from {column!r}" for part, column in used.items())
     unused = [name for name in table if str(name).lower() in _UNUSED]
     notes = [f"Columns: {note}{f'; not used: {listed(unused)}' if unused else ''}."]
@@ -63,7 +64,10 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
         for row, (label, kind) in enumerate(zip(labels, tests, strict=True), 1):
             if label is None and kind != "test":
                 raise DataError(f"Row {row:,} of {path!r} has no label.")
-        facts["labels"], facts["class_names"] = numbered(labels)
+        facts["labels"], facts["class_names"] = numbered(labels, _hub_names(path, used["label"]))
+    if isinstance(values["path"], Source):
+        values["path"].__dict__.update(facts)
+        return values["path"]
     return Files(_paths(path, values["path"]), **facts)
 
 
@@ -107,8 +111,11 @@ def _splits(path: str, values: Sequence[Any]) -> np.ndarray:
     return np.asarray([kinds[value] for value in values])
 
 
-def _columns(path: str, there: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
-    """Which column is what."""
+def _columns(path: str, table: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """Which column is what; images that lie in the table itself go before paths."""
+    there = list(table)
+    inside = [name for name in there if isinstance(table[name], Source)]
+    given = {**({"path": inside[0]} if inside else {}), **given}
     for part, column in given.items():
         if part not in _CALLED:
             raise InputError(f"A column is for path, label or split. Received: {part!r}.")
@@ -189,11 +196,29 @@ def _read_parquet(path: str) -> dict[str, Sequence[Any]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        plain = [
+        images = [
             field.name
             for field in file.schema_arrow
-            if not pyarrow.types.is_binary(field.type) and not pyarrow.types.is_struct(field.type)
+            if pyarrow.types.is_binary(field.type)
+            or (pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
         ]
-        return file.read(columns=plain).to_pydict()
+        plain = [name for name in file.schema_arrow.names if name not in images]
+        table = file.read(columns=plain).to_pydict()
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        return table | {name: ParquetImages(path, name, groups) for name in images[:1]}
     except pyarrow.ArrowException as error:
         raise ValueError(str(error).splitlines()[0]) from error
+
+
+def _hub_names(path: str, column: str) -> list[str] | None:
+    """The classes' names that Hugging Face's datasets write into a Parquet file, or None."""
+    if not path.lower().endswith(".parquet"):
+        return None
+    import pyarrow.parquet
+
+    try:
+        said = json.loads(pyarrow.parquet.read_schema(path).metadata[b"huggingface"])
+        names = said["info"]["features"][column]["names"]
+        return [str(name) for name in names] if isinstance(names, list) else None
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return None

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import tarfile
@@ -85,6 +86,8 @@ def shards(folder):
 
 MAKERS = {
     "shards": shards,
+    "rows": lambda folder: hub(folder),
+    "images in parquet": lambda folder: parquet_images(folder),
     "csv": table,
     "jsonl": lambda folder: table(folder, "jsonl"),
     "parquet": lambda folder: table(folder, "parquet"),
@@ -125,6 +128,8 @@ def test_every_source_is_read_as_the_folder_is(kind, folder):
     assert report.pictures == 24 and not report.unreadable
     assert report.class_counts == {"": dict.fromkeys(names, 8)}
     assert json.loads(report.to_json())["mean"] == scan(folder).mean
+    if kind == "rows":  # the stand-in's class is a test's
+        return
     again = pickle.loads(pickle.dumps(paths))
     assert list(again) == list(paths)
     if isinstance(again[5], Item):
@@ -476,3 +481,146 @@ def test_images_in_shards_are_in_results_and_reports(folder, history, tmp_path, 
     assert "24 images" in capsys.readouterr().out
     with pytest.raises(NotFoundError, match="No file or folder"):
         predict(history.model, f"{name}x")
+
+
+# --- CIFAR, and rows of datasets -----------------------------------------------------------------
+
+
+def cifar(folder, place, form="python", names=("ant", "bee", "cat")):
+    """CIFAR-10's archive of other images: five batches to train on, one to test on."""
+    pixels, labels, _ = arrays(folder)
+    pixels = np.pad(pixels, ((0, 0), (8, 8), (8, 8), (0, 0)))
+    rows = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), 3072)
+    files, batches = {}, [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for i, name in enumerate(batches):
+        part = slice(4 * i, 4 * i + 4)
+        if form == "python":
+            batch = {"data": rows[part], "labels": labels[part].tolist()}
+            files[name] = pickle.dumps(batch, protocol=2)
+        else:
+            both = np.concatenate([labels[part, None].astype(np.uint8), rows[part]], axis=1)
+            files[f"{name}.bin"] = both.tobytes()
+    if form == "python":
+        files["batches.meta"] = pickle.dumps({"label_names": list(names)}, protocol=2)
+    else:
+        files["batches.meta.txt"] = "\n".join(names).encode()
+    path = place / f"cifar-10-{form}.tar.gz"
+    kind = {"python": "py", "binary": "bin"}[form]
+    tar(place / "plain.tar", [(f"cifar-10-batches-{kind}/{n}", d) for n, d in files.items()])
+    path.write_bytes(gzip.compress((place / "plain.tar").read_bytes()))
+    (place / "plain.tar").unlink()
+    return path, pixels, labels, files
+
+
+@once
+@pytest.mark.parametrize("form", ["python", "binary"])
+def test_cifars_own_archive_is_read(form, folder, tmp_path):
+    path, pixels, labels, files = cifar(folder, tmp_path, form)
+    parts = find_parts(opened(path))
+    assert parts.notes == ["CIFAR-10: 20 images for train, 4 images for test."]
+    assert parts.names == ["ant", "bee", "cat"]
+    paths, found = parts.of["train"]
+    assert np.array_equal(np.stack([item.read() for item in paths]), pixels[:20])
+    assert found.tolist() == labels[:20].tolist() and paths[0].endswith(".tar.gz/train/1")
+    assert parts.of["test"][1].tolist() == labels[20:].tolist()
+    unpacked = tmp_path / ("cifar-10-batches-" + {"python": "py", "binary": "bin"}[form])
+    unpacked.mkdir()
+    for name, data in files.items():
+        (unpacked / name).write_bytes(data)
+    again = find_parts(opened(unpacked)).of["train"][0]
+    assert np.array_equal(again[7].read(), pixels[7])
+    (unpacked / next(iter(files))).unlink()
+    with pytest.raises(DataError, match="lacks 'data_batch_1"):
+        opened(unpacked)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match="cannot be read"):
+        opened(path)
+
+
+class Attack:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@once
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
+def test_a_pickle_in_cifars_archive_runs_nothing(protocol, folder, tmp_path):
+    _, _, _, files = cifar(folder, tmp_path)
+    unpacked = tmp_path / "cifar-10-batches-py"
+    unpacked.mkdir()
+    for name, data in files.items():
+        (unpacked / name).write_bytes(data)
+    mark = tmp_path / "mark"
+    for bad in (pickle.dumps(Attack(mark), protocol), pickle.dumps([1], 2), b"\x80\x02}", b"",
+                b"\x80\x02}r\xff\xff\xff\x7f.",
+                pickle.dumps({"data": 1, "labels": [0]}, 2)):  # fmt: skip
+        (unpacked / "data_batch_2").write_bytes(bad)
+        with pytest.raises(DataError, match="cannot be read"):
+            opened(unpacked)
+        assert not mark.exists()
+
+
+class ClassLabel:
+    def __init__(self, names):
+        self.names = names
+
+
+def hub(folder):
+    """A stand-in for a `datasets.Dataset`, with its names and answers."""
+
+    class Image:
+        def __init__(self, decode=True):
+            self.decode = decode
+
+    class Dataset:
+        def __init__(self, features):
+            self.features, self.column_names = features, list(features)
+            self._fingerprint = "f1"
+
+        def cast_column(self, column, feature):
+            return Dataset({**self.features, column: feature})
+
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, key):
+            if isinstance(key, str):
+                return labels.tolist()
+            data = {"bytes": pathlib.Path(paths[key]).read_bytes(), "path": None}
+            if self.features["img"].decode:
+                raise AssertionError("decoded elsewhere")
+            return {"img": data, "kind": int(labels[key])}
+
+    paths, labels, names = find_pictures(folder)
+    return Dataset({"img": Image(), "kind": ClassLabel(names)})
+
+
+def parquet_images(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    paths, labels, names = find_pictures(folder)
+    data = [{"bytes": pathlib.Path(path).read_bytes(), "path": "away"} for path in paths]
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    said = json.dumps({"info": {"features": features}})
+    table = pyarrow.table({"image": data, "label": labels.tolist()})
+    path = folder.parent / "hub.parquet"
+    parquet.write_table(
+        table.replace_schema_metadata({"huggingface": said}), path, row_group_size=7
+    )
+    return path
+
+
+@once
+@pytest.mark.parametrize("make", [hub, parquet_images])
+def test_rows_of_a_dataset_are_images(make, folder):
+    source = opened(make(folder))
+    paths, labels, names = find_pictures(folder)
+    assert source.class_names == names and source.labels.tolist() == labels.tolist()
+    for i in (23, 0, 7):
+        assert source[i].read() == pathlib.Path(paths[i]).read_bytes()
+    assert scan(source).mean == scan(folder).mean
+    parts = opened({"train": make(folder), "validation": make(folder)}).parts()
+    assert len(parts["train"]) == len(parts["val"]) == 24

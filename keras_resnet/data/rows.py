@@ -1,0 +1,127 @@
+"""Images in the rows of a dataset: Hugging Face's `datasets`, and Parquet files of images."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_resnet.data.items import Source
+from keras_resnet.data.labels import numbered
+from keras_resnet.data.reading import open_file
+from keras_resnet.system.errors import DataError, InputError
+
+_LABELS = "label", "labels", "class", "target", "fine_label", "y"
+
+
+def is_rows(data: Any) -> bool:
+    """Whether an object is a `datasets.Dataset`, or has all that is needed of one."""
+    return all(hasattr(data, name) for name in ("features", "column_names", "__getitem__"))
+
+
+class Rows(Source):
+    """The images of a `datasets.Dataset`, in its order.
+
+    Args:
+        data: The dataset.
+        name: What an image is called, with `{}` for its number from 1.
+
+    Raises:
+        InputError: It has no column of images.
+    """
+
+    def __init__(self, data: Any, name: str = "row {}"):
+        kinds = {column: type(feature).__name__ for column, feature in data.features.items()}
+        images = [column for column, kind in kinds.items() if kind == "Image"]
+        if not images:
+            raise InputError(f"The dataset has no column of images. It has: {kinds}.")
+        self._column, self._name = images[0], name
+        labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
+        labels += [column for column in _LABELS if column in kinds]
+        if labels:
+            names = getattr(data.features[labels[0]], "names", None)
+            values = [None if value == -1 else value for value in data[labels[0]]]
+            self.labels, self.class_names = numbered(values, names)
+            self.notes = (f"Columns: image from {images[0]!r}, label from {labels[0]!r}.",)
+        feature = data.features[images[0]]
+        if hasattr(data, "cast_column") and getattr(feature, "decode", False):
+            # The bytes of the file, which are decoded here as those of any other.
+            data = data.cast_column(images[0], type(feature)(decode=False))
+        self._data = data
+        self.place = f"dataset-{getattr(data, '_fingerprint', len(data))}"
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def name(self, index: int) -> str:
+        """Its number, in words."""
+        return self._name.format(index + 1)
+
+    def read(self, index: int) -> Any:
+        """The file's bytes, or what the dataset has decoded."""
+        return content(self._data[index][self._column], self.name(index))
+
+
+def content(value: Any, name: str) -> Any:
+    """An image of a row: a dict of bytes or a path, bytes, an array or a Pillow image.
+
+    Raises:
+        DataError: There is none.
+    """
+    if isinstance(value, Mapping):
+        if value.get("bytes") is None and value.get("path"):
+            with open_file(value["path"]) as file:
+                return file.read()
+        value = value.get("bytes")
+    if value is None:
+        raise DataError(f"{name!r} cannot be read: the row has no image.")
+    return value
+
+
+class ParquetImages(Source):
+    """The images that lie in a Parquet file itself, as Hugging Face's datasets are published.
+
+    Args:
+        path: Of the file.
+        column: Of the images: bytes, or a struct that has `bytes`.
+        rows: In each of its groups.
+    """
+
+    def __init__(self, path: str, column: str, rows: Sequence[int]):
+        self._path, self._column = path, column
+        self._starts = np.cumsum([0, *rows])  # of the groups of rows
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def name(self, index: int) -> str:
+        """The file's path, and the number of the row."""
+        return f"{self._path}/{index + 1}"
+
+    def read(self, index: int) -> Any:
+        """The file's bytes."""
+        group = int(np.searchsorted(self._starts, index, "right")) - 1
+        state = os.stat(self._path)
+        values = _group(self._path, state.st_size, state.st_mtime_ns, group, self._column)
+        return content(values[index - int(self._starts[group])].as_py(), self.name(index))
+
+    def stamp(self, index: int) -> Any:
+        """The file's size and time, and the row."""
+        state = os.stat(self._path)
+        return state.st_size, state.st_mtime_ns, index
+
+
+@functools.lru_cache(8)
+def _group(path: str, size: int, modified: int, group: int, column: str) -> Any:
+    """A column of a group of rows, the last few of which are kept."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=[column])
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path!r} cannot be read: {str(error).splitlines()[0]}") from error
+    return table.column(0)
