@@ -97,6 +97,11 @@ ROWS = (
         (*_TORCH, "pictures"),
         draws=False,
     ),
+    Row(
+        "infer-files",
+        f"infer.py --data '{_PICTURES.parent / 'val'}' --model resnet50 --batch 1 16 --rounds 3",
+        (*_TORCH, "pictures"),
+    ),
     Row("import_weights", "import_weights.py --rounds 2", ("torch",), draws=False),
     Row("gpu", "gpu.py --rounds 5 --batch 64", (*_TORCH, "cuda"), draws=False),
 )

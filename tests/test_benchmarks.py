@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = [
     pytest.mark.once,
@@ -63,6 +64,18 @@ def test_infer_writes_json_and_a_plot_and_says_who_is_left_out(tmp_path):
     assert "left out: keras.applications: it has no resnet20" in done.stderr
     assert "resnet20, batch 2, 32 px, float32, torch, 1 thread" in done.stdout
     assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.long
+def test_infer_from_files_runs_the_engine_that_predict_would(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "files.json"
+    for index in range(5):
+        pixels = rng.integers(0, 256, (80, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.jpg")
+    small = "--model", "resnet18", "--image-size", "64", "--rounds", "2", "--threads", "2"
+    done = run("infer.py", *small, "--data", str(tmp_path), "--batch", "2", "--json", str(path))
+    assert contenders(path) == [["predict", "predict --engine keras", "ONNX Runtime, Pillow"]]
+    assert "Engine: keras/torch\n" in done.stderr and "an image out of 5 JPEG" in done.stdout
 
 
 @pytest.mark.slow
