@@ -277,8 +277,9 @@ _TRIED = 8  # images of noise, to compare and to time
 # that a core does a second in a model (ResNet-50, 4.1e9 in 165 ms), the share of that time that
 # the engine saves (12 % of ResNet-50, 14 % of ResNet-18, batch 8), and the seconds of writing
 # and opening a file, for its start and for a weight (0.5 s of a tiny network, 2.2 of ResNet-18,
-# 5.2 of ResNet-50).
-_RATE, _SAVED, _WRITING, _A_WEIGHT = 25e9, 0.12, 0.5, 0.2e-6
+# 5.2 of ResNet-50; by tf2onnx, on TensorFlow, 0.6, 8.3 and 20.1).
+_RATE, _SAVED, _WRITING = 25e9, 0.12, 0.5
+_A_WEIGHT = {"torch": 0.2e-6, "tensorflow": 0.75e-6}
 # To compare and to time: three batches by the engine, and as many by the model.
 _FEWEST = math.ceil(6 * _TRIED / _SAVED)
 
@@ -288,7 +289,7 @@ def images_that_pay(model: keras.Model) -> int:
 
     The file is written once, and compared and timed on `6 * _TRIED` images; then each image saves
     `_SAVED` of its time. So a network needs the more images the less it computes: some 1,000 of
-    224x224 for a ResNet-18 or a ResNet-50 on two cores, 6,000 of 32x32 for a ResNet-20.
+    224x224 for a ResNet-18 or a ResNet-50 on two cores and torch, 6,000 of 32x32 for a ResNet-20.
 
     Args:
         model: A classifier.
@@ -300,7 +301,8 @@ def images_that_pay(model: keras.Model) -> int:
     if not flops:
         raise InputError(f"The model {model.name!r} does no arithmetic that is counted.")
     seconds = flops / (_RATE * cores())
-    cost = _WRITING + _A_WEIGHT * model.count_params()
+    a_weight = _A_WEIGHT.get(keras.backend.backend(), 0.0)  # the others write none
+    cost = _WRITING + a_weight * model.count_params()
     return _FEWEST + math.ceil(cost / (_SAVED * seconds))
 
 
