@@ -49,14 +49,19 @@ def pictures(tmp_path_factory):
 
 
 class Middle(keras.callbacks.Callback):
-    """Calls one function before the third of six steps, another before the last."""
+    """Calls a function before the third of six steps and one before the last, or of validation."""
 
-    def __init__(self, begin, end):
+    def __init__(self, begin, end, validation=False):
         super().__init__()
-        self.calls = {2: begin, 5: end}
+        self.steps, self.tests = {2: begin, 5: end}, {}
+        if validation:
+            self.steps, self.tests = {}, {1: begin, 3: end}
 
     def on_train_batch_begin(self, batch, logs=None):
-        self.calls.get(batch, int)()
+        self.steps.get(batch, int)()
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self.tests.get(batch, int)()
 
 
 @contextlib.contextmanager
@@ -168,6 +173,18 @@ def test_a_step_asks_a_cuda_device_nothing(run, pictures, tmp_path):
         train(pictures, output=tmp_path, callbacks=[middle], **TINY, **RUNS[run])
     finally:
         mode("default")
+
+
+def test_validation_asks_a_device_nothing(pictures, card, tmp_path):
+    seen, stack, validated = collections.Counter(), contextlib.ExitStack(), []
+    middle = Middle(
+        lambda: stack.enter_context(counting(seen)),
+        lambda: stack.close() or validated.append(True),
+        validation=True,
+    )
+    with stack:
+        train(pictures, output=tmp_path, callbacks=[middle], **{**TINY, "val_split": 0.6})
+    assert validated == [True] and not seen, seen
 
 
 def test_the_count_sees_what_keras_asks_by_itself(pictures, card, tmp_path, monkeypatch):
