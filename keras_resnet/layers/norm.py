@@ -100,7 +100,7 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
             y = super().call(x, training=True, mask=mask)
         elif mask is None and self._is_fusible(x, training):
             if BACKEND == "torch":
-                if self.axis == 1:
+                if self.axis % 4 == 1:
                     return self.torch_nchw(x, shortcut, training)
                 shortcut = None if shortcut is None else shortcut.permute(0, 3, 1, 2)
                 y = self.torch_nchw(x.permute(0, 3, 1, 2), shortcut, training)
@@ -115,21 +115,19 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
     @property
     def is_of_maps(self) -> bool:
         """Whether it was built for feature maps, and may use a kernel made for them."""
-        return self.built and self._rank == 4 and not (self.synchronized or self.renorm)
+        is_fusible = self.axis % 4 in (1, 3) and not (self.synchronized or self.renorm)
+        return self.built and self._rank == 4 and is_fusible
 
     def _is_fusible(self, x, training: bool) -> bool:
         """Whether the backend has one kernel for this input."""
-        if len(x.shape) != 4 or self.synchronized:
+        if len(x.shape) != 4 or self.axis % 4 not in (1, 3) or self.synchronized:
             return False
         if BACKEND == "torch":
             # Of a single value torch knows no unbiased variance.
             return x.is_floating_point() and not (training and x.numel() == self._channels)
-        # TensorFlow's kernel computes in float32, and on a CPU with the channels last.
-        return (
-            BACKEND == "tensorflow"
-            and self.axis in (-1, 3)
-            and keras.backend.standardize_dtype(x.dtype) in ("float32", "bfloat16", "float16")
-        )
+        # TensorFlow's kernel computes in float32.
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        return BACKEND == "tensorflow" and dtype in ("float32", "bfloat16", "float16")
 
     def torch_nchw(self, x, shortcut, training: bool):
         """What `call` does on torch, on maps in torch's order whatever the axis."""
@@ -171,6 +169,7 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
             variance=ones if training else tf.cast(self.moving_variance, "float32"),
             epsilon=self.epsilon,
             is_training=training,
+            data_format="NHWC" if self.axis % 4 == 3 else "NCHW",
         )
         if training:
             count = tf.cast(tf.size(x) // self._channels, "float32")

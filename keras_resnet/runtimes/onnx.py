@@ -149,23 +149,10 @@ def _without_xla(model: keras.Model) -> keras.Model:
     """
     if not any(getattr(layer, "groups", 1) > 1 for layer in all_layers(model)):
         return model
-    import tensorflow as tf
 
     class GroupedConv2D(Conv2D):
         def convolution_op(self, inputs, kernel):
-            last = self.data_format == "channels_last"
-            padding = self.padding.upper()
-            if any(self.pad):
-                none, sides = [0, 0], [[pad, pad] for pad in self.pad]
-                padding = [none, *sides, none] if last else [none, none, *sides]
-            return tf.nn.conv2d(
-                inputs,
-                kernel,
-                self.strides,
-                padding,
-                data_format="NHWC" if last else "NCHW",
-                dilations=self.dilation_rate,
-            )
+            return self.padding_convolution(inputs, kernel)
 
     def plain(layer):
         if isinstance(layer, keras.Model):
