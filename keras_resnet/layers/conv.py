@@ -236,7 +236,7 @@ class Conv2D(DirectCall, keras.layers.Conv2D):
         return tf.nn.conv2d(inputs, kernel, self.strides, sides, order, self.dilation_rate)
 
     def _is_product(self) -> bool:
-        """Whether XLA computes it on a CPU as a product: gradients then take a fifth of the time."""
+        """Whether a product takes its place: XLA finds its gradients 3 to 6 times as fast."""
         one = self.kernel_size == (1, 1) and self.groups == 1 and not any(self.pad)
         return one and jax.default_backend() == "cpu"
 

@@ -376,14 +376,14 @@ class _FusedConvolution:
 
     def __call__(self, x, *rest):
         x = _cast(x, self._conv)
-        # How a kernel is best packed depends on the input's size; what is packed for another is
-        # packed anew at every call, which costs more than the convolution.
+        # How oneDNN best packs a kernel depends on the input's size; what is packed for another is
+        # packed anew at every call, which costs more than the convolution. Others fit any size.
         key = x.shape, x.dtype, x.device
-        weights = self._weights.get(key)
+        weights = self._weights.get(key) or self._weights.get(key[1:])
         if weights is None:
             weights = self._fold(x)
             kept = list(self._weights.items())[1 - _KEPT_SIZES :]
-            self._weights = dict([*kept, (key, weights)])
+            self._weights = dict([*kept, (key if weights[2] else key[1:], weights)])
         weight, bias, packed = weights
         shortcut = _cast(rest[0], self._conv) if self._has_shortcut else None
         pad, strides, dilation, groups = self._geometry

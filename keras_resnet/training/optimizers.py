@@ -367,16 +367,25 @@ class _HostValues:
 def _can_fuse(weights: Sequence[Any], grads: Sequence[Any], buffers: Sequence[Any]) -> bool:
     """Whether torch's fused kernel, one pass over memory instead of four, is right for these.
 
-    It walks through the bare memory and never looks at strides. In torch 2.13 its CPU kernel
-    also goes wrong on half precision.
+    It walks through the bare memory and never looks at strides: all must be those of the weight,
+    except on axes of size one, where they say nothing. In torch 2.13 its CPU kernel also goes wrong
+    on half precision.
     """
     return all(
         buffer is not None
-        and all(tensor.is_contiguous() for tensor in (weight, grad, buffer))
         and weight.device.type in ("cpu", "cuda")
         and weight.itemsize >= 4
+        and _lie_alike(weight, grad, buffer)
         for weight, grad, buffer in zip(weights, grads, buffers, strict=True)
     )
+
+
+def _lie_alike(*tensors: Any) -> bool:
+    """Whether tensors of one shape have their numbers in one order in memory, without gaps."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    order = sorted(range(tensors[0].ndim), key=tensors[0].stride, reverse=True)
+    return all(tensor.permute(order).is_contiguous() for tensor in tensors)
 
 
 def _path(variable: Any) -> str:

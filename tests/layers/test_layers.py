@@ -651,7 +651,8 @@ def test_one_kernel_a_layer_and_no_dispatch_by_keras(training, policy, counted, 
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a property of the tensorflow path")
-def test_tensorflow_runs_its_fused_kernel(monkeypatch, rng):
+@pytest.mark.parametrize("axis", [-1, 1, -3])
+def test_tensorflow_runs_its_fused_kernel(axis, monkeypatch, rng):
     import tensorflow as tf
 
     calls = []
@@ -662,11 +663,49 @@ def test_tensorflow_runs_its_fused_kernel(monkeypatch, rng):
         return original(**kwargs)
 
     monkeypatch.setattr(tf.raw_ops, "FusedBatchNormV3", counting)
-    x = rng.normal(size=(2, 4, 4, 3)).astype("float32")
-    layer = BatchNormalization()
+    x = rng.normal(size=(2, 3, 4, 3)).astype("float32")
+    layer = BatchNormalization(axis)
     layer([x, x], training=True)
     layer(x, training=False)
     assert calls == [True, False]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("axis", [2, -2, -3])
+def test_batch_norm_on_other_axes_is_stock_keras(axis, training, rng):
+    x = rng.normal(2, 3, size=(4, 4, 4, 4)).astype("float32")  # no size tells the axes apart
+    stock = keras.layers.BatchNormalization(axis, momentum=0.9, epsilon=1e-5)
+    layer = BatchNormalization(axis, unbiased_variance=False)
+    for norm in (stock, layer):
+        norm.build(x.shape)
+        norm.set_weights(np.arange(1.0, 17.0).reshape(4, 4))
+    assert_close(numpy(layer(x, training=training)), numpy(stock(x, training=training)))
+    for a, b in zip(layer.get_weights(), stock.get_weights(), strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="counted above")
+@pytest.mark.parametrize("case", ["stem", "3x3", "grouped/2", "1x1/2"])
+def test_convolutions_pad_without_a_copy_and_jax_multiplies(case, monkeypatch, rng):
+    x = rng.normal(size=(1, 8, 8, 4)).astype("float32")
+    layer = Conv2D(6, data_format="channels_last", **CONVS[case])
+    layer.build((None, None, None, 4))
+    monkeypatch.delattr(ops, "pad")
+    layer(x)
+    if BACKEND == "jax":
+        import jax
+
+        program = str(jax.make_jaxpr(layer)(x))
+        assert ("dot_general" in program) is ("conv_general_dilated" not in program)
+        assert ("dot_general" in program) is (case == "1x1/2")
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch says it in its own words")
+def test_an_image_smaller_than_the_kernel_is_refused_by_a_layer_for_any_size():
+    layer = Conv2D(2, 7, pad=1, data_format="channels_last")
+    layer.build((None, None, None, 3))
+    with pytest.raises(ValueError, match="zero or negative"):
+        layer(np.ones((1, 4, 4, 3), "float32"))
 
 
 KERNELS = [{}, {"groups": 2}, {"kernel_size": 1}, {"strides": 2, "padding": "same"}]

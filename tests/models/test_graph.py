@@ -323,6 +323,26 @@ def test_sizes_and_batches_may_change(rng):
 
 
 @torch_only
+def test_only_onednns_kernels_are_folded_for_each_size(monkeypatch, rng):
+    """On CUDA, which has no oneDNN, a new size or batch folds nothing anew."""
+    model = randomized(create_model("resnet_tiny", input_shape=(None, None, 3)))
+    plain, folds = by_keras(model), []
+    fold = graph._FusedConvolution._fold
+    monkeypatch.setattr(graph._FusedConvolution, "_fold", lambda *a: folds.append(a) or fold(*a))
+    there = graph._has_onednn(torch.zeros(1))
+    for onednn in {False, there}:
+        monkeypatch.setattr(graph, "_has_onednn", lambda x, onednn=onednn: onednn)
+        model._lists().folded._contents = None  # as if a weight had changed
+        folds.clear()
+        for count, size in ((1, 32), (3, 32), (2, 48)):
+            x = torch.tensor(rng.normal(size=(count, size, size, 3)).astype("float32"))
+            with torch.no_grad():
+                assert_close(model.predict_on_batch(x), plain(x, training=False))
+        convolutions = model._lists().folded._list.convolutions
+        assert len(folds) == len(convolutions) * (3 if onednn else 1)
+
+
+@torch_only
 def test_numpy_pictures_and_predict_take_the_lists(lists_run, rng):
     model = create_model("resnet20")
     x = rng.normal(size=(2, 32, 32, 3)).astype("float32")

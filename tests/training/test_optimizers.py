@@ -674,3 +674,35 @@ def test_kernels_are_updated_where_they_lie(backend, rng):
         reference.step()
     assert layer.kernel.value.data_ptr() == address
     np.testing.assert_allclose(weight.detach().numpy(), expected.detach().numpy(), rtol=1e-6)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "strides, fused",
+    [
+        ((77, 5, 4, 1), True),  # contiguous, but on axes of size one
+        ((1, 1, 1, 6), True),  # as a convolution's gradient comes from OIHW memory, and again
+        ((24, 24, 1, 6), True),
+        ((96, 96, 2, 12), False),  # gaps
+    ],
+)
+def test_strides_of_axes_of_size_one_leave_the_fused_kernel(strides, fused, rng):
+    from torch.optim.sgd import sgd
+
+    from keras_resnet.training.optimizers import _can_fuse
+
+    def lying(array, strides):
+        return torch.empty_strided(array.shape, strides).copy_(torch.tensor(array))
+
+    weight, grad, buffer = rng.normal(size=(3, 1, 1, 6, 4)).astype("float32")
+    own = (24, 24, 4, 1) if strides[-1] == 1 else (24, 24, 1, 6)
+    given = lying(weight, own), lying(grad, strides), lying(buffer, own)
+    assert _can_fuse(*([tensor] for tensor in given)) is fused
+    if fused:  # as it would be for each number by itself
+        sgd(
+            [given[0]], [given[1]], [given[2]], weight_decay=0.1, momentum=0.9, lr=0.1,
+            dampening=0.0, nesterov=False, maximize=False, fused=True, foreach=False,
+        )  # fmt: skip
+        expected = 0.9 * buffer + grad + 0.1 * weight
+        np.testing.assert_allclose(given[2].numpy(), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(given[0].numpy(), weight - 0.1 * expected, rtol=1e-5, atol=1e-6)
