@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import keras
@@ -212,14 +213,15 @@ class Conv2D(DirectCall, keras.layers.Conv2D):
             inputs = ops.pad(inputs, paddings(self.data_format, self.pad))
             return super().convolution_op(inputs, kernel)
         self.compute_output_shape(inputs.shape)  # Keras' error where nothing would be left
-        kernel = ops.convert_to_tensor(kernel)
+        convolution = functools.partial(self.padding_convolution, inputs, kernel)
         if BACKEND == "tensorflow" and self.groups > 1:  # of which, as in Keras, XLA has gradients
-            return tf.function(self.padding_convolution, jit_compile=True)(inputs, kernel)
-        return self.padding_convolution(inputs, kernel)
+            convolution = tf.function(convolution, jit_compile=True)
+        return convolution()
 
     def padding_convolution(self, inputs, kernel):
         """TensorFlow's or jax' own operator, which pads without a padded copy."""
         order = "NHWC" if self.data_format == "channels_last" else "NCHW"
+        kernel = ops.convert_to_tensor(kernel)
         sides = paddings(self.data_format, self.pad)
         if BACKEND == "jax":
             return jax.lax.conv_general_dilated(
