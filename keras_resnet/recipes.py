@@ -80,7 +80,7 @@ class Recipe:
         dropout: Rate in the head; `None` is the variant's own.
         precision: `"fp32"`, `"bf16"` or `"fp16"` (mixed).
         patience: Stop after so many epochs without a better accuracy.
-        val_split: Fraction held out where there is no `val/`; 0: none, and the last is the best.
+        val_split: Fraction held out where there is no `val/`; 0: none.
     """
 
     name: str

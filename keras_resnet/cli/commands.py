@@ -19,6 +19,7 @@ from keras_resnet.cli.checks import (
     weight_file,
     written,
 )
+from keras_resnet.cli.launch import number
 from keras_resnet.cli.parser import Command, arg
 from keras_resnet.data.opening import check_images
 from keras_resnet.data.sources import Images
@@ -92,6 +93,13 @@ COMMANDS = {
         arg("--no-report", "write no report.html at the end", group="Output", rare=True,
             action="store_false", dest="report"),
         arg("--checkpoint-steps N", "save the state so often", least=1, rare=True),
+        arg("--devices N|all", "train in one process a device, on torch", number,
+            group="Training"),
+        arg("--max-restarts N=0", "go on from the last checkpoint so often, after a process was "
+            "lost", least=0, group="Training", rare=True),
+        arg("--sync-bn", "batch norms use the images of all devices; by default where one has "
+            "fewer than 16", group="Training", rare=True,
+            action=argparse.BooleanOptionalAction, default=None),
         arg("--compile", "compile the training step", rare=True),
         arg("--deterministic", "deterministic kernels only", rare=True),
         _TF32,

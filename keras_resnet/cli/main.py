@@ -10,14 +10,28 @@ from collections.abc import Sequence
 
 from keras_resnet import __version__
 from keras_resnet.cli.commands import COMMANDS
+from keras_resnet.cli.launch import launch
 from keras_resnet.cli.parser import Command, make_parser
-from keras_resnet.system.errors import KerasResNetError, no_memory
+from keras_resnet.system.errors import KerasResNetError, OtherProcessError, no_memory
 from keras_resnet.system.files import named, printable
-from keras_resnet.system.process import choose_backend, keep_keras_alone, tune_process
+from keras_resnet.system.process import (
+    choose_backend,
+    keep_keras_alone,
+    meeting_place,
+    reported,
+    settled_code,
+    speaks,
+    tune_process,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives the exit code: 0, 1 (disagreement), 2 (bad input), 130 (Ctrl-C)."""
+    settled = settled_code(meeting_place())
+    return reported(_main(argv)) if settled is None else settled
+
+
+def _main(argv: Sequence[str] | None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in ([], ["help"]):
@@ -25,12 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif argv[0] == "version":
         argv = ["--version"]
     try:
-        code = _run(**vars(build_parser().parse_args(argv)))
+        code = _run(argv, **vars(build_parser().parse_args(argv)))
         with named("<stdout>"):  # here, not as Python ends, where it would be a traceback
             sys.stdout.flush()
         return code
+    except OtherProcessError:
+        return 1
     except KerasResNetError as error:
-        print(f"keras-resnet: {printable(error)}", file=sys.stderr)
+        if speaks(type(error).__name__):
+            print(f"keras-resnet: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -66,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     return make_parser(COMMANDS, __version__)
 
 
-def _run(command: Command, parser: argparse.ArgumentParser, **arguments) -> int:
+def _run(
+    words: Sequence[str], command: Command, parser: argparse.ArgumentParser, **arguments
+) -> int:
     """Checks what can be checked without Keras, then runs: importing a backend takes seconds."""
     if command.order is not None:
         command.order(parser.prog.split()[-1], arguments)
@@ -76,8 +95,13 @@ def _run(command: Command, parser: argparse.ArgumentParser, **arguments) -> int:
             for one in value if isinstance(value, list) else [value]:
                 argument.check(one)
     tf32 = arguments.pop("tf32", None)
+    devices, restarts = arguments.pop("devices", None), arguments.pop("max_restarts", 0)
     if command.keras:
         choose_backend()
+        if not (arguments.get("show") or arguments.get("dry_run")):
+            code = launch(words, devices, restarts)
+            if code is not None:
+                return code
         tune_process()
         keep_keras_alone()
     if tf32 is not None:

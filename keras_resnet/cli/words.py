@@ -81,8 +81,8 @@ HINTS = _pairs({
         "--auto-batch --autobatch --auto-batch-size --auto-scale-batch-size --find-batch-size "
         "--auto-find-batch-size",
     "The backend takes a GPU where it finds one; CUDA_VISIBLE_DEVICES in the environment chooses "
-    "which, and set to nothing it means the CPU.":
-        "--device --devices --gpu --gpus --cuda --cpu --no-cuda --no-gpu --use-gpu --accelerator "
+    "which, and set to nothing it means the CPU. train --devices N uses several.":
+        "--device --gpu --gpus --cuda --cpu --no-cuda --no-gpu --use-gpu --accelerator "
         "--gpu-ids --mps -d -g",
     "KERAS_BACKEND in the environment chooses it: torch, tensorflow or jax.":
         "--backend --framework --torch --tensorflow --jax --pytorch",

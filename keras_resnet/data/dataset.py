@@ -5,14 +5,13 @@
 seeded with (seed, epoch, position of the image in `file_paths`), and about a batch with (seed,
 epoch, position of the batch), so a batch depends on (seed, epoch, index) alone.
 
-An image that cannot be read is left out of its batch, which is then smaller by one; no other
-image moves. It is tried again in the next epoch: nothing depends on what was read before. Use
-`verify` (one decode of every file) to drop such images from the dataset before it is used.
+An image that cannot be read is left out of its batch, which is then smaller by one; no other image
+moves, and it is tried again in the next epoch. `verify` (one decode of every file) drops such ones.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import os
 import threading
@@ -25,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.data.augment import Mix, repeated_augmentation, smooth_labels
-from keras_resnet.data.folders import Stream, generator
+from keras_resnet.data.folders import Stream, generator, mixed_with, part_of
 from keras_resnet.data.items import Item, Source, taken
 from keras_resnet.data.labels import checked_labels, checked_mode, described, encoded, printed
 from keras_resnet.data.preprocess import Preprocess
@@ -63,6 +62,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         class_counts: images of each class.
         seed: of everything random.
         threads: that read ahead; 0 reads in the caller's thread.
+        part: (which, of how many): of each batch, the part that this process reads.
         epoch: counts completed passes; set it with `set_epoch` to continue a run.
         skipped: (path, reason) of every image that could not be read so far.
         failure: the exception that ended a batch, where a backend hides it behind its own.
@@ -129,6 +129,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         self.mix = Mix(mixup, cutmix) if mixup or cutmix else None
         self.threads = default_threads() if workers is None else int(workers)
         self.epoch = 0
+        self.part = (0, 1)
         self.failure: Exception | None = None
 
         names = None if self.labels is None else self.class_names
@@ -263,8 +264,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
     def read_batch(self, index: int) -> Batch:
         """Reads batch `index`, channels last, with the positions of the images that it holds."""
         index = self._checked(index)
-        if index == len(self) - 1:
-            self._finished = True
+        self._finished |= index == len(self) - 1
         return self._fetch(*self._epoch_order(), index)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray] | np.ndarray]:
@@ -294,10 +294,10 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             # In parts of a few images: were a batch one thread's, the others would wait for it at
             # the end of every epoch, and the model for the first one.
             positions = self._positions(order, number)
-            size = max(1, len(positions) // (4 * self.threads)) if self.threads else len(positions)
+            size = max(1, len(positions) // (4 * self.threads or 1))
             return [
-                functools.partial(self._several, epoch, order, positions[i : i + size])
-                for i in range(0, len(positions), size)
+                lambda some=positions[i : i + size]: [self._one(epoch, order, p) for p in some]
+                for i in range(0, max(1, len(positions)), size)
             ]
 
         try:
@@ -313,12 +313,10 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             self.failure = error
             raise
 
-    def _positions(self, order: np.ndarray, index: int) -> range:
-        """Where the images of a batch stand in the order of the epoch."""
-        return range(len(order))[index * self.batch_size : (index + 1) * self.batch_size]
-
-    def _several(self, epoch: int, order: np.ndarray, positions: range) -> list[tuple | None]:
-        return [self._one(epoch, order, position) for position in positions]
+    def _positions(self, order: np.ndarray, index: int, part: tuple | None = None) -> range:
+        """Where the images of a batch stand in the order of the epoch: of this process' part."""
+        whole = range(len(order))[index * self.batch_size : (index + 1) * self.batch_size]
+        return part_of(whole, *(part or self.part))
 
     def _assemble(
         self, epoch: int, order: np.ndarray, index: int, pictures: list[tuple | None]
@@ -326,23 +324,28 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         """Puts the images of a batch, as `_one` gives them, together."""
         positions = self._positions(order, index)
         erasing = getattr(self.augment, "erasing", None)
-        samples = order[positions.start : positions.stop]
-        kept = np.asarray([read is not None for read in pictures])
-        if not kept.any():
+        found = [(p, read) for p, read in zip(positions, pictures, strict=True) if read is not None]
+        if not found and self.part == (0, 1):
             path = self.file_paths[order[positions[0]]]
             raise DataError(
                 f"None of the {len(positions)} images of batch {index} can be read; the first: "
                 f"{self._skipped[path]} Build the dataset with verify=True to drop such images."
             )
-        samples = samples[kept]
-        pixels, erased = zip(*filter(None, pictures), strict=True)
-        images = stacked(pixels, [self.file_paths[i] for i in samples], self.empty)
+        borrows = self.part != (0, 1) and self.mix is not None and bool(found)
+        if borrows:  # its first image is mixed with the last one before it that can be read
+            others = mixed_with(self._positions(order, index, (0, 1)), positions.start)
+            tried = ((p, self._one(epoch, order, p)) for p in others)
+            found.insert(0, next(one for one in tried if one[1] is not None))
+        samples = order[[position for position, _ in found]]
+        pixels, names = [r[0] for _, r in found], [self.file_paths[i] for i in samples]
+        none = (0, *self._fed_size(), self.preprocess.channels)
+        images = stacked(pixels, names, self.empty) if found else np.zeros(none, np.uint8)
         if self.output == "float32":
             images = self.preprocess.normalize(images)
         elif self.output == "pixels":
             images = images.astype(np.float32)
         value = None if erasing is None else erasing.value_in(self.preprocess, self.output)
-        for place, window in enumerate(erased):
+        for place, (_, (_, window)) in enumerate(found):
             if window is not None:
                 images[place] = erasing.apply(images[place], window, value)
         labels = None
@@ -351,6 +354,8 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         if self.mix is not None:
             rng = generator(self.seed, Stream.MIX, epoch, index)
             images, labels = self.mix(images, labels, rng)
+        if borrows:
+            images, labels, samples = images[1:], labels[1:], samples[1:]
         if self.label_smoothing:
             labels = smooth_labels(labels, self.label_smoothing)
         return Batch(images, labels, samples)
@@ -448,24 +453,21 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             smaller than `count`: unreadable images are left out.
         """
         epoch, order = self._epoch_order()
-        images, indices = [], []
-        for position in range(len(order)):
-            if len(images) == count:
-                break
-            read = self._one(epoch, order, position)
-            if read is not None:
-                images.append(read[0])
-                indices.append(int(order[position]))
-        if not images:
+        reads = ((int(i), self._one(epoch, order, place)) for place, i in enumerate(order))
+        found = list(itertools.islice(((i, read[0]) for i, read in reads if read), count))
+        if not found:
             raise DataError(f"None of the {self.num_samples} images can be read.")
+        indices = [i for i, _ in found]
         labels = None if self.labels is None else self.labels[indices]
-        return np.stack(images), labels, [self.file_paths[i] for i in indices]
+        return np.stack([p for _, p in found]), labels, [self.file_paths[i] for i in indices]
+
+    def _fed_size(self) -> tuple[int | None, int | None]:
+        return getattr(self.augment, "output_size", None) or self.preprocess.output_shape[:2]
 
     def _batches_ahead(self) -> int:
-        height, width, channels = self.preprocess.output_shape
-        height, width = getattr(self.augment, "output_size", None) or (height, width)
+        height, width = self._fed_size()
         pixel = 1 if self.output == "uint8" else 4
-        size = self.batch_size * (height or 256) * (width or 256) * channels * pixel
+        size = self.batch_size * (height or 256) * (width or 256) * self.preprocess.channels * pixel
         return max(self.threads, min(2 * self.threads + 2, _PREFETCH_BYTES // size))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -278,6 +278,26 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
+def part_of(whole: range, which: int, of: int) -> range:
+    """Which images of a batch one of several processes takes; the first never takes the fewest.
+
+    Examples:
+        >>> [list(part_of(range(8, 13), i, 3)) for i in range(3)]
+        [[8, 9], [10, 11], [12]]
+    """
+    return whole[-(-len(whole) * which // of) : -(-len(whole) * (which + 1) // of)]
+
+
+def mixed_with(whole: range, first: int) -> list[int]:
+    """What the first image of a part of a batch may be mixed with, nearest first: see `Mix`.
+
+    Examples:
+        >>> mixed_with(range(8, 13), 10)
+        [9, 8, 12, 11, 10]
+    """
+    return [*range(first - 1, whole.start - 1, -1), *range(whole.stop - 1, first - 1, -1)]
+
+
 # --- train, val and test -------------------------------------------------------------------------
 
 _SPLITS = {

@@ -15,10 +15,13 @@ from keras_resnet.layers.torch_call import (
     in_stateless_scope,
     is_plain,
 )
+from keras_resnet.system import group  # as a whole: it may be what imports Keras, half there
 
 if BACKEND == "torch":
     import torch
     import torch.nn.functional as F
+
+    from keras_resnet.layers.sync_norm import sync_batch_norm
 elif BACKEND == "tensorflow":
     import tensorflow as tf
 
@@ -132,7 +135,8 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
     def torch_nchw(self, x, shortcut, training: bool):
         """What `call` does on torch, on maps in torch's order whatever the axis."""
         training = training and self.trainable
-        if training and x.numel() == self._channels:
+        together = training and group.current().norms_together and is_plain(x)
+        if training and not together and x.numel() == self._channels:
             return self._nchw_by_keras(x, shortcut)
         gamma = None if self.gamma is None else self.gamma.value
         beta = None if self.beta is None else self.beta.value
@@ -140,9 +144,8 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
         if not training:
             y = F.batch_norm(x, mean, variance, gamma, beta, False, 0.0, self.epsilon)
         elif self.unbiased_variance and not in_stateless_scope():
-            y = F.batch_norm(
-                x, mean, variance, gamma, beta, True, 1.0 - self.momentum, self.epsilon
-            )
+            normalize = sync_batch_norm if together else F.batch_norm
+            y = normalize(x, mean, variance, gamma, beta, True, 1.0 - self.momentum, self.epsilon)
         else:
             # Statistics that forget at once are the batch's own.
             mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)

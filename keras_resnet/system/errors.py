@@ -20,6 +20,10 @@ class KerasResNetError(Exception):
     """
 
 
+class OtherProcessError(KerasResNetError, RuntimeError):
+    """Another process of a run on several devices has ended, and with it the run."""
+
+
 class InputError(KerasResNetError, ValueError):
     """An argument, a name or a shape that cannot work."""
 

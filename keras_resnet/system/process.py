@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from keras_resnet.system.errors import InputError, MissingDependencyError, did_you_mean
 
@@ -111,13 +112,15 @@ def _glibc() -> ctypes.CDLL | None:
 def available_cores() -> int:
     """Cores that the process may use: those it is bound to, and no more than its container's share.
 
+    Processes that torchrun has started on one machine share them.
+
     Examples:
         >>> 1 <= available_cores() <= (os.cpu_count() or 1)
         True
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = min(bound or 1, cgroup_cores(Path("/sys/fs/cgroup")))
-    return max(1, math.ceil(share))
+    return max(1, math.ceil(share) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def default_threads() -> int:
@@ -168,6 +171,53 @@ def fit_threads() -> None:
         for kind in ("INTRAOP", "INTEROP"):
             os.environ.setdefault(f"TF_NUM_{kind}_THREADS", str(cores))
 
+
+# --- one of several processes that torchrun has started ------------------------------------------
+
+MEETING = "KERAS_RESNET_MEETING"  # names the folder in which the processes of `--devices` meet
+store: Any = None  # torch's, which the processes share; once they have met
+
+
+def meeting_place() -> Path | None:
+    """The folder of those that `--devices` has started."""
+    folder = os.environ.get(MEETING)
+    return Path(folder) if folder else None
+
+
+def speaks(kind: str) -> bool:
+    """Whether it is this process that says an error of a kind: one of those that have it does."""
+    if "LOCAL_RANK" not in os.environ:
+        return True
+    if store is None:  # what goes wrong so early does so in all
+        return os.environ["LOCAL_RANK"] == "0"
+    try:
+        return store.add(f"said {kind}", 1) == 1
+    except RuntimeError:  # whoever held it has ended
+        return True
+
+
+def reported(code: int) -> int:
+    """The exit code to leave with.
+
+    After any but 0 torchrun may start all anew, which an interrupted run does not want; and a wrong
+    argument is wrong again: those that `--devices` starts then leave at once (see `settled_code`).
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return code
+    place = meeting_place()
+    if place is not None and code in (2, 130):
+        (place / "code").write_text(str(code), encoding="ascii")
+    return 0 if code == 130 else code
+
+
+def settled_code(place: Path | None) -> int | None:
+    """The exit code that a process of `--devices` has reported, after which none is to start."""
+    if place is None or not (place / "code").is_file():
+        return None
+    return int((place / "code").read_text(encoding="ascii"))
+
+
+# --- the backend ---------------------------------------------------------------------------------
 
 BACKENDS = ("torch", "tensorflow", "jax")
 
@@ -245,7 +295,7 @@ def importing_keras() -> Iterator[None]:
     if not _alone:
         yield
         return
-    backend = os.environ.get("KERAS_BACKEND") or _backend_of_keras_json() or "tensorflow"
+    backend = chosen_backend()
     hidden = [name for name in _BESIDE_KERAS if name != backend and name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))
     try:
@@ -256,6 +306,11 @@ def importing_keras() -> Iterator[None]:
     finally:
         for name in hidden:
             sys.modules.pop(name)
+
+
+def chosen_backend() -> str:
+    """The backend that Keras imports, or has."""
+    return os.environ.get("KERAS_BACKEND") or _backend_of_keras_json() or "tensorflow"
 
 
 def _is_installed(name: str) -> bool:

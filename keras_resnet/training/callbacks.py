@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_resnet.system.device import devices, fetch, set_random_state
 from keras_resnet.system.errors import KerasResNetError
+from keras_resnet.system.group import current
 from keras_resnet.system.progress import LINE_SECONDS, duration
 from keras_resnet.training.loggers import Loggers
 
@@ -63,6 +64,7 @@ class Position:
         epoch: The epoch that comes next, or is under way.
         step: Its step that comes next.
         validating: Whether its steps are done.
+        settled: Whether no process has gradients that the others do not know.
         stop: Set where the run shall end after the step under way.
         metrics: Those of an epoch that was cut, until the epoch goes on.
         random: What draws random numbers outside Keras' variables, as last saved.
@@ -72,6 +74,7 @@ class Position:
     epoch: int = 0
     step: int = 0
     validating: bool = False
+    settled: bool = True
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
     metrics: list[np.ndarray] | None = None
     random: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -91,7 +94,7 @@ class RunCallbacks(keras.callbacks.CallbackList):
         epochs: Of the whole run.
         first: Callbacks before the caller's.
         save: Saves the state of the run.
-        check_loss: Called with the loss of every step and the step's number.
+        check_loss: Called with a loss that is no number, and the step's number.
     """
 
     def __init__(
@@ -115,12 +118,15 @@ class RunCallbacks(keras.callbacks.CallbackList):
             steps=at.steps,
         )
         self._run_model, self._at, self._settings = model, at, settings
+        self._group = current()  # the processes of the run, which save and end at the same step
         self._save, self._check_loss = save, check_loss
         steps, tests = ("on_batch_end", "on_train_batch_end"), ("on_test_batch_end",)
         self._heard = settings.bar or _any_has(settings.callbacks, steps)
         self._heard_in_tests = _any_has(settings.callbacks, tests)
         self._lag = 0 if devices()[0] == "cpu" else 16
         self._losses: deque[tuple[int, Callable[[], np.ndarray]]] = deque()
+        self._bad: list[tuple[float, int]] = []  # losses that are no numbers, with their steps
+        self._save_due = self._stop_due = False
         self._begun = False
         self._first = 0
         self._saved_at = 0.0
@@ -132,6 +138,9 @@ class RunCallbacks(keras.callbacks.CallbackList):
         self._first = self._at.step
         self._saved_at = self._began_at = self._told_at = time.monotonic()
         self._losses.clear()
+        self._bad.clear()
+        self._save_due = self._stop_due = False
+        self._group.ask(False, False, False, False)
         self.set_params({**self.params, "steps": steps})
 
     def finish(self) -> None:
@@ -174,18 +183,42 @@ class RunCallbacks(keras.callbacks.CallbackList):
             super().on_train_batch_end(batch, logs)
         if settings.lines and time.monotonic() - self._told_at > LINE_SECONDS:
             self._tell(f"step {at.step:,} of {at.steps:,}", logs)
+        model = self._run_model
+        late = time.monotonic() - self._saved_at > settings.checkpoint_seconds
+        ends = getattr(model, "stop_training", False)  # `fit` makes it
+        late, stop, model.stop_training, bad = self._group.ask(
+            late, at.stop.is_set(), ends, bool(self._bad)
+        )
+        if bad:
+            self._judge()
         if at.step == at.steps:
-            self._look()  # a bad epoch is not to be saved
+            self._look_at_all()  # a bad epoch is not to be saved
+            model.stop_training = self._group.any(model.stop_training or ends)
+            self._group.add_up(model.metrics_variables)
             at.validating = True
             return  # the end of the epoch saves, after the validation
         due = settings.checkpoint_steps and at.step % settings.checkpoint_steps == 0
-        late = time.monotonic() - self._saved_at > settings.checkpoint_seconds
-        if due or late or at.stop.is_set():
-            self._look()
-            if at.stop.is_set():
+        self._save_due = self._save_due or bool(due or late)
+        self._stop_due = self._stop_due or stop
+        if (self._save_due or self._stop_due) and at.settled:
+            self._look_at_all()
+            if self._stop_due:
                 raise Interrupted
             self._save()
-            self._saved_at = time.monotonic()
+            self._save_due, self._saved_at = False, time.monotonic()
+
+    def on_test_begin(self, logs=None):
+        """Begins a validation, with the first process' statistics of batch norms in all."""
+        super().on_test_begin(logs)
+        self._group.copy_first(self._run_model.non_trainable_variables)
+
+    def on_test_end(self, logs=None):
+        """Ends a validation, with the numbers of all processes."""
+        self._group.add_up(self._run_model.metrics_variables)
+        if logs is not None and self._group.size > 1:
+            result = self._run_model.get_metrics_result()
+            logs.update({k: float(keras.ops.convert_to_numpy(v)) for k, v in result.items()})
+        super().on_test_end(logs)
 
     def on_test_batch_end(self, batch, logs=None):
         """Says how far a long validation is."""
@@ -210,9 +243,20 @@ class RunCallbacks(keras.callbacks.CallbackList):
         while len(self._losses) > lag:
             step, loss = self._losses.popleft()
             value = float(loss())
-            self._check_loss(value, step)
             if not math.isfinite(value):
+                self._bad.append((value, step))
                 self._losses.clear()  # those behind it are means with it
+
+    def _look_at_all(self) -> None:
+        self._look()
+        if self._group.any(bool(self._bad)):
+            self._judge()
+
+    def _judge(self) -> None:
+        # Where another process' loss is no number, this one's need not be yet.
+        value, step = self._bad[0] if self._bad else (math.nan, self._at.step)
+        self._bad.clear()
+        self._check_loss(value, step)
 
     def on_epoch_end(self, epoch, logs=None):
         """Keeps the epoch's numbers."""

@@ -12,6 +12,7 @@ import keras
 
 from keras_resnet.data.folders import plain_name
 from keras_resnet.models.files import load_model
+from keras_resnet.recipes import Recipe
 from keras_resnet.system.errors import CheckpointError, InputError, did_you_mean
 from keras_resnet.weights import download
 from keras_resnet.weights.keras_files import find_keras_file
@@ -123,6 +124,28 @@ def freeze(
         sum(not x.trainable for x in norms),
         sum(x.trainable for x in norms),
     )
+
+
+def part_to_train(model: keras.Model, recipe: Recipe, epoch: int) -> str | None:
+    """The first part that trains in an epoch, counted from 0, under gradual unfreezing.
+
+    Examples:
+        >>> from keras_resnet import create_model
+        >>> from keras_resnet.recipes import get_recipe
+        >>> recipe = get_recipe("finetune").with_options(unfreeze="head", gradual=2)
+        >>> model = create_model("resnet18")
+        >>> [part_to_train(model, recipe, epoch) for epoch in (0, 1, 2, 4, 99)]
+        ['head', 'head', 'layer4', 'layer3', None]
+    """
+    start = recipe.unfreeze
+    if not recipe.gradual or start is None:
+        return start
+    back = epoch // recipe.gradual
+    if back == 0:
+        return start
+    names = parts(model)
+    first = names.index(start) if start in names else len(names) - 1
+    return names[first - back] if first > back else None
 
 
 def _norms(layer: keras.layers.Layer) -> list[keras.layers.Layer]:

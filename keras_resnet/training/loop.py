@@ -26,6 +26,7 @@ from keras_resnet.system.device import (
     without_waiting,
 )
 from keras_resnet.system.errors import InputError, KerasResNetError
+from keras_resnet.system.group import Alone
 from keras_resnet.training.callbacks import (
     Interrupted,
     Position,
@@ -34,7 +35,7 @@ from keras_resnet.training.callbacks import (
     TrainingError,
 )
 from keras_resnet.training.ema import ModelEMA, adjusted_decay
-from keras_resnet.training.freeze import freeze, parts
+from keras_resnet.training.freeze import freeze, part_to_train
 from keras_resnet.training.prepare import (
     Data,
     compile_model,
@@ -57,13 +58,22 @@ class Loop:
         data: What to train on.
         run: The open run folder.
         settings: How to run.
+        group: The processes that run it.
+        seed: Of what is random in the model.
     """
 
     def __init__(
-        self, model: keras.Model, recipe: Recipe, data: Data, run: Run, settings: Settings
+        self,
+        model: keras.Model,
+        recipe: Recipe,
+        data: Data,
+        run: Run,
+        settings: Settings,
+        group: Alone,
+        seed: int,
     ):
         self.model, self.recipe, self.data = model, recipe, data
-        self.run_folder, self.settings = run, settings
+        self.run_folder, self.settings, self.group, self.seed = run, settings, group, seed
         self.steps = len(data.train)
         self.schedule = make_schedule(recipe, self.steps)
         self.at = Position(self.steps)
@@ -102,7 +112,7 @@ class Loop:
         with self._signals():
             try:
                 while self.at.epoch < self.recipe.epochs and not self._out_of_patience():
-                    if self.at.stop.is_set():
+                    if self.group.any(self.at.stop.is_set()):
                         raise Interrupted
                     self._unfreeze_gradually()
                     self._run_epoch(callbacks)
@@ -126,6 +136,7 @@ class Loop:
         compile_model(self.model, optimizer, self.data.soft_labels, self.settings.jit)
         if before is not None:
             _carry_over(before, self.model.optimizer)
+        self.group.join_model(self.model, self.at, self.seed)
 
     def _unfreeze_gradually(self) -> None:
         """Unfreezes one part more after every `gradual` epochs."""
@@ -149,7 +160,9 @@ class Loop:
         """Goes on behind the last epoch of a finished run, whose state is in `last.keras`."""
         run = self.run_folder
         self._check_files(run.config.get("files", self.data.fingerprint))
-        run.read_history()
+        if self.group.first:
+            run.read_history()
+        run.history = self.group.from_first(lambda: run.history)
         self.at.epoch = len(run.history["loss"])
         accuracies = run.history.get("val_accuracy")
         if accuracies:
@@ -159,15 +172,17 @@ class Loop:
         if until != self.until:
             self.until = until
             self._compile()
-        last = open_keras_file(run.path("last.keras"), compile=True)
-        for variable, source in zip(self.model.weights, last.weights, strict=True):
-            variable.assign(source)
-        _carry_over(last.optimizer, self.model.optimizer)
+        if self.group.first:
+            last = open_keras_file(run.path("last.keras"), compile=True)
+            for variable, source in zip(self.model.weights, last.weights, strict=True):
+                variable.assign(source)
+            _carry_over(last.optimizer, self.model.optimizer)
+        self.group.copy_first([*self.model.variables, *self.model.optimizer.variables])
         self.settings.say(f"Going on at epoch {self.at.epoch + 1}, step 1 of {self.steps}.")
 
     def _resume(self) -> None:
         run = self.run_folder
-        progress = run.read_progress()
+        progress = self.group.from_first(run.read_progress)
         self._check_files(progress["files"])
         if progress["until"] != self.until:
             self.until = progress["until"]
@@ -176,7 +191,10 @@ class Loop:
             # Compiled metrics are made at the first batch; testing changes no weight.
             images, labels = readable_batch(self.data.val or self.data.train, 0)
             self.model.test_on_batch(images[:1], labels[:1])
-        progress, extra = run.load_state(self.model)
+        progress, extra, run.history = self.group.from_first(
+            lambda: (*run.load_state(self.model), run.history)
+        )
+        self.group.copy_first([*self.model.variables, *self.model.optimizer.variables])
         if self.ema is not None:
             self.ema.set_state(extra)
         self.at.random = {k: v for k, v in extra.items() if k.startswith("random/")}
@@ -185,9 +203,15 @@ class Loop:
         self.stale = progress["stale"]
         self._skipped_before = [tuple(item) for item in progress["skipped"]]
         if self.at.step:
-            self.at.metrics = [
-                keras.ops.convert_to_numpy(v).copy() for v in self.model.metrics_variables
-            ]
+            mine = [keras.ops.convert_to_numpy(v).copy() for v in self.model.metrics_variables]
+            saved = progress.get("metrics") or self.group.from_first(lambda: [mine])
+            self.at.metrics = self.group.own(saved)
+        before = len(progress.get("metrics", [[]]))
+        if before != self.group.size:
+            self.settings.say(
+                f"The run was on {before} devices, and is on {self.group.size} from here: numbers "
+                "may differ in their last digits."
+            )
         if run.history:
             self._write_views()
         if self.at.epoch < self.recipe.epochs:
@@ -204,8 +228,12 @@ class Loop:
             "stale": self.stale,
             "until": self.until,
             "files": self.data.fingerprint,
-            "skipped": self.skipped(),
         }
+        metrics = [keras.ops.convert_to_numpy(v).copy() for v in self.model.metrics_variables]
+        found = self.group.gather(([m.tolist() for m in metrics], self.skipped()))
+        progress["metrics"] = [values for values, _ in found]
+        self._skipped_before = sorted({item for _, items in found for item in items})
+        progress["skipped"] = self._skipped_before
         self.at.random = random_state()
         averages = {} if self.ema is None else self.ema.get_state()
         self.run_folder.save_state(self.model, progress, {**averages, **self.at.random})
@@ -389,9 +417,15 @@ class Loop:
             yield
             return
 
+        began = 0.0
+
         def handle(number, frame):
+            nonlocal began
             if self.at.stop.is_set():
+                if self.group.size > 1 and time.monotonic() - began < 2:
+                    return  # the same one once more: torchrun and SLURM both pass it on
                 raise KeyboardInterrupt
+            began = time.monotonic()
             self.at.stop.set()
             what = "the validation" if self.at.validating else "this step"
             self.settings.say(f"\nStopping after {what}; once more to stop at once.")
@@ -412,28 +446,6 @@ class Loop:
             f"Interrupted at epoch {self.at.epoch + 1}, step {self.at.step} of {self.steps}. "
             "The same command goes on from here."
         )
-
-
-def part_to_train(model: keras.Model, recipe: Recipe, epoch: int) -> str | None:
-    """The first part that trains in an epoch, counted from 0, under gradual unfreezing.
-
-    Examples:
-        >>> from keras_resnet import create_model
-        >>> from keras_resnet.recipes import get_recipe
-        >>> recipe = get_recipe("finetune").with_options(unfreeze="head", gradual=2)
-        >>> model = create_model("resnet18")
-        >>> [part_to_train(model, recipe, epoch) for epoch in (0, 1, 2, 4, 99)]
-        ['head', 'head', 'layer4', 'layer3', None]
-    """
-    start = recipe.unfreeze
-    if not recipe.gradual or start is None:
-        return start
-    back = epoch // recipe.gradual
-    if back == 0:
-        return start
-    names = parts(model)
-    first = names.index(start) if start in names else len(names) - 1
-    return names[first - back] if first > back else None
 
 
 class _EpochBatches(keras.utils.PyDataset):

@@ -55,12 +55,14 @@ class Run:
         resumed: Whether an unfinished run was found here.
         extended: Whether a finished one was, which gets more epochs.
         note: A line about the run that was found before, or empty.
+        writes: Whether this process writes; of several, one does.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], note: str = ""):
         self.folder = folder
         self.config = config
         self.note = note
+        self.writes = True
         self.history: dict[str, list[float]] = {}
         self.resumed = (folder / _STATE).is_file()
         self.extended = not self.resumed and (folder / "last.keras").is_file()
@@ -115,6 +117,8 @@ class Run:
         Raises:
             InputError: Another process is training in it, or it cannot be made.
         """
+        if not self.writes:
+            return
         new = not self.folder.exists() or _is_blank(self.folder)
         above = [folder for folder in self.folder.parents if not folder.exists()]
         try:
@@ -217,6 +221,8 @@ class Run:
         Raises:
             SaveError: The file could not be written.
         """
+        if not self.writes:
+            return
         try:
             write(path, *arguments)
         except OSError as error:

@@ -36,8 +36,9 @@ from keras_resnet.system.device import (
     package_version,
     tf32_allowed,
 )
-from keras_resnet.system.errors import between, reason_of, whole
+from keras_resnet.system.errors import InputError, between, reason_of, whole
 from keras_resnet.system.files import printable, write_json
+from keras_resnet.system.group import Alone, explained, join
 from keras_resnet.system.process import system_name, tune_process
 from keras_resnet.system.progress import shows_bars
 from keras_resnet.system.shown import Shown
@@ -56,7 +57,8 @@ class TrainResult(Shown):
 
     Attributes:
         folder: The run folder.
-        model: The best model, as in `best.keras`; `None` before the first whole epoch.
+        model: The best model, as in `best.keras`; `None` before the first whole epoch, and in all
+            but the first of several processes.
         history: Columns of `history.csv`, one value an epoch.
         evaluation: The best model on the validation images; `None` of an interrupted run, and
             where nothing was held out (`val_split=0`).
@@ -96,6 +98,7 @@ class TrainResult(Shown):
         return "\n".join(lines)
 
 
+@explained()
 def train(
     directory: str | os.PathLike | Source,
     *,
@@ -111,6 +114,7 @@ def train(
     restart: bool = False,
     deterministic: bool = False,
     compile: bool = False,
+    sync_bn: bool | None = None,
     checkpoint_steps: int | None = None,
     checkpoint_seconds: float = 300.0,
     keep: int = 0,
@@ -131,6 +135,9 @@ def train(
     all of it, with `MODEL_CARD.md`. Models take pixel values and
     normalise them inside; class names and preprocessing travel in the file.
 
+    Under torchrun (on torch) each process trains on its part of every batch, and the first one
+    writes and prints; see `docs/devices.md`.
+
     A killed run goes on when the same call is made again: with the same weights, bit for bit on a
     CPU where it is `deterministic`, as if it had not been killed.
 
@@ -149,6 +156,8 @@ def train(
         restart: Start a new run even where an unfinished one could go on.
         deterministic: Only deterministic kernels, where the backend has a choice.
         compile: Compile the training step (`jit_compile`); jax always does.
+        sync_bn: Whether batch norms use the images of all devices, where torchrun has started one
+            process a device; by default where one has less than 16 of a batch.
         checkpoint_steps: Save the state every so many steps, besides the end of each epoch.
         checkpoint_seconds: And after so many seconds.
         keep: Also keep the models of so many best epochs, as `epoch-012.keras`.
@@ -189,11 +198,15 @@ def train(
     }
     whole("checkpoint_steps", 1 if checkpoint_steps is None else checkpoint_steps, 1)
     tune_process()
+    group = join()
+    if compile and group.size > 1:
+        raise InputError("The step of several processes is not compiled: leave out compile.")
+    verbose = verbose and group.first
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
-    loggers = Loggers(arguments["log"])
+    loggers = Loggers(arguments["log"] if group.first else [])
     names = ("seed", "workers", "cache", "exclude", "strict", "exif")
     given = {name: arguments[name] for name in names}
-    data = prepare_data(directory, recipe, look=not dry_run, **given)
+    data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
     identity = {
         "directory": arguments["directory"],
         "recipe": dataclasses.asdict(recipe),
@@ -203,8 +216,11 @@ def train(
         "data_format": keras.config.image_data_format(),
     }
     called = f"{recipe.model}-{Path(arguments['directory']).name}"
-    run = Run.find(output, name or called, identity, restart)
-    recipe = settle_batch_size(recipe, data, run.config.get("batch_size"))
+    run = group.from_first(lambda: Run.find(output, name or called, identity, restart))
+    run.writes, known = group.first, run.config.get("batch_size")
+    recipe = group.from_first(lambda: settle_batch_size(recipe, data, known))
+    for dataset in filter(None, (data.train, data.val)):
+        dataset.batch_size, dataset.part = recipe.batch_size, (group.rank, group.size)
     settings = Settings(
         say=run.say if verbose else run.log,
         bar=verbose and shows_bars(sys.stdout),
@@ -216,13 +232,16 @@ def train(
         callbacks=tuple(callbacks),
         loggers=loggers,
     )
-    settings.say(_plan(run, recipe, data, seed))
+    if group.size > 1:
+        few = recipe.batch_size < 16 * group.size
+        group.norms_together = few if sync_bn is None else sync_bn
+    settings.say(_plan(run, recipe, data, seed, group))
     if dry_run:
         return TrainResult(run.folder, None, {})
     if deterministic:
         make_deterministic()
     with fastest_convolutions():
-        return _train(run, recipe, data, settings, arguments, report)
+        return _train(run, recipe, data, settings, arguments, report, group)
 
 
 def _plain(exclude: Any) -> str | list[str] | None:
@@ -239,6 +258,7 @@ def _train(
     settings: Settings,
     arguments: dict[str, Any],
     with_report: bool,
+    group: Alone,
 ) -> TrainResult:
     """Trains in a run folder, and evaluates and reports what came of it."""
     keras.utils.set_random_seed(arguments["seed"])
@@ -247,10 +267,14 @@ def _train(
         start, model = run.config["start"], new_model(recipe, data)
         model.info.update({k: v for k, v in run.config.get("model", {}).items() if k == "weights"})
     else:
-        start = starting_weights(recipe.model, recipe.weights)
-        model = build_model(recipe, data, settings.say, start)
+        start = group.from_first(lambda: starting_weights(recipe.model, recipe.weights))
+        if group.first:  # the others need not download or read them
+            model = build_model(recipe, data, settings.say, start)
+        else:
+            model = new_model(recipe, data)
+        group.copy_first(model.variables)
     # Before the folder is made: without one readable image there is nothing to keep.
-    samples = data.train.take_samples(min(16, recipe.batch_size))
+    samples = data.train.take_samples(min(16, recipe.batch_size)) if group.first else None
     run.open()
     status, failed = "failed", False
     try:
@@ -264,14 +288,19 @@ def _train(
             status="running",
             begun=run.config.get("begun") or _now(),
         )
-        _write_start(run, data, samples)
+        if samples is not None:
+            _write_start(run, data, samples)
         ids = settings.loggers.start(
             run.folder, run.folder.name, dataclasses.asdict(recipe), run.config.get("log_ids", {})
         )
         run.write_config(log_ids=ids)
-        loop = Loop(model, recipe, data, run, settings)
+        loop = Loop(model, recipe, data, run, settings, group, arguments["seed"])
         interrupted = loop.run()
         status = "interrupted" if interrupted else "finished"
+        if not group.first:
+            return TrainResult(run.folder, None, run.history, interrupted=interrupted)
+        if data.val is not None:
+            data.val.part = (0, 1)  # one process evaluates
         result = _finish(run, data, recipe, loop.skipped(), interrupted, settings.say)
         settings.say(f"\n{result}")
         if result.model is not None and not interrupted:
@@ -291,7 +320,7 @@ def _train(
 # --- before and after ----------------------------------------------------------------------------
 
 
-def _plan(run: Run, recipe: Recipe, data: Data, seed: int) -> str:
+def _plan(run: Run, recipe: Recipe, data: Data, seed: int, group: Alone) -> str:
     verb = "Goes on in" if run.resumed or run.extended else "Writes to"
     height, width, _ = data.preprocess.output_shape
     counts = [f"{printable(n)} {c:,}" for n, c in data.train.class_counts.items()]
@@ -303,6 +332,7 @@ def _plan(run: Run, recipe: Recipe, data: Data, seed: int) -> str:
     return "\n".join(
         [
             f"Backend: {backend_line()}",
+            *group.notes(recipe.batch_size),
             *data.notes,
             *([run.note] if run.note else []),
             f"Images: {data.train.num_samples:,} for training, {held_out}, "

@@ -714,6 +714,26 @@ def damaged(folder):
 
 
 @once
+@pytest.mark.parametrize("mixup, cutmix", [(0.4, 0.0), (0.4, 0.8), (0.0, 0.0)])
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_the_parts_of_processes_make_the_batch(damaged, parts, mixup, cutmix):
+    """Also where its last batch has fewer images than there are processes, or none can be read."""
+    changes = {"batch_size": 6, "mixup": mixup, "cutmix": cutmix}
+    folder, _ = damaged
+    whole = everything(folder, **changes)
+    for workers in (0, 2):
+        shares = [everything(folder, workers=workers, **changes) for _ in range(parts)]
+        for which, share in enumerate(shares):
+            share.part = (which, parts)
+        for index in range(len(whole)):
+            expected, got = whole.read_batch(index), [s.read_batch(index) for s in shares]
+            for name in ("images", "labels", "indices"):
+                joined = np.concatenate([getattr(batch, name) for batch in got])
+                np.testing.assert_array_equal(joined, getattr(expected, name))
+                assert all(getattr(b, name).dtype == joined.dtype for b in got)
+
+
+@once
 def test_unreadable_pictures_leave_smaller_batches_and_are_listed_once(damaged, caplog):
     folder, broken = damaged
     dataset = from_directory(folder, image_size=8, batch_size=8, seed=0)

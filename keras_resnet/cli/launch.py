@@ -1,0 +1,106 @@
+"""`--devices`: the command again, once a device, by torch's own launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from keras_resnet.system.errors import InputError, whole
+from keras_resnet.system.process import MEETING, chosen_backend, settled_code
+
+
+def number(devices: str) -> None:
+    """It is a number of devices, or `all`."""
+    if devices != "all":
+        whole("devices", int(devices) if devices.isdecimal() else devices, 1)
+
+
+def launch(words: Sequence[str], devices: str | None, restarts: int) -> int | None:
+    """Runs the command in one process a device; gives its exit code, `None` where one is enough.
+
+    They meet in a folder and talk over the loopback interface: no port is open to others. For
+    several machines there is torchrun.
+
+    Args:
+        words: The command line.
+        devices: How many, or `"all"`.
+        restarts: How often a process that is lost is replaced, all of them going on together.
+
+    Raises:
+        InputError: There are fewer devices, or another backend than torch.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return None  # one of those that torchrun has started
+    count = _count(devices or "1")
+    if count == 1 and not restarts:
+        return None
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.CRITICAL)  # its own words fill a screen
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
+    # Nobody needs the server that each process would otherwise ask for the others' addresses.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with tempfile.TemporaryDirectory(prefix="keras_resnet-") as folder:
+        os.environ[MEETING] = folder
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint=os.path.join(folder, "rendezvous"),
+            rdzv_configs={"store_type": "file"},
+            local_addr="127.0.0.1",
+            max_restarts=restarts,
+        )
+        code = 0
+        try:
+            elastic_launch(config, sys.executable)("-m", "keras_resnet", *words)
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            code = failure.exitcode
+        except SignalException:
+            code = 130
+        settled = settled_code(Path(folder))
+    if settled is not None:
+        return settled
+    if code < 0:
+        name = str(-code)
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-code).name
+        print(
+            f"keras-resnet: one of the {count} processes was ended by {name}. The same command "
+            "goes on from the last checkpoint; with --max-restarts it does so by itself.",
+            file=sys.stderr,
+        )
+        return 1
+    return code
+
+
+def _count(devices: str) -> int:
+    if devices == "1":
+        return 1
+    if chosen_backend() != "torch":
+        raise InputError(
+            "--devices needs the torch backend: set KERAS_BACKEND=torch. Received: "
+            f"{chosen_backend()}."
+        )
+    import torch
+
+    there = torch.cuda.device_count()
+    if devices == "all":
+        return there or 1
+    if there and int(devices) > there:
+        raise InputError(f"There are {there} CUDA devices here. Received: --devices {devices}.")
+    return int(devices)

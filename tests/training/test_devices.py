@@ -1,0 +1,230 @@
+"""One training in several processes, each with its part of every batch, is the one of one process.
+
+This file is also the program that those processes run: `test_devices.py PICTURES OUTPUT OPTIONS`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+
+from keras_resnet.system.process import keep_keras_alone
+
+keep_keras_alone()  # before Keras is imported: each process here would take twice as long
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+import keras_resnet as kr
+from keras_resnet.training import prepare
+
+once, long = pytest.mark.once, pytest.mark.long
+
+OPTIONS = {
+    "model": "resnet_tiny",
+    "recipe": "cifar",
+    "image_size": 16,
+    "epochs": 2,
+    "batch_size": 16,
+    "workers": 1,
+    "learning_rate": 0.05,
+    "report": False,
+    "verbose": False,
+}
+
+
+EVERYTHING = {
+    "float64": True,
+    "epochs": 3,
+    "mixup": 0.4,
+    "cutmix": 0.3,
+    "label_smoothing": 0.1,
+    "random_erasing": 0.5,
+    "accumulate": 3,
+    "clip_norm": 1.0,
+    "ema": True,
+    "ema_steps": 1,
+    "checkpoint_steps": 2,
+}
+
+
+class Die(keras.callbacks.Callback):
+    """Ends this process, or does something else to it, after so many steps; once."""
+
+    def __init__(self, rank, step, number, mark):
+        super().__init__()
+        self.rank, self.left, self.number, self.mark = rank, step, number, pathlib.Path(mark)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        here = int(os.environ.get("RANK", 0)) == self.rank
+        if here and self.left == 0 and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), self.number)
+
+
+def main(pictures, output, options):
+    """`kr.train`, in float64 where asked, so that rounding hides nothing."""
+    options = json.loads(options)
+    if options.pop("float64", False):
+        keras.config.set_floatx("float64")
+        prepare._POLICIES["fp32"] = "float64"
+    die = options.pop("die", None)
+    result = kr.train(pictures, output=output, callbacks=[Die(*die)] if die else [], **options)
+    print(json.dumps([str(result.folder), result.interrupted]))
+
+
+def train_in(processes, pictures, output, **options):
+    """Trains in so many processes; gives the run folder, and each one's exit code and output."""
+    options = {**OPTIONS, **options}
+    with tempfile.TemporaryDirectory() as meeting:
+        started = []
+        for rank in range(processes):
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            if processes > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                        "LOCAL_WORLD_SIZE": str(processes), "KERAS_RESNET_MEETING": meeting,
+                        "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+            started.append(subprocess.Popen(
+                [sys.executable, __file__, str(pictures), str(output), json.dumps(options)],
+                env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            ))  # fmt: skip
+        ended = [(*process.communicate(timeout=200), process.returncode) for process in started]
+    return next(pathlib.Path(output).glob("*"), None), ended
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices") / "pictures"
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("ant", "bee")):
+        (folder / name).mkdir(parents=True)
+        for i in range(29):
+            pixels = rng.integers(0, 150, (16, 16, 3), dtype=np.uint8)
+            pixels[..., k] += 60
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def numbers(folder):
+    with open(folder / "history.csv", newline="") as file:
+        return [{k: float(v) for k, v in r.items() if k != "seconds"} for r in csv.DictReader(file)]
+
+
+def assert_equal_history(a, b):
+    for one, other in zip(numbers(a), numbers(b), strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-7)
+
+
+def difference(a, b):
+    """The largest of a weight of the last or the best model."""
+    largest = 0.0
+    for name in ("last.keras", "best.keras"):
+        one, other = (kr.load_model(folder / name).get_weights() for folder in (a, b))
+        largest = max(largest, *(np.abs(v - w).max() for v, w in zip(one, other, strict=True)))
+    return largest
+
+
+@once
+@pytest.mark.slow
+def test_two_processes_train_as_one(pictures, tmp_path):
+    """Partial batches, mixup across their parts, accumulation over epochs' ends, EMA, clipping."""
+    alone, _ = train_in(1, pictures, tmp_path / "1", **EVERYTHING)
+    together, ended = train_in(2, pictures, tmp_path / "2", **EVERYTHING)
+    assert [code for *_, code in ended] == [0, 0], ended
+    assert difference(alone, together) < 1e-10
+    assert_equal_history(alone, together)
+    counts = [
+        json.loads((run / "evaluation.json").read_text())["count"] for run in (alone, together)
+    ]
+    assert counts == [6, 6]
+
+
+@once
+@long
+def test_four_processes_train_as_one(pictures, tmp_path):
+    alone, _ = train_in(1, pictures, tmp_path / "1", **EVERYTHING)
+    together, ended = train_in(4, pictures, tmp_path / "4", **EVERYTHING)
+    assert [code for *_, code in ended] == [0] * 4, ended
+    assert difference(alone, together) < 1e-10
+    assert_equal_history(alone, together)
+
+
+@once
+@long
+def test_frozen_norms_leave_rounding_alone(pictures, tmp_path):
+    """In float32, and where the last layers alone train."""
+    options = {"freeze_norms": True, "unfreeze": "layer3", "learning_rate": 0.01}
+    alone, _ = train_in(1, pictures, tmp_path / "1", **options)
+    together, _ = train_in(2, pictures, tmp_path / "2", sync_bn=False, **options)
+    assert difference(alone, together) < 1e-5
+
+
+ELASTIC = {
+    "epochs": 3,
+    "mixup": 0.2,
+    "dropout": 0.3,
+    "ema": True,
+    "ema_steps": 1,
+    "accumulate": 2,
+    "checkpoint_steps": 2,
+    "deterministic": True,
+}
+
+
+def torchrun(pictures, output, *words, **options):
+    """Runs this file under torchrun, and a minute's patience; gives the run folder and the end."""
+    options = json.dumps({**OPTIONS, **ELASTIC, **options})
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words),
+            *(__file__, str(pictures), str(output), options),
+        ],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}, text=True, capture_output=True,
+        timeout=300,
+    )  # fmt: skip
+    return next(pathlib.Path(output).glob("*"), None), ended
+
+
+@once
+@long
+def test_a_killed_process_changes_no_bit(pictures, tmp_path):
+    peaceful, _ = torchrun(pictures, tmp_path / "peaceful")
+    for rank, step in ((0, 3), (1, 6), (0, 9), (1, 12)):
+        output, mark = tmp_path / f"{rank}-{step}", str(tmp_path / f"mark{rank}-{step}")
+        die = [rank, step, signal.SIGKILL, mark]
+        folder, ended = torchrun(pictures, output, "--max-restarts", "1", die=die)
+        assert ended.returncode == 0, ended.stderr
+        assert difference(peaceful, folder) == 0 and numbers(peaceful) == numbers(folder)
+
+
+@once
+@long
+def test_sigterm_to_one_process_ends_all_at_the_same_step(pictures, tmp_path):
+    """And the same command goes on, also with another number of processes."""
+    peaceful, _ = torchrun(pictures, tmp_path / "peaceful")
+    for output in (tmp_path / "again", tmp_path / "alone"):
+        die = [1, 6, signal.SIGTERM, str(output) + ".mark"]
+        folder, ended = torchrun(pictures, output, "--max-restarts", "1", die=die)
+        assert ended.returncode == 0 and ended.stdout.count("true]") == 2, ended
+        log = (folder / "train.log").read_text()
+        # Agreed upon during the step behind the signal, and done where no gradients wait.
+        assert "Interrupted at epoch 2, step 4 of 4" in log or "epoch 2, step" in log
+    folder, ended = torchrun(pictures, tmp_path / "again")
+    assert difference(peaceful, folder) == 0 and numbers(peaceful) == numbers(folder)
+    folder, ended = train_in(1, pictures, tmp_path / "alone", **ELASTIC)
+    log = (folder / "train.log").read_text()
+    assert "The run was on 2 devices, and is on 1 from here" in log
+    assert len(numbers(folder)) == 3
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
