@@ -108,6 +108,7 @@ class Source(Sequence[str]):
         found = {kind: np.flatnonzero(self.splits == kind) for kind in known}
         parts = {kind: self.take(those) for kind, those in found.items() if len(those)}
         for part in parts.values():
+            part.splits = None  # it is one
             if part.labels is not None and (part.labels < 0).any():  # not known: of test images
                 part.labels = None
         return parts

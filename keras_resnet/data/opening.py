@@ -72,6 +72,9 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
         return data
     if isinstance(data, (str, os.PathLike)):
         path = os.path.expanduser(os.fspath(data))
+        kinds = os.path.isfile(path), os.path.isdir(path), not os.path.exists(path)
+        if is_source(path) and not any(kinds):  # it may never end
+            raise DataError(f"{path!r} is a pipe, a socket or a device: a file is needed.")
         if cifar.is_cifar(path):
             return cifar.open_cifar(path)
         if shards.is_shards(path):

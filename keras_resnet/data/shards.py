@@ -12,6 +12,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -33,6 +34,7 @@ from keras_resnet.system.errors import DataError, InputError, NotFoundError, mea
 from keras_resnet.system.files import cache_home, replace_file
 
 INDEX = ".index"  # behind a shard's name
+_MAGIC = b'{"keras_resnet": 1, '  # how an index begins; the number is that of its form
 _LABEL = 256  # bytes of a label, at most
 
 _FIELDS = {"start": "<i8", "size": "<i4", "end": "<i4", "label": "<i4", "folder": "<i4"}
@@ -190,7 +192,7 @@ def _looked_through(path: str) -> _Shard:
         "size": [size for _, _, size in images],
         "end": np.cumsum([len(name) for name in names]),
     }
-    facts: dict[str, Any] = {"version": 1, "state": state, "skipped": dict(+skipped)}
+    facts: dict[str, Any] = {"state": state, "skipped": dict(+skipped)}
     for field, values in (("label", texts), ("folder", folders)):
         known = sorted({value for value in values if value})
         codes = {value: i for i, value in enumerate(known)}
@@ -233,18 +235,30 @@ def open_shard(path: str) -> _Shard:
 
     def write(name: str) -> None:
         with open(name, "wb") as file:
-            file.write(json.dumps({**shard.facts, "count": len(shard)}).encode() + b"\n")
+            file.write(
+                _MAGIC + json.dumps({"count": len(shard), **shard.facts}).encode()[1:] + b"\n"
+            )
             for array in shard.table.values():
                 file.write(array.tobytes())
             file.write(shard.names)
 
     for place in places:
-        with contextlib.suppress(OSError, InputError):
+        with contextlib.suppress(OSError, InputError, DataError):
+            if not _may_replace(place):  # somebody else's file
+                continue
             if place == places[1]:
                 os.makedirs(os.path.dirname(place), exist_ok=True)
             replace_file(place, write)
             break
     return shard
+
+
+def _may_replace(place: str) -> bool:
+    if not os.path.lexists(place):
+        return True
+    with _open(place) as file:
+        begins = file.read(len(_MAGIC))
+    return not begins or begins.startswith(_MAGIC.partition(b":")[0])
 
 
 def _from_index(path: str, place: str, state: list[int]) -> _Shard:
@@ -253,11 +267,13 @@ def _from_index(path: str, place: str, state: list[int]) -> _Shard:
     Raises:
         ValueError: It is another file's, or no index.
     """
-    with open(place, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    with _open(place) as raw, io.BufferedReader(raw) as file:  # type: ignore[arg-type]
+        line = file.readline(2**24)
+        if not line.startswith(_MAGIC):
             raise ValueError
-        facts = json.loads(file.readline(2**24))
-        if facts.pop("version") != 1 or facts["state"] != state:
+        facts = json.loads(line)
+        del facts["keras_resnet"]
+        if facts["state"] != state:
             raise ValueError
         count, table = int(facts.pop("count")), {}
         for field, kind in _FIELDS.items():
@@ -280,7 +296,7 @@ def _from_index(path: str, place: str, state: list[int]) -> _Shard:
     skipped = facts["skipped"]
     if not right or not all(isinstance(n, int) for n in skipped.values()):
         raise ValueError
-    return _Shard(path, {"version": 1, **facts}, names, table)
+    return _Shard(path, facts, names, table)
 
 
 # --- all of them ---------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def entries(file: IO[bytes], size: int, skipped: Counter) -> Iterator[tuple[str,
 def _header(header: bytes, position: int) -> tuple[bytes, int, bytes]:
     """An entry's name, size and kind: POSIX.1-1988 (ustar) and GNU's, whose numbers differ."""
     try:
-        if tarfile.nti(header[148:156]) != 256 + sum(header[:148]) + sum(header[156:]):
+        if tarfile.nti(header[148:156]) != 256 + sum(header) - sum(header[148:156]):
             raise ValueError
         length = tarfile.nti(header[124:136])
     except (tarfile.TarError, ValueError):

@@ -195,6 +195,14 @@ def test_a_bad_table_is_said_in_one_line(name, text, error, words, tmp_path):
 
 
 @once
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet", "t.tar", "cifar-10-binary"])
+def test_a_pipe_that_is_called_as_a_source_is_an_error(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="is a pipe, a socket"):
+        opened(tmp_path / name)
+
+
+@once
 def test_columns_and_labels_can_be_said(folder, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "here.png")
     path = tmp_path / "t.csv"
@@ -438,12 +446,12 @@ def test_an_archive_is_looked_through_once(tmp_path, png, monkeypatch):
     line, _, arrays = good.partition(b"\n")
     start = int.from_bytes(arrays[:8], "little")
     for bad in (
-        b"", b"{}", good[:-3], good + b"x", line.replace(b'"version": 1', b'"version": 2'),
+        b"", line[:30], good[:-3], good + b"x", line.replace(b'_resnet": 1', b'_resnet": 2'),
         line.replace(b'"count": 2', b'"count": 99999999999') + b"\n" + arrays,
         line.replace(b'"count": 2', b'"count": -2') + b"\n" + arrays,
         line + b"\n" + (2**40).to_bytes(8, "little") + arrays[8:],
         line + b"\n" + (-start).to_bytes(8, "little", signed=True) + arrays[8:],
-        b"[" * 100_000 + b"\n",
+        line[:20] + b'"x": ' + b"[" * 100_000 + b"\n",
     ):  # fmt: skip
         index.write_bytes(bad)
         looks.clear()
@@ -456,10 +464,14 @@ def test_an_archive_is_looked_through_once(tmp_path, png, monkeypatch):
     with pytest.raises(DataError, match="the archive has changed since"):
         item.read()
     assert opened(path)[1].read() == b"other" and opened(path)[1].stamp() != stamp
-    # Where nothing can be written beside it, the user's cache has it.
+    # Where nothing can be written beside it, the user's cache has it; also where the file that is
+    # called so is another program's, or never ends.
+    index.write_bytes(b"mine")
+    opened(path)
+    assert index.read_bytes() == b"mine"
+    shutil.rmtree(tmp_path / "home")
     index.unlink()
-    index.mkdir()
-    (index / "x").touch()
+    os.mkfifo(index)
     opened(path)
     assert len(list((tmp_path / "home" / "shards").iterdir())) == 1
     looks.clear()
