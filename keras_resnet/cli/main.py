@@ -103,7 +103,7 @@ def _run(
             if code is not None:
                 return code
         tune_process()
-        keep_keras_alone()
+        keep_keras_alone(compiler=bool(arguments.get("compile")))
     if tf32 is not None:
         from keras_resnet.system.device import set_tf32
 

@@ -16,6 +16,7 @@ import platform
 import random
 import re
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,19 +275,24 @@ def choose_backend(known: Sequence[str] = BACKENDS) -> None:
 
 # What Keras imports wherever it is installed, for features that no command uses.
 _BESIDE_KERAS = ("cv2", "IPython", "jax", "matplotlib", "pandas", "sklearn", "tensorflow")
-_alone = False
+_DYNAMO = "torch._dynamo"
+_alone, _compiler = False, True
 
 
-def keep_keras_alone() -> None:
+def keep_keras_alone(compiler: bool = True) -> None:
     """Has Keras imported, when it comes to that, without what else it would import; for commands.
+
+    Args:
+        compiler: Whether torch's may be used. Keras imports it for functions that it shall leave
+            alone, which takes more than a CPU second and 70 MB.
 
     With every backend and matplotlib, pandas and scikit-learn installed, `import keras` on torch
     takes 9 CPU seconds and 620 MB, and 4 and 330 so; and Keras' seed would import TensorFlow too.
     Only for a process of our own: Keras' wrappers for scikit-learn, say, do not work in it. The
     packages can be imported behind it by whoever needs them.
     """
-    global _alone
-    _alone = True
+    global _alone, _compiler
+    _alone, _compiler = True, compiler
 
 
 @contextlib.contextmanager
@@ -299,6 +305,11 @@ def importing_keras() -> Iterator[None]:
     hidden = [name for name in _BESIDE_KERAS if name != backend and name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))
     try:
+        if backend == "torch" and not _compiler and _DYNAMO not in sys.modules:
+            importlib.import_module("torch")
+            sys.modules[_DYNAMO] = stand_in = types.ModuleType(_DYNAMO)
+            stand_in.__dict__["disable"] = lambda: lambda function: function
+            hidden.append(_DYNAMO)
         yield
         if backend == "torch":  # jax writes a SavedModel through TensorFlow
             # Keras looks for it at its first seed, and remembers what it found.

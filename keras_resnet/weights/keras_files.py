@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from keras_resnet.system.errors import (
     InputError,
@@ -211,6 +211,36 @@ class _Parts:
             raise InputError(f"{name} has {member.size:,} bytes.")
         return unpacked(self.data, member, name)
 
+    def file(self, name: str) -> IO[bytes]:
+        """A member as a file; the bytes of one that is not packed are not copied."""
+        member = self.member(name)
+        if member.method != zipfile.ZIP_STORED:
+            return io.BytesIO(self.read(name))
+        return cast(IO[bytes], _Window(self.data, member.start, member.size))
+
+
+class _Window(io.RawIOBase):
+    """A part of a mapped file, as a file."""
+
+    def __init__(self, data: mmap.mmap, start: int, size: int):
+        self._data, self._start, self._size, self._at = data, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        buffer[:count] = self._data[self._start + self._at : self._start + self._at + count]
+        self._at += count
+        return count
+
 
 @contextlib.contextmanager
 def _opened(path: Path, doing: str) -> Iterator[_Parts]:
@@ -326,12 +356,11 @@ def _numbers(parts: _Parts) -> tuple[int, int]:
         if isinstance(item, h5py.Dataset):
             count = math.prod(item.shape)
             held += count * item.dtype.itemsize
-            _check_stored(item, held, len(content))
+            _check_stored(item, held, parts.member("model.weights.h5").size)
             every += count
             own += count if name.startswith("layers/") and "/seed_generator/" not in name else 0
 
-    content = parts.read("model.weights.h5")
-    with h5py.File(io.BytesIO(content), "r") as weights:
+    with parts.file("model.weights.h5") as file, h5py.File(file, "r") as weights:
         error = weights.visititems_links(functools.partial(_error_of, look))
     if error is not None:
         raise error

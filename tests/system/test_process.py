@@ -215,3 +215,24 @@ def test_tensorflow_beside_torch_prints_nothing(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     if done.stdout == "False\n":
         pytest.skip("set_random_seed imported no TensorFlow")
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_torchs_compiler_is_imported_by_those_alone_that_compile():
+    program = """
+import sys
+from keras_resnet.system.process import keep_keras_alone
+keep_keras_alone(compiler=False)
+import keras_resnet as kr, numpy as np
+model = kr.create_model("resnet_tiny", num_classes=2)
+assert model.predict(np.zeros((1, 16, 16, 3), "float32"), verbose=0).shape == (1, 2)
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+import torch
+assert callable(torch._dynamo.reset) and torch.compile(lambda x: x + 1, backend="eager")(1) == 2
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "KERAS_BACKEND": "torch"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
