@@ -229,6 +229,7 @@ class Loop:
             "until": self.until,
             "files": self.data.fingerprint,
         }
+        sync(self.model)
         metrics = [keras.ops.convert_to_numpy(v).copy() for v in self.model.metrics_variables]
         found = self.group.gather(([m.tolist() for m in metrics], self.skipped()))
         progress["metrics"] = [values for values, _ in found]
