@@ -44,8 +44,9 @@ class Packed:
     def __str__(self) -> str:
         size = sum(path.stat().st_size for path in self.shards)
         lines = [
-            f"Written: {self.count:,} images in {len(self.shards):,} shards of {size / 1e6:,.1f} "
-            f"MB, {printable(self.folder)}"
+            f"Written: {self.count:,} images in {len(self.shards):,} "
+            f"shard{'s' if len(self.shards) > 1 else ''} of {size / 1e6:,.1f} MB, "
+            f"{printable(self.folder)}"
         ]
         if self.skipped:
             lines.append(f"Left out, as they cannot be read: {len(self.skipped):,}.")

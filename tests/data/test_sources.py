@@ -488,7 +488,7 @@ def test_images_in_shards_are_in_results_and_reports(folder, history, tmp_path, 
     assert ".tar/" in name
     assert predict(history.model, name)[0].path == name
     assert cli.main(["pack", str(folder), str(tmp_path / "new")]) == 0
-    assert "24 images in 1 shards" in capsys.readouterr().out
+    assert "24 images in 1 shard of" in capsys.readouterr().out
     assert cli.main(["scan", str(tmp_path / "new" / "*.tar")]) == 0
     assert "24 images" in capsys.readouterr().out
     with pytest.raises(NotFoundError, match="No file or folder"):
