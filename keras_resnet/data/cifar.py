@@ -34,7 +34,11 @@ def is_cifar(path: str) -> bool:
         >>> is_cifar("data/cifar-10-python.tar.gz"), is_cifar("cifar10_small")
         (True, False)
     """
-    return _NAME.fullmatch(os.path.basename(path.rstrip("/\\"))) is not None
+    if _NAME.fullmatch(os.path.basename(path.rstrip("/\\"))) is None:
+        return False
+    # A folder of that name may as well hold folders of images.
+    known = "batches.meta", "batches.meta.txt", "meta", "fine_label_names.txt"
+    return not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, n)) for n in known)
 
 
 def open_cifar(path: str) -> Source:

@@ -537,6 +537,7 @@ def test_cifars_own_archive_is_read(form, folder, tmp_path):
     assert parts.of["test"][1].tolist() == labels[20:].tolist()
     unpacked = tmp_path / ("cifar-10-batches-" + {"python": "py", "binary": "bin"}[form])
     unpacked.mkdir()
+    assert opened(unpacked) == str(unpacked)  # a folder like any other
     for name, data in files.items():
         (unpacked / name).write_bytes(data)
     again = find_parts(opened(unpacked)).of["train"][0]
