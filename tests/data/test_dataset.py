@@ -375,6 +375,9 @@ def test_caches_change_nothing_and_are_used(folder, tmp_path, augment, monkeypat
             patch.setattr(data, "load", None)  # the second epoch decodes nothing
             patch.setattr("keras_resnet.data.preprocess.load", None)
             equal(epoch(dataset), expected[1])
+    for place, file in enumerate(sorted((tmp_path / "cache").iterdir())):  # cut off: made anew
+        file.write_bytes(file.read_bytes()[: (0, 5, 50, 128, -1)[place % 5]])
+    equal(epoch(from_directory(folder, cache=cache, **arguments)), expected[0])
 
 
 @once
