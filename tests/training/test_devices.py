@@ -162,7 +162,7 @@ def test_four_processes_train_as_one(pictures, tmp_path):
 @long
 def test_frozen_norms_leave_rounding_alone(pictures, tmp_path):
     """In float32, and where the last layers alone train."""
-    options = {"freeze_norms": True, "unfreeze": "layer3", "learning_rate": 0.01}
+    options = {"freeze_norms": True, "unfreeze": "layer2", "learning_rate": 0.01}
     alone, _ = train_in(1, pictures, tmp_path / "1", **options)
     together, _ = train_in(2, pictures, tmp_path / "2", sync_bn=False, **options)
     assert difference(alone, together) < 1e-5
@@ -212,12 +212,11 @@ def test_sigterm_to_one_process_ends_all_at_the_same_step(pictures, tmp_path):
     """And the same command goes on, also with another number of processes."""
     peaceful, _ = torchrun(pictures, tmp_path / "peaceful")
     for output in (tmp_path / "again", tmp_path / "alone"):
-        die = [1, 6, signal.SIGTERM, str(output) + ".mark"]
+        die = [1, 5, signal.SIGTERM, str(output) + ".mark"]
         folder, ended = torchrun(pictures, output, "--max-restarts", "1", die=die)
         assert ended.returncode == 0 and ended.stdout.count("true]") == 2, ended
-        log = (folder / "train.log").read_text()
         # Agreed upon during the step behind the signal, and done where no gradients wait.
-        assert "Interrupted at epoch 2, step 4 of 4" in log or "epoch 2, step" in log
+        assert "Interrupted at epoch 2, step 2 of 4" in (folder / "train.log").read_text()
     folder, ended = torchrun(pictures, tmp_path / "again")
     assert difference(peaceful, folder) == 0 and numbers(peaceful) == numbers(folder)
     folder, ended = train_in(1, pictures, tmp_path / "alone", **ELASTIC)
