@@ -32,7 +32,7 @@ from keras_resnet.training.train import train
 
 once = pytest.mark.once
 TINY = {
-    "model": "resnet_tiny", "image_size": 16, "batch_size": 8, "epochs": 2, "workers": 1,
+    "model": "resnet_tiny", "image_size": 16, "batch_size": 8, "epochs": 1, "workers": 1,
     "verbose": False, "report": False, "learning_rate": 0.05,
 }  # fmt: skip
 
@@ -101,7 +101,10 @@ def history(folder, tmp_path_factory):
     return train(folder, output=tmp_path_factory.mktemp("run"), **TINY)
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+# One on every backend; the others differ from it in nothing that a backend sees.
+@pytest.mark.parametrize(
+    "kind", ["shards", *(pytest.param(kind, marks=once) for kind in MAKERS if kind != "shards")]
+)
 def test_every_source_trains_the_same_images_to_the_same_losses(kind, folder, history, tmp_path):
     source = MAKERS[kind](folder)
     result = train(source, output=tmp_path, **TINY)
@@ -109,10 +112,10 @@ def test_every_source_trains_the_same_images_to_the_same_losses(kind, folder, hi
         if column != "seconds":
             assert result.history[column] == values, column
     assert (result.folder / "batch.png").is_file()
-    assert evaluate(result.model, source).loss == evaluate(history.model, folder).loss
-    # The same call goes on with the run, and is not a new one.
-    again = train(source, output=tmp_path, **{**TINY, "epochs": 3})
-    assert again.folder == result.folder and len(again.history["loss"]) == 3
+    if kind in ("shards", "arrays"):  # the same call goes on with the run, and is not a new one
+        assert evaluate(result.model, source).loss == evaluate(history.model, folder).loss
+        again = train(source, output=tmp_path, **{**TINY, "epochs": 2})
+        assert again.folder == result.folder and len(again.history["loss"]) == 2
 
 
 @once
@@ -478,6 +481,7 @@ def test_an_archive_is_looked_through_once(tmp_path, png, monkeypatch):
     assert len(opened(path)) == 2 and not looks
 
 
+@once
 def test_images_in_shards_are_in_results_and_reports(folder, history, tmp_path, capsys):
     place = shards(folder)
     result = train(place, output=tmp_path, **{**TINY, "report": True})
