@@ -1,4 +1,8 @@
-"""What a model file became for an engine: converted and compared once, then kept beside it."""
+"""What a model file became for an engine: converted and compared once, then kept for this user.
+
+Not beside the model file: what lies there comes with it from wherever it comes, and a file of an
+engine that was put beside a model would be run in its place, at worst with code in it.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,17 @@ from typing import Any
 
 from keras_resnet.runtimes.rows import Format
 from keras_resnet.system.device import installed_version, package_version
-from keras_resnet.system.files import read_json, remove_leftovers, temporary_prefix, write_json
-from keras_resnet.weights.download import cache_folder, file_sha256, local_path
+from keras_resnet.system.files import (
+    cache_home,
+    read_json,
+    remove_leftovers,
+    temporary_prefix,
+    write_json,
+)
+from keras_resnet.weights.download import file_sha256, local_path
 from keras_resnet.weights.keras_files import find_keras_file
 from keras_resnet.weights.published import named_variant, resolve_weights
 
-FOLDER = ".keras_resnet"  # beside the model file
 TOLERANCE = 1e-4  # of the largest output, as `export` has it
 
 
@@ -52,9 +61,9 @@ class Kept:
             return (
                 f"differs from the model by {self.difference or math.nan:.2g} of the largest output"
             )
-        if self.seconds is not None and self.seconds >= (self.model_seconds or 0):
-            return f"was no faster: {self}"
-        return ""
+        if self.seconds is None or self.model_seconds is None:
+            return "was asked for, and not timed beside the model"
+        return f"was no faster: {self}" if self.seconds >= self.model_seconds else ""
 
     def __str__(self) -> str:
         """The times."""
@@ -76,13 +85,11 @@ def source_of(model: str | os.PathLike) -> Path | None:
 
 def find(source: Path, row: Format) -> Kept | None:
     """What is known of a model file as it is now, in the engine as it is installed now."""
-    for folder in _folders(source):
-        path = folder / f"{source.name}{row.suffix}"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            record = read_json(_record(path))
-            files = record.pop("files")
-            if record.pop("of") != _of(source, row):
-                continue
+    path = _folder(source) / f"{source.name}{row.suffix}"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = read_json(_record(path))
+        files = record.pop("files")
+        if record.pop("of") == _of(source, row):
             if not files:
                 return Kept(None, **record)
             if all(file_sha256(one) == files[one.name] for one in row.runner.files(path)):
@@ -106,28 +113,25 @@ def keep(source: Path, row: Format, found: Kept) -> Kept:
 @contextlib.contextmanager
 def workplace(source: Path | None) -> Iterator[tuple[Path, bool]]:
     """A folder for a file to come, and whether it can be kept."""
-    for folder in _folders(source) if source is not None else ():
-        try:
+    made = None
+    with contextlib.suppress(OSError):  # a folder that cannot be written
+        if source is not None:
+            folder = _folder(source)
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
             made = _temporary(prefix=temporary_prefix("engine"), dir=folder)
-        except OSError:  # a folder that cannot be written
-            continue
-        with made as name:
-            yield Path(name), True
-        return
-    with _temporary() as name:
-        yield Path(name), False
+    with made or _temporary() as name:
+        yield Path(name), made is not None
 
 
 def _temporary(**where: Any) -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(ignore_cleanup_errors=True, **where)
 
 
-def _folders(source: Path) -> tuple[Path, Path]:
-    """Where files are kept: beside the model's, else in the user's cache."""
+def _folder(source: Path) -> Path:
+    """Where the files of a model file are kept: in the user's cache."""
     name = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:16]
-    return source.parent / FOLDER, cache_folder().parent / "engines" / name
+    return cache_home() / "engines" / name
 
 
 def _record(path: Path) -> Path:

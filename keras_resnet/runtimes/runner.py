@@ -209,6 +209,7 @@ class KerasRunner(Runner):
         return pixels_of(self.given)
 
     def fed(self, preprocess: Preprocess, fed: str) -> str:  # noqa: D102 (of the base)
+        self._normal = None
         if not self._apart or fed == "uint8":
             return fed
         channels = preprocess.channels

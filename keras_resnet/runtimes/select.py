@@ -116,10 +116,9 @@ def open_runner(
 ) -> Runner:
     """Makes a model ready to run.
 
-    What another engine needs is made of a model file once: it lies beside it in `.keras_resnet`, or
-    in the user's cache where nothing can be written there, with its comparison with the model, and
-    is made again for another model file, engine or version. A model in memory has no file, and is
-    converted at each call.
+    What another engine needs is made of a model file once: it is kept in the user's cache
+    (`KERAS_RESNET_HOME`), with its comparison with the model, and made again for another model
+    file, engine or version. A model in memory has no file, and is converted at each call.
 
     Args:
         model: A model, a `.keras` file, a run folder, or an exported file (`.onnx`, OpenVINO's
@@ -323,7 +322,7 @@ def _weighed(
         for engine in able if not reason else ():
             found = kept.find(source, _row(engine)) if source is not None else None
             try:
-                if found is None or not found.refused:
+                if found is None or found.seconds is None or not found.refused:
                     runner, found = _converted(model, engine, None, source, many, timed=True)
                     if not found.refused:
                         runner.why = f"{images:,} images; {found}"

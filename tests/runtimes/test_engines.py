@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import keras
 import numpy as np
@@ -64,8 +65,11 @@ def work(monkeypatch):
     return done
 
 
-def kept_beside(file):
-    return sorted(os.listdir(file.parent / ".keras_resnet"))
+def kept_of(file):
+    """Where what was made of the file lies: in the user's cache, never beside the file."""
+    assert os.listdir(file.parent) == ["m.keras"]
+    (folder,) = (file.parent.parent / "home" / "engines").iterdir()
+    return folder
 
 
 def test_few_images_are_the_models_own(model, file, work):
@@ -92,7 +96,7 @@ def test_many_images_get_an_engine_that_is_kept(model, file, work):
     first = open_runner(file, "auto", images=MANY)
     assert str(first) == ("onnxruntime (1,000,000,000 images; 500 ms an image, the model 1e+03)")
     assert work == ["write", "compared"]
-    assert kept_beside(file) == ["m.keras.onnx", "m.keras.onnx.json"]
+    assert sorted(os.listdir(kept_of(file))) == ["m.keras.onnx", "m.keras.onnx.json"]
     images = sample_input(model, 5, seed=1)
     expected = KerasRunner(model).outputs(images)
     assert relative_difference(first.outputs(images), expected) < 1e-5
@@ -116,7 +120,10 @@ def test_another_model_file_or_version_is_compared_again(model, file, work, monk
     changed = open_runner(file, "auto", images=MANY)
     assert work == ["write", "compared"] * 2
     assert relative_difference(changed.outputs(images), KerasRunner(model).outputs(images)) < 1e-5
-    assert kept_beside(file) == ["m.keras.onnx", "m.keras.onnx.json"]  # in the old one's place
+    assert sorted(os.listdir(kept_of(file))) == [
+        "m.keras.onnx",
+        "m.keras.onnx.json",
+    ]
     installed = kept.installed_version
     monkeypatch.setattr(
         kept, "installed_version", lambda m: "0.1" if m == "onnxruntime" else installed(m)
@@ -127,7 +134,7 @@ def test_another_model_file_or_version_is_compared_again(model, file, work, monk
 
 def test_a_damaged_kept_file_is_made_again(file, work):
     open_runner(file, "auto", images=MANY)
-    stored = file.parent / ".keras_resnet" / "m.keras.onnx"
+    stored = kept_of(file) / "m.keras.onnx"
     for path in (stored, stored.with_name("m.keras.onnx.json")):
         path.write_bytes(path.read_bytes()[:-9])
         assert open_runner(file, "auto", images=MANY).name == "onnxruntime"
@@ -143,7 +150,7 @@ def test_an_engine_that_disagrees_is_refused_and_said(model, file, work, monkeyp
         assert refused.name == f"keras/{BACKEND}"
         assert refused.why == "onnxruntime differs from the model by 0.001 of the largest output"
     assert work == ["write", "compared"]
-    assert kept_beside(file) == ["m.keras.onnx.json"]
+    assert sorted(os.listdir(kept_of(file))) == ["m.keras.onnx.json"]
     monkeypatch.setattr(onnx.Runner, "_run", lambda self, images: run(self, images) * np.nan)
     model.name = "other"
     model.save(file)
@@ -188,19 +195,27 @@ def test_images_that_a_file_does_not_take_are_the_models(file, monkeypatch):
     assert "images of one size" in open_runner(file, "auto", images=MANY, **sizes).why
 
 
-def test_a_folder_that_cannot_be_written(file, work, monkeypatch):
+def test_a_cache_that_cannot_be_written(file, work):
     """Stood in for by a file where the folder would be, as root may write anywhere."""
-    (file.parent / ".keras_resnet").write_text("in the way")
+    (file.parent.parent / "home").write_text("in the way")
     for _ in range(2):
         assert open_runner(file, "auto", images=MANY).name == "onnxruntime"
-    assert work == ["write", "compared"]  # found in the user's cache
-    (folder,) = (file.parent.parent / "home" / "engines").iterdir()
-    assert sorted(os.listdir(folder)) == ["m.keras.onnx", "m.keras.onnx.json"]
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-    folder.write_text("in the way")  # neither can be written: not kept, and run all the same
-    assert open_runner(file, "auto", images=MANY).name == "onnxruntime"
+    assert work == ["write", "compared"] * 2
+
+
+def test_what_lies_beside_a_model_file_is_not_run(file, work):
+    """Such a folder comes with a stranger's model: what was made of it once lies elsewhere."""
+    open_runner(file, "auto", images=MANY)
+    shutil.move(kept_of(file), file.parent / ".keras_resnet")
+    assert open_runner(file, "auto", images=1).name == f"keras/{BACKEND}"
+    assert work == ["write", "compared"]
+
+
+def test_an_engine_that_was_asked_for_once_is_timed_before_it_is_taken(file, work):
+    assert open_runner(file, "onnxruntime", images=MANY).name == "onnxruntime"
+    assert open_runner(file, "auto", images=1).name == f"keras/{BACKEND}"
+    assert work == ["write", "compared"]
+    assert open_runner(file, "auto", images=MANY).why.endswith("500 ms an image, the model 1e+03")
     assert work == ["write", "compared"] * 2
 
 
