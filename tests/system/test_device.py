@@ -206,6 +206,7 @@ def test_predictions_on_an_accelerator_send_bytes_and_are_the_same(inside, monke
     model = kr.create_model("resnet_tiny", num_classes=3, include_preprocessing=inside)
     preprocess, fed = model_input(model, Preprocess(32, 32))
     images = rng.integers(0, 256, (4, *model.input_shape[1:]), np.uint8)
+    as_it_is = runner.KerasRunner(model).outputs(images)
     expected = runner.KerasRunner(model).outputs(images if inside else preprocess.normalize(images))
     monkeypatch.setattr(runner, "devices", lambda: ["Card"])
     sent = []
@@ -224,3 +225,7 @@ def test_predictions_on_an_accelerator_send_bytes_and_are_the_same(inside, monke
     found = apart.outputs(images)
     assert sent == [np.uint8]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert (
+        apart.fed(preprocess, "uint8") == "uint8"
+    )  # the next call says that nothing is to be done
+    np.testing.assert_allclose(apart.outputs(images), as_it_is, rtol=1e-5, atol=1e-6)
