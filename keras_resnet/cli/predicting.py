@@ -10,6 +10,7 @@ from typing import Any
 import keras_resnet as kr
 from keras_resnet.cli import checks
 from keras_resnet.cli.pipes import STDOUT, piped
+from keras_resnet.data.items import Files
 from keras_resnet.data.opening import labelled, labelled_place
 from keras_resnet.data.sources import Images
 from keras_resnet.system.errors import InputError, require
@@ -45,8 +46,10 @@ def evaluate(
     """Measures a model on a labelled folder."""
     images = checks.images(directory, columns, label_regex)
     print(printable(labelled_place(images, split)), flush=True)
-    runner = _open(model, engine, labelled(images, split)[0])
-    print(kr.evaluate(runner, images, split=split, **options))
+    paths, labels, names = labelled(images, split)
+    runner = _open(model, engine, paths)
+    # Not the folder, which would be walked again.
+    print(kr.evaluate(runner, Files(paths, labels=labels, class_names=names), **options))
 
 
 def predict(

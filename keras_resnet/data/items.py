@@ -45,9 +45,13 @@ class Item(str):
         """What is another value when the image has changed, as a file's size and time are."""
         if self._stamp is not None:
             return self._stamp()
-        content = self.read()
-        data = content if isinstance(content, bytes) else np.asarray(content)
-        return hashlib.sha256(data).hexdigest()
+        return content_hash(self.read()).hex()
+
+
+def content_hash(content: Any) -> bytes:
+    """SHA-256 of a file's bytes, or of pixels however they lie in memory."""
+    data = content if isinstance(content, bytes) else np.ascontiguousarray(content)
+    return hashlib.sha256(data).digest()
 
 
 class Source(Sequence[str]):
@@ -96,6 +100,14 @@ class Source(Sequence[str]):
         return _Part(self, np.asarray(positions))
 
     def digest(self) -> str:
+        """A hash of which images these are and of which classes: what a run goes on with."""
+        whole = hashlib.sha256(self._which().encode())
+        if self.labels is not None:
+            whole.update(np.asarray(self.labels, np.int32).tobytes())
+        whole.update(repr(self.class_names).encode())
+        return whole.hexdigest()
+
+    def _which(self) -> str:
         """A hash of which images these are; that of the files' absolute paths."""
         text = "\0".join(map(absolute, self))
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
@@ -157,8 +169,8 @@ class _Part(Source):
     def take(self, positions: np.ndarray) -> Source:
         return _Part(self._whole, self._positions[positions])
 
-    def digest(self) -> str:
-        return hashlib.sha256(self._whole.digest().encode() + self._positions.tobytes()).hexdigest()
+    def _which(self) -> str:
+        return hashlib.sha256(self._whole._which().encode() + self._positions.tobytes()).hexdigest()
 
 
 class Joined(Source):

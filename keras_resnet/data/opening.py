@@ -49,8 +49,10 @@ class Parts(NamedTuple):
 
 def is_source(path: str) -> bool:
     """Whether a path is called as a table or shards are, or is a folder of shards."""
-    if shards.is_shards(path) or cifar.is_cifar(path):
-        return True
+    return shards.is_shards(path) or cifar.is_cifar(path) or _is_table(path)
+
+
+def _is_table(path: str) -> bool:
     return path.lower().endswith(tables.ENDINGS) and not os.path.isdir(path)
 
 
@@ -64,14 +66,17 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
         columns: Of a table: what its columns are called.
 
     Raises:
-        InputError: It is nothing that holds images.
+        InputError: It is nothing that holds images, or columns are given and it is no table.
         NotFoundError: There is no such table.
         DataError: It cannot be read.
     """
+    path = os.path.expanduser(os.fspath(data)) if isinstance(data, (str, os.PathLike)) else None
+    if columns and (path is None or not _is_table(path)):
+        what = type(data).__name__ if path is None else repr(path)
+        raise InputError(f"columns are those of a table. Received: {what}, which is none.")
     if isinstance(data, Source):
         return data
-    if isinstance(data, (str, os.PathLike)):
-        path = os.path.expanduser(os.fspath(data))
+    if path is not None:
         kinds = os.path.isfile(path), os.path.isdir(path), not os.path.exists(path)
         if is_source(path) and not any(kinds):  # it may never end
             raise DataError(f"{path!r} is a pipe, a socket or a device: a file is needed.")
@@ -79,11 +84,7 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
             return cifar.open_cifar(path)
         if shards.is_shards(path):
             return shards.Shards(shards.shard_paths(path), os.path.abspath(path))
-        if is_source(path):
-            return tables.open_table(path, columns)
-        if columns:
-            raise InputError(f"columns are those of a table. Received: {path!r}, which is none.")
-        return path
+        return tables.open_table(path, columns) if _is_table(path) else path
     if is_rows(data):
         return Rows(data)
     if isinstance(data, Mapping) and data:

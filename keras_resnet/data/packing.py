@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from keras_resnet.data.items import image_from_array
 from keras_resnet.data.opening import find_parts, opened
-from keras_resnet.data.reading import read
+from keras_resnet.data.reading import in_flight, open_image, read
 from keras_resnet.data.shards import open_shard
-from keras_resnet.system.errors import DataError, InputError, NotFoundError, between
+from keras_resnet.data.walk import FORMATS, IMG_EXTENSIONS
+from keras_resnet.system.errors import DataError, InputError, NotFoundError, between, reason_of
 from keras_resnet.system.files import printable, replace_file
 
 logger = logging.getLogger("keras_resnet")
@@ -87,11 +88,11 @@ def pack(
     skipped: list[tuple[str, str]] = []
     count = 0
     try:
-        target.mkdir(parents=True, exist_ok=True)
         for kind, (paths, labels) in parts.of.items():
             samples = _samples(paths, labels, parts.names, skipped)
             prefix = kind if len(parts.of) > 1 else "images"
             for number, shard in enumerate(_in_shards(samples, int(shard_mb * 1e6))):
+                target.mkdir(parents=True, exist_ok=True)  # not where there is nothing to write
                 path = target / f"{prefix}-{number:06}.tar"
                 replace_file(path, lambda name, shard=shard: _write(name, shard))
                 shards.append(path)
@@ -122,7 +123,7 @@ def _samples(
             skipped.append((path, str(error)))
             continue
         # WebDataset takes what is behind the first dot for the kind of file.
-        stem = re.sub(r"[\0/\\.]", "_", os.path.splitext(os.path.basename(path))[0])
+        stem = re.sub(r"[\0/\\.]", "_", _split_ending(os.path.basename(path))[0])
         if labels is not None:
             label = int(labels[i])
             safe = re.sub(r"[\0/\\]", "_", names[label])
@@ -139,15 +140,31 @@ def _samples(
         yield sample
 
 
+def _split_ending(name: str) -> tuple[str, str]:
+    """A name and the image's ending behind it; without one the whole name, as of `row 3.1`."""
+    stem, ending = os.path.splitext(name)
+    return (stem, ending.lower()) if ending.lower() in IMG_EXTENSIONS else (name, "")
+
+
+@in_flight
 def _file(path: str) -> tuple[bytes, str]:
-    """An image's bytes and how its name ends; of what is no file a PNG."""
+    """An image's bytes and how its name ends, else what they are; of what is no file a PNG."""
     _, data = read(path)
-    if isinstance(data, bytes):
-        return data, os.path.splitext(path)[1].lower()
-    image = data if isinstance(data, Image.Image) else image_from_array(data)
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue(), ".png"
+    try:
+        if isinstance(data, bytes):
+            ending = _split_ending(path)[1]
+            return data, ending or FORMATS[str(open_image(io.BytesIO(data)).format)][0]
+        image = data if isinstance(data, Image.Image) else image_from_array(data)
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        return stream.getvalue(), ".png"
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{path!r} cannot be packed: its name has no image's ending, and its first bytes "
+            f"{data[:8]!r} belong to no format that is read here."
+        ) from None
+    except Exception as error:  # Pillow's readers and writers raise many kinds
+        raise DataError(f"{path!r} cannot be packed: {reason_of(error)}") from error
 
 
 def _in_shards(samples: Iterable[_Sample], most: int) -> Iterator[Iterator[_Sample]]:

@@ -6,7 +6,6 @@ sheet of the worst images, and a list of files for `exclude=` of `image_dataset_
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from keras_resnet.data.folders import existing_folder, layout, plain_name, split_folders
-from keras_resnet.data.items import Source
+from keras_resnet.data.items import Source, content_hash
 from keras_resnet.data.opening import opened
 from keras_resnet.data.reading import constant_images, in_flight, load, open_image, read
 from keras_resnet.data.walk import ENDINGS, FORMATS, extension, unread, unread_line, walk_pictures
@@ -339,7 +338,7 @@ def _look(path: str) -> dict[str, Any] | str:
                 kind, mode, turn = header.format, header.mode, header.getexif().get(0x0112, 1)
         image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
         return {
-            "sha256": hashlib.sha256(data).digest(),
+            "sha256": content_hash(data),
             "hash": _difference_hash(image),
             "format": kind,
             "mode": mode,

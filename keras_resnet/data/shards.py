@@ -395,7 +395,7 @@ class Shards(Source):
         shard, inside = self._at(index)
         return *shard.facts["state"], int(shard.table["start"][inside])
 
-    def digest(self) -> str:
+    def _which(self) -> str:
         """A hash of the archives' paths and the names in them."""
         whole = hashlib.sha256()
         for shard in self._shards:

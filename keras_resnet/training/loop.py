@@ -25,7 +25,7 @@ from keras_resnet.system.device import (
     sync,
     without_waiting,
 )
-from keras_resnet.system.errors import InputError, KerasResNetError
+from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.system.group import Alone
 from keras_resnet.training.callbacks import (
     Interrupted,
@@ -149,17 +149,9 @@ class Loop:
 
     # Going on.
 
-    def _check_files(self, fingerprint: str) -> None:
-        if fingerprint != self.data.fingerprint:
-            raise InputError(
-                f"The images have changed since the run in {str(self.run_folder.folder)!r} was "
-                "started. Pass --restart to start a new one beside it."
-            )
-
     def _extend(self) -> None:
         """Goes on behind the last epoch of a finished run, whose state is in `last.keras`."""
         run = self.run_folder
-        self._check_files(run.config.get("files", self.data.fingerprint))
         if self.group.first:
             run.read_history()
         run.history = self.group.from_first(lambda: run.history)
@@ -183,7 +175,7 @@ class Loop:
     def _resume(self) -> None:
         run = self.run_folder
         progress = self.group.from_first(run.read_progress)
-        self._check_files(progress["files"])
+        run.check_files(progress["files"], self.data.fingerprint)
         if progress["until"] != self.until:
             self.until = progress["until"]
             self._compile()

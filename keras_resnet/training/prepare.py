@@ -53,7 +53,7 @@ class Data:
         preprocess: Of `val`, and of every later prediction.
         train_size: Side of the training images, pixels.
         soft_labels: Whether labels are vectors (mixup, cutmix, label smoothing).
-        fingerprint: A hash of all paths, training and validation.
+        fingerprint: A hash of all paths, training and validation; of a `Source` also of its labels.
         notes: Lines about what was taken as what, and what was not read.
     """
 

@@ -157,6 +157,18 @@ class Run:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
+    def check_files(self, before: str | None, now: str) -> None:
+        """The images are those that the run was started on, as far as it says so.
+
+        Raises:
+            InputError: Images or their classes have changed.
+        """
+        if before not in (None, now):
+            raise InputError(
+                f"The images or their classes have changed since the run in {str(self.folder)!r} "
+                "was started. Pass --restart to start a new one beside it."
+            )
+
     # What is written.
 
     def path(self, name: str) -> Path:

@@ -263,6 +263,7 @@ def _train(
     """Trains in a run folder, and evaluates and reports what came of it."""
     keras.utils.set_random_seed(arguments["seed"])
     if run.resumed or run.extended:
+        run.check_files(run.config.get("files"), data.fingerprint)  # before it is written anew
         # Its weights are in what was saved, and where they came from in its record.
         start, model = run.config["start"], new_model(recipe, data)
         model.info.update({k: v for k, v in run.config.get("model", {}).items() if k == "weights"})

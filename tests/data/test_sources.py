@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from keras_resnet.cli import main as cli
-from keras_resnet.data import shards as shard_files
+from keras_resnet.data import opening, shards as shard_files
 from keras_resnet.data.arrays import Arrays
 from keras_resnet.data.folders import find_pictures
 from keras_resnet.data.items import Item, Source
@@ -116,6 +116,11 @@ def test_every_source_trains_the_same_images_to_the_same_losses(kind, folder, hi
         assert evaluate(result.model, source).loss == evaluate(history.model, folder).loss
         again = train(source, output=tmp_path, **{**TINY, "epochs": 2})
         assert again.folder == result.folder and len(again.history["loss"]) == 2
+    if kind == "csv":  # the same files, and another class
+        source.write_text(source.read_text().replace(",cat", ",dog"))
+        with pytest.raises(InputError, match="images or their classes have changed"):
+            train(source, output=tmp_path, **{**TINY, "epochs": 2})
+        assert json.loads((result.folder / "config.json").read_text())["status"] == "finished"
 
 
 @once
@@ -214,8 +219,16 @@ def test_columns_and_labels_can_be_said(folder, tmp_path):
     assert source.class_names == ["9", "10"] and source.labels.tolist() == [1, 0]
     with pytest.raises(InputError, match=r"no column 'arts'\. Did you mean 'art'"):
         image_source(path, columns={"path": "foto", "label": "arts"})
-    with pytest.raises(InputError, match="columns are those of a table"):
-        image_source(folder, columns={"path": "foto"})
+    tar(tmp_path / "x.tar", [])
+    for other in (folder, tmp_path / "x.tar", tmp_path / "cifar-10-python.tar.gz", source, {}):
+        with pytest.raises(InputError, match="columns are those of a table"):
+            image_source(other, columns={"path": "foto"})
+    # The same files with other labels are not what a run goes on with.
+    path.write_text("foto,art,kind\nhere.png,10,1\nhere.png,9,1\n")
+    again = image_source(path, columns={"path": "foto", "label": "art"})
+    other = image_source(path, columns={"path": "foto", "label": "kind"})
+    assert source.digest() == again.digest() != other.digest()
+    assert source[1:].digest() == again[1:].digest() != other[1:].digest()
     with pytest.raises(InputError, match="for path, label or split"):
         image_source(path, columns={"text": "foto"})
     with pytest.raises(DataError, match="finds no label in 24 of 24"):
@@ -235,6 +248,10 @@ def test_arrays_are_taken_as_keras_datasets_gives_them(folder):
     assert source[24] == "test image 1" and np.array_equal(source[24].read(), images[0])
     assert source.class_names == ["0", "1", "2"] and source.labels[24:].tolist() == [0, 1, 2]
     assert len(find_parts(source).of["test"][0]) == 3
+    for view in (images[:2, ..., ::-1], np.asfortranarray(first[:2])):  # no contiguous pixels
+        turned = opened((view, ["ant", "bee"]))
+        assert turned[1].stamp() == opened((view.copy("C"), None))[1].stamp()
+        assert not scan(turned).unreadable
     assert Arrays(images, labels).place != Arrays(images, labels[::-1]).place
     for wrong, words in (
         ((images / 255, labels), "whole pixel values"),
@@ -263,13 +280,16 @@ def test_parts_may_come_from_different_places(folder):
 
 
 @once
-def test_the_command_line_takes_tables(folder, history, tmp_path, capsys):
+def test_the_command_line_takes_tables(folder, history, tmp_path, capsys, monkeypatch):
     path = table(folder)
     model = str(history.folder)
     assert cli.main(["scan", str(path)]) == 0
     assert f"{str(path)!r}: 24 images" in capsys.readouterr().out
     assert cli.main(["evaluate", model, str(folder), "--label-regex", "^([a-z]+)"]) == 0
     assert f"Images: 24 of {folder}" in capsys.readouterr().out
+    walks = []
+    monkeypatch.setattr(opening, "find_pictures", lambda p: walks.append(p) or find_pictures(p))
+    assert cli.main(["evaluate", model, str(folder)]) == 0 and walks == [str(folder)]
     names = tmp_path / "t.csv"
     names.write_text(path.read_text().replace("path,label", "foto,art").replace("ins", "../ins"))
     (folder.parent / "below").mkdir()
@@ -330,6 +350,36 @@ def test_packing_the_same_images_gives_the_same_bytes(folder, tmp_path):
     assert (tmp_path / "4" / one.shards[1].name).read_bytes() == one.shards[1].read_bytes()
     with pytest.raises(InputError, match="holds shards"):
         pack(folder, tmp_path / "1")
+
+
+@once
+@pytest.mark.parametrize("kind", ["rows", "images in parquet"])
+def test_rows_of_a_dataset_are_packed_as_what_they_are(kind, folder, tmp_path):
+    source = opened(MAKERS[kind](folder))
+    packed = pack(source, tmp_path / "out")
+    assert packed.count == 24 and not packed.skipped
+    again = opened(tmp_path / "out")
+    assert again.labels.tolist() == source.labels.tolist()
+    assert again[9].read() == source[9].read() and again[9].endswith("10.png")
+
+
+@once
+def test_files_without_an_ending_are_packed_by_their_content(tmp_path, png):
+    rgb = Image.new("RGB", (4, 4))
+    rgb.save(tmp_path / "b.0001", "JPEG")
+    rgb.save(tmp_path / "b.0002", "WEBP")
+    (tmp_path / "a").write_bytes(png)
+    (tmp_path / "c").write_bytes(b"no image")
+    (tmp_path / "t.csv").write_text("path,label\na,x\nb.0001,x\nb.0002,x\nc,y\n")
+    packed = pack(tmp_path / "t.csv", tmp_path / "out")
+    found = [name.rpartition("/")[2] for name in opened(tmp_path / "out")]
+    assert packed.count == 3 and found == ["a.png", "b_0001.jpg", "b_0002.webp"]
+    (path, reason) = packed.skipped[0]
+    assert path == str(tmp_path / "c") and "no image's ending, and its first bytes" in reason
+    (tmp_path / "t.csv").write_text("path,label\nc,x\n")
+    with pytest.raises(DataError, match=r"None of the images can be read; .*first bytes"):
+        pack(tmp_path / "t.csv", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @once
