@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from keras_resnet.cli.parser import Command
 from keras_resnet.cli.pipes import STDOUT
 from keras_resnet.data.items import Source
 from keras_resnet.data.opening import check_training, image_source, opened
+from keras_resnet.data.sources import Images
 from keras_resnet.data.walk import is_picture
 from keras_resnet.recipes import Recipe
 from keras_resnet.runtimes.rows import FORMATS, format_of_file, require_runtime
@@ -21,7 +23,7 @@ from keras_resnet.system.errors import (
     one_of,
     require,
 )
-from keras_resnet.system.files import check_writable, check_writable_folder
+from keras_resnet.system.files import check_apart, check_writable, check_writable_folder
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.keras_files import find_keras_file, run_models
 from keras_resnet.weights.published import is_tag, named_variant, resolve_weights
@@ -38,8 +40,19 @@ def source_first(command: str, arguments: dict[str, Any]) -> None:
     source, target = arguments["source"], arguments["target"]
     if os.path.exists(target) and not os.path.exists(source):
         raise InputError(f"The source comes first: keras-resnet {command} {target} {source}")
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise InputError(f"{target!r} would be written over what is read: give another name.")
+    check_apart(target, [source])
+
+
+def apart(command: Command, arguments: dict[str, Any]) -> None:
+    """No option would write over a file that the command reads."""
+    read: list[str] = []
+    for argument in command.arguments:
+        value = arguments[argument.dest]
+        if not argument.name.startswith("-") and value is not None:
+            read += value if isinstance(value, list) else [value]
+    for name in ("output", "csv", "json", "plot", "sheet", "exclude_list"):
+        if isinstance(arguments.get(name), str):
+            check_apart(arguments[name], read)
 
 
 def existing_file(path: str | os.PathLike) -> None:
@@ -159,6 +172,11 @@ def images(directory: str, columns: str | None, label_regex: str | None) -> str 
     if label_regex is None:
         return opened(directory, names)
     return image_source(directory, columns=names, label_regex=label_regex)
+
+
+def pictures(paths: list[str], columns: str | None) -> Images:
+    """Images to classify, with what was said of their tables."""
+    return Images(paths if columns is None else [images(one, columns, None) for one in paths])
 
 
 def training(

@@ -30,13 +30,10 @@ from keras_resnet.variants import get_spec
 from keras_resnet.weights.keras_files import find_keras_file, target_ending
 
 _TRAIN_FOLDER = arg("directory DIR", "class folders, train/ and val/, a table, shards")
+_COLUMNS = arg("--columns NAMES", "a table's, as path=image,label=breed; guessed by default",
+               group="Data", rare=True)  # fmt: skip
 _SOURCE = [
-    arg(
-        "--columns NAMES",
-        "a table's, as path=image,label=breed; guessed by default",
-        group="Data",
-        rare=True,
-    ),
+    _COLUMNS,
     arg(
         "--label-regex REGEX",
         "finds the label in a file's name, as its first group",
@@ -132,7 +129,7 @@ COMMANDS = {
         arg("--csv FILE", "write a line per image; - for stdout", written(".csv", pipe=True)),
         arg("--json FILE", "write the same as JSON; - for stdout", written(".json", pipe=True)),
         arg("--plot FILE", "draw the images with their titles", written(*_FIGURE)),
-        _BATCH, _WORKERS, _ENGINE, _PIXELS, _TF32,
+        _BATCH, _WORKERS, _ENGINE, _PIXELS, _TF32, _COLUMNS,
     ], order=model_first),
     "explain": Command(predicting.explain, "draw where a model looked, by Grad-CAM", [
         _KERAS_MODEL, _IMAGES,
@@ -140,7 +137,7 @@ COMMANDS = {
             dest="class_name"),
         arg("--layer NAME", "the last feature map by default"),
         arg("--output DIR=explained", "for the images", output_folder),
-        _TOP, _WORKERS, _PIXELS,
+        _TOP, _WORKERS, _PIXELS, _COLUMNS,
     ], order=model_first),
     "serve": Command(predicting.serve, "a page to try a model on, and an HTTP endpoint", [
         arg("model MODEL", "a .keras file, a run folder, an exported file, or resnet18", model),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from keras_resnet import __version__
+from keras_resnet.cli.checks import apart
 from keras_resnet.cli.commands import COMMANDS
 from keras_resnet.cli.launch import launch
 from keras_resnet.cli.parser import Command, make_parser
@@ -89,6 +90,7 @@ def _run(
     """Checks what can be checked without Keras, then runs: importing a backend takes seconds."""
     if command.order is not None:
         command.order(parser.prog.split()[-1], arguments)
+    apart(command, arguments)
     for argument in command.arguments:
         value = arguments[argument.dest]
         if argument.check is not None and value is not None:

@@ -54,7 +54,7 @@ def evaluate(
 
 def predict(
     model: str, paths: list[str], output: str | None, restart: bool, engine: str,
-    csv: str | None, json: str | None, plot: str | None, **options: Any,
+    csv: str | None, json: str | None, plot: str | None, columns: str | None, **options: Any,
 ) -> int:  # fmt: skip
     """Classifies images; 2 where none could be read."""
     wanted = [path for path in (csv, json, plot) if path is not None]
@@ -64,8 +64,14 @@ def predict(
                              "give --csv - or --json -.")  # fmt: skip
         if wanted:
             raise InputError("--output stands alone: leave out --csv, --json and --plot.")
-        return _predict_to_file(model, paths, output, engine=engine, restart=restart, **options)
-    images = Images(paths)
+        images = checks.pictures(paths, columns)
+        return _predict_to_file(model, images, output, engine=engine, restart=restart, **options)
+    from keras_resnet.inference.prediction_files import check_replaceable
+
+    for path in (csv, json):
+        if path not in (None, STDOUT):
+            check_replaceable(Path(path).expanduser())
+    images = checks.pictures(paths, columns)
     with piped(csv, json) as stdout:
         runner = _open(model, engine, images)
         from keras_resnet.inference.predict import predictions_text
@@ -95,12 +101,12 @@ def predict(
 
 
 def _predict_to_file(
-    model: str, paths: list[str], name: str, engine: str, restart: bool, **options: Any
+    model: str, images: Images, name: str, engine: str, restart: bool, **options: Any
 ) -> int:
     from keras_resnet.inference.prediction_files import check_output
     from keras_resnet.system.progress import Progress, ProgressLine
 
-    output, images, last = check_output(name), Images(paths), Progress(0, 0)
+    output, last = check_output(name), Progress(0, 0)
     runner = _open(model, engine, images, None if restart else output)
 
     def progress(now: Progress) -> None:
@@ -128,9 +134,11 @@ def _predict_to_file(
     return 2 if result.unreadable == result.count else 0
 
 
-def explain(model: str, paths: list[str], output: str, top: int, **options: Any) -> int:
+def explain(
+    model: str, paths: list[str], output: str, top: int, columns: str | None, **options: Any
+) -> int:
     """Draws where a model looked; 2 where no image could be read."""
-    images = list(Images(paths))
+    images = list(checks.pictures(paths, columns))
     _say_backend()
     from keras_resnet.inference.explain import overlay_names
     from keras_resnet.inference.prediction_files import PredictionTable

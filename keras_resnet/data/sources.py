@@ -41,6 +41,7 @@ class Images:
             open one; in place of a path they have a name, `"image 1"`.
 
     Attributes:
+        given: Paths among the sources, and where others say that they come from.
         unread: Files in the folders that are no images, counted by extension and reason.
 
     Raises:
@@ -54,11 +55,13 @@ class Images:
         if one or is_picture(sources) or is_array(sources):
             sources = [sources]  # type: ignore[list-item]
         self._parts: list[list[str] | _Folders | Source] = []
+        self.given: list[str] = []
         self.unread: Counter = Counter()
         self.in_memory = 0  # how many
         for source in sources:  # type: ignore[union-attr]
             if isinstance(source, Source):
                 self._parts.append(source)
+                self.given.append(source.place)
             elif isinstance(source, Item):
                 self._add_files([source])
             elif is_picture(source) or is_array(source):
@@ -84,6 +87,7 @@ class Images:
             self._add_files([Item(name, functools.partial(_given, content))])
 
     def _add(self, text: str) -> None:
+        self.given.append(text)
         if is_source(text):
             self._parts.append(opened(text))  # type: ignore[arg-type]
         elif os.path.isdir(text):

@@ -38,7 +38,7 @@ from keras_resnet.models.files import images_at_a_time, model_class_names, model
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.errors import DataError, InputError, NotFoundError, whole
-from keras_resnet.system.files import printable, to_json, write_text
+from keras_resnet.system.files import check_apart, printable, to_json, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.progress import Progress
 
@@ -353,7 +353,7 @@ def write_predictions(
 
     Raises:
         InputError: As `predict`; or an interrupted run of another model, other options or other
-            images has left its `.part`.
+            images has left its `.part`; or the output is there and holds no predictions.
         NotFoundError: A path does not exist.
         DataError: A folder holds no image.
         MissingDependencyError: Parquet without pyarrow.
@@ -361,6 +361,8 @@ def write_predictions(
     _check(top, batch_size, workers)
     path = check_output(output)
     images = _images(sources)
+    for written in (path, errors_path(path)):
+        check_apart(written, images.given)
     total = len(images)
     runner = runner_for(model, images, engine, preprocess, None if restart else path)
     prepared = model_input(runner, preprocess, pixels)

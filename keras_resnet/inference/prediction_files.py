@@ -208,7 +208,39 @@ def check_output(output: str | os.PathLike) -> Path:
     if path.suffix.lower() == ".parquet":
         require("pyarrow", "parquet", "Parquet")
     check_writable(path)
+    for written in (path, errors_path(path)):
+        check_replaceable(written)
     return path
+
+
+# How a file that was written here begins; of Parquet the columns, as a line.
+_TABLE = re.compile(r"path(,class\d+,probability\d+)+,error\r?\n|path,reason\r?\n")
+_OBJECTS = re.compile(r'\[\]|\[?\s*\{\s*"path": "(?:[^"\\]|\\.)*",\s*"classes": ')
+
+
+def check_replaceable(path: Path) -> None:
+    """What is there already are predictions, or nothing: no table of the user's is replaced.
+
+    Raises:
+        InputError: It is another file.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        text = ""
+        with contextlib.suppress(pyarrow.ArrowException, OSError):
+            text = ",".join(pyarrow.parquet.read_schema(path).names) + "\n"
+    else:
+        with open(path, encoding="utf-8", errors="replace", newline="") as stream:
+            text = stream.read(2**16)
+    if not (_TABLE if ending in (".csv", ".parquet") else _OBJECTS).match(text):
+        raise InputError(
+            f"{str(path)!r} is there, and holds no predictions: give another name, or delete it."
+        )
 
 
 def begun_engine(output: Path) -> str:

@@ -43,6 +43,20 @@ def check_writable(path: str | os.PathLike) -> None:
     _write_empty(path)
 
 
+def check_apart(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
+    """What shall be written is none of the files that are read.
+
+    Raises:
+        InputError: It is one of them.
+    """
+    output = Path(output).expanduser()
+    for read in (Path(one).expanduser() for one in inputs):
+        if output.is_file() and read.is_file() and output.samefile(read):
+            raise InputError(
+                f"{str(output)!r} would be written over what is read: give another name."
+            )
+
+
 def check_writable_folder(path: str | os.PathLike) -> None:
     """Says before any work that a folder is none, or cannot be made or written to.
 

@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from keras_resnet.cli import main as cli
+from keras_resnet.data.opening import image_source
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images
 from keras_resnet.data.walk import walk_pictures
@@ -539,6 +541,41 @@ def test_bad_options_are_said_in_one_line(file, folder, tmp_path, capsys, monkey
     err = capsys.readouterr().err.strip()
     assert message in err and "\n" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures"]
+
+
+@pytest.mark.once
+def test_no_table_of_the_user_is_written_over(file, tmp_path, capsys, monkeypatch):
+    save_noise(tmp_path / "a", 2)
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text("foto,label\na/000000.png,cat\na/000001.png,dog\n")
+    Path("a.errors.csv").write_text("path,reason\na/000000.png,none\n")
+    os.symlink("t.csv", "same.csv")
+    before = {name: Path(name).read_bytes() for name in ("t.csv", "a.errors.csv")}
+    for words, message in (
+        (["t.csv", "--output", "t.csv"], "would be written over what is read"),
+        (["t.csv", "--output", "same.csv"], "would be written over what is read"),
+        (["t.csv", "--csv", "./t.csv"], "would be written over what is read"),
+        (["a/000000.png", "--plot", "a/000000.png"], "written over what is read"),
+        (["a", "--output", "t.csv"], "holds no predictions"),
+        (["a", "--csv", "t.csv"], "holds no predictions"),
+    ):
+        assert cli.main(["predict", file, *words]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="written over what is read"):  # its list of the unreadable
+        predict(Brightness(), "a.errors.csv", output="a.csv")
+    for ending in (".csv", ".jsonl", ".parquet"):
+        for _ in range(2):  # what was written here is written anew
+            predict(Brightness(), image_source("t.csv", columns={"path": "foto"}),
+                    output=f"b{ending}")  # fmt: skip
+    Path("b.jsonl").write_text('{"path": "a/000000.png", "label": "cat"}\n')
+    Path("b.parquet").write_bytes(b"PAR1")
+    for name in ("b.jsonl", "b.parquet"):
+        with pytest.raises(InputError, match="holds no predictions"):
+            predict(Brightness(), "a", output=name)
+    for name, output in (("--csv", "c.csv"), ("--json", "c.json")):
+        for _ in range(2):
+            assert cli.main(["predict", file, "t.csv", "--columns", "path=foto", name, output]) == 0
+    assert {name: Path(name).read_bytes() for name in before} == before
 
 
 @pytest.mark.once
