@@ -78,8 +78,6 @@ def largest_batch(step: Callable[[int], None], most: int) -> int:
             if size == 1 or not no_memory(error):
                 raise
             break
-        finally:
-            release_memory()
         size *= 2
     return size
 

@@ -135,6 +135,7 @@ def card(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", locked_empty)
     monkeypatch.setattr(device, "_cuda", lambda: torch.device("cpu:0"))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)  # of others
     monkeypatch.setattr(callbacks, "devices", lambda: ["Card"])
     monkeypatch.setattr(torch.cuda, "Stream", lambda place: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda place: stream)
