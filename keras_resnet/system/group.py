@@ -22,7 +22,7 @@ import keras
 import numpy as np
 
 from keras_resnet.system import process
-from keras_resnet.system.errors import InputError, OtherProcessError
+from keras_resnet.system.errors import InputError, KerasResNetError, OtherProcessError
 
 _BACKEND = keras.backend.backend()
 if _BACKEND == "torch":
@@ -49,7 +49,7 @@ class Alone:
     rank, size, first, norms_together = 0, 1, True, False
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives in the first process, which alone calls it."""
+        """What `make` gives in the first process, which alone calls it; or raises, in all."""
         return make()
 
     def gather(self, value: T) -> list[T]:
@@ -100,9 +100,19 @@ class _Joined(Alone):
         self.ddp: Any = None
 
     def from_first(self, make):
-        box = [make() if self.first else None]
+        box, failure = [None, None, ""], None
+        if self.first:
+            try:
+                box[0] = make()
+            except Exception as error:
+                failure, ours = error, isinstance(error, KerasResNetError)
+                # Another library's may not survive being sent, and the first process says it.
+                box[1:] = type(error) if ours else OtherProcessError, str(error)
         dist.broadcast_object_list(box, 0, self._words, device=torch.device("cpu"))
-        return box[0]
+        value, kind, text = box
+        if kind is not None:
+            raise failure or kind(text)
+        return value
 
     def gather(self, value):
         box = [None] * self.size if self.first else None
@@ -277,13 +287,13 @@ class _Step:
 
     Where gradients are accumulated, those of a window stay here until its last step: each message
     carries their sum. They also travel at the end of an epoch, so that what is saved is of all.
+    Where the loss is scaled (float16) each step's travel, and the optimizer keeps their sum: it
+    skips a step that overflows, and only of all gradients can be told whether one does.
     """
 
     def __init__(self, group: _Joined, model: keras.Model, at: Any, seed: int):
         self.group, self.model, self.at, self.seed = group, model, at, seed
-        optimizer = model.optimizer
-        self.optimizers = [optimizer, *filter(None, [getattr(optimizer, "inner_optimizer", None)])]
-        self.every = self.optimizers[-1].gradient_accumulation_steps or 1
+        self.every = model.optimizer.gradient_accumulation_steps or 1  # 1 of one that scales
 
     def __call__(self, data):
         group, model, at = self.group, self.model, self.at
@@ -309,6 +319,5 @@ class _Step:
             with torch.no_grad():
                 model.optimizer.apply([v.value.grad for v in weights], weights)
         else:
-            for optimizer in self.optimizers:
-                optimizer._iterations.assign_add(1)
+            model.optimizer._iterations.assign_add(1)
         return model.compute_metrics(x, y, y_pred, sample_weight=None)

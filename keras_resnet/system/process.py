@@ -185,6 +185,11 @@ def meeting_place() -> Path | None:
     return Path(folder) if folder else None
 
 
+def restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that was lost."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def speaks(kind: str) -> bool:
     """Whether it is this process that says an error of a kind: one of those that have it does."""
     if "LOCAL_RANK" not in os.environ:

@@ -19,19 +19,23 @@ _STEPS = 16  # of an epoch at least: few large steps learn little
 _SAMPLE = 4  # images of the one step that is tried on a CPU
 
 
-def settle_batch_size(recipe: Recipe, data: Data, known: int | None = None) -> Recipe:
+def settle_batch_size(
+    recipe: Recipe, data: Data, known: int | None = None, processes: int = 1
+) -> Recipe:
     """The recipe with a number for `batch_size="auto"`, which the datasets get as well.
 
     Args:
         recipe: The recipe; one with a number comes back as it is.
         data: Its datasets; its notes get a line.
         known: What the run that goes on has begun with; tried where there is none.
+        processes: Of which each has a part of a batch, and a device unless it is a CPU.
     """
     if recipe.batch_size != "auto":
         return recipe
     row, count = RECIPES.get(recipe.name), data.train.num_samples
     own = int((row or Recipe).batch_size)
     if devices()[0] == "cpu":
+        processes = 1  # their memory is one
         most, why = min(own, count), f"on a CPU the recipe's {own} at most"
     else:
         most = min(max(own, min(_LARGEST, count // _STEPS)), count)
@@ -40,10 +44,12 @@ def settle_batch_size(recipe: Recipe, data: Data, known: int | None = None) -> R
     if known is not None:
         size, why = whole("batch_size in config.json", known, 1), "as the run began"
     else:
-        size = largest_batch(_trial(recipe, data), most)
+        size = processes * largest_batch(_trial(recipe, data), most // processes)
         release_memory()  # of the model that was tried
         if 2 * size <= most:
             why = "the largest power of two that fits into memory with an eighth to spare"
+            if processes > 1:
+                why = f"{size // processes} on each of {processes} devices, {why}"
     for part in filter(None, (data.train, data.val, data.test)):
         part.batch_size = size
     rate = f"the learning rate stays {recipe.learning_rate:g}"

@@ -385,7 +385,8 @@ class Loop:
         if not _LEAST_SCALE <= scale < math.inf:
             what = f"No gradient is within float16, with the loss scaled by {scale:g},"
             self._fail(what, self.at.step, "precision='bf16', or a lower learning_rate")
-        taken = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        # Not `iterations`, which are updates where gradients are accumulated.
+        taken = int(keras.ops.convert_to_numpy(optimizer.inner_optimizer._iterations))
         return self.at.epoch * self.steps + self.at.step - taken
 
     def _fail(self, what: str, step: int, remedy: str) -> NoReturn:

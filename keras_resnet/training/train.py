@@ -39,7 +39,7 @@ from keras_resnet.system.device import (
 from keras_resnet.system.errors import InputError, between, reason_of, whole
 from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.group import Alone, explained, join
-from keras_resnet.system.process import system_name, tune_process
+from keras_resnet.system.process import restarted, system_name, tune_process
 from keras_resnet.system.progress import shows_bars
 from keras_resnet.system.shown import Shown
 from keras_resnet.training.batch_size import settle_batch_size
@@ -216,9 +216,10 @@ def train(
         "data_format": keras.config.image_data_format(),
     }
     called = f"{recipe.model}-{Path(arguments['directory']).name}"
+    restart = restart and not group.any(restarted())  # torchrun gives all the same words again
     run = group.from_first(lambda: Run.find(output, name or called, identity, restart))
     run.writes, known = group.first, run.config.get("batch_size")
-    recipe = group.from_first(lambda: settle_batch_size(recipe, data, known))
+    recipe = group.from_first(lambda: settle_batch_size(recipe, data, known, group.size))
     for dataset in filter(None, (data.train, data.val)):
         dataset.batch_size, dataset.part = recipe.batch_size, (group.rank, group.size)
     settings = Settings(
@@ -235,13 +236,16 @@ def train(
     if group.size > 1:
         few = recipe.batch_size < 16 * group.size
         group.norms_together = few if sync_bn is None else sync_bn
-    settings.say(_plan(run, recipe, data, seed, group))
-    if dry_run:
-        return TrainResult(run.folder, None, {})
-    if deterministic:
-        make_deterministic()
-    with fastest_convolutions():
-        return _train(run, recipe, data, settings, arguments, report, group)
+    try:
+        settings.say(_plan(run, recipe, data, seed, group))
+        if dry_run:
+            return TrainResult(run.folder, None, {})
+        if deterministic:
+            make_deterministic()
+        with fastest_convolutions():
+            return _train(run, recipe, data, settings, arguments, report, group)
+    finally:
+        group.norms_together = False  # what trains next may do so in one process alone
 
 
 def _plain(exclude: Any) -> str | list[str] | None:
@@ -269,14 +273,13 @@ def _train(
         model.info.update({k: v for k, v in run.config.get("model", {}).items() if k == "weights"})
     else:
         start = group.from_first(lambda: starting_weights(recipe.model, recipe.weights))
-        if group.first:  # the others need not download or read them
-            model = build_model(recipe, data, settings.say, start)
-        else:
-            model = new_model(recipe, data)
+        made: list[keras.Model] = []  # the others need not download or read them
+        group.from_first(lambda: made.append(build_model(recipe, data, settings.say, start)))
+        model = made[0] if made else new_model(recipe, data)
         group.copy_first(model.variables)
     # Before the folder is made: without one readable image there is nothing to keep.
-    samples = data.train.take_samples(min(16, recipe.batch_size)) if group.first else None
-    run.open()
+    samples = group.from_first(lambda: data.train.take_samples(min(16, recipe.batch_size))[:2])
+    group.from_first(run.open)
     status, failed = "failed", False
     try:
         # First of all, for by it the same command finds the folder again.
@@ -289,7 +292,7 @@ def _train(
             status="running",
             begun=run.config.get("begun") or _now(),
         )
-        if samples is not None:
+        if group.first:
             _write_start(run, data, samples)
         ids = settings.loggers.start(
             run.folder, run.folder.name, dataclasses.asdict(recipe), run.config.get("log_ids", {})
@@ -385,7 +388,7 @@ def _write_start(run: Run, data: Data, samples: tuple) -> None:
         run.log(f"Skipped: {reason}")
     classes = {str(i): name for i, name in enumerate(data.names)}
     run.guard(write_json, run.path("class_indices.json"), classes)
-    images, labels, _ = samples
+    images, labels = samples
     titles = [data.names[label] for label in labels]
     run.guard(lambda path: plots.picture_grid(images, titles, path), run.path("batch.png"))
 

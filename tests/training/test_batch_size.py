@@ -12,7 +12,8 @@ from test_resume import At, write_pictures
 
 from keras_resnet.cli import main as cli
 from keras_resnet.reports.run_files import read_run
-from keras_resnet.training import batch_size
+from keras_resnet.system.group import Alone
+from keras_resnet.training import batch_size, train as training
 from keras_resnet.training.batch_size import largest_batch
 from keras_resnet.training.train import train
 
@@ -119,6 +120,29 @@ def test_few_images_keep_the_recipes_batch_size(pictures, tmp_path, gpu, capsys)
     train(pictures, output=tmp_path, dry_run=True, **TINY)
     assert "Batch size: 32 (of 64 images a larger one leaves fewer" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
+
+
+class Two(Alone):
+    """The first of two processes, as far as a dry run asks it."""
+
+    size = 2
+
+    def notes(self, batch_size):
+        return [f"{batch_size}, norms together: {self.norms_together}"]
+
+
+@pytest.mark.once
+def test_of_two_devices_each_has_a_part_and_norms_are_nobodys_afterwards(
+    pictures, tmp_path, gpu, capsys, monkeypatch
+):
+    tried, group = gpu(room=9), Two()
+    monkeypatch.setattr(training, "join", lambda: group)
+    train(pictures, output=tmp_path, dry_run=True, **TINY)
+    said = capsys.readouterr().out
+    assert "Batch size: 16 (8 on each of 2 devices, the largest power of two that fits" in said
+    assert tried == [3, 5, 9, 18] and "16, norms together: True" in said
+    # Else a later training in one process alone would wait for the others at each norm.
+    assert not group.norms_together
 
 
 @pytest.mark.once

@@ -9,10 +9,13 @@ import csv
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
+import types
+from contextlib import nullcontext
 
 from keras_resnet.system.process import keep_keras_alone
 
@@ -24,7 +27,10 @@ import pytest
 from PIL import Image
 
 import keras_resnet as kr
-from keras_resnet.training import prepare
+from keras_resnet.system import group as groups
+from keras_resnet.system.errors import DataError, OtherProcessError
+from keras_resnet.training import prepare, train as training
+from keras_resnet.training.callbacks import Position
 
 once, long = pytest.mark.once, pytest.mark.long
 
@@ -168,6 +174,80 @@ def test_frozen_norms_leave_rounding_alone(pictures, tmp_path):
     assert difference(alone, together) < 1e-5
 
 
+@once
+def test_a_step_beyond_float16_is_skipped_as_in_one_process():
+    """Within a window of accumulated steps, of which it is then none."""
+
+    def made():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        inner = keras.optimizers.SGD(0.01, gradient_accumulation_steps=3)
+        optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0**110)
+        model.compile(optimizer, "mse", jit_compile=False)
+        return model
+
+    alone, joined = made(), made()
+    group = types.SimpleNamespace(rank=0, size=1, tell_size=lambda size: lambda: size)
+    group.ddp = type("DDP", (), {"__call__": lambda _, x: joined(x), "no_sync": nullcontext})()
+    at = Position(steps=12)
+    step = groups._Step(group, joined, at, seed=0)
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        x, y = (rng.normal(size=(4, n)).astype("float32") for n in (3, 1))
+        x *= 1e4 if number in (1, 5, 6) else 1
+        alone.train_on_batch(x, y)
+        step([tuple(map(keras.ops.convert_to_tensor, (x, y)))])
+        at.step += 1
+    assert int(alone.optimizer.inner_optimizer._iterations) == 9
+    assert float(alone.optimizer.dynamic_scale) == float(joined.optimizer.dynamic_scale) == 2.0**107
+    for one, other in zip(alone.get_weights(), joined.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+class Odd(Exception):
+    """Cannot be made from its own text."""
+
+    def __init__(self, code, reason):
+        super().__init__(f"{code}: {reason}")
+
+
+@once
+@pytest.mark.parametrize(
+    "error, elsewhere", [(DataError("none"), DataError), (Odd(5, "lost"), OtherProcessError)]
+)
+def test_an_error_of_the_first_process_is_raised_in_all(monkeypatch, error, elsewhere):
+    sent = []
+
+    def broadcast(box, *others, **options):
+        if sent:
+            box[:] = pickle.loads(sent[0])
+        sent.append(pickle.dumps(box))
+
+    monkeypatch.setattr(groups.dist, "broadcast_object_list", broadcast)
+
+    def make():
+        raise error
+
+    with pytest.raises(type(error)) as first:
+        groups._Joined(0, 2, None).from_first(make)
+    with pytest.raises(elsewhere) as other:
+        groups._Joined(1, 2, None).from_first(make)
+    assert first.value is error and str(other.value) == str(error)
+
+
+@once
+@pytest.mark.parametrize("count, restart", [("0", True), ("1", False)])
+def test_a_process_in_anothers_place_goes_on(pictures, tmp_path, monkeypatch, count, restart):
+    """Though the words that torchrun gives it again ask for a new run."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    asked, find = [], training.Run.find
+    monkeypatch.setattr(
+        training.Run, "find", lambda *words: asked.append(words[-1]) or find(*words)
+    )
+    kr.train(pictures, output=tmp_path, dry_run=True, restart=True, **OPTIONS)
+    assert asked == [restart]
+
+
 ELASTIC = {
     "epochs": 3,
     "mixup": 0.2,
@@ -201,8 +281,8 @@ def test_a_killed_process_changes_no_bit(pictures, tmp_path):
     for rank, step in ((0, 3), (1, 6), (0, 9), (1, 12)):
         output, mark = tmp_path / f"{rank}-{step}", str(tmp_path / f"mark{rank}-{step}")
         die = [rank, step, signal.SIGKILL, mark]
-        folder, ended = torchrun(pictures, output, "--max-restarts", "1", die=die)
-        assert ended.returncode == 0, ended.stderr
+        folder, ended = torchrun(pictures, output, "--max-restarts", "1", die=die, restart=True)
+        assert ended.returncode == 0 and len(list(output.iterdir())) == 1, ended.stderr
         assert difference(peaceful, folder) == 0 and numbers(peaceful) == numbers(folder)
 
 

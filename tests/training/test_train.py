@@ -608,10 +608,13 @@ class HugeHead(keras.callbacks.Callback):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("device", ["cpu", "some GPU"])
-def test_a_step_beyond_float16_is_skipped_and_said(pictures, tmp_path, monkeypatch, capsys, device):
+@pytest.mark.parametrize("device, accumulate", [("cpu", 1), ("some GPU", 2)])
+def test_a_step_beyond_float16_is_skipped_and_said(
+    pictures, tmp_path, monkeypatch, capsys, device, accumulate
+):
     monkeypatch.setattr(run_callbacks, "devices", lambda: [device])
     options = {**TINY, "precision": "fp16", "batch_size": 1, "epochs": 1, "verbose": True}
+    options["accumulate"] = accumulate
     result = train(pictures, output=tmp_path, callbacks=[HugeHead()], **options)
     assert (
         "Steps skipped so far, for their gradients were beyond float16: 1. The"
