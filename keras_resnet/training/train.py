@@ -204,8 +204,7 @@ def train(
     verbose = verbose and group.first
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
     loggers = Loggers(arguments["log"] if group.first else [])
-    names = ("seed", "workers", "cache", "exclude", "strict", "exif")
-    given = {name: arguments[name] for name in names}
+    given = {n: arguments[n] for n in ("seed", "workers", "cache", "exclude", "strict", "exif")}
     data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
     identity = {
         "directory": arguments["directory"],
@@ -233,9 +232,8 @@ def train(
         callbacks=tuple(callbacks),
         loggers=loggers,
     )
-    if group.size > 1:
-        few = recipe.batch_size < 16 * group.size
-        group.norms_together = few if sync_bn is None else sync_bn
+    few = recipe.batch_size < 16 * group.size
+    group.norms_together = group.size > 1 and (few if sync_bn is None else sync_bn)
     try:
         settings.say(_plan(run, recipe, data, seed, group))
         if dry_run:
