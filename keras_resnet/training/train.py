@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +206,7 @@ def train(
     loggers = Loggers(arguments["log"] if group.first else [])
     given = {n: arguments[n] for n in ("seed", "workers", "cache", "exclude", "strict", "exif")}
     data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
-    identity = {
-        "directory": arguments["directory"],
-        "recipe": dataclasses.asdict(recipe),
-        "seed": seed,
-        "exif": exif,
-        "backend": keras.backend.backend(),
-        "data_format": keras.config.image_data_format(),
-    }
+    identity = _identity(recipe, arguments)
     called = f"{recipe.model}-{Path(arguments['directory']).name}"
     restart = restart and not group.any(restarted())  # torchrun gives all the same words again
     run = group.from_first(lambda: Run.find(output, name or called, identity, restart))
@@ -244,6 +237,18 @@ def train(
             return _train(run, recipe, data, settings, arguments, report, group)
     finally:
         group.norms_together = False  # what trains next may do so in one process alone
+
+
+def _identity(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two calls the same run."""
+    return {
+        "directory": arguments["directory"],
+        "recipe": dataclasses.asdict(recipe),
+        "seed": arguments["seed"],
+        "exif": arguments["exif"],
+        "backend": keras.backend.backend(),
+        "data_format": keras.config.image_data_format(),
+    }
 
 
 def _plain(exclude: Any) -> str | list[str] | None:
