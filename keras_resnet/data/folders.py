@@ -400,27 +400,42 @@ def layout(directory: str | os.PathLike, found: dict[str, str]) -> str:
     return line + (f"; not used: {listed(rest)}." if rest else ".")
 
 
+class Numbers(list[str]):
+    """Names of classes that are nothing but the numbers that the labels were given as."""
+
+
 def labels_by_name(
     labels: np.ndarray,
     found: Sequence[str],
     names: Sequence[str],
-    what: str = "The folder",
+    what: str = "The data",
     who: str = "the model",
 ) -> np.ndarray:
-    """Labels by one list of class names turned into those by another.
+    """Labels by one list of class names turned into those by another; -1 stays.
+
+    Labels that are `Numbers`, of which none is the name of a class, are numbers of the classes.
 
     Raises:
         InputError: A class of `found` is not among `names`.
     """
     position = {plain_name(name): i for i, name in enumerate(names)}
     unknown = sorted(name for name in found if plain_name(name) not in position)
-    if unknown:
+    if isinstance(found, Numbers) and len(unknown) == len(found):
+        position = {name: int(name) for name in found}
+        largest = max(position[found[k]] for k in np.unique(labels[labels >= 0]))
+        if largest >= len(names):
+            raise InputError(
+                f"{what} has the label {largest}, but {who} has {len(names)} classes, which are "
+                f"numbered from 0: {listed(list(names))}."
+            )
+    elif unknown:
         raise InputError(
             f"{what} has classes that {who} does not have: "
             f"{', '.join(map(repr, unknown[:10]))}. There are {len(names)}: "
             f"{', '.join(map(repr, sorted(names)[:10]))}{' ...' if len(names) > 10 else ''}."
         )
-    return np.asarray([position[plain_name(name)] for name in found], np.int32)[labels]
+    places = np.asarray([position[plain_name(name)] for name in found], np.int32)
+    return np.where(labels < 0, np.int32(-1), places[labels])
 
 
 def test_images(

@@ -95,6 +95,10 @@ class Source(Sequence[str]):
         ways = (functools.partial(way, index) for way in (self.read, self.stamp))
         return Item(self.name(index), *ways)
 
+    def title(self) -> str:
+        """What a run on these images is called."""
+        return os.path.basename(self.place)
+
     def take(self, positions: np.ndarray) -> Source:
         """Some of the images."""
         return _Part(self, np.asarray(positions))
@@ -199,6 +203,10 @@ class Joined(Source):
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def title(self) -> str:
+        """That of the training images."""
+        return self._parts[0].title()
 
     def _at(self, index: int) -> tuple[Source, int]:
         part = int(np.searchsorted(self._starts, index, "right")) - 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.data.folders import listed, plain_name
+from keras_resnet.data.folders import Numbers, listed, plain_name
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.files import printable
 
@@ -64,7 +64,9 @@ def numbered(
     known = {value for value in values if value is not None}
     texts = {value: str(value).strip() for value in known}
     whole = bool(known) and all(re.fullmatch(r"\d{1,9}", text) for text in texts.values())
+    named: Any = list
     if whole:
+        named = list if class_names is not None else Numbers
         numbers = {value: int(text) for value, text in texts.items()}
         found = sorted(set(numbers.values()))
         if class_names is not None or (found[0] == 0 and found[-1] < 10 * len(found) + 100):
@@ -75,14 +77,14 @@ def numbered(
                     f"Received: {found[-1]}."
                 )
             labels = [-1 if value is None else numbers[value] for value in values]
-            return np.asarray(labels, np.int32), list(map(str, names))
+            return np.asarray(labels, np.int32), named(map(str, names))
         class_names = list(map(str, found))
     names = sorted(set(texts.values())) if class_names is None else list(map(str, class_names))
     position = {plain_name(name): i for i, name in enumerate(names)}
     if unknown := sorted(text for text in texts.values() if plain_name(text) not in position):
         raise InputError(f"There is no class {unknown[0]!r}; there are: {listed(names)}.")
     places = {value: position[plain_name(text)] for value, text in texts.items()} | {None: -1}
-    return np.asarray([places[value] for value in values], np.int32), names
+    return np.asarray([places[value] for value in values], np.int32), named(names)
 
 
 def checked_mode(mode: str | None, names: Sequence[str] | None, soft: bool) -> str | None:

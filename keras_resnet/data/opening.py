@@ -108,7 +108,10 @@ def _part_of(data: Any, kind: str) -> Source:
         return Arrays(*data, name=f"{kind} image {{}}")
     if is_rows(data):
         return Rows(data, f"{kind} row {{}}")
-    return image_source(data)
+    if isinstance(data, (str, os.PathLike)) and os.path.isdir(data) and split_folders(data):
+        data = split_folder(data, kind)
+    source = image_source(data)
+    return source if source.splits is None else _part_called(source, kind)
 
 
 def image_source(
@@ -302,10 +305,15 @@ def labelled(data: Any, split: str | None = None) -> tuple[Sequence[str], np.nda
 
 
 def _part(source: Source, split: str | None) -> Source:
+    if split is None:
+        split = next((kind for kind in ("test", "val", "train") if kind in source.parts()), None)
+    return _labelled(source if split is None else _part_called(source, split))
+
+
+def _part_called(source: Source, kind: str) -> Source:
     parts = source.parts()
-    if split is not None and split not in parts:
+    if kind not in parts:
         raise NotFoundError(
-            f"{source.place!r} has no {split!r} part; it has: {', '.join(parts) or 'none'}."
+            f"{source.place!r} has no {kind!r} part; it has: {', '.join(parts) or 'none'}."
         )
-    known = [split] if split else [name for name in ("test", "val", "train") if name in parts]
-    return _labelled(parts[known[0]] if known else source)
+    return parts[kind]

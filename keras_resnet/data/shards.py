@@ -350,6 +350,7 @@ class Shards(Source):
             whole = all(text.isdigit() for text in texts) and (pairs >= 0).all()
             if not whole or not len(pairs) == len(set(pairs[:, 1])) == len(texts):
                 return "labels from .cls files"
+            self.class_names = list(self.class_names)  # no mere numbers any more
             for number, folder in pairs:
                 self.class_names[number] = names[folder]
             return "labels from .cls files, classes from folders"

@@ -168,9 +168,11 @@ def evaluate(
     Args:
         model: A model, a `.keras` file or a run folder, or a `Runner`.
         data: A folder with a folder a class, or one that holds such folders as `test`, `val` and
-            `train`; or an unshuffled `ImageDataset`. Classes go by their names: the folder may
-            lack some of the model's, but has none that the model does not know. Those of a model
-            without names are the folder's, where there are as many.
+            `train`; or an unshuffled `ImageDataset`; or a table, shards or arrays. Classes go by
+            their names: the folder may lack some of the model's, but has none that the model does
+            not know. Labels that are whole numbers from 0 on, without names, are the numbers of
+            the model's classes. Those of a model without names are the folder's, where there are
+            as many.
         batch_size: Images at a time, fewer where they are large; the result does not depend on it.
         workers: Threads that read images.
         split: Which of `test`, `val`, `train`; the first that is there by default.
@@ -202,7 +204,7 @@ def evaluate(
         names, true = _by_name(runner, names, labels, found, "The dataset")
         _check_dataset(runner, dataset, pixels)
     else:
-        names, true = _by_name(runner, names, labels, found, "The folder")
+        names, true = _by_name(runner, names, labels, found, "The data")
         prepared, fed = model_input(runner, preprocess, pixels)
         dataset = ImageDataset(
             paths,

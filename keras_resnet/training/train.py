@@ -207,7 +207,8 @@ def train(
     given = {n: arguments[n] for n in ("seed", "workers", "cache", "exclude", "strict", "exif")}
     data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
     identity = _identity(recipe, arguments)
-    called = f"{recipe.model}-{Path(arguments['directory']).name}"
+    title = directory.title() if isinstance(directory, Source) else Path(place(directory)).name
+    called = f"{recipe.model}-{title}"
     restart = restart and not group.any(restarted())  # torchrun gives all the same words again
     run = group.from_first(lambda: Run.find(output, name or called, identity, restart))
     run.writes, known = group.first, run.config.get("batch_size")

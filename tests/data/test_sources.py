@@ -275,6 +275,41 @@ def test_parts_may_come_from_different_places(folder):
     assert [len(parts.of[kind][0]) for kind in ("train", "val", "test")] == [24, 9, 24]
     assert isinstance(source, Source) and isinstance(source[0], str)
     assert type(source[0]) is str and source[24] == "val image 1"
+    assert source.title() == folder.name
+    # Of a table or a folder that has parts itself it is the part of that name.
+    path = folder.parent / "parts.csv"
+    kinds = ["train", "train", "val"] * 8
+    lines = [
+        f"{name},{label},{kind}" for (name, label), kind in zip(rows(folder), kinds, strict=True)
+    ]
+    path.write_text("\n".join(["path,label,split", *lines]))
+    parts = find_parts(opened({"train": folder, "val": path}))
+    assert len(parts.of["val"][0]) == 8
+    assert list(parts.of["val"][0]) == list(labelled(path, "val")[0])
+    with pytest.raises(NotFoundError, match="has no 'test' part; it has: train, val"):
+        opened({"train": folder, "test": path})
+
+
+@once
+def test_whole_numbers_are_the_numbers_of_the_classes(folder, history, tmp_path):
+    images, labels, names = arrays(folder)
+    expected = evaluate(history.model, folder)
+    numbers = folder.parent / "numbers.csv"
+    lines = [f"{name},{names.index(label)}" for name, label in rows(folder)]
+    numbers.write_text("\n".join(["path,label", *lines]))
+    for source in (numbers, (images, labels)):
+        found = evaluate(history.model, source)
+        assert found.loss == expected.loss and found.class_names == names
+        assert (found.confusion == expected.confusion).all()
+    ones = evaluate(history.model, (images[labels == 1], labels[labels == 1]))
+    assert ones.confusion[1].sum() == ones.count == 8
+    joined = opened({"train": folder, "val": (images, labels)})
+    assert joined.class_names == names and joined.labels.tolist() == [*labels, *labels]
+    with pytest.raises(InputError, match=r"The data has the label 3, but the model has 3 classes"):
+        evaluate(history.model, (images, labels + 1))
+    # Numbers that folders are called, or that are given as names, are names.
+    with pytest.raises(InputError, match="The data has classes that the model does not have: '0'"):
+        evaluate(history.model, (images, labels, ["0", "1", "2"]))
     with pytest.raises(InputError, match="'val' has classes that the first does not have: 'dog'"):
         opened({"train": folder, "val": (images[:1], ["dog"])})
 
