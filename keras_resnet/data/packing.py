@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from keras_resnet.data.items import image_from_array
-from keras_resnet.data.opening import find_parts, opened
+from keras_resnet.data.opening import find_parts, opened, place
 from keras_resnet.data.reading import in_flight, open_image, read
 from keras_resnet.data.shards import open_shard
-from keras_resnet.data.walk import FORMATS, IMG_EXTENSIONS
+from keras_resnet.data.walk import FORMATS, IMG_EXTENSIONS, holds_picture
 from keras_resnet.system.errors import DataError, InputError, NotFoundError, between, reason_of
 from keras_resnet.system.files import printable, replace_file
 
@@ -63,10 +63,10 @@ def pack(
 ) -> Packed:
     """Writes images into tar archives that `train` and others read at random: see `image_source`.
 
-    Files are copied, not decoded, in the order of the folder, so that training on the shards is
-    training on the folder. `CLASS/NAME.jpg` and its label `CLASS/NAME.cls`, a number, stand one
-    after the other; parts become `train-000000.tar`, `val-000000.tar` ..., what has none
-    `images-000000.tar`. The same images give the same bytes.
+    Files that begin as images do are copied, not decoded, in the order of the folder, so that
+    training on the shards is training on the folder. `CLASS/NAME.jpg` and its label
+    `CLASS/NAME.cls`, a number, stand one after the other; parts become `train-000000.tar`,
+    `val-000000.tar` ..., what has none `images-000000.tar`. The same images give the same bytes.
 
     Args:
         data: As `train` takes it: a folder, a table, arrays.
@@ -75,7 +75,7 @@ def pack(
         exclude: Images to leave out: paths, or a file as `scan` writes.
 
     Raises:
-        InputError: There are shards in the folder.
+        InputError: There are shards or images in the folder, or it is part of what is packed.
         NotFoundError: The data does not exist.
         DataError: No images, no labels, or the shards cannot be written.
     """
@@ -83,7 +83,13 @@ def pack(
     target = Path(folder).expanduser()
     if target.is_dir() and any(target.glob("*.tar")):
         raise InputError(f"{str(target)!r} holds shards: give another folder, or delete them.")
-    parts = find_parts(opened(data), exclude)
+    source = opened(data)
+    read_from = Path(place(source)).resolve()
+    inside = read_from.is_dir() and target.resolve().is_relative_to(read_from)
+    if inside or (target.is_dir() and holds_picture(str(target))):
+        what = "lies in the folder that is packed" if inside else "holds images"
+        raise InputError(f"{str(target)!r} {what}: give a new folder beside it for the shards.")
+    parts = find_parts(source, exclude)
     shards: list[Path] = []
     skipped: list[tuple[str, str]] = []
     count = 0
@@ -152,16 +158,16 @@ def _file(path: str) -> tuple[bytes, str]:
     _, data = read(path)
     try:
         if isinstance(data, bytes):
-            ending = _split_ending(path)[1]
-            return data, ending or FORMATS[str(open_image(io.BytesIO(data)).format)][0]
+            kind = str(open_image(io.BytesIO(data)).format)
+            return data, _split_ending(path)[1] or FORMATS[kind][0]
         image = data if isinstance(data, Image.Image) else image_from_array(data)
         stream = io.BytesIO()
         image.save(stream, "PNG")
         return stream.getvalue(), ".png"
     except UnidentifiedImageError:
         raise DataError(
-            f"{path!r} cannot be packed: its name has no image's ending, and its first bytes "
-            f"{data[:8]!r} belong to no format that is read here."
+            f"{path!r} is no image: its first bytes {data[:8]!r} belong to no format that is read "
+            "here."
         ) from None
     except Exception as error:  # Pillow's readers and writers raise many kinds
         raise DataError(f"{path!r} cannot be packed: {reason_of(error)}") from error

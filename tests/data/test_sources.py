@@ -410,11 +410,32 @@ def test_files_without_an_ending_are_packed_by_their_content(tmp_path, png):
     found = [name.rpartition("/")[2] for name in opened(tmp_path / "out")]
     assert packed.count == 3 and found == ["a.png", "b_0001.jpg", "b_0002.webp"]
     (path, reason) = packed.skipped[0]
-    assert path == str(tmp_path / "c") and "no image's ending, and its first bytes" in reason
+    assert path == str(tmp_path / "c") and "is no image: its first bytes b'no image'" in reason
     (tmp_path / "t.csv").write_text("path,label\nc,x\n")
     with pytest.raises(DataError, match=r"None of the images can be read; .*first bytes"):
         pack(tmp_path / "t.csv", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@once
+def test_no_shards_are_written_among_images_and_no_other_files_into_shards(tmp_path, png):
+    for name in ("x", "y"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.png").write_bytes(png)
+    (tmp_path / "in" / "x" / "2.jpg").write_text("no image")
+    (tmp_path / "in" / "x" / "3.png").write_bytes(b"")
+    (tmp_path / "t.csv").write_text("path,label\nin/x/1.png,x\nin/y/1.png,y\n")
+    for data, target, words in (
+        ("in", "in", "lies in the folder that is packed"),
+        ("in", "in/x/out", "lies in the folder that is packed"),
+        ("t.csv", "in", "holds images: give a new folder"),
+    ):
+        with pytest.raises(InputError, match=words):
+            pack(tmp_path / data, tmp_path / target)
+    assert not list(tmp_path.rglob("*.tar")) and not (tmp_path / "in" / "x" / "out").exists()
+    packed = pack(tmp_path / "in", tmp_path / "out")
+    assert packed.count == 2
+    assert [os.path.basename(path) for path, _ in packed.skipped] == ["2.jpg", "3.png"]
 
 
 @once
