@@ -178,7 +178,10 @@ class Recipe:
         known = {field.name for field in dataclasses.fields(self)} - {"name", "source", "aim"}
         for name in options:
             if name not in known:
-                raise InputError(f"Unknown training option {name!r}.{did_you_mean(name, known)}")
+                hint = did_you_mean(name, known)
+                if name == "devices":
+                    hint = " torchrun --nproc-per-node N SCRIPT runs a script's train on N devices."
+                raise InputError(f"Unknown training option {name!r}.{hint}")
         return dataclasses.replace(self, **options)
 
     def __str__(self) -> str:

@@ -12,17 +12,21 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from keras_resnet.system.errors import InputError, whole
+from keras_resnet.system.errors import InputError
 from keras_resnet.system.process import MEETING, chosen_backend, settled_code
 
 
 def number(devices: str) -> None:
     """It is a number of devices, or `all`."""
-    if devices != "all":
-        whole("devices", int(devices) if devices.isdecimal() else devices, 1)
+    if devices != "all" and not (devices.isdecimal() and int(devices)):
+        raise InputError(
+            f"--devices must be a whole number of at least 1, or all. Received: {devices!r}."
+        )
 
 
-def launch(words: Sequence[str], devices: str | None, restarts: int) -> int | None:
+def launch(
+    words: Sequence[str], devices: str | None, restarts: int, compile: bool, dry_run: bool
+) -> int | None:
     """Runs the command in one process a device; gives its exit code, `None` where one is enough.
 
     They meet in a folder and talk over the loopback interface: no port is open to others. For
@@ -32,16 +36,23 @@ def launch(words: Sequence[str], devices: str | None, restarts: int) -> int | No
         words: The command line.
         devices: How many, or `"all"`.
         restarts: How often a process that is lost is replaced, all of them going on together.
+        compile: Whether the step shall be compiled, which that of several processes cannot be.
+        dry_run: Only checks that they could start.
 
     Raises:
-        InputError: There are fewer devices, or another backend than torch.
+        InputError: There are fewer devices, another backend than torch, or a step to compile.
     """
     if "LOCAL_RANK" in os.environ:
         return None  # one of those that torchrun has started
     count = _count(devices or "1")
-    if count == 1 and not restarts:
+    if compile and count > 1:
+        raise InputError(
+            "The step of several processes is not compiled: leave out --compile. "
+            f"Received: --devices {devices}."
+        )
+    if dry_run or (count == 1 and not restarts):
         return None
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -63,6 +74,7 @@ def launch(words: Sequence[str], devices: str | None, restarts: int) -> int | No
             rdzv_configs={"store_type": "file"},
             local_addr="127.0.0.1",
             max_restarts=restarts,
+            logs_specs=DefaultLogsSpecs(log_dir=os.path.join(folder, "logs")),
         )
         code = 0
         try:

@@ -100,8 +100,9 @@ def _run(
     devices, restarts = arguments.pop("devices", None), arguments.pop("max_restarts", 0)
     if command.keras:
         choose_backend()
-        if not (arguments.get("show") or arguments.get("dry_run")):
-            code = launch(words, devices, restarts)
+        if not arguments.get("show"):
+            compiles, dry = bool(arguments.get("compile")), bool(arguments.get("dry_run"))
+            code = launch(words, devices, restarts, compiles, dry)
             if code is not None:
                 return code
         tune_process()

@@ -58,6 +58,14 @@ class Argument(typing.NamedTuple):
         return self.options.get("dest", self.name.lstrip("-").replace("-", "_"))
 
 
+def _number(kind: Callable[[str], Any], text: str) -> Any:
+    """The number that a word is; the word itself where it is none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
 def arg(
     spec: str,
     help: str | None = None,
@@ -89,6 +97,8 @@ def arg(
         options.setdefault("action", "store_true")
 
     words = name.lstrip("-").replace("-", "_")
+    if least is not None or above is not None:  # whose check says it where it is no number
+        options["type"] = functools.partial(_number, options["type"])
     if least is not None:
         check = functools.partial(whole, words, least=least)
     if above is not None:

@@ -171,6 +171,7 @@ class _Joined(Alone):
             _View(model), gradient_as_bucket_view=True
         )
         model.train_function = _Step(self, model, at, seed)
+        model.test_function = tested_by(model)
 
     def notes(self, batch_size):
         norms = "all of them" if self.norms_together else "those of its own process"
@@ -280,6 +281,22 @@ if _BACKEND == "torch":
 
         def forward(self, x):
             return self.model(x, training=True)
+
+
+def tested_by(model: keras.Model) -> Callable[[list], dict[str, Any]]:
+    """`keras.Model.test_step` for parts of a batch, which may hold no image at all.
+
+    Keras would count the mean loss of none, which is no number, no times: and have none at the end.
+    """
+
+    def test(data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data[0])
+        with torch.no_grad():
+            if len(x):
+                return model.test_step(data[0])
+            return model.compute_metrics(x, y, model(x, training=False), sample_weight=None)
+
+    return test
 
 
 class _Step:

@@ -176,6 +176,7 @@ def fit_threads() -> None:
 # --- one of several processes that torchrun has started ------------------------------------------
 
 MEETING = "KERAS_RESNET_MEETING"  # names the folder in which the processes of `--devices` meet
+_PARENT = os.getppid()
 store: Any = None  # torch's, which the processes share; once they have met
 
 
@@ -188,6 +189,11 @@ def meeting_place() -> Path | None:
 def restarted() -> bool:
     """Whether torchrun has started this process in the place of one that was lost."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def orphaned() -> bool:
+    """Whether the torchrun, or the command with `--devices`, that started this one has ended."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _PARENT
 
 
 def speaks(kind: str) -> bool:

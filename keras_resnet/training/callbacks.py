@@ -16,6 +16,7 @@ import numpy as np
 from keras_resnet.system.device import devices, fetch, set_random_state
 from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.system.group import current
+from keras_resnet.system.process import orphaned
 from keras_resnet.system.progress import LINE_SECONDS, duration
 from keras_resnet.training.loggers import Loggers
 
@@ -78,6 +79,11 @@ class Position:
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
     metrics: list[np.ndarray] | None = None
     random: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run shall end here: it was told to, or nobody is left who could tell."""
+        return self.stop.is_set() or orphaned()
 
 
 class RunCallbacks(keras.callbacks.CallbackList):
@@ -187,7 +193,7 @@ class RunCallbacks(keras.callbacks.CallbackList):
         late = time.monotonic() - self._saved_at > settings.checkpoint_seconds
         ends = getattr(model, "stop_training", False)  # `fit` makes it
         late, stop, model.stop_training, bad = self._group.ask(
-            late, at.stop.is_set(), ends, bool(self._bad)
+            late, at.stopping, ends, bool(self._bad)
         )
         if bad:
             self._judge()

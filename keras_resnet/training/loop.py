@@ -112,7 +112,7 @@ class Loop:
         with self._signals():
             try:
                 while self.at.epoch < self.recipe.epochs and not self._out_of_patience():
-                    if self.group.any(self.at.stop.is_set()):
+                    if self.group.any(self.at.stopping):
                         raise Interrupted
                     self._unfreeze_gradually()
                     self._run_epoch(callbacks)
@@ -421,6 +421,8 @@ class Loop:
                 raise KeyboardInterrupt
             began = time.monotonic()
             self.at.stop.set()
+            if self.group.size > 1 and number == signal.SIGTERM:
+                return  # torchrun's to those that are left, where another one is lost
             what = "the validation" if self.at.validating else "this step"
             self.settings.say(f"\nStopping after {what}; once more to stop at once.")
 
