@@ -44,12 +44,13 @@ def launch(
     """
     if "LOCAL_RANK" in os.environ:
         return None  # one of those that torchrun has started
-    count = _count(devices or "1")
-    if compile and count > 1:
+    devices = devices or "1"
+    if compile and (devices not in ("1", "all") or _count(devices) > 1):
         raise InputError(
             "The step of several processes is not compiled: leave out --compile. "
             f"Received: --devices {devices}."
         )
+    count = _count(devices)
     if dry_run or (count == 1 and not restarts):
         return None
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException

@@ -27,7 +27,7 @@ import pytest
 from PIL import Image
 
 import keras_resnet as kr
-from keras_resnet.system import group as groups
+from keras_resnet.system import group as groups, process
 from keras_resnet.system.errors import DataError, OtherProcessError
 from keras_resnet.training import prepare, train as training
 from keras_resnet.training.callbacks import Position
@@ -47,8 +47,10 @@ OPTIONS = {
 }
 
 
-EVERYTHING = {
+EVERYTHING = {  # of the last batches, one image each, other processes have no part
     "float64": True,
+    "batch_size": 7,
+    "val_split": 0.15,
     "epochs": 3,
     "mixup": 0.4,
     "cutmix": 0.3,
@@ -151,7 +153,7 @@ def test_two_processes_train_as_one(pictures, tmp_path):
     counts = [
         json.loads((run / "evaluation.json").read_text())["count"] for run in (alone, together)
     ]
-    assert counts == [6, 6]
+    assert counts == [8, 8]
 
 
 @once
@@ -303,6 +305,84 @@ def test_sigterm_to_one_process_ends_all_at_the_same_step(pictures, tmp_path):
     log = (folder / "train.log").read_text()
     assert "The run was on 2 devices, and is on 1 from here" in log
     assert len(numbers(folder)) == 3
+
+
+@once
+@long
+@pytest.mark.parametrize("sync_bn", [True, False])
+def test_a_batch_of_one_image_leaves_the_other_process_none(pictures, tmp_path, sync_bn):
+    options = {"float64": True, "batch_size": 1, "epochs": 1, "freeze_norms": not sync_bn}
+    alone, _ = train_in(1, pictures, tmp_path / "1", **options)
+    together, ended = train_in(2, pictures, tmp_path / "2", sync_bn=sync_bn, **options)
+    assert [code for *_, code in ended] == [0, 0], ended
+    assert difference(alone, together) < 1e-10
+    assert_equal_history(alone, together)
+
+
+@once
+def test_a_part_without_images_counts_for_nothing():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True), metrics=["accuracy"])
+    model.test_function = groups.tested_by(model)
+    rng = np.random.default_rng(0)
+    some = (rng.normal(size=(4, 3)).astype("float32"), np.array([0, 1, 1, 0]))
+    none = tuple(part[:0] for part in some)
+    whole = model.evaluate(*some, verbose=0)
+    for parts in ([some, none], [none, some]):
+        assert model.evaluate((part for part in parts), verbose=0) == whole
+    assert model.evaluate((part for part in [none]), verbose=0) == [0.0, 0.0]
+
+
+@once
+def test_a_run_whose_torchrun_is_gone_ends_and_can_go_on(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "_PARENT", -1)
+    assert not process.orphaned()  # one that no torchrun has started
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert kr.train(pictures, output=tmp_path, **OPTIONS).interrupted
+
+
+@once
+def test_devices_of_a_call_are_torchruns(pictures):
+    with pytest.raises(kr.InputError, match="torchrun --nproc-per-node N SCRIPT"):
+        kr.train(pictures, devices=2)
+
+
+@once
+@long
+def test_a_command_whose_launcher_is_killed_ends_and_nothing_is_left(pictures, tmp_path):
+    """And goes on in one whose second process is killed, of which the other says no word."""
+    home = tmp_path / "tmp"
+    home.mkdir()
+    words = ["train", str(pictures), "--recipe", "cifar", "--model", "resnet_tiny", "--epochs"]
+    words += ["--image-size", "16", "--output", str(tmp_path / "runs"), "--devices", "2"]
+    words.insert(words.index("--epochs") + 1, "1000")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(home)}
+
+    def workers(launcher):
+        found = subprocess.run(["pgrep", "-P", str(launcher.pid)], text=True, capture_output=True)
+        return [int(number) for number in found.stdout.split()]
+
+    def started():
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "keras_resnet", *words], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        said = ""
+        while "Epoch:" not in said:
+            said = launcher.stdout.readline()
+            assert said
+        return launcher, workers(launcher)
+
+    launcher, pair = started()
+    launcher.kill()
+    # Until both have closed it: they have ended.
+    assert len(pair) == 2 and "The same command goes on from here." in launcher.stdout.read()
+    left = [*home.iterdir()]
+    launcher, pair = started()
+    os.kill(max(pair), signal.SIGKILL)
+    text = launcher.communicate(timeout=100)[0]
+    assert launcher.returncode == 1 and "was ended by SIGKILL" in text
+    assert "Stopping" not in text and [*home.iterdir()] == left
 
 
 if __name__ == "__main__":
