@@ -69,7 +69,10 @@ class Arrays(Source):
         name: str = "image {}",
         place: str | None = None,
     ):
-        images = whole_pixels(np.asarray(images))
+        images = np.asarray(images)
+        if images.ndim and not len(images):
+            raise InputError(f"There are no images. Received: an array of shape {images.shape}.")
+        images = whole_pixels(images)
         if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3, 4):
             images = images.transpose(0, 2, 3, 1)
         if images.ndim not in (3, 4):

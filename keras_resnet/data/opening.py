@@ -20,6 +20,7 @@ from keras_resnet.data.folders import (
     labels_by_name,
     layout,
     left_out,
+    listed,
     split_folder,
     split_folders,
     split_of,
@@ -92,6 +93,10 @@ def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
         order = [kind for kind in ("train", "val", "test") if kind in kinds]
         if len(order) == len(data):
             return Joined({kind: _part_of(kinds[kind], kind) for kind in order})
+        raise InputError(
+            "A dict of images has the keys 'train', 'val' and 'test', each once at most. Received: "
+            f"{listed(list(map(str, data)))}."
+        )
     if isinstance(data, (tuple, list)) and len(data) in (2, 3):
         if all(isinstance(part, (tuple, list)) and is_array(part[0]) for part in data):
             return opened(dict(zip(("train", "test"), data, strict=True)))

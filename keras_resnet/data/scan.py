@@ -93,7 +93,7 @@ class ScanReport(Shown):
             if items
         ]
         found = sum(count for _, count, _ in rows)
-        classes = len({name for counts in self.class_counts.values() for name in counts})
+        classes = len({name for counts in self.class_counts.values() for name in counts} - {""})
         line = f"{self.directory!r}, {self.pictures:,} images, {classes} classes, "
         line += f"{found:,} findings" if found else "nothing wrong"
         return line, ("Trouble", "Found", "The first of them"), rows
@@ -105,15 +105,15 @@ class ScanReport(Shown):
         lines = [f"{shown!r}: {self.pictures} images"]
         lines += [f"  {text}" for text in (self.layout, self.not_read) if text]
         for split, counts in self.class_counts.items():
-            total = sum(counts.values())
+            total = f"  {split or 'all':12} {sum(counts.values()):7}"
+            if set(counts) == {""}:
+                lines.append(f"{total} without labels")
+                continue
             ratio = self.imbalance[split]
-            lines.append(
-                f"  {split or 'all':12} {total:7} in {len(counts)} classes, largest / smallest "
-                f"{ratio:.3g}"
-            )
+            lines.append(f"{total} in {len(counts)} classes, largest / smallest {ratio:.3g}")
             most = max(counts.values())
             rows = [
-                f"    {column(name, 24)} {count:7}  {'#' * round(40 * count / most)}"
+                f"    {column(name or 'no label', 24)} {count:7}  {'#' * round(40 * count / most)}"
                 for name, count in sorted(counts.items(), key=lambda item: -item[1])
             ]
             if len(rows) > 20:  # the largest and the smallest
@@ -187,7 +187,7 @@ class ScanReport(Shown):
         return self._place(path)[0]
 
     def class_of(self, path: str) -> str:
-        """The class folder that a file lies in."""
+        """The class folder that a file lies in, or its label; "" where it has none."""
         return self._place(path)[1]
 
     def _place(self, path: str) -> tuple[str, str]:
@@ -318,10 +318,10 @@ def scan(
 
 
 def _places(source: Source) -> dict[str, tuple[str, str]]:
-    """The split and the class of each image that is no file of a folder."""
-    names, labels, splits = source.class_names or [""], source.labels, source.splits
+    """The split and the class of each image that is no file of a folder; "" is none."""
+    names, labels, splits = [*(source.class_names or []), ""], source.labels, source.splits
     return {
-        name: ("" if splits is None else splits[i], "" if labels is None else names[labels[i]])
+        name: ("" if splits is None else splits[i], names[-1 if labels is None else labels[i]])
         for i, name in enumerate(source)
     }
 
@@ -441,7 +441,7 @@ def _find_duplicates(
     for a, b, kind in same:
         if report.split_of(a) != report.split_of(b):
             report.across_splits.append((a, b, kind))
-        if report.class_of(a) != report.class_of(b):
+        if len({report.class_of(a), report.class_of(b)} - {""}) == 2:  # no label is no other
             report.label_conflicts.append((a, b, kind))
 
 

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from keras_resnet.data.folders import split_of
+from keras_resnet.data.folders import listed, split_of
 from keras_resnet.data.items import Source
 from keras_resnet.data.labels import numbered
 from keras_resnet.data.tar_entries import entries, read_at
@@ -327,7 +327,9 @@ class Shards(Source):
             skipped.update(shard.facts["skipped"])
         if not len(self):
             there = ", ".join(f"{n:,} {what}" for what, n in skipped.most_common(5)) or "nothing"
-            raise DataError(f"{place!r} holds no image. It holds: {there}.")
+            names = [os.path.basename(path) for path in paths]
+            who = "It holds" if names == [os.path.basename(place)] else f"In {listed(names)}"
+            raise DataError(f"{place!r} holds no image. {who}: {there}.")
         kinds = [split_of(re.match(r"[^\W\d_]*", os.path.basename(path))[0]) for path in paths]  # type: ignore[index]
         if all(kinds):
             self.splits = np.repeat(kinds, [len(shard) for shard in self._shards])

@@ -48,6 +48,8 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
         table = _read(path)
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"The table {path!r} cannot be read: {error}") from error
+    if not table:
+        raise DataError(f"The table {path!r} is empty.")
     used = _columns(path, table, columns or {})
     note = ", ".join(f"{part} from {column!r}" for part, column in used.items())
     unused = [name for name in table if str(name).lower() in _UNUSED]
@@ -146,6 +148,9 @@ def _read(path: str) -> dict[str, Sequence[Any]]:
     ending = os.path.splitext(path)[1].lower()
     if ending == ".parquet":
         return _read_parquet(path)
+    with open(path, "rb") as file:
+        if b"\0" in file.read(1024):
+            raise ValueError("it is no UTF-8 but UTF-16, or no text: save it as UTF-8")
     if ending in (".jsonl", ".ndjson"):
         return _read_jsonl(path)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -176,7 +181,10 @@ def _read_jsonl(path: str) -> dict[str, Sequence[Any]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number:,}, column {error.colno}: {error.msg}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number:,} is no object")
             for name, value in row.items():

@@ -179,7 +179,9 @@ def test_a_table_says_splits_and_what_it_takes_as_what(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "error", "words"),
     [
-        ("t.csv", "", InputError, "no column of paths"),
+        ("t.csv", "", DataError, "is empty"),
+        ("t.jsonl", "\n", DataError, "is empty"),
+        ("t.csv", "p\0a\0t\0h\0", DataError, "no UTF-8 but UTF-16"),
         ("t.csv", "path,label\n", DataError, "no row"),
         ("t.csv", "path,label\nhere.png,a\n,b\n", DataError, "Row 2 of"),
         ("t.csv", "path,label\nhere.png,a\nhere.png,\n", DataError, "Row 2 .* has no label"),
@@ -188,7 +190,7 @@ def test_a_table_says_splits_and_what_it_takes_as_what(folder, tmp_path):
         ("t.csv", "path,label,split\nhere.png,a,odd\n", DataError, "neither train, val nor test"),
         ("t.csv", "foto,art\nhere.png,a\n", InputError, "--columns path=NAME"),
         ("t.jsonl", "[1]\n", DataError, "line 1 is no object"),
-        ("t.jsonl", "{", DataError, "cannot be read"),
+        ("t.jsonl", '{"path": "a"}\n{', DataError, "line 2, column 2"),
         ("t.jsonl", '{"path": 3}', DataError, "has no path. Received: 3"),
         ("t.jsonl", '{"path": "here.png", "label": ["a", "b"]}', DataError, "has 2 labels"),
         ("t.parquet", "no table", DataError, "cannot be read"),
@@ -200,6 +202,21 @@ def test_a_bad_table_is_said_in_one_line(name, text, error, words, tmp_path):
     with pytest.raises(error, match=words) as caught:
         opened(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@once
+def test_images_without_labels_are_scanned_as_such(tmp_path, png):
+    for name in ("1.png", "2.png", "3.png"):
+        (tmp_path / name).write_bytes(png)
+    (tmp_path / "t.csv").write_text("path\n1.png\n")
+    report = str(scan(tmp_path / "t.csv"))
+    assert "1 without labels" in report and "classes," not in report
+    (tmp_path / "t.csv").write_text(
+        "path,label,split\n1.png,cat,train\n2.png,,test\n3.png,cat,test\n"
+    )
+    report = scan(tmp_path / "t.csv")
+    assert report.class_counts == {"train": {"cat": 1}, "test": {"": 1, "cat": 1}}
+    assert not report.label_conflicts and "no label  " in str(report)
 
 
 @once
@@ -259,6 +276,8 @@ def test_arrays_are_taken_as_keras_datasets_gives_them(folder):
         ((images[0, 0], labels), r"Received: shape \(16, 3\)"),
         ((images, labels, ["ant"]), "labels must lie in 0..0"),
         ((images, [*"abcdefgh"] * 3, ["ant"]), "no class 'a'"),
+        ((images[:0], labels[:0]), r"no images. Received: .* \(0, 16, 16, 3\)"),
+        ({"train": (images, labels), "vla": 1}, "A dict of images .* Received: 'train', 'vla'"),
         (3, "Received: int"),
     ):
         with pytest.raises(InputError, match=words):
@@ -485,6 +504,10 @@ def test_webdatasets_shards_are_read_by_any_of_their_layouts(tmp_path, png):
     (tmp_path / "e.tar").write_bytes(gzip.compress(png))
     with pytest.raises(DataError, match="is compressed: unpack it"):
         opened(tmp_path / "e.tar")
+    (tmp_path / "empty").mkdir()
+    tar(tmp_path / "empty" / "a.tar", [])
+    with pytest.raises(DataError, match=r"holds no image\. In 'a.tar': nothing"):
+        opened(tmp_path / "empty")
 
 
 @once
