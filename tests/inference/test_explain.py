@@ -452,8 +452,8 @@ def test_explaining_nothing_readable_is_an_error(model_file, tmp_path, capsys):
 def test_the_command_says_in_one_line_what_is_wrong(
     model_file, tmp_path, capsys, arguments, message
 ):
-    picture = write_picture(tmp_path / "p.png")
-    arguments = [str(picture) if a == "FILE" else a for a in arguments]
+    picture, other = (write_picture(tmp_path / name) for name in ("p.png", "other.png"))
+    arguments = [str(other) if a == "FILE" else a for a in arguments]
     assert cli.main(["explain", str(model_file), str(picture), *arguments]) == 2
     err = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("keras-resnet:")
