@@ -85,7 +85,7 @@ def source_of(model: str | os.PathLike) -> Path | None:
 
 def find(source: Path, row: Format) -> Kept | None:
     """What is known of a model file as it is now, in the engine as it is installed now."""
-    path = _folder(source) / f"{source.name}{row.suffix}"
+    path = _file(source, row)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         record = read_json(_record(path))
         files = record.pop("files")
@@ -99,7 +99,7 @@ def find(source: Path, row: Format) -> Kept | None:
 
 def keep(source: Path, row: Format, found: Kept) -> Kept:
     """Moves a file from its `workplace` to the folder around it, with what is known of it."""
-    files, target = {}, found.path.parent.parent / f"{source.name}{row.suffix}"
+    files, target = {}, _file(source, row)
     record = {"of": _of(source, row), "files": files, **dataclasses.asdict(found)}
     del record["path"]
     for one in [] if found.differs else row.runner.files(found.path):
@@ -132,6 +132,10 @@ def _folder(source: Path) -> Path:
     """Where the files of a model file are kept: in the user's cache."""
     name = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:16]
     return cache_home() / "engines" / name
+
+
+def _file(source: Path, row: Format) -> Path:
+    return _folder(source) / f"{source.name}{row.suffix}"
 
 
 def _record(path: Path) -> Path:

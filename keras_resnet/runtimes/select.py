@@ -235,7 +235,7 @@ def _converted(
     many: bool,
     timed: bool = False,
 ) -> tuple[FileRunner, Kept]:
-    """A model in another engine by way of a file, which is kept beside that of the model."""
+    """A model in another engine by way of a file, which is kept where the model has one."""
     row = _row(engine)
     with kept.workplace(source if precision is None else None) as (folder, keeps):
         path = folder / f"model{row.suffix}"

@@ -24,7 +24,6 @@ keep_keras_alone()  # before Keras is imported: each process here would take twi
 import keras
 import numpy as np
 import pytest
-from PIL import Image
 
 import keras_resnet as kr
 from keras_resnet.system import group as groups, process
@@ -111,15 +110,9 @@ def train_in(processes, pictures, output, **options):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("devices") / "pictures"
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("ant", "bee")):
-        (folder / name).mkdir(parents=True)
-        for i in range(29):
-            pixels = rng.integers(0, 150, (16, 16, 3), dtype=np.uint8)
-            pixels[..., k] += 60
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return folder
+    from test_resume import write_pictures  # here, for the processes of this file need it not
+
+    return write_pictures(tmp_path_factory.mktemp("devices") / "pictures", count=29)
 
 
 def numbers(folder):
