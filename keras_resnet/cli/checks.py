@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,12 @@ def model_first(command: str, arguments: dict[str, Any]) -> None:
 def images(directory: str, columns: str | None, label_regex: str | None) -> str | Source:
     """What a folder or another source is, with what was said beside it."""
     names: dict[str, str] = {}
-    for pair in columns.split(",") if columns else ():
+    # What separates labels may be the comma that stands between the columns.
+    for pair in re.findall(r"separator=,|[^,]+", columns or ""):
         part, equals, name = pair.partition("=")
         if not equals:
             raise InputError(f"Columns are given as path=NAME,label=NAME. Received: {columns!r}.")
-        names[part.strip()] = name.strip()
+        names[part.strip()] = name.strip() or name
     if label_regex is None:
         return opened(directory, names)
     return image_source(directory, columns=names, label_regex=label_regex)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from keras_resnet.data.folders import Numbers
 from keras_resnet.data.items import Source
 from keras_resnet.data.labels import numbered
 from keras_resnet.system.errors import InputError
@@ -51,7 +52,8 @@ class Arrays(Source):
     Args:
         images: `(n, height, width)` or `(n, height, width, 1, 3 or 4)` of whole numbers 0..255;
             `(n, 3, height, width)` is turned.
-        labels: A number or a name an image, or rows of which one value is 1.
+        labels: A number or a name an image, or rows of 0 and 1, which is one for each class that
+            the image shows; or lists of numbers or names.
         class_names: The name of each number.
         name: What an image is called, with `{}` for its number from 1.
         place: As of a `Source`; made of the contents by default.
@@ -82,18 +84,15 @@ class Arrays(Source):
             )
         self._images, self._name = images, name
         if labels is not None:
-            labels = np.asarray(labels)
-            if labels.ndim == 2 and labels.shape[1] > 1 and _one_hot(labels):
-                labels = labels.argmax(1)
-            if labels.size != len(images):
-                raise InputError(
-                    f"There must be one label an image ({len(images)}). Received: labels of shape "
-                    f"{labels.shape}."
-                )
-            self.labels, self.class_names = numbered(labels.reshape(-1).tolist(), class_names)
+            values, columns = _values(labels, len(images))
+            if columns and class_names is None:
+                class_names = Numbers(map(str, range(columns)))
+            self.labels, self.class_names = numbered(values, class_names)
+            if isinstance(class_names, Numbers):
+                self.class_names = class_names
         if place is None:
             marks = hashlib.sha256(np.ascontiguousarray(images))
-            marks.update(b"" if labels is None else str(labels.tolist()).encode())
+            marks.update(b"" if labels is None else str(values).encode())
             place = f"arrays-{marks.hexdigest()[:12]}"
         self.place = place
 
@@ -109,5 +108,22 @@ class Arrays(Source):
         return self._images[index]
 
 
-def _one_hot(labels: np.ndarray) -> bool:
-    return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all())
+def _values(labels: Any, count: int) -> tuple[list[Any], int]:
+    """The label or labels of each image, and how many columns of 0 and 1 they stood in."""
+    try:
+        found = np.asarray(labels)
+    except ValueError:  # lists of several lengths
+        found = np.fromiter(labels, object)
+    rows = found.ndim == 2 and found.shape[1] > 1
+    ones = rows and len(found) == count and found.dtype.kind in "biuf"
+    if ones and ((found == 0) | (found == 1)).all():
+        one = (found.sum(1) == 1).all()
+        hot = [np.flatnonzero(row).tolist() for row in found]
+        return (found.argmax(1).tolist() if one else hot), found.shape[1]
+    several = rows and not hasattr(labels, "__array__")  # lists of numbers or names, all as long
+    if len(found) != count or not (several or found.size == count):
+        raise InputError(
+            f"There must be one label an image ({count}), several in a list, or a row of 0 and 1. "
+            f"Received: labels of shape {found.shape}."
+        )
+    return (found if several else found.reshape(-1)).tolist(), 0

@@ -414,6 +414,7 @@ def labels_by_name(
     """Labels by one list of class names turned into those by another; -1 stays.
 
     Labels that are `Numbers`, of which none is the name of a class, are numbers of the classes.
+    Tuples of labels stay tuples, and None stays None.
 
     Raises:
         InputError: A class of `found` is not among `names`.
@@ -422,7 +423,7 @@ def labels_by_name(
     unknown = sorted(name for name in found if plain_name(name) not in position)
     if isinstance(found, Numbers) and len(unknown) == len(found):
         position = {name: int(name) for name in found}
-        largest = max(position[found[k]] for k in np.unique(labels[labels >= 0]))
+        largest = max((position[found[k]] for k in np.unique(flat(labels))), default=0)
         if largest >= len(names):
             raise InputError(
                 f"{what} has the label {largest}, but {who} has {len(names)} classes, which are "
@@ -435,37 +436,25 @@ def labels_by_name(
             f"{', '.join(map(repr, sorted(names)[:10]))}{' ...' if len(names) > 10 else ''}."
         )
     places = np.asarray([position[plain_name(name)] for name in found], np.int32)
+    if labels.dtype == object:
+        return np.fromiter((of and tuple(places[list(of)].tolist()) for of in labels), object)
     return np.where(labels < 0, np.int32(-1), places[labels])
 
 
-def test_images(
-    folder: str | None, names: Sequence[str]
-) -> tuple[list[str], np.ndarray | None, str]:
-    """Images to test a classifier on, labelled where the folders that they lie in are its classes.
+def flat(labels: np.ndarray) -> np.ndarray:
+    """All labels that there are, int32: one or none an image, or where they are tuples several.
 
-    Args:
-        folder: Flat, or with folders of any names; `None` for no images.
-        names: The classes.
-
-    Returns:
-        Paths; their labels, or `None` where the folders say none; a line about what was found,
-        which may be empty.
+    Examples:
+        >>> flat(np.fromiter([(0, 2), (), None, (2,)], object)).tolist()
+        [0, 2, 2]
     """
-    if folder is None:
-        return [], None, ""
-    paths, _ = walk_pictures(folder)
-    if not paths:
-        return [], None, f"{folder!r} holds no image: nothing to test on."
-    below = [os.path.relpath(path, folder).split(os.sep) for path in paths]
-    inside = [i for i, parts in enumerate(below) if len(parts) > 1]
-    found = sorted({below[i][0] for i in inside})
-    known = {plain_name(name) for name in names}
-    foreign = [name for name in found if plain_name(name) not in known]
-    if foreign or not inside:
-        why = f"its folders are no classes: {listed(foreign)}" if foreign else "no class folders"
-        note = f"{folder!r} holds {len(paths):,} images without labels ({why})"
-        return paths, None, f"{note}: they get predictions."
-    labels = labels_by_name(np.asarray([found.index(below[i][0]) for i in inside]), found, names)
-    loose = len(paths) - len(inside)
-    note = f"Not read: {loose:,} images of {folder!r} outside its class folders." if loose else ""
-    return [paths[i] for i in inside], labels, note
+    if labels.dtype == object:
+        return np.asarray([label for of in labels for label in of or ()], np.int32)
+    return labels[labels >= 0]
+
+
+def unlabelled(labels: np.ndarray) -> np.ndarray:
+    """Whether the label of each image is not known: -1, or where they are tuples None."""
+    if labels.dtype == object:
+        return np.asarray([of is None for of in labels], bool)
+    return labels < 0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_resnet.data.folders import labels_by_name
+from keras_resnet.data.folders import labels_by_name, unlabelled
 from keras_resnet.system.errors import InputError, NotFoundError
 
 
@@ -60,8 +60,11 @@ class Source(Sequence[str]):
     What a subclass has to say is in `__len__`, `name` and `read`. It can be pickled.
 
     Attributes:
-        labels: int32, one an image; None where there are none.
+        labels: int32, one an image, -1 where it is not known; or where images have several, an
+            array of tuples of them (`()` is none of the classes), None where they are not known.
+            None where there are none.
         class_names: The name of each label.
+        weights: float32, what each image counts in training; None where they count alike.
         splits: `"train"`, `"val"` or `"test"`, one an image; None where there is no split.
         notes: Lines about what was taken as what.
         place: What says in a run's record where the images come from, and which they are.
@@ -69,6 +72,7 @@ class Source(Sequence[str]):
 
     labels: np.ndarray | None = None
     class_names: list[str] | None = None
+    weights: np.ndarray | None = None
     splits: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     place: str = "images"
@@ -107,7 +111,11 @@ class Source(Sequence[str]):
         """A hash of which images these are and of which classes: what a run goes on with."""
         whole = hashlib.sha256(self._which().encode())
         if self.labels is not None:
-            whole.update(np.asarray(self.labels, np.int32).tobytes())
+            kind = object if self.labels.dtype == object else np.int32
+            labels = np.asarray(self.labels, kind)
+            whole.update(repr(labels.tolist()).encode() if kind is object else labels.tobytes())
+        if self.weights is not None:
+            whole.update(self.weights.tobytes())
         whole.update(repr(self.class_names).encode())
         return whole.hexdigest()
 
@@ -125,7 +133,7 @@ class Source(Sequence[str]):
         parts = {kind: self.take(those) for kind, those in found.items() if len(those)}
         for part in parts.values():
             part.splits = None  # it is one
-            if part.labels is not None and (part.labels < 0).any():  # not known: of test images
+            if part.labels is not None and unlabelled(part.labels).any():  # of test images
                 part.labels = None
         return parts
 
@@ -160,6 +168,7 @@ class _Part(Source):
         self.class_names, self.notes, self.place = whole.class_names, whole.notes, whole.place
         self.splits = None if whole.splits is None else whole.splits[positions]
         self.labels = None if whole.labels is None else whole.labels[positions]
+        self.weights = None if whole.weights is None else whole.weights[positions]
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -197,7 +206,14 @@ class Joined(Source):
             else:
                 who = f"The part {kind!r}", "the first"
                 labels.append(labels_by_name(part.labels, part.class_names, names, *who))
+        if any(of.dtype == object for of in labels):  # of images with one a tuple of one
+            labels = [of if of.dtype == object else _as_tuples(of) for of in labels]
         self.labels = None if names is None else np.concatenate(labels)
+        weights = [part.weights for part in parts.values()]
+        if any(of is not None for of in weights):
+            every = zip(self._parts, weights, strict=True)
+            alike = [np.ones(len(part), np.float32) if of is None else of for part, of in every]
+            self.weights = np.concatenate(alike)
         self.notes = (*notes, *(line for part in self._parts for line in part.notes))
         self.place = ", ".join(dict.fromkeys(part.place for part in self._parts))
 
@@ -220,6 +236,10 @@ class Joined(Source):
     def _item(self, index: int) -> str:
         part, inside = self._at(index)
         return part._item(inside)
+
+
+def _as_tuples(labels: np.ndarray) -> np.ndarray:
+    return np.fromiter((None if label < 0 else (int(label),) for label in labels), object)
 
 
 def taken(paths: Sequence[str], positions: Sequence[int] | np.ndarray) -> Sequence[str]:

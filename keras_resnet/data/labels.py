@@ -14,6 +14,12 @@ from keras_resnet.data.folders import Numbers, listed, plain_name
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.files import printable
 
+# What people call a column of labels, or of several an image; the first that is there is taken.
+LABEL_COLUMNS = (
+    "label class target category class_name label_name y labels classes tags species breed "
+    "fine_label"
+)
+
 
 def checked_labels(
     labels: Sequence[int] | None, class_names: Sequence[str] | None, count: int
@@ -51,6 +57,7 @@ def numbered(
 
     Whole numbers from 0 on are labels, and their names are given or the numbers. Others are names:
     the classes are sorted, as folders are; whole numbers by their size. None is no label: -1.
+    Several of an image, a list of them or a text with `|` between, are a tuple; then all are.
 
     Raises:
         InputError: A number or name that `class_names` does not have.
@@ -60,10 +67,21 @@ def numbered(
         (array([1, 0, 1], dtype=int32), ['ant', 'bee'])
         >>> numbered(["0", "2"], ["ant", "bee", "cat"])
         (array([0, 2], dtype=int32), ['ant', 'bee', 'cat'])
+        >>> numbered(["bee|ant", "bee", "|"])
+        (array([(0, 1), (1,), ()], dtype=object), ['ant', 'bee'])
     """
-    known = {value for value in values if value is not None}
-    texts = {value: str(value).strip() for value in known}
-    whole = bool(known) and all(re.fullmatch(r"\d{1,9}", text) for text in texts.values())
+    lists = [value for value in values if isinstance(value, (list, tuple))]
+    known = [value for value in values if value is not None]
+    if lists and len(lists) == len(known) and all(len(value) == 1 for value in lists):
+        values = [value and value[0] for value in values]
+    elif lists or any("|" in str(value) for value in known):
+        sets = [None if value is None else _several(value) for value in values]
+        each, names = numbered([one for of in sets for one in of or ()], class_names)
+        left = iter(each.tolist())
+        tuples = (of if of is None else tuple(sorted({next(left) for _ in of})) for of in sets)
+        return np.fromiter(tuples, object), names
+    texts = {value: str(value).strip() for value in values if value is not None}
+    whole = bool(texts) and all(re.fullmatch(r"\d{1,9}", text) for text in texts.values())
     named: Any = list
     if whole:
         named = list if class_names is not None else Numbers
@@ -85,6 +103,21 @@ def numbered(
         raise InputError(f"There is no class {unknown[0]!r}; there are: {listed(names)}.")
     places = {value: position[plain_name(text)] for value, text in texts.items()} | {None: -1}
     return np.asarray([places[value] for value in values], np.int32), named(names)
+
+
+def _several(value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        value = [text.strip() for text in str(value).split("|")]
+    return [one for one in value if one is not None and str(one).strip()]
+
+
+def check_one_label(labels: np.ndarray | None) -> None:
+    """Raises DataError where images have several labels: classes that exclude each other."""
+    if labels is not None and labels.dtype == object:
+        raise DataError(
+            "The images have several labels, and a classifier needs one an image: its classes "
+            f"exclude each other. Received: {labels[:3].tolist()} as the first labels."
+        )
 
 
 def checked_mode(mode: str | None, names: Sequence[str] | None, soft: bool) -> str | None:

@@ -21,15 +21,16 @@ from keras_resnet.data.folders import (
     layout,
     left_out,
     listed,
+    plain_name,
     split_folder,
     split_folders,
     split_of,
-    test_images,
+    unlabelled,
 )
 from keras_resnet.data.items import Files, Joined, Source
-from keras_resnet.data.labels import numbered
+from keras_resnet.data.labels import check_one_label, numbered
 from keras_resnet.data.rows import Rows, is_rows
-from keras_resnet.data.walk import unread_line
+from keras_resnet.data.walk import unread_line, walk_pictures
 from keras_resnet.system.errors import DataError, InputError, NotFoundError
 
 
@@ -243,7 +244,7 @@ def find_parts(data: str | Source, exclude: Any = None) -> Parts:
         paths, labels, found = find_pictures(folders["val"], exclude=exclude, others=others)
         who = "The validation folder", "the training folder"
         parts["val"] = paths, labels_by_name(labels, found, names, *who)
-    paths, test_labels, note = test_images(folders.get("test"), names)
+    paths, test_labels, note = _test_images(folders.get("test"), names)
     if paths:
         parts["test"] = paths, test_labels
     return Parts(parts, names, [line for line in (*notes, note, unread_line(others)) if line])
@@ -261,7 +262,8 @@ def _parts_of(source: Source, exclude: Any) -> Parts:
 
 
 def _labelled(source: Source) -> Source:
-    if source.labels is None or source.class_names is None or (source.labels < 0).any():
+    labels = source.labels
+    if labels is None or source.class_names is None or unlabelled(labels).any():
         raise DataError(f"{source.place!r} says no labels: the images' classes are not known.")
     return source
 
@@ -306,6 +308,7 @@ def labelled(data: Any, split: str | None = None) -> tuple[Sequence[str], np.nda
     if not isinstance(source, Source):
         return find_pictures(split_folder(source, split))
     part = _part(source, split)
+    check_one_label(part.labels)
     return part, part.labels, part.class_names  # type: ignore[return-value]
 
 
@@ -322,3 +325,36 @@ def _part_called(source: Source, kind: str) -> Source:
             f"{source.place!r} has no {kind!r} part; it has: {', '.join(parts) or 'none'}."
         )
     return parts[kind]
+
+
+def _test_images(
+    folder: str | None, names: Sequence[str]
+) -> tuple[list[str], np.ndarray | None, str]:
+    """Images to test a classifier on, labelled where the folders that they lie in are its classes.
+
+    Args:
+        folder: Flat, or with folders of any names; `None` for no images.
+        names: The classes.
+
+    Returns:
+        Paths; their labels, or `None` where the folders say none; a line about what was found,
+        which may be empty.
+    """
+    if folder is None:
+        return [], None, ""
+    paths, _ = walk_pictures(folder)
+    if not paths:
+        return [], None, f"{folder!r} holds no image: nothing to test on."
+    below = [os.path.relpath(path, folder).split(os.sep) for path in paths]
+    inside = [i for i, parts in enumerate(below) if len(parts) > 1]
+    found = sorted({below[i][0] for i in inside})
+    known = {plain_name(name) for name in names}
+    foreign = [name for name in found if plain_name(name) not in known]
+    if foreign or not inside:
+        why = f"its folders are no classes: {listed(foreign)}" if foreign else "no class folders"
+        note = f"{folder!r} holds {len(paths):,} images without labels ({why})"
+        return paths, None, f"{note}: they get predictions."
+    labels = labels_by_name(np.asarray([found.index(below[i][0]) for i in inside]), found, names)
+    loose = len(paths) - len(inside)
+    note = f"Not read: {loose:,} images of {folder!r} outside its class folders." if loose else ""
+    return [paths[i] for i in inside], labels, note

@@ -130,8 +130,10 @@ def _samples(
             continue
         # WebDataset takes what is behind the first dot for the kind of file.
         stem = re.sub(r"[\0/\\.]", "_", _split_ending(os.path.basename(path))[0])
-        if labels is not None:
-            label = int(labels[i])
+        label = None if labels is None else labels[i]
+        if isinstance(label, tuple):  # several classes, none of which is its folder
+            label = "".join(f"{names[k]}|" for k in label) or "|"
+        elif label is not None:
             safe = re.sub(r"[\0/\\]", "_", names[label])
             stem = f"{safe if safe.strip('. ') else f'class-{label}'}/{stem}"
         name = stem
@@ -141,7 +143,7 @@ def _samples(
             name = f"{stem}-{number}"
         taken.add(name)
         sample = [(name + ending, data)]
-        if labels is not None:
+        if label is not None:
             sample.append((f"{name}.cls", str(label).encode()))
         yield sample
 

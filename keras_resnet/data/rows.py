@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from keras_resnet.data.items import Source
-from keras_resnet.data.labels import numbered
+from keras_resnet.data.labels import LABEL_COLUMNS, numbered
 from keras_resnet.data.reading import open_file
 from keras_resnet.system.errors import DataError, InputError
-
-_LABELS = "label", "labels", "class", "target", "fine_label", "y"
 
 
 def is_rows(data: Any) -> bool:
@@ -39,12 +37,12 @@ class Rows(Source):
         if not images:
             raise InputError(f"The dataset has no column of images. It has: {kinds}.")
         self._column, self._name = images[0], name
-        labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
-        labels += [column for column in _LABELS if column in kinds]
+        names = {column: _class_names(feature) for column, feature in data.features.items()}
+        labels = [column for column, known in names.items() if known]
+        labels += [column for column in LABEL_COLUMNS.split() if column in kinds]
         if labels:
-            names = getattr(data.features[labels[0]], "names", None)
             values = [None if value == -1 else value for value in data[labels[0]]]
-            self.labels, self.class_names = numbered(values, names)
+            self.labels, self.class_names = numbered(values, names.get(labels[0]))
             self.notes = (f"Columns: image from {images[0]!r}, label from {labels[0]!r}.",)
         feature = data.features[images[0]]
         if hasattr(data, "cast_column") and getattr(feature, "decode", False):
@@ -63,6 +61,13 @@ class Rows(Source):
     def read(self, index: int) -> Any:
         """The file's bytes, or what the dataset has decoded."""
         return content(self._data[index][self._column], self.name(index))
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """What a `ClassLabel` calls the classes, or a list of such."""
+    if isinstance(feature, (list, tuple)):  # [ClassLabel(...)], as a list of them was once written
+        feature = feature[0]
+    return getattr(getattr(feature, "feature", feature), "names", None)
 
 
 def content(value: Any, name: str) -> Any:

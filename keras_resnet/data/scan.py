@@ -80,7 +80,8 @@ class ScanReport(Shown):
     smallest: list[str] = field(default_factory=list)
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
-    _places: ClassVar[dict[str, tuple[str, str]]] = {}  # of a source that is no folder
+    # Split and classes of a source that is no folder.
+    _places: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {}
 
     def to_json(self) -> str:
         """Returns everything as JSON text."""
@@ -188,15 +189,15 @@ class ScanReport(Shown):
 
     def class_of(self, path: str) -> str:
         """The class folder that a file lies in, or its label; "" where it has none."""
-        return self._place(path)[1]
+        return "|".join(self._place(path)[1])
 
-    def _place(self, path: str) -> tuple[str, str]:
+    def _place(self, path: str) -> tuple[str, tuple[str, ...]]:
         if self._places:
             return self._places[path]
         parts = os.path.relpath(path, self.directory).split(os.sep)[:-1]
         kinds = {folder: kind for kind, folder in self.splits.items()}
         split = kinds[parts.pop(0)] if parts and parts[0] in kinds else ""
-        return split, plain_name(parts[0]) if parts else ""
+        return split, (plain_name(parts[0]) if parts else "",)
 
     def save_sheet(self, path: str | os.PathLike, limit: int = 60) -> int:
         """Draws the images that are wrong with their trouble and name; returns how many are drawn.
@@ -317,12 +318,16 @@ def scan(
     return report
 
 
-def _places(source: Source) -> dict[str, tuple[str, str]]:
-    """The split and the class of each image that is no file of a folder; "" is none."""
+def _places(source: Source) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The split and the classes of each image that is no file of a folder; "" is none."""
     names, labels, splits = [*(source.class_names or []), ""], source.labels, source.splits
+
+    def classes(index: int) -> tuple[str, ...]:
+        label = -1 if labels is None or labels[index] is None else labels[index]
+        return tuple(names[k] for k in (label or (-1,) if type(label) is tuple else (label,)))
+
     return {
-        name: ("" if splits is None else splits[i], names[-1 if labels is None else labels[i]])
-        for i, name in enumerate(source)
+        name: ("" if splits is None else splits[i], classes(i)) for i, name in enumerate(source)
     }
 
 
@@ -374,12 +379,11 @@ def _numbers(values: Sequence[float]) -> str:
 def _count_classes(report: ScanReport, paths: Sequence[str], readable: Sequence[str]) -> None:
     """Counts readable images; a class of which none can be read counts 0."""
     counts: dict[str, dict[str, int]] = defaultdict(dict)
-    for path in paths:
-        split, name = report._place(path)
-        counts[split].setdefault(name, 0)
-    for path in readable:
-        split, name = report._place(path)
-        counts[split][name] += 1
+    for step, those in ((0, paths), (1, readable)):
+        for path in those:
+            split, names = report._place(path)
+            for name in names:
+                counts[split][name] = counts[split].get(name, 0) + step
     report.class_counts = dict(counts)
     report.imbalance = {
         split: max(numbers.values()) / max(min(numbers.values()), 1)

@@ -347,7 +347,10 @@ class Shards(Source):
         needed = needed if needed.any() else ~needed
         if texts and (labels[needed] >= 0).all():
             numbers, self.class_names = numbered(texts)
-            self.labels = np.append(numbers, np.int32(-1))[labels]
+            several = numbers.dtype == object
+            self.labels = np.append(numbers, [None] if several else np.int32(-1))[labels]
+            if several:
+                return "several labels an image, from .cls files"
             pairs = np.unique(np.stack([self.labels, folders])[:, labels >= 0], axis=1).T
             whole = all(text.isdigit() for text in texts) and (pairs >= 0).all()
             if not whole or not len(pairs) == len(set(pairs[:, 1])) == len(texts):

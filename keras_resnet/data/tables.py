@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import itertools
 import json
@@ -11,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.data.folders import listed, split_of
+from keras_resnet.data.folders import listed, split_of, unlabelled
 from keras_resnet.data.items import Files, Source
-from keras_resnet.data.labels import numbered
+from keras_resnet.data.labels import LABEL_COLUMNS, numbered
 from keras_resnet.data.rows import ParquetImages
 from keras_resnet.data.walk import is_picture
 from keras_resnet.system.errors import DataError, InputError, NotFoundError, did_you_mean, require
@@ -24,10 +26,10 @@ ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _CALLED = {
     "path": "path file filename file_name filepath file_path image image_path img img_path "
             "image_name image_file picture",
-    "label": "label class target category class_name label_name y labels species breed",
+    "label": LABEL_COLUMNS,
     "split": "split subset set partition part",
+    "weight": "weight weights sample_weight sample_weights",
 }  # fmt: skip
-_UNUSED = "weight", "weights", "sample_weight", "fold"
 
 
 def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
@@ -35,7 +37,8 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
 
     Args:
         path: Of the table.
-        columns: What its columns `"path"`, `"label"` and `"split"` are called; guessed by default.
+        columns: What its columns `"path"`, `"label"`, `"split"` and `"weight"` are called; guessed
+            by default. `"separator"` is what stands between several labels of an image; `|` always.
 
     Raises:
         NotFoundError: There is no such file, or none of the first images that it names.
@@ -50,9 +53,9 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
         raise DataError(f"The table {path!r} cannot be read: {error}") from error
     if not table:
         raise DataError(f"The table {path!r} is empty.")
-    used = _columns(path, table, columns or {})
+    used = _columns(path, table, {k: v for k, v in (columns or {}).items() if k != "separator"})
     note = ", ".join(f"{part} from {column!r}" for part, column in used.items())
-    unused = [name for name in table if str(name).lower() in _UNUSED]
+    unused = [name for name in table if str(name).lower() == "fold"]
     notes = [f"Columns: {note}{f'; not used: {listed(unused)}' if unused else ''}."]
     values = {part: table[column] for part, column in used.items()}
     if not values["path"]:
@@ -61,12 +64,10 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
     if "split" in values:
         facts["splits"] = _splits(path, values["split"])
     if "label" in values:
-        labels = [_label(path, row, value) for row, value in enumerate(values["label"], 1)]
-        tests = facts.get("splits", [""] * len(labels))
-        for row, (label, kind) in enumerate(zip(labels, tests, strict=True), 1):
-            if label is None and kind != "test":
-                raise DataError(f"Row {row:,} of {path!r} has no label.")
-        facts["labels"], facts["class_names"] = numbered(labels, _hub_names(path, used["label"]))
+        names = _hub_names(path, used["label"])
+        facts |= _labels(path, values["label"], facts.get("splits"), (columns or {}), names)
+    if "weight" in values:
+        facts["weights"] = _weights(path, values["weight"])
     if isinstance(values["path"], Source):
         values["path"].__dict__.update(facts)
         return values["path"]
@@ -88,18 +89,70 @@ def _paths(path: str, names: Sequence[Any]) -> list[str]:
     return paths
 
 
-def _label(path: str, row: int, value: Any) -> Any:
+def _labels(
+    path: str,
+    values: Sequence[Any],
+    splits: np.ndarray | None,
+    columns: Mapping[str, str],
+    names: list[str] | None,
+) -> dict[str, Any]:
+    """The labels of the rows and what the classes are called."""
+    apart = columns.get("separator", "|")
+    given = [_label(path, row, value, apart) for row, value in enumerate(values, 1)]
+    labels, names = numbered(given, names)
+    where = np.flatnonzero(unlabelled(labels))
+    if labels.dtype == object:  # an empty cell is none of the classes, where others have some
+        for kind in ("",) if splits is None else set(splits):
+            part = where if splits is None else where[splits[where] == kind]
+            known = ~unlabelled(labels if splits is None else labels[splits == kind])
+            if known.any():
+                for row in part:
+                    labels[row] = () if isinstance(values[row], str) else None
+        where = np.flatnonzero(unlabelled(labels))
+    if splits is not None:
+        where = where[splits[where] != "test"]
+    if len(where):
+        raise DataError(f"Row {where[0] + 1:,} of {path!r} has no label.")
+    return {"labels": labels, "class_names": names}
+
+
+def _label(path: str, row: int, value: Any, apart: str) -> Any:
+    """A label, several of them, or None."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith("[") and text.endswith("]"):  # as pandas writes a list
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                return _label(path, row, ast.literal_eval(text), apart)
+        if apart != "|" and apart in text:
+            return text.replace(apart, "|")
+        return text or None
     if isinstance(value, (list, tuple)):
-        if len(value) != 1:
-            raise DataError(
-                f"Row {row:,} of {path!r} has {len(value)} labels, a classifier needs one an "
-                f"image. Received: {str(value)[:80]}."
-            )
-        value = value[0]
+        return [_label(path, row, one, apart) for one in value]
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    missing = value is None or value != value or str(value).strip() == ""
-    return None if missing else value
+        return int(value)
+    if value is None or value != value:
+        return None
+    if not isinstance(value, (int, float)):
+        raise DataError(f"Row {row:,} of {path!r} has no label. Received: {str(value)[:80]!r}.")
+    return value
+
+
+def _weights(path: str, values: Sequence[Any]) -> np.ndarray:
+    """What each row counts in training; where it says nothing, 1."""
+    weights = np.ones(len(values), np.float32)
+    for row, value in enumerate(values):
+        if value is None or value != value or str(value).strip() == "":
+            continue
+        try:
+            weights[row] = value
+        except (TypeError, ValueError):
+            weights[row] = -1
+        if not 0 <= weights[row] < np.inf:
+            raise DataError(
+                f"Row {row + 1:,} of {path!r} has a weight that is no number from 0 on. Received: "
+                f"{str(value)[:80]!r}."
+            )
+    return weights
 
 
 def _splits(path: str, values: Sequence[Any]) -> np.ndarray:
@@ -120,7 +173,7 @@ def _columns(path: str, table: Mapping[str, Any], given: Mapping[str, str]) -> d
     given = {**({"path": inside[0]} if inside else {}), **given}
     for part, column in given.items():
         if part not in _CALLED:
-            raise InputError(f"A column is for path, label or split. Received: {part!r}.")
+            raise InputError(f"A column is for path, label, split or weight. Received: {part!r}.")
         if column not in there:
             raise InputError(
                 f"The table {path!r} has no column {column!r}.{did_you_mean(column, there)} It "

@@ -17,7 +17,7 @@ from keras_resnet.data import augment, transforms
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import stratified_split
 from keras_resnet.data.items import Source, absolute, taken
-from keras_resnet.data.labels import check_classes
+from keras_resnet.data.labels import check_classes, check_one_label
 from keras_resnet.data.opening import Parts, find_parts, opened, place
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
 from keras_resnet.data.reading import constant_images, constant_line
@@ -105,6 +105,8 @@ def prepare_data(
     options = {"exif": exif, **_NORMALIZATIONS[recipe.normalization]}
     source = opened(directory)
     found = find_parts(source, exclude)
+    for _, labels in found.of.values():
+        check_one_label(labels)
     parts, names, notes = _split(found, recipe, seed), found.names, list(found.notes)
     soft = bool(recipe.mixup or recipe.cutmix or recipe.label_smoothing)
     common = {

@@ -166,7 +166,7 @@ def test_a_table_says_splits_and_what_it_takes_as_what(folder, tmp_path):
     }  # fmt: skip
     assert parts.names == ["ant", "bee", "cat"] and parts.of["test"][1] is None
     assert parts.notes == [
-        "Columns: path from 'Image', label from 'Class', split from 'set'; not used: 'weight'."
+        "Columns: path from 'Image', label from 'Class', split from 'set', weight from 'weight'."
     ]
     assert parts.of["val"][1].tolist() == [0, 1, 2]
     out = [os.path.abspath(parts.of["train"][0][0])]
@@ -192,7 +192,9 @@ def test_a_table_says_splits_and_what_it_takes_as_what(folder, tmp_path):
         ("t.jsonl", "[1]\n", DataError, "line 1 is no object"),
         ("t.jsonl", '{"path": "a"}\n{', DataError, "line 2, column 2"),
         ("t.jsonl", '{"path": 3}', DataError, "has no path. Received: 3"),
-        ("t.jsonl", '{"path": "here.png", "label": ["a", "b"]}', DataError, "has 2 labels"),
+        ("t.jsonl", '{"path": "here.png", "label": [{}, "b"]}', DataError, "Row 1 .* no label. R"),
+        ("t.csv", "path,label,weight\nhere.png,a,-1\n", DataError, "Row 1 .* weight .*: '-1'"),
+        ("t.csv", "path,label,weight\nhere.png,a,much\n", DataError, "no number from 0 on"),
         ("t.parquet", "no table", DataError, "cannot be read"),
     ],
 )
@@ -202,6 +204,67 @@ def test_a_bad_table_is_said_in_one_line(name, text, error, words, tmp_path):
     with pytest.raises(error, match=words) as caught:
         opened(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@once
+@pytest.mark.parametrize(
+    ("name", "text", "columns"),
+    [
+        ("t.csv", "path,label\n{},cat|dog\n{},bee\n{},\n", None),
+        ("t.csv", "path;tags\n{};\"dog, cat\"\n{};bee\n{};\n", {"separator": ", "}),
+        ("t.csv", "path,classes\n{},\"['dog', 'cat']\"\n{},['bee']\n{},[]\n", None),
+        ("t.jsonl", '{{"path": "{}", "labels": ["cat", "dog"]}}\n'
+                    '{{"path": "{}", "labels": ["bee"]}}\n{{"path": "{}", "labels": []}}', None),
+    ],
+)  # fmt: skip
+def test_an_image_may_have_several_labels(name, text, columns, tmp_path, png):
+    for i in range(3):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / name).write_text(text.format("0.png", "1.png", "2.png"))
+    source = image_source(tmp_path / name, columns=columns)
+    assert source.class_names == ["bee", "cat", "dog"]
+    assert source.labels.tolist() == [(1, 2), (0,), ()]
+    assert source[:2].labels.tolist() == [(1, 2), (0,)] and source[:2].digest() != source.digest()
+    assert pickle.loads(pickle.dumps(source)).labels.tolist() == source.labels.tolist()
+    report = scan(source)
+    assert report.class_counts == {"": {"cat": 1, "dog": 1, "bee": 1, "": 1}}
+    with pytest.raises(DataError, match=r"have several labels, .* Received: \[\(1, 2\), \(0,\)"):
+        labelled(source)
+    with pytest.raises(DataError, match="have several labels"):
+        train(source, output=tmp_path, **TINY)
+    pack(source, tmp_path / "out")
+    again = opened(tmp_path / "out")
+    assert again.labels.tolist() == source.labels.tolist()
+    assert again.class_names == source.class_names
+    other = np.zeros((2, 4, 4, 3), np.uint8), [["dog"], ["cat", "bee"]]
+    both = opened(
+        {"train": source, "val": other, "test": (other[0], ["bee", "cat"], ["bee", "cat"])}
+    )
+    assert both.labels.tolist() == [(1, 2), (0,), (), (2,), (0, 1), (0,), (1,)]
+
+
+@once
+def test_several_labels_are_rows_of_ones_and_lists_and_may_be_unknown_in_a_test(tmp_path, png):
+    x = np.zeros((3, 4, 4, 3), np.uint8)
+    for labels in ([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], np.array([[1, 0, 1, 0], [0, 1, 0, 0],
+                   [0] * 4], bool), [[0, 2], [1], []], [(0, 2), (1,), ()]):  # fmt: skip
+        source = opened((x, labels, [*"abcd"]))
+        assert source.labels.tolist() == [(0, 2), (1,), ()] and source.class_names == [*"abcd"]
+    assert opened((x, np.eye(4)[:3])).class_names == ["0", "1", "2", "3"]
+    with pytest.raises(InputError, match=r"labels of shape \(3, 2\)"):
+        opened((x, np.ones((3, 2)) / 2))
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png)
+    text = "path,label,split\n0.png,a|b,train\n1.png,,train\n2.png,,test\n3.png,{},test\n"
+    for last, labels in (("", None), ("b", [(), (1,)])):
+        (tmp_path / "t.csv").write_text(text.format(last))
+        parts = find_parts(opened(tmp_path / "t.csv")).of
+        assert parts["train"][1].tolist() == [(0, 1), ()]
+        found = parts["test"][1]
+        assert (found if found is None else found.tolist()) == labels
+    (tmp_path / "t.jsonl").write_text('{"path": "0.png", "label": ["a", "b"]}\n{"path": "1.png"}')
+    with pytest.raises(DataError, match=r"Row 2 .* has no label"):
+        opened(tmp_path / "t.jsonl")
 
 
 @once
@@ -246,7 +309,7 @@ def test_columns_and_labels_can_be_said(folder, tmp_path):
     other = image_source(path, columns={"path": "foto", "label": "kind"})
     assert source.digest() == again.digest() != other.digest()
     assert source[1:].digest() == again[1:].digest() != other[1:].digest()
-    with pytest.raises(InputError, match="for path, label or split"):
+    with pytest.raises(InputError, match="for path, label, split or weight"):
         image_source(path, columns={"text": "foto"})
     with pytest.raises(DataError, match="finds no label in 24 of 24"):
         image_source(folder, label_regex=r"(\d+)$")
