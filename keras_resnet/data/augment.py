@@ -380,6 +380,24 @@ class Mix:
         """Draws parameters and applies them."""
         return self.apply(images, labels, self.sample(*images.shape[1:3], rng))
 
+    def weighed(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        weights: np.ndarray | None,
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """The same of images that count differently: the loss of each stays weighed with its own.
+
+        What is blended is weight times label; the weight of a mixed image is the blended weight.
+        """
+        if weights is None:
+            return *self(images, labels, rng), None
+        both = np.concatenate([labels * weights[:, None], weights[:, None]], axis=1)
+        images, both = self(images, both, rng)
+        labels, weights = both[:, :-1], both[:, -1]
+        return images, labels / np.maximum(weights, np.finfo(np.float32).tiny)[:, None], weights
+
 
 def _blend(values: np.ndarray, share: float) -> np.ndarray:
     turned = np.roll(values, 1, axis=0)

@@ -40,10 +40,10 @@ _PREFETCH_BYTES = 256 * 2**20  # batches that wait, at most
 
 
 class Batch(NamedTuple):
-    """One batch with the positions of its images in `file_paths`."""
+    """One batch with the positions of its images in `file_paths`; weights stand with the labels."""
 
     images: np.ndarray
-    labels: np.ndarray | None
+    labels: np.ndarray | tuple[np.ndarray, np.ndarray] | None
     indices: np.ndarray
 
 
@@ -60,6 +60,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         labels: int32, aligned with `file_paths`; None where there are none.
         class_names: the name of each label; None where there are none.
         class_counts: images of each class.
+        weights: float32, what each image counts; if not None, batches have theirs as a third part.
         seed: of everything random.
         threads: that read ahead; 0 reads in the caller's thread.
         part: (which, of how many): of each batch, the part that this process reads.
@@ -116,20 +117,16 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         self.labels, self.class_names = checked_labels(labels, class_names, len(self.file_paths))
         self.preprocess = Preprocess() if preprocess is None else preprocess
         self.augment = augment
-        self.batch_size = batch_size
-        self.shuffle = bool(shuffle)
-        self.seed = int(np.random.SeedSequence().entropy % 2**32) if seed is None else int(seed)
+        self.batch_size, self.shuffle = batch_size, bool(shuffle)
+        self.seed = int(np.random.SeedSequence().entropy % 2**32 if seed is None else seed)
         self.cache = None if cache is None else os.fspath(cache)
-        self.output = output
-        self.data_format = data_format
-        self.on_error = on_error
-        self.drop_last = drop_last
-        self.label_smoothing = float(label_smoothing)
-        self.repeats = int(repeats)
+        self.output, self.data_format = output, data_format
+        self.on_error, self.drop_last = on_error, drop_last
+        self.label_smoothing, self.repeats = float(label_smoothing), int(repeats)
         self.mix = Mix(mixup, cutmix) if mixup or cutmix else None
         self.threads = default_threads() if workers is None else int(workers)
-        self.epoch = 0
-        self.part = (0, 1)
+        self.epoch, self.part = 0, (0, 1)
+        self.weights: np.ndarray | None = None
         self.failure: Exception | None = None
 
         names = None if self.labels is None else self.class_names
@@ -257,9 +254,10 @@ class ImageDataset(Shown, keras.utils.PyDataset):
 
     def _as_fed(self, batch: Batch) -> tuple[np.ndarray, np.ndarray] | np.ndarray:
         images, labels = in_data_format(batch.images, self.data_format), batch.labels
+        parts = (images, *(labels if isinstance(labels, tuple) else (labels,)))
         if not self.batched:
-            images, labels = images[0], None if labels is None else labels[0]
-        return images if labels is None else (images, labels)
+            parts = tuple(None if part is None else part[0] for part in parts)
+        return images if labels is None else parts
 
     def read_batch(self, index: int) -> Batch:
         """Reads batch `index`, channels last, with the positions of the images that it holds."""
@@ -349,16 +347,18 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             if window is not None:
                 images[place] = erasing.apply(images[place], window, value)
         labels = None
+        weights = None if self.weights is None else self.weights[samples]
         if self.labels is not None and self.label_mode is not None:
             labels = encoded(self.labels[samples], self.label_mode, len(self.class_names))
         if self.mix is not None:
             rng = generator(self.seed, Stream.MIX, epoch, index)
-            images, labels = self.mix(images, labels, rng)
+            images, labels, weights = self.mix.weighed(images, labels, weights, rng)
         if borrows:
             images, labels, samples = images[1:], labels[1:], samples[1:]
+            weights = weights if weights is None else weights[1:]
         if self.label_smoothing:
             labels = smooth_labels(labels, self.label_smoothing)
-        return Batch(images, labels, samples)
+        return Batch(images, labels if weights is None else (labels, weights), samples)
 
     def _one(self, epoch: int, order: np.ndarray, position: int) -> tuple | None:
         """The image at a position of the epoch and where to erase it; None if unreadable."""
@@ -432,14 +432,14 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         bad = [(self.file_paths[i], str(e)) for i, e in enumerate(errors) if e is not None]
         if bad and self.on_error == "raise":
             raise next(e for e in errors if e is not None)
-        if len(bad) == self.num_samples:
-            raise DataError(
-                f"None of the {self.num_samples} images can be read; the first: {bad[0][1]}"
-            )
+        count = self.num_samples
+        if len(bad) == count:
+            raise DataError(f"None of the {count} images can be read; the first: {bad[0][1]}")
         if bad:
             good = [i for i, e in enumerate(errors) if e is None]
             self.file_paths = taken(self.file_paths, good)
             self.labels = None if self.labels is None else self.labels[good]
+            self.weights = None if self.weights is None else self.weights[good]
             self._order = self._ahead = None
             for path, why in bad:
                 self._skip(path, why)

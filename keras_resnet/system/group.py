@@ -314,7 +314,7 @@ class _Step:
 
     def __call__(self, data):
         group, model, at = self.group, self.model, self.at
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(data[0])
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(data[0])
         total = group.tell_size(len(x))
         number = at.epoch * at.steps + at.step
         # Dropout's: of the step, so that none of it need be saved, and another in each process.
@@ -326,7 +326,7 @@ class _Step:
         with contextlib.nullcontext() if at.settled else group.ddp.no_sync():
             y_pred = group.ddp(x)
             # Of no image at all it is empty: such a part adds nothing.
-            loss = model.compute_loss(x=x, y=y, y_pred=y_pred, training=True).sum()
+            loss = model.compute_loss(x, y, y_pred, weights, training=True).sum()
             model._loss_tracker.update_state(loss.detach(), sample_weight=len(x))
             # DDP takes the mean over processes, whose parts may differ in size.
             share = len(x) * group.size / max(1, total())
@@ -337,4 +337,4 @@ class _Step:
                 model.optimizer.apply([v.value.grad for v in weights], weights)
         else:
             model.optimizer._iterations.assign_add(1)
-        return model.compute_metrics(x, y, y_pred, sample_weight=None)
+        return model.compute_metrics(x, y, y_pred, sample_weight=weights)

@@ -181,7 +181,7 @@ class Loop:
             self._compile()
         if progress["step"]:
             # Compiled metrics are made at the first batch; testing changes no weight.
-            images, labels = readable_batch(self.data.val or self.data.train, 0)
+            images, labels = readable_batch(self.data.val or self.data.train, 0)[:2]
             self.model.test_on_batch(images[:1], labels[:1])
         progress, extra, run.history = self.group.from_first(
             lambda: (*run.load_state(self.model), run.history)

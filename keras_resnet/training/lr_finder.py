@@ -250,10 +250,10 @@ def _sweep(model, dataset, rates, beta) -> tuple[np.ndarray, np.ndarray]:
     """Losses, raw and smoothed, up to where they leave."""
     losses: list[float] = []
     lowest = math.inf
-    for rate, (images, labels) in zip(rates, _batches(dataset), strict=False):
+    for rate, batch in zip(rates, _batches(dataset), strict=False):
         model.optimizer.learning_rate = float(rate)
         model.reset_metrics()  # the loss of this batch alone
-        loss = float(model.train_on_batch(images, labels, return_dict=True)["loss"])
+        loss = float(model.train_on_batch(*batch, return_dict=True)["loss"])
         if not math.isfinite(loss):
             break
         losses.append(loss)

@@ -131,6 +131,7 @@ def prepare_data(
         repeats=recipe.repeats,
         **common,
     )
+    training.weights = getattr(training.file_paths, "weights", None)
     check_classes(training.class_counts, repr(place(source)))
     preprocess = evaluation_preprocess(recipe, eval_size, **options)
     if recipe.normalization == "dataset" and look:
@@ -422,11 +423,11 @@ def readable_batch(dataset: ImageDataset, index: int) -> tuple:
     count = len(dataset)
     for offset in range(count):
         try:
-            images, labels = dataset[(index + offset) % count]
+            images, *others = dataset[(index + offset) % count]
         except DataError:
             if dataset.on_error == "raise" or offset == count - 1:
                 raise
         else:
             dataset.failure = None
-            return in_data_format(images), labels
+            return in_data_format(images), *others
     raise AssertionError("a dataset has a batch at least")

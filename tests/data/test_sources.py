@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -19,6 +20,7 @@ from PIL import Image
 from keras_resnet.cli import main as cli
 from keras_resnet.data import opening, shards as shard_files
 from keras_resnet.data.arrays import Arrays
+from keras_resnet.data.augment import Mix
 from keras_resnet.data.folders import find_pictures
 from keras_resnet.data.items import Item, Source
 from keras_resnet.data.opening import find_parts, image_source, labelled, opened
@@ -27,7 +29,9 @@ from keras_resnet.data.scan import scan
 from keras_resnet.data.sources import Images
 from keras_resnet.inference.evaluate import evaluate
 from keras_resnet.inference.predict import predict
+from keras_resnet.recipes import get_recipe
 from keras_resnet.system.errors import DataError, InputError, NotFoundError
+from keras_resnet.training.prepare import prepare_data
 from keras_resnet.training.train import train
 
 once = pytest.mark.once
@@ -288,6 +292,39 @@ def test_a_pipe_that_is_called_as_a_source_is_an_error(name, tmp_path):
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match="is a pipe, a socket"):
         opened(tmp_path / name)
+
+
+@once
+def test_a_tables_weights_are_those_of_the_training_loss(folder, history, tmp_path, rng):
+    path, weights = folder.parent / "weighed.csv", []
+    for w in ("0", "", "2"):
+        lines = [
+            f"{name},{label},{w if i % 3 else 1}" for i, (name, label) in enumerate(rows(folder))
+        ]
+        path.write_text("\n".join(["path,label,Sample_Weight", *lines]))
+        source = opened(path)
+        assert source.notes == (
+            "Columns: path from 'path', label from 'label', weight from 'Sample_Weight'.",
+        )
+        assert source.weights.tolist() == [float(w or 1) if i % 3 else 1 for i in range(24)]
+        weights.append(source.take(np.arange(3)).digest())
+    assert len(set(weights)) == 3
+    data = prepare_data(
+        path, dataclasses.replace(get_recipe("cifar"), model="resnet_tiny", image_size=16)
+    )
+    x, y, w = data.train[0]
+    assert w.tolist() == data.train.weights[data.train.batch_indices(0)].tolist()
+    assert set(w.tolist()) == {1, 2} and data.val.weights is None and len(data.val[0]) == 2
+    # Mixed images keep the loss of each of their two, times its weight.
+    mix, hot = Mix(mixup=0.4), np.eye(3, dtype=np.float32)[y]
+    images, plain = mix(x, hot * w[:, None], np.random.default_rng(1))
+    mixed, labels, both = mix.weighed(x, hot, w, np.random.default_rng(1))
+    assert np.array_equal(images, mixed) and both.min() < 2
+    np.testing.assert_allclose(labels * both[:, None], plain, atol=1e-6)
+    np.testing.assert_allclose(labels.sum(1), 1, rtol=1e-6)
+    path.write_text(path.read_text().replace(",1\n", ",0\n").replace(",2", ",0"))
+    result = train(path, output=tmp_path, **TINY)
+    assert result.history["loss"] == [0] and result.history["val_loss"][0] > 0
 
 
 @once

@@ -137,7 +137,12 @@ def difference(a, b):
 @once
 @pytest.mark.slow
 def test_two_processes_train_as_one(pictures, tmp_path):
-    """Partial batches, mixup across their parts, accumulation over epochs' ends, EMA, clipping."""
+    """Partial batches, mixup across parts, weights, accumulation past epochs, EMA, clipping."""
+    table = tmp_path / "t.csv"
+    found = sorted(pictures.rglob("*.png"))
+    lines = [f"{path},{path.parent.name},{i % 4}" for i, path in enumerate(found)]
+    table.write_text("\n".join(["path,label,weight", *lines]))
+    pictures = table
     alone, _ = train_in(1, pictures, tmp_path / "1", **EVERYTHING)
     together, ended = train_in(2, pictures, tmp_path / "2", **EVERYTHING)
     assert [code for *_, code in ended] == [0, 0], ended
