@@ -257,7 +257,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         parts = (images, *(labels if isinstance(labels, tuple) else (labels,)))
         if not self.batched:
             parts = tuple(None if part is None else part[0] for part in parts)
-        return images if labels is None else parts
+        return parts[0] if labels is None else parts
 
     def read_batch(self, index: int) -> Batch:
         """Reads batch `index`, channels last, with the positions of the images that it holds."""
