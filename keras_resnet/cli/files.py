@@ -16,7 +16,6 @@ from keras_resnet.system.errors import InputError, NotFoundError, VerificationEr
 from keras_resnet.system.files import write_text
 from keras_resnet.system.process import tune_process
 from keras_resnet.weights.keras_files import inspect_keras_file, run_models
-from keras_resnet.weights.matching import matching_variants
 from keras_resnet.weights.published import published_by_torchvision
 
 
@@ -79,9 +78,9 @@ def _what_it_is(info, digest: str) -> str:
     published = published_by_torchvision(digest)
     if published is not None:
         return f"torchvision's {published.model} {published.tag}, published as {published.url}"
-    fits = matching_variants({name: shape for name, (shape, _) in info.tensors.items()})
-    names = " or ".join(name for name, _ in fits)
-    return f"weights for {names}, {fits[0][1] or 'no'} classes" if fits else ""
+    if len(info.networks) > 1:
+        return f"{len(info.networks)} networks: --key says which"
+    return f"weights for {info.networks[0]}" if info.networks else ""
 
 
 def convert(

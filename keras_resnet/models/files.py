@@ -29,7 +29,7 @@ from keras_resnet.system.device import image_shape
 from keras_resnet.system.errors import InputError, one_of, reason_of
 from keras_resnet.system.files import replace_file, to_json
 from keras_resnet.variants import SPECS, get_spec
-from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.checkpoint import read_checkpoint
 from keras_resnet.weights.keras_files import (
     KERAS_WRITTEN,
     MAX_TENSOR,
@@ -39,9 +39,10 @@ from keras_resnet.weights.keras_files import (
     target_ending,
 )
 from keras_resnet.weights.load import load_torchvision
-from keras_resnet.weights.mapping import save_torchvision
-from keras_resnet.weights.matching import matching_variants
+from keras_resnet.weights.mapping import Head, save_torchvision
+from keras_resnet.weights.matching import fit, spec_shapes, variants_of
 from keras_resnet.weights.published import named_variant
+from keras_resnet.weights.sources import Source, read_source
 from keras_resnet.weights.stand_ins import one_line
 from keras_resnet.weights.verify import VerifyReport, verify
 from keras_resnet.weights.writing import write_checkpoint
@@ -132,37 +133,46 @@ def convert_file(
         write_checkpoint(target, tensors)
         return Conversion(str(source), str(target), [f"{source.name}: {len(tensors)} tensors."])
     lines: list[str] = []
-    model = _model_for(source, variant, key, include_preprocessing, preprocess, lines)
-    report = load_torchvision(model, source, key=key, allow_other_strides=allow_other_strides)
+    found = _network_in(source, variant, key)
+    model = _model_for(found, variant, include_preprocessing, preprocess, lines)
+    head: Head = "strict" if model.info["options"]["include_top"] else "skip"
+    report = load_torchvision(model, found, head=head, allow_other_strides=allow_other_strides)
     lines.append(str(report))
     _describe(model, class_names, preprocess, lines)
-    proof = verify(model, source, key=key) if check else None
+    proof = verify(model, found) if check else None
     write = model.save if goal == ".keras" else model.save_weights
     replace_file(target, write)
     return Conversion(str(source), str(target), lines, proof)
 
 
+def _network_in(source: Path, variant: str | None, key: str | None) -> Source:
+    """The network of a file: of the variant, or of any row of the table."""
+    if variant is None:
+        return read_source(source, key)
+    spec = get_spec(variant)
+    return read_source(source, key, spec_shapes(spec), spec.head.replace("_", "."))
+
+
 def _model_for(
-    source: Path, variant: str | None, key: str | None, inside: bool, preprocess, lines: list[str]
+    found: Source, variant: str | None, inside: bool, preprocess, lines: list[str]
 ) -> keras.Model:
     """A model of the variant that the file fits, with as many classes as the file has."""
-    info = inspect_checkpoint(source, key=key)
-    if info.problem is not None:
-        read_checkpoint(source, key=key)  # says why, as one error
-    fits = matching_variants({name: shape for name, (shape, _) in info.tensors.items()})
+    fits = variants_of(found.shapes)
     classes = dict(fits)
     if variant is None:
         if not fits:
             raise InputError(
-                f"{source.name!r} fits no model of kr.list_models(): {len(info.tensors)} tensors, "
-                f"the first {list(info.tensors)[:3]}."
+                f"{found.label!r} cannot be converted: {fit(found.shapes)}. It has "
+                f"{len(found.tensors)} tensors, the first {list(found.tensors)[:3]}."
             )
         variant = fits[0][0]
         if len(fits) > 1:
             others = ", ".join(name for name, _ in fits[1:])
             lines.append(f"Taken for {variant}; {others} would fit as well: --model says which.")
+        if fits[0][1] is None:
+            lines.append("It has no head that is its own: the model ends in the last feature map.")
     spec = get_spec(variant)
-    stem = next(iter(info.tensors.values()))[0]
+    stem = next(iter(found.shapes.values()))
     channels = stem[1] if len(stem) == 4 else 3
     size = spec.input_size
     options = {"include_preprocessing": inside}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec
 
@@ -20,6 +21,7 @@ def create_model(
     /,
     *,
     weights: str | Mapping[str, Any] | None = None,
+    key: str | None = None,
     num_classes: int | None = None,
     input_shape: Sequence[int | None] | None = None,
     include_top: bool = True,
@@ -42,6 +44,8 @@ def create_model(
         variant: A name out of `list_models()`, such as `"resnet50"`.
         weights: `None` for random ones; `"DEFAULT"`, `"IMAGENET1K_V1"` or `"IMAGENET1K_V2"` for
             torchvision's (downloaded once, checked, kept); or a checkpoint's path; or a state dict.
+            Where those have no head of their own, `num_classes` makes a new one, with a warning.
+        key: Which network of a checkpoint, where it holds several: `inspect` lists them.
         num_classes: Width of the last layer; by default that of the variant's data set.
         input_shape: Height, width and channels (in the data format's order); sides may be `None`.
         include_top: With the classification head; without, the last feature map is the output.
@@ -74,8 +78,8 @@ def create_model(
         raise InputError(
             f"classes and num_classes are one thing. Received: {classes!r} and {num_classes!r}."
         )
-    num_classes = classes if num_classes is None else num_classes
-    num_classes = whole("num_classes", spec.num_classes if num_classes is None else num_classes, 1)
+    asked = classes if num_classes is None else num_classes
+    num_classes = whole("num_classes", spec.num_classes if asked is None else asked, 1)
     dropout = between("dropout", spec.dropout if dropout is None else dropout, 0, 1, ends="[)")
     one_of("pooling", pooling, (None, "avg", "max"))
     if not include_top:
@@ -97,14 +101,14 @@ def create_model(
     }
     model = finish(spec, inputs, x, name, options)
     if weights is not None:
-        _load_weights(model, spec, weights)
+        _load_weights(model, spec, weights, key, new_head=asked is not None)
     return model
 
 
-def _load_weights(model: ImageModel, spec, weights) -> None:
+def _load_weights(model: ImageModel, spec, weights, key: str | None, new_head: bool) -> None:
     """Loads a published file by its tag, a checkpoint or a state dict into a fresh model."""
     # Not at the top: most models need no files.
-    from keras_resnet.weights import download, load, published
+    from keras_resnet.weights import download, load, mapping, published, sources
 
     with_head = model.info["options"]["include_top"]
     if isinstance(weights, str) and not os.path.exists(weights) and published.is_tag(weights):
@@ -118,7 +122,19 @@ def _load_weights(model: ImageModel, spec, weights) -> None:
                 f'load_torchvision(model, "{entry.tag}", head="skip").'
             )
         weights = download.weights_path(entry)
-    load.load_torchvision(model, weights, head="strict" if with_head else "skip")
+    wanted, own_head = mapping.expected_keys(model), sources.own_head_of(model)
+    found = sources.read_source(weights, key, wanted, own_head)
+    headless = with_head and found.whole and f"{own_head}.weight" not in found.tensors
+    if headless and not new_head:
+        raise InputError(
+            f"{found.label} has no {own_head!r} as {model.name} has it: num_classes=N makes a new "
+            "one, include_top=False none."
+        )
+    report = load.load_torchvision(
+        model, found, head="skip" if headless or not with_head else "strict"
+    )
+    if headless:
+        warnings.warn(f"{str(report).splitlines()[0]}: {own_head!r} is new.", stacklevel=3)
 
 
 def _named(

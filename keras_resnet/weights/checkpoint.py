@@ -24,6 +24,7 @@ The formats, as `torch/serialization.py` (2.13) reads them:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -38,6 +39,7 @@ from keras_resnet.system.errors import CheckpointError
 from keras_resnet.system.files import to_json
 from keras_resnet.weights.arrays import dtype_name, to_array
 from keras_resnet.weights.loaded import Loaded
+from keras_resnet.weights.matching import Network, find_networks, grouped
 from keras_resnet.weights.opening import as_path, only_our_errors, open_file
 from keras_resnet.weights.selection import Selection, kind_of, select
 from keras_resnet.weights.stand_ins import brief, one_line
@@ -79,6 +81,17 @@ class CheckpointInfo:
     others: dict[str, str] = dataclasses.field(default_factory=dict)
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def networks(self) -> list[Network]:
+        """The networks of the table among the tensors, in the file's order."""
+        found = find_networks({name: shape for name, (shape, _) in self.tensors.items()})
+        return [network for network in found if not network.strange]
+
+    def key_of(self, network: Network) -> str:
+        """What `key=` takes to mean that network of the file."""
+        front = f"{self.prefix}{network.prefix}".removesuffix(".")
+        return ".".join(part for part in (self.key, front) if part)
+
     @property
     def parameters(self) -> int:
         """How many numbers the tensors hold together."""
@@ -114,6 +127,11 @@ class CheckpointInfo:
             name: {"shape": list(shape), "dtype": dtype}
             for name, (shape, dtype) in self.tensors.items()
         }
+        facts["networks"] = [
+            {"key": self.key_of(n), "names": n.dialect, "variants": [list(v) for v in n.variants],
+             "beside": [*n.near, *n.beside]}
+            for n in self.networks
+        ]  # fmt: skip
         return to_json({**facts, "parameters": self.parameters}, indent=indent)
 
     def __str__(self) -> str:
@@ -135,6 +153,12 @@ class CheckpointInfo:
             lines.append(
                 f"  tensors  {len(self.tensors):,}{where}, {self.parameters:,} numbers{prefix}"
             )
+        for network in self.networks[:10]:
+            key = f", key={one_line(self.key_of(network), 600)!r}" if self.networks[1:] else ""
+            lines.append(f"  network  {one_line(network)}{key}")
+        others = {name for network in self.networks for name in network.names.values()}
+        if self.networks and (rest := [name for name in self.tensors if name not in others]):
+            lines.append(f"  left out {one_line(grouped(rest, 10), 300)}")
         for name, count in list(self.alternatives.items())[:10]:
             lines.append(f"  also     key={one_line(name)!r}: {count:,} tensors")
         for name, text in list(self.others.items())[:20]:

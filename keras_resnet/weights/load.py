@@ -25,7 +25,7 @@ from keras_resnet.weights.mapping import (
     modules_of,
     strides_of,
 )
-from keras_resnet.weights.matching import COUNTER, Shape, fit, matching_variants
+from keras_resnet.weights.matching import COUNTER, Shape, fit, grouped, variants_of
 from keras_resnet.weights.sources import Source, few, own_head_of, read_source, to_json_text
 from keras_resnet.weights.verify import VerifyReport, verify_source
 
@@ -52,6 +52,8 @@ class LoadReport:
         unexpected: Key to shape of what the source has and the model does not want.
         mismatched: Key to (the source's shape, the model's shape, or a reason).
         skipped: Key to shape of the head's entries that were left out.
+        left_out: Name in the file to shape of what stands beside the network: another network, a
+            queue, a projector, a loss's weights.
         cast: Key to (the source's dtype, the model's).
         done: Whether anything was assigned; if not, `loaded` is what would have fitted.
         verification: The proof, where it was asked for.
@@ -70,6 +72,7 @@ class LoadReport:
     unexpected: dict[str, Shape] = dataclasses.field(default_factory=dict)
     mismatched: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     skipped: dict[str, Shape] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, Shape] = dataclasses.field(default_factory=dict)
     cast: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     done: bool = False
     verification: VerifyReport | None = None
@@ -102,6 +105,8 @@ class LoadReport:
             lines.append(f"  cast         {count} entries, {before} -> {after}")
         for name in ("missing", "unexpected", "skipped", "mismatched"):
             lines += _listed(name, getattr(self, name))
+        if self.left_out:
+            lines.append(f"  left out     {printable(grouped(self.left_out))}")
         if self.verification is not None:
             lines += str(self.verification).split("\n")
         return "\n".join(lines)
@@ -186,10 +191,16 @@ def load_torchvision(
         raise InputError(f"head must be 'strict', 'skip' or 'replace', not {head!r}.")
     modules = modules_of(model)
     entries = {e.key: e for _, group in modules.values() for e in group}
-    found = read_source(source, key, entries, info_of(model).get("variant"))
     own_head = own_head_of(model)
+    wanted = {k: entry.shape for k, entry in entries.items()}
+    found = read_source(source, key, wanted, own_head, info_of(model).get("variant"))
     if head == "replace" and own_head is None:
         raise InputError(f"{model.name} has no fully connected layer whose head to replace.")
+    if not strict and found.rivals:
+        raise InputError(
+            f"{found.label} has parts of {model.name} at several places: name one of "
+            f"{few((f'key={r!r}' for r in found.rivals), 6)}."
+        )
     report = _plan(model.name, found, entries, own_head, head)
     problem = _problem(report, found, own_head, entries, strict)
     if problem is None and not allow_other_strides:
@@ -251,15 +262,19 @@ def _plan(name, found: Source, entries: Mapping[str, Entry], own_head, head) -> 
                 cast[key] = (found.dtypes[key], str(entry.variable.dtype))
     linear = {k.rpartition(".")[0] for k, v in shapes.items()
               if k.endswith(".weight") and len(v) == 2}  # fmt: skip
+    left_out, near = dict(found.beside), found.near
     for key in sorted(set(shapes) - set(entries)):
         module, _, suffix = key.rpartition(".")
         if head == "skip" and module in linear:
             skipped[key] = shapes[key]
+        elif head == "skip" and key in near:
+            left_out[key] = shapes[key]
         elif suffix != COUNTER:
             unexpected[key] = shapes[key]
     return LoadReport(
         name, found.label, found.kind, found.sha256, found.key, found.prefix, head,
-        tuple(matching_variants(shapes)), loaded, missing, unexpected, mismatched, skipped, cast,
+        variants_of(shapes), loaded, missing, unexpected, mismatched, skipped,
+        left_out, cast,
     )  # fmt: skip
 
 
@@ -283,6 +298,20 @@ def _problem(report: LoadReport, found: Source, own_head, entries, strict: bool)
             return (
                 f"{found.label} has {theirs[0]} classes, {report.model} has {own[0]}: "
                 'load_torchvision(model, source, head="skip") loads all but the last layer.'
+            )
+    spared = not report.mismatched and set(report.unexpected) <= found.near
+    if spared and own_head and report.head == "strict":
+        other = f" ({grouped(report.unexpected)} in its place)" if report.unexpected else ""
+        if report.missing and all(k.rpartition(".")[0] == own_head for k in report.missing):
+            return (
+                f"{found.label} has no {own_head!r} as {report.model} has it{other}: "
+                'head="skip" loads all but the last layer.'
+            )
+        if not report.missing:
+            return (
+                f"{found.label} has {grouped(report.unexpected)} beside the layers of "
+                f'{report.model}, perhaps before the head: head="skip" loads all but the last '
+                "layer, strict=False the head as well."
             )
     sides = []
     for name in ("missing", "unexpected"):
@@ -314,7 +343,7 @@ def _stride_problem(model: keras.Model, found: Source) -> str | None:
         return None
     else:
         said = "looks like torchvision's, whose bottlenecks stride on the 3x3 convolutions (v1.5)"
-    fits = [n for n, _ in matching_variants(found.shapes)
+    fits = [n for n, _ in variants_of(found.shapes)
             if getattr(SPECS[n], "stride_on", None) == (found.strides or "3x3")]  # fmt: skip
     use = f"use {' or '.join(fits)}" if fits else "use a model with the same strides"
     return (
@@ -371,6 +400,7 @@ def _remember(model: keras.Model, report: LoadReport, found: Source, modules) ->
         "loaded": len(report.loaded),
         "missing": sorted(report.missing),
         "unexpected": sorted(report.unexpected),
+        "left_out": grouped(report.left_out, 20),
         "cast": {f"{a} -> {b}": n for (a, b), n in _counted(report.cast.values())},
         "published_as": row and f"{row.model} {row.tag}".strip(),
         COUNTER: (next(iter(counts.values())) if same else counts) if counts else None,

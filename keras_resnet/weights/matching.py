@@ -1,9 +1,14 @@
-"""What a row of the table holds and costs, and which row a state dict fits; needs no Keras."""
+"""What a row of the table holds and costs, and which rows lie in a file; needs no Keras."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from keras_resnet.variants import COUNTER, SPECS, AlexNetSpec, ResNetSpec, Shape
 
@@ -55,6 +60,229 @@ def multiply_adds(spec: ResNetSpec | AlexNetSpec) -> int:
     )
 
 
+# --- The networks in a file ---------------------------------------------------------------------
+
+# Who names the entries of a network how: torchvision's names, a head's among them, -> the others'.
+# A name that they do not have is left out.
+DIALECTS: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
+    "torchvision": lambda names: {name: name for name in names},
+}
+MAX_NETWORKS, MAX_PLACES = 32, 2000  # what a file can be made of to take long
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network among the entries of a state dict.
+
+    Attributes:
+        prefix: What stands in front of its names, such as `"module.encoder_q."`.
+        dialect: Whose names they are: a key of `DIALECTS`.
+        names: torchvision's name -> the entry's.
+        variants: Rows of the table that it is, each with its number of classes; `None` without a
+            head.
+        near: Layers beside it, in the module that it is: a projector, another head.
+        strange: Entries of its own modules, or convolutions among them, that it does not have: it
+            is a part of another network.
+        beside: All other entries.
+    """
+
+    prefix: str
+    dialect: str
+    names: dict[str, str]
+    variants: tuple[tuple[str, int | None], ...] = ()
+    near: tuple[str, ...] = ()
+    strange: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        classes = dict.fromkeys(f"{n} classes" if n else "no head" for _, n in self.variants)
+        return f"{' or '.join(name for name, _ in self.variants)}, {' or '.join(classes)}"
+
+
+def find_networks(shapes: Mapping[str, Shape]) -> list[Network]:
+    """The networks of the table that a state dict holds, under any prefix, in the file's order.
+
+    A network is there where all entries of its body are, with their shapes; the number of input
+    channels and of classes is free, and a head of another kind counts as none. Rows that differ in
+    strides alone are all named.
+
+    Args:
+        shapes: Key to shape as torch has it.
+
+    Examples:
+        >>> shapes = {f"encoder_q.{k}": v for k, v in spec_shapes(SPECS["resnet50"]).items()}
+        >>> found = find_networks(shapes | {"queue": (128, 65536)})
+        >>> [(network.prefix, str(network), network.beside) for network in found]
+        [('encoder_q.', 'resnet50 or resnet50_v1, 1000 classes', ('queue',))]
+    """
+    at: dict[tuple[str, str], list[tuple[str, int | None, dict[str, str]]]] = {}
+    places = _Places(shapes)
+    for spec in SPECS.values():
+        body, dense = _body_and_head(spec.name)
+        for prefix, dialect, names in places.of({**body, **dense}, body):
+            classes = _classes(shapes, names, dense, f"{spec.head.replace('_', '.')}.weight")
+            if classes is None:
+                names = {k: v for k, v in names.items() if k not in dense}
+            at.setdefault((prefix, dialect), []).append((spec.name, classes, names))
+    prefixes = tuple(prefix for prefix, _ in at)
+    found = []
+    for (prefix, dialect), rows in itertools.islice(at.items(), MAX_NETWORKS):
+        parts = [
+            (row, *beside(shapes, prefix, row[2], _body_and_head(row[0])[0], prefixes))
+            for row in rows
+        ]
+        least = min(len(strange) for _, _, strange, _ in parts)
+        parts = [part for part in parts if len(part[2]) == least]
+        variants = tuple((name, classes) for (name, classes, _), _, _, _ in parts)
+        (_, _, names), near, strange, others = parts[0]
+        found.append(Network(prefix, dialect, names, variants, near, strange, others))
+    order = {name: i for i, name in enumerate(shapes)}
+    found.sort(key=lambda network: min(order[name] for name in network.names.values()))
+    whole = [network for network in found if not network.strange]
+    return whole or [max(found, key=lambda n: len(n.names))] if found else []
+
+
+def locate(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], head: str | None):
+    """The same for the entries of one model, whose last layer may be missing or another."""
+    body = {k: v for k, v in wanted.items() if k.rpartition(".")[0] != head} or dict(wanted)
+    prefixes = tuple(network.prefix for network in find_networks(shapes))
+    found = []
+    for prefix, dialect, names in _Places(shapes).of(wanted, body):
+        rest = beside(shapes, prefix, names, body, prefixes)
+        found.append(Network(prefix, dialect, names, (), *rest))
+    return [network for network in found if not network.strange] or found[:1]
+
+
+@functools.cache
+def _body_and_head(name: str) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    spec = SPECS[name]
+    dense = [n.replace("_", ".") for n in getattr(spec, "dense", (spec.head,))]
+    shapes = spec_shapes(spec)
+    head = {k: v for k, v in shapes.items() if k.rpartition(".")[0] in dense}
+    return {k: v for k, v in shapes.items() if k not in head}, head
+
+
+@functools.cache
+def head_modules() -> frozenset[str]:
+    """Module paths of the fully connected layers of all rows."""
+    return frozenset(k.rpartition(".")[0] for name in SPECS for k in _body_and_head(name)[1])
+
+
+@functools.cache
+def _translated(dialect: str, names: tuple[str, ...]) -> dict[str, str]:
+    return DIALECTS[dialect](names)
+
+
+class _Places:
+    """Where the entries of networks stand in a state dict."""
+
+    def __init__(self, shapes: Mapping[str, Shape]):
+        self.shapes = {key: tuple(shape) for key, shape in shapes.items()}
+        self.found: dict[tuple[str, Shape], list[str]] = {}
+
+    def prefixes(self, name: str, shape: Shape | None = None) -> list[str]:
+        """What stands in front of an entry, wherever it is and has this shape.
+
+        The second axis, the input channels, is free.
+        """
+        key = (name, (*shape[:1], *shape[2:]) if shape else ())
+        if key not in self.found:
+            names = (k for k in self.shapes if k == name or k.endswith(f".{name}"))
+            fits = (k for k in names if not shape or (*(v := self.shapes[k])[:1], *v[2:]) == key[1])
+            self.found[key] = [k[: -len(name)] for k in itertools.islice(fits, MAX_PLACES)]
+        return self.found[key]
+
+    def of(
+        self, names: Iterable[str], body: Mapping[str, Shape]
+    ) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """Prefix, dialect, and torchvision's name -> the entry's, wherever all of a body is.
+
+        The input channels, the second axis of the first entry, may be others.
+        """
+        wanted = [(key, shape) for key, shape in body.items() if not key.endswith(COUNTER)]
+        (first, stem), *rest = wanted
+        for dialect in DIALECTS:
+            theirs = _translated(dialect, tuple(names))
+            if any(key not in theirs for key, _ in wanted):
+                continue
+            for prefix in self.prefixes(theirs[first], stem):
+                if all(self.shapes.get(prefix + theirs[key]) == shape for key, shape in rest):
+                    found = {key: prefix + name for key, name in theirs.items()}
+                    yield prefix, dialect, {k: v for k, v in found.items() if v in self.shapes}
+
+
+def _classes(shapes: Mapping[str, Shape], names: Mapping[str, str], dense, weight) -> int | None:
+    """The number of classes, where a head is there as a row has it."""
+    if weight not in names or len(shape := shapes[names[weight]]) != 2:
+        return None
+    classes = shape[0]
+    wanted = dense | {weight: (classes, *dense[weight][1:]), f"{weight[:-7]}.bias": (classes,)}
+    fits = all(key in names and tuple(shapes[names[key]]) == v for key, v in wanted.items())
+    return classes if fits else None
+
+
+def beside(
+    shapes: Mapping[str, Shape],
+    prefix: str,
+    names: Mapping[str, str],
+    body: Iterable[str],
+    others: Iterable[str] = (),
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """What is no entry of a network: layers near it, what makes it another network, and the rest.
+
+    Args:
+        shapes: Those of the whole state dict.
+        prefix: The network's.
+        names: The network's entries, as `Network.names`.
+        body: torchvision's names of those that are no head's.
+        others: Prefixes of other networks, whose entries do not count as near.
+    """
+    own = set(names.values())
+    kinds = {_kind(names[key][len(prefix) :]) for key in body if key in names}
+    inside = tuple(p for p in others if p != prefix and p.startswith(prefix))
+    near, strange, rest = [], [], []
+    for name, shape in shapes.items():
+        if name in own:
+            continue
+        if not name.startswith(prefix) or (inside and name.startswith(inside)):
+            rest.append(name)
+        elif _kind(name[len(prefix) :]) in kinds:
+            if not name.endswith(COUNTER):
+                strange.append(name)
+        elif len(shape) > 2:
+            strange.append(name)
+        else:
+            near.append(name)
+    layers = {name.rpartition(".")[0] for name in near
+              if len(shapes[name]) == 2 or name.endswith("running_var")}  # fmt: skip
+    rest += [name for name in near if name.rpartition(".")[0] not in layers]
+    return tuple(n for n in near if n.rpartition(".")[0] in layers), tuple(strange), tuple(rest)
+
+
+def _kind(name: str) -> str:
+    """The module of a network that an entry belongs to, without its number: `layer` of layer4."""
+    return re.sub(r"\d+$", "", name.partition(".")[0])
+
+
+def grouped(names: Iterable[str], limit: int = 6) -> str:
+    """Names in a few words: by their first parts, with the number of entries.
+
+    Examples:
+        >>> grouped(["queue", "encoder_k.conv1.weight", "encoder_k.bn1.bias"])
+        'encoder_k.* (2), queue'
+    """
+    names = sorted(names)
+    depth = 0
+    while len(names) > 1 and len({tuple(n.split(".")[: depth + 1]) for n in names}) == 1:
+        depth += 1
+    counts: dict[str, list[str]] = collections.defaultdict(list)
+    for name in names:
+        counts[".".join(name.split(".")[: depth + 1])].append(name)
+    shown = [n[0] if len(n) == 1 else f"{part}.* ({len(n)})" for part, n in counts.items()]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
 def matching_variants(shapes: Mapping[str, Shape]) -> list[tuple[str, int | None]]:
     """The rows of the table that a state dict fits, by its keys and shapes.
 
@@ -71,28 +299,43 @@ def matching_variants(shapes: Mapping[str, Shape]) -> list[tuple[str, int | None
         >>> matching_variants(spec_shapes(SPECS["resnet50"], num_classes=5))
         [('resnet50', 5), ('resnet50_v1', 5)]
     """
-    shapes = {k: tuple(v) for k, v in shapes.items() if not k.endswith(COUNTER)}
-    found = []
-    for spec in SPECS.values():
-        head = f"{spec.head.replace('_', '.')}"
-        weight = shapes.get(f"{head}.weight")
-        stem = next(iter(spec_shapes(spec)))
-        if len(shapes.get(stem, ())) != 4 or (weight is not None and len(weight) != 2):
-            continue
-        rows = spec_shapes(spec, weight[0] if weight else None, shapes[stem][1])
-        rows = {k: v for k, v in rows.items() if not k.endswith(COUNTER)}
-        if weight is None:
-            dense = [n.replace("_", ".") for n in getattr(spec, "dense", (spec.head,))]
-            rows = {k: v for k, v in rows.items() if k.rpartition(".")[0] not in dense}
-        if rows == shapes:
-            found.append((spec.name, weight[0] if weight else None))
-    return found
+    found = [n for n in find_networks(shapes) if not (n.near or n.beside)]
+    return list(variants_of(shapes)) if found else []
+
+
+def variants_of(shapes: Mapping[str, Shape]) -> tuple[tuple[str, int | None], ...]:
+    """The same, whatever stands beside the network."""
+    found = [n for n in find_networks(shapes) if not (n.prefix or n.strange)]
+    return found[0].variants if found else ()
 
 
 def fit(shapes: Mapping[str, Shape]) -> str:
     """What a state dict fits, for a message."""
-    found = matching_variants(shapes)
+    found = [network for network in find_networks(shapes) if not network.strange]
     if not found:
-        return "it fits no model of kr.list_models()"
-    classes = f"{found[0][1]} classes" if found[0][1] else "without a head"
-    return f"it fits {' and '.join(name for name, _ in found)} ({classes})"
+        return f"it fits no model of kr.list_models(){_nearest(shapes)}"
+    names = " and ".join(n for n, _ in found[0].variants)
+    at = f" at {found[0].prefix!r}" if found[0].prefix else ""
+    classes = found[0].variants[0][1]
+    return f"it fits {names} ({f'{classes} classes' if classes else 'without a head'}){at}"
+
+
+def _nearest(shapes: Mapping[str, Shape]) -> str:
+    """Which network the entries are most like, and what is in the way."""
+    places, best = _Places(shapes), (0.5, "")
+    for spec in SPECS.values():
+        body = {k: v for k, v in _body_and_head(spec.name)[0].items() if not k.endswith(COUNTER)}
+        for prefix in places.prefixes(next(iter(body)))[:MAX_NETWORKS]:
+            there = {k: places.shapes.get(prefix + k) for k in body}
+            lacking = [k for k, v in there.items() if v != body[k]]
+            share = 1 - len(lacking) / len(body)
+            if share <= best[0]:
+                continue
+            names = {k: prefix + k for k, v in there.items() if v is not None}
+            near, strange, _ = beside(shapes, prefix, names, body)
+            what = [f"{grouped((*strange, *near), 3)} not its own"] if strange or near else []
+            for key in lacking[:1]:
+                has = f"{prefix + key} is {there[key]}, not {body[key]}"
+                what.insert(0, has if there[key] else f"{prefix + key} is missing")
+            best = share, f", is nearest to {spec.name}: {'; '.join(what)}"
+    return best[1]

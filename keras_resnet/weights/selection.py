@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 from keras_resnet.system.errors import CheckpointError, did_you_mean
 from keras_resnet.weights.loaded import Loaded
+from keras_resnet.weights.matching import Network, find_networks
 from keras_resnet.weights.stand_ins import (
     MAX_STEPS,
     Array,
@@ -46,17 +49,20 @@ def leaf(value: Any) -> Any:
     return value if type(value) in (Tensor, Unreadable, Array) else None
 
 
+Leaf = Callable[[Any], Any]
+
+
 class _Counter:
     """Counts the tensors in a value; bounds the work over all its counts together."""
 
-    def __init__(self):
-        self.left = MAX_STEPS
+    def __init__(self, leaf: Leaf):
+        self.left, self.leaf = MAX_STEPS, leaf
 
     def __call__(self, value: Any) -> int:
         found, seen, todo = 0, set(), [value]
         while todo:
             item = todo.pop()
-            if leaf(item) is not None:
+            if self.leaf(item) is not None:
                 found += 1
             elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
                 seen.add(id(item))
@@ -75,8 +81,8 @@ def _choose(root: Any, count: _Counter) -> tuple[list[str], Any]:
         holders = {k for k, v in node.items() if isinstance(v, dict) and count(v)}
         named = [name for name in WRAPPERS if name in holders]
         if not named:
-            named = [name for name in holders if not _NOT_WEIGHTS.search(name)]
-            if len(named) != 1 or any(leaf(v) is not None for v in node.values()):
+            named = [name for name in holders if not _NOT_WEIGHTS.search(str(name))]
+            if len(named) != 1 or any(count.leaf(v) is not None for v in node.values()):
                 break
         path.append(named[0])
         node = node[named[0]]
@@ -96,11 +102,11 @@ def _follow(root: Any, key: str) -> Any:
             found = _follow(root[head], ".".join(parts[i:]))
             if found is not None:
                 return found
-    inside = {k[len(key) + 1 :]: v for k, v in root.items() if k.startswith(f"{key}.")}
+    inside = {k[len(key) + 1 :]: v for k, v in root.items() if str(k).startswith(f"{key}.")}
     return inside or None
 
 
-def _flatten(node: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _flatten(node: Any, leaf: Leaf = leaf) -> tuple[dict[str, Any], dict[str, Any]]:
     """(tensors, everything else) by dotted name."""
     tensors: dict[str, Any] = {}
     others: dict[str, Any] = {}
@@ -115,7 +121,7 @@ def _flatten(node: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             if prefix in tensors:
                 raise CheckpointError(f"two tensors are called {one_line(prefix)!r}")
             tensors[prefix] = tensor
-        elif _nested(prefix, value, depth):
+        elif _nested(prefix, value, depth, leaf):
             left -= len(value)
             if left < 0:
                 raise CheckpointError(f"its dicts hold more than {MAX_LEAVES:,} entries")
@@ -129,7 +135,7 @@ def _flatten(node: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return tensors, others
 
 
-def _nested(prefix: str, value: Any, depth: int) -> bool:
+def _nested(prefix: str, value: Any, depth: int, leaf: Leaf) -> bool:
     """Whether an entry's own entries are named one by one."""
     if depth >= MAX_DEPTH or not value:
         return False
@@ -164,21 +170,51 @@ class Selection:
     alternatives: dict[str, int]
 
 
+def find_entry(
+    root: Any, key: str | None, leaf: Leaf = leaf
+) -> tuple[list[str], Any, tuple[dict[str, Any], dict[str, Any]]]:
+    """The entry at `key`, or the one that `read_checkpoint` documents.
+
+    Returns:
+        Its path, itself, and its tensors and everything else in it by dotted names.
+    """
+    if key is None:
+        path, node = _choose(root, _Counter(leaf))
+        flat = _flatten(node, leaf)
+        if path and not _networks(flat[0]):
+            with contextlib.suppress(CheckpointError):
+                whole = _flatten(root, leaf)
+                if _networks(whole[0]):  # beside the entry whose name says weights
+                    return [], root, whole
+        return path, node, flat
+    if key == "":
+        return [], root, _flatten(root, leaf)
+    node, known = _follow(root, key) if type(key) is str else None, []
+    if node is None:
+        with contextlib.suppress(CheckpointError):
+            known = [n.prefix[:-1] for n in _networks(_flatten(root, leaf)[0]) if n.prefix]
+        meant = [name for name in known if f".{key}." in f".{name}."]
+        key = meant[0] if len(meant) == 1 else key
+        node = _follow(root, key) if len(meant) == 1 else None
+    if node is None:
+        names = list(root) if isinstance(root, dict) else []
+        shown = ", ".join(one_line(n, 40) for n in (known or names)[:12])
+        near = did_you_mean(one_line(key), known + names[:1000])
+        raise CheckpointError(
+            f"it has no entry {one_line(key)!r}.{near} It has: {shown or brief(root)}"
+        )
+    return [key], node, _flatten(node, leaf)
+
+
+def _networks(tensors: dict[str, Any]) -> list[Network]:
+    found = find_networks({name: getattr(t, "shape", ()) for name, t in tensors.items()})
+    return [network for network in found if not network.strange]
+
+
 def select(loaded: Loaded, key: str | None, keep_prefix: bool) -> Selection:
     """The state dict at `key`, or the one that `read_checkpoint` documents."""
-    root, count = loaded.root, _Counter()
-    if key is None:
-        path, node = _choose(root, count)
-    else:
-        path, node = [key], _follow(root, key) if type(key) is str else None
-        if node is None:
-            names = list(root) if isinstance(root, dict) else []
-            shown = ", ".join(one_line(n, 40) for n in names[:12])
-            raise CheckpointError(
-                f"it has no entry {one_line(key)!r}.{did_you_mean(one_line(key), names[:1000])} It "
-                f"has: {shown or brief(root)}"
-            )
-    tensors, others = _flatten(node)
+    root, count = loaded.root, _Counter(leaf)
+    path, node, (tensors, others) = find_entry(root, key)
     alternatives: dict[str, int] = {}
     if isinstance(root, dict) and path:
         for name, value in root.items():

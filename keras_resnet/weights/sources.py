@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
@@ -11,13 +12,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.system.errors import InputError, reason_of
+from keras_resnet.system.errors import CheckpointError, InputError, reason_of
 from keras_resnet.system.files import printable, to_json, write_text
 from keras_resnet.weights import download, published
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.mapping import convs_of_module, module_path, strides_of, weighted_layers
-from keras_resnet.weights.matching import Shape
-from keras_resnet.weights.selection import PREFIXES, WRAPPERS
+from keras_resnet.weights.matching import Network, Shape, find_networks, locate
+from keras_resnet.weights.selection import find_entry
 
 # --- Reading a source ---------------------------------------------------------------------------
 
@@ -36,6 +37,15 @@ class Source:
     strides: str | None = None
     strides_from: str = ""
     published: published.TorchvisionWeights | None = None
+    network: Network = dataclasses.field(default_factory=lambda: Network("", "torchvision", {}))
+    whole: bool = False  # every entry of the network's body is there
+    beside: dict[str, Shape] = dataclasses.field(default_factory=dict)
+    rivals: tuple[str, ...] = ()  # other places that have as much of a network that is not whole
+
+    @property
+    def near(self) -> set[str]:
+        """Names of the layers that stand beside the network in its own module."""
+        return {name[len(self.network.prefix) :] for name in self.network.near}
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -43,17 +53,24 @@ class Source:
         return {key: tuple(array.shape) for key, array in self.tensors.items()}
 
 
-def read_source(source, key: str | None, expected: Iterable[str], variant: str | None) -> Source:
-    """Reads whatever a user hands over as weights.
+def read_source(
+    source,
+    key: str | None,
+    wanted: Mapping[str, Shape] | None = None,
+    head: str | None = None,
+    variant: str | None = None,
+) -> Source:
+    """Reads whatever a user hands over as weights, and finds the network in it.
 
     Args:
         source: A tag of published weights, a path, a state dict, a torch module or a `Source`.
-        key: Which entry of a nested checkpoint.
-        expected: The model's own keys, by which a common prefix is found.
+        key: Which entry of a nested checkpoint, or which network of several.
+        wanted: The model's own entries; by default those of any row of the table.
+        head: Module path of the model's last layer.
         variant: The model's, for a tag.
 
     Raises:
-        InputError: It is none of these, or holds no tensors.
+        InputError: It is none of these, holds no tensors, or several networks that fit.
         CheckpointError: The file cannot be read, or is refused.
     """
     if isinstance(source, Source):
@@ -72,7 +89,7 @@ def read_source(source, key: str | None, expected: Iterable[str], variant: str |
     elif isinstance(source, Mapping):
         found = _from_mapping(source, key)
     elif callable(getattr(source, "state_dict", None)):
-        found = _from_module(source)
+        found = _from_module(source, key)
     else:
         raise InputError(
             "Weights come from a path, a dict of arrays or a torch module. Received: "
@@ -80,7 +97,7 @@ def read_source(source, key: str | None, expected: Iterable[str], variant: str |
         )
     if not found.tensors:
         raise InputError(f"{found.label} holds no tensors.")
-    _strip_common_prefix(found, expected)
+    _take_network(found, wanted, head, key)
     return found
 
 
@@ -107,28 +124,18 @@ def _from_file(path: Path, key: str | None) -> Source:
 
 
 def _from_mapping(source: Mapping[str, Any], key: str | None) -> Source:
-    path = []
-    for part in key.split(".") if key else ():
-        if not isinstance(source, Mapping) or part not in source:
-            raise InputError(f"The dict has no entry {key!r}; it holds {few(map(str, source))}.")
-        source = source[part]
-        path.append(part)
-    while not key and not any(_is_tensor(value) for value in source.values()):
-        part = next((w for w in WRAPPERS if isinstance(source.get(w), Mapping)), None)
-        if part is None:
-            break
-        source = source[part]
-        path.append(part)
-    if not isinstance(source, Mapping):
-        raise InputError(f"The dict's entry {key!r} is a {type(source).__name__}, not a dict.")
-    values = {str(k): v for k, v in source.items() if _is_tensor(v) and k != "n_averaged"}
+    root = source if isinstance(source, dict) else dict(source)
+    try:
+        path, _, (values, _) = find_entry(root, key, lambda v: v if _is_tensor(v) else None)
+    except CheckpointError as error:
+        raise InputError(f"The dict cannot be read: {error}") from error
     tensors = {k: _as_array(k, v) for k, v in values.items()}
     dtypes = {k: str(v.dtype).removeprefix("torch.") for k, v in values.items()}
     return Source("a state dict", tensors, "dict", dtypes, key=".".join(path))
 
 
-def _from_module(module) -> Source:
-    found = _from_mapping(module.state_dict(), None)
+def _from_module(module, key: str | None) -> Source:
+    found = _from_mapping(module.state_dict(), key)
     found.label, found.kind = f"the module {type(module).__name__}", "module"
     convs = convs_of_module(module) if hasattr(module, "named_modules") else {}
     found.strides, found.strides_from = strides_of(convs), "the module's convolutions"
@@ -152,22 +159,67 @@ def _as_array(key: str, value) -> np.ndarray:
         raise InputError(f"{key!r} cannot be read as a plain array: {reason_of(error)}") from error
 
 
-def _strip_common_prefix(source: Source, expected: Iterable[str]) -> None:
-    """Takes away what all names begin with and the model's do not: `module.`, `model.`, ..."""
-    expected = {key.partition(".")[0] for key in expected}
-    while True:
-        first = {key.partition(".")[0] for key in source.tensors}
-        whole = all("." in key for key in source.tensors)
-        if not whole or len(first) != 1 or (name := first.pop()) in expected:
-            return
-        known = f"{name}." in PREFIXES
-        inner = {key.split(".")[1] for key in source.tensors}
-        if not known and not inner & expected:
-            return
-        cut = len(name) + 1
-        source.prefix += f"{name}."
-        source.tensors = {key[cut:]: array for key, array in source.tensors.items()}
-        source.dtypes = {key[cut:]: dtype for key, dtype in source.dtypes.items()}
+def _take_network(found: Source, wanted, head: str | None, key: str | None) -> None:
+    """Leaves a source the one network that is meant, under torchvision's names.
+
+    Raises:
+        InputError: Several fit, with other numbers.
+    """
+    shapes = found.shapes
+    networks = find_networks(shapes) if wanted is None else locate(shapes, wanted, head)
+    whole = [network for network in networks if not network.strange]
+    at_key = [network for network in whole if not network.prefix] if key is not None else []
+    fits = at_key[:1] or whole
+    different = [fits[0]] if fits else []
+    different += [n for n in fits[1:] if not _same_numbers(found.tensors, fits[0], n)]
+    if len(different) > 1:
+        raise InputError(several(found.label, found.key, found.prefix, different))
+    if fits:
+        network = fits[0]
+    else:  # what is most like it, for the message
+        like = _most_like(shapes, wanted or {})
+        prefix = like[0] if like else ""
+        own = {k[len(prefix) :]: k for k in shapes if k.startswith(prefix)}
+        others = tuple(k for k in shapes if not k.startswith(prefix))
+        network = Network(prefix, "torchvision", own, beside=others)
+        front = ".".join(part for part in (found.key, found.prefix[:-1]) if part)
+        found.rivals = tuple(f"{front}.{p}".strip(".") for p in like) if like[1:] else ()
+    names = network.names | {k[len(network.prefix) :]: k for k in network.near}
+    found.whole, found.network = bool(fits), network
+    found.prefix += network.prefix
+    found.beside = {name: shapes[name] for name in network.beside}
+    found.tensors = {ours: found.tensors[name] for ours, name in names.items()}
+    found.dtypes = {ours: found.dtypes[name] for ours, name in names.items()}
+
+
+def _same_numbers(tensors: Mapping[str, np.ndarray], one: Network, other: Network) -> bool:
+    """Whether two networks are one, which a module holds under two names."""
+    return one.names.keys() == other.names.keys() and all(
+        np.array_equal(tensors[one.names[k]], tensors[other.names[k]]) for k in one.names
+    )
+
+
+def _most_like(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> list[str]:
+    """The prefixes under which most of the wanted names stand."""
+    counts: collections.Counter[str] = collections.Counter()
+    for name in shapes:
+        at = 0
+        while at >= 0:
+            counts[name[:at]] += name[at:] in wanted
+            at = name.find(".", at) + 1 or -1
+    most = max(counts.values(), default=0)
+    return [prefix for prefix, count in counts.items() if count == most > 0]
+
+
+def several(label: str, key: str, prefix: str, networks: Iterable[Network]) -> str:
+    """The message where a file holds more than one network that is asked for."""
+    listed = []
+    for network in networks:
+        front = ".".join(part for part in (key, (prefix + network.prefix)[:-1]) if part)
+        what = f" ({network})" if network.variants else ""
+        listed.append(f"key={printable(front)!r}{what}")
+    shown = ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
+    return f"{label} holds {len(listed)} networks that fit; name one of {shown}."
 
 
 def to_json_text(value: dict[str, Any], path) -> str:

@@ -24,7 +24,7 @@ from keras_resnet.weights.mapping import (
     strides_of,
     weighted_layers,
 )
-from keras_resnet.weights.matching import Shape
+from keras_resnet.weights.matching import Shape, head_modules
 from keras_resnet.weights.sources import Source, own_head_of, read_source, to_json_text
 
 # --- Proof --------------------------------------------------------------------------------------
@@ -142,7 +142,8 @@ def verify(
     """
     if stride_on not in (None, "1x1", "3x3"):
         raise InputError(f"stride_on must be '1x1' or '3x3', not {stride_on!r}.")
-    found = read_source(source, key, expected_keys(model), info_of(model).get("variant"))
+    wanted, variant = expected_keys(model), info_of(model).get("variant")
+    found = read_source(source, key, wanted, own_head_of(model), variant)
     if stride_on is not None:
         found.strides, found.strides_from = stride_on, "as asked"
     own_head = (info_of(model).get("weights") or {}).get("head", "strict") != "strict"
@@ -277,12 +278,12 @@ def _test_images(model: keras.Model, image_size, raw: bool) -> np.ndarray:
 def _reference_state(found: Source, model: keras.Model, tensors) -> dict[str, np.ndarray]:
     """The source's entries that the model has too, with a head, which the reference insists on."""
     expected, own_head = expected_keys(model), own_head_of(model)
-    linear = [k for k, v in found.shapes.items() if len(v) == 2 and k.endswith(".weight")]
-    heads = {k.rpartition(".")[0] for k in linear}
+    heads = {k.rpartition(".")[0] for k, v in found.shapes.items()
+             if len(v) == 2 and k.endswith(".weight")} & {own_head, *head_modules()}  # fmt: skip
     state = {
         k: v for k, v in found.tensors.items() if k in expected or k.rpartition(".")[0] in heads
     }
-    if not linear and "stem" in tensors:
+    if not heads and "stem" in tensors:
         stages = [t for name, t in tensors.items() if re.match(r"layer|stage", name)]
         width = stages[-1].shape[3 if _channels_last(model) else 1]
         name = own_head if own_head in ("fc", "linear") else "fc"
