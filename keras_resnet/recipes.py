@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import textwrap
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ _CHOICES = {
     "policy": (None, "ta_wide", "ra"),
     "precision": ("fp32", "bf16", "fp16"),
     "normalization": ("imagenet", "half", "dataset"),
+    "sampler": (None, "balanced"),
 }
 
 
@@ -81,6 +83,9 @@ class Recipe:
         precision: `"fp32"`, `"bf16"` or `"fp16"` (mixed).
         patience: Stop after so many epochs without a better accuracy.
         val_split: Fraction held out where there is no `val/`; 0: none.
+        class_weights: How much each class counts in the loss: `"balanced"` (scikit-learn's
+            `n / (classes * images of the class)`), or `"ant=1,bee=20"`; others count 1.
+        sampler: `"balanced"` draws each class equally often, in epochs of unchanged length.
     """
 
     name: str
@@ -133,6 +138,9 @@ class Recipe:
     precision: str = "fp32"
     patience: int | None = None
     val_split: float = 0.2
+    # Younger than 0.1, as every further one: see `younger_fields`.
+    class_weights: str | dict[str, float] | None = None
+    sampler: str | None = None
 
     def __post_init__(self):
         get_spec(self.model)
@@ -164,6 +172,12 @@ class Recipe:
         if self.gradual and self.unfreeze is None:
             raise InputError(
                 f"gradual={self.gradual} needs a part to begin with: pass --unfreeze head."
+            )
+        object.__setattr__(self, "class_weights", _named_weights(self.class_weights))
+        if self.sampler and self.class_weights == "balanced":
+            raise InputError(
+                "sampler='balanced' and class_weights='balanced' both make up for uneven classes: "
+                "give one of them."
             )
         if self.warmup_epochs >= self.epochs:
             # A short trial of a long recipe: keep the warm-up's share.
@@ -199,6 +213,32 @@ class Recipe:
             lines.append(f"    {field.name:16} {value if value != () else '-'}{mark}")
         lines.append("  (* differs from the default)")
         return "\n".join(lines)
+
+
+def _named_weights(given: Any) -> str | dict[str, float] | None:
+    """`class_weights` as they are kept: `None`, `"balanced"` or numbers by name."""
+    if given is None or given == "balanced":
+        return given
+    try:
+        pairs = given
+        if isinstance(given, str):
+            pairs = [pair.rpartition("=")[::2] for pair in given.split(",")]
+        weights = {str(name).strip(): float(weight) for name, weight in dict(pairs).items()}
+    except (TypeError, ValueError):
+        weights = {}
+    if not weights or "" in weights or not all(0 < w < math.inf for w in weights.values()):
+        raise InputError(
+            "class_weights is 'balanced', or a number above 0 a class: 'ant=1,bee=20'. "
+            f"Received: {given!r}."
+        )
+    return weights
+
+
+def younger_fields() -> dict[str, Any]:
+    """The fields that 0.1 did not have, and their defaults: so a run is what it was then."""
+    fields = dataclasses.fields(Recipe)
+    last = [field.name for field in fields].index("val_split")
+    return {field.name: field.default for field in fields[last + 1 :]}
 
 
 _REFERENCES = "pytorch/vision references/classification"

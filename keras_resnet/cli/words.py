@@ -26,6 +26,7 @@ SAME = _pairs({
                     "--accumulate-grad-batches --grad-accum",
     "--batch-size": "--bs -b --batch-sz --batchsize --per-device-batch-size",
     "--class": "--class-name --target-class --target",
+    "--class-weights": "--class-weight",
     "--clip-norm": "--clip-grad --clip-grad-norm --grad-clip --max-grad-norm --gradient-clip-val",
     "--cutmix": "--cutmix-alpha",
     "--dropout": "--drop-rate --head-dropout",

@@ -418,33 +418,6 @@ def smooth_labels(labels: np.ndarray, smoothing: float) -> np.ndarray:
     return labels * np.float32(1.0 - smoothing) + np.float32(smoothing / labels.shape[-1])
 
 
-def repeated_augmentation(
-    order: np.ndarray, repeats: int = 3, replicas: int = 1, rank: int = 0
-) -> np.ndarray:
-    """The positions of an epoch with repeated augmentation (Hoffer et al. 2019, arXiv 1901.09335).
-
-    As torchvision's references/classification/sampler.py `RASampler`: every position `repeats`
-    times in a row, dealt out to the replicas, cut to the length of a plain epoch, which is rounded
-    down to a multiple of 256. Below 256 positions nothing is rounded, so that the epoch is not
-    empty.
-
-    Args:
-        order: the positions of a plain epoch, shuffled.
-        repeats: copies of each.
-        replicas: processes that share the epoch.
-        rank: which of them this is.
-
-    Returns:
-        Positions for this replica.
-    """
-    count = len(order)
-    share = math.ceil(count * repeats / replicas)
-    positions = np.repeat(order, repeats)
-    positions = np.concatenate([positions, positions[: share * replicas - len(positions)]])
-    kept = (count // 256 * 256 or count) // replicas
-    return positions[rank : share * replicas : replicas][:kept]
-
-
 def _bins(count: int) -> None:
     if not isinstance(count, int) or count < 2:
         raise InputError(f"num_magnitude_bins must be an int of at least 2. Received: {count!r}.")

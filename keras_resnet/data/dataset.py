@@ -23,10 +23,11 @@ import keras
 import numpy as np
 from PIL import Image
 
-from keras_resnet.data.augment import Mix, repeated_augmentation, smooth_labels
+from keras_resnet.data.augment import Mix, smooth_labels
 from keras_resnet.data.folders import Stream, generator, mixed_with, part_of
 from keras_resnet.data.items import Item, Source, taken
 from keras_resnet.data.labels import checked_labels, checked_mode, described, encoded, printed
+from keras_resnet.data.order import epoch_order
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.reading import ImageCache, ReadAhead, in_flight, load, stacked
 from keras_resnet.system.device import in_data_format
@@ -92,6 +93,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
         repeats: int = 1,
+        sampler: str | None = None,
         verify: bool = False,
         data_format: str = "channels_last",
     ) -> None:
@@ -104,10 +106,9 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         self.batched = batch_size is not None
         batch_size = whole("batch_size", batch_size, 1) if self.batched else 1
         whole("repeats", repeats, 1)
-        if seed is not None:
-            whole("seed", seed, 0)
-        if workers is not None:
-            whole("workers", workers, 0)
+        one_of("sampler", sampler, (None, "balanced"))
+        for name, value in (("seed", seed), ("workers", workers)):
+            whole(name, 0 if value is None else value, 0)
         between("label_smoothing", label_smoothing, 0, 1, ends="[)")
 
         lazy = isinstance(file_paths, Source)
@@ -117,11 +118,11 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         self.labels, self.class_names = checked_labels(labels, class_names, len(self.file_paths))
         self.preprocess = Preprocess() if preprocess is None else preprocess
         self.augment = augment
-        self.batch_size, self.shuffle = batch_size, bool(shuffle)
+        self.batch_size, self.shuffle = batch_size, bool(shuffle or sampler)
         self.seed = int(np.random.SeedSequence().entropy % 2**32 if seed is None else seed)
         self.cache = None if cache is None else os.fspath(cache)
         self.output, self.data_format = output, data_format
-        self.on_error, self.drop_last = on_error, drop_last
+        self.on_error, self.drop_last, self.sampler = on_error, drop_last, sampler
         self.label_smoothing, self.repeats = float(label_smoothing), int(repeats)
         self.mix = Mix(mixup, cutmix) if mixup or cutmix else None
         self.threads = default_threads() if workers is None else int(workers)
@@ -131,8 +132,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
 
         names = None if self.labels is None else self.class_names
         soft = self.mix is not None or self.label_smoothing > 0
-        self.label_mode = checked_mode(label_mode, names, soft)
-
+        self.label_mode = checked_mode(label_mode, names, soft, sampler)
         self._skipped: dict[str, str] = {}
         self._order: tuple[int, np.ndarray] | None = None
         self._begun = self._finished = self._iterated = False
@@ -218,11 +218,10 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         epoch, order = self.epoch, self._order
         if order is not None and order[0] == epoch:
             return order
-        positions = np.arange(self.num_samples)
-        if self.shuffle:
-            positions = generator(self.seed, Stream.ORDER, epoch).permutation(self.num_samples)
-        if self.repeats > 1:
-            positions = repeated_augmentation(positions, self.repeats)
+        positions = epoch_order(
+            self.num_samples, self.labels, generator(self.seed, Stream.ORDER, epoch),
+            shuffle=self.shuffle, sampler=self.sampler, repeats=self.repeats,
+        )  # fmt: skip
         self._order = (epoch, positions)
         return self._order
 
@@ -363,8 +362,9 @@ class ImageDataset(Shown, keras.utils.PyDataset):
     def _one(self, epoch: int, order: np.ndarray, position: int) -> tuple | None:
         """The image at a position of the epoch and where to erase it; None if unreadable."""
         sample = int(order[position])
-        # The copies of a repeated image stand in a row; each gets its own randomness.
-        rng = generator(self.seed, Stream.IMAGE, epoch, sample, position % self.repeats)
+        # Each copy of an image gets its own randomness; those of a repeated one stand in a row.
+        copy = position if self.sampler else position % self.repeats
+        rng = generator(self.seed, Stream.IMAGE, epoch, sample, copy)
         try:
             pixels = self._pixels(sample, rng)
         except (DataError, NotFoundError) as error:

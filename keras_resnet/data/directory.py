@@ -60,6 +60,7 @@ def image_dataset_from_directory(
     cutmix: float = 0.0,
     label_smoothing: float = 0.0,
     repeats: int = 1,
+    sampler: str | None = None,
     verify: bool = False,
 ) -> ImageDataset | tuple[ImageDataset, ImageDataset] | Any:
     """Reads a folder with one subfolder a class, with Keras' arguments and torchvision's pixels.
@@ -111,6 +112,7 @@ def image_dataset_from_directory(
         label_smoothing: 0 to 1; as mixing, it makes labels one-hot floats.
         repeats: repeated augmentation: each image that many times in a row, in an epoch of
             unchanged length.
+        sampler: `"balanced"` draws each class equally often, in epochs of unchanged length.
         verify: decode every file once now, and drop what cannot be read.
 
     Returns:
@@ -171,6 +173,7 @@ def image_dataset_from_directory(
         "cutmix": cutmix,
         "label_smoothing": label_smoothing,
         "repeats": repeats,
+        "sampler": sampler,
     }
 
     def part(indices: Any, arguments: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from keras_resnet.data.folders import Numbers, listed, plain_name
-from keras_resnet.system.errors import DataError, InputError
+from keras_resnet.system.errors import DataError, InputError, did_you_mean
 from keras_resnet.system.files import printable
 
 # What people call a column of labels, or of several an image; the first that is there is taken.
@@ -120,19 +120,22 @@ def check_one_label(labels: np.ndarray | None) -> None:
         )
 
 
-def checked_mode(mode: str | None, names: Sequence[str] | None, soft: bool) -> str | None:
+def checked_mode(
+    mode: str | None, names: Sequence[str] | None, soft: bool, sampler: str | None = None
+) -> str | None:
     """The form of the labels; mixed and smoothed ones (`soft`) are one-hot.
 
     Args:
         mode: What was asked for.
         names: Of the classes; None where there are no labels.
         soft: Whether labels are mixed or smoothed.
+        sampler: What asks for labels as well.
 
     Raises:
         InputError: The labels cannot have that form.
     """
-    if soft and names is None:
-        raise InputError("mixup, cutmix and label_smoothing need labels.")
+    if (soft or sampler) and names is None:
+        raise InputError("mixup, cutmix, label_smoothing and sampler need labels.")
     if soft and mode == "binary":
         raise InputError("label_mode='binary' cannot hold mixed or smoothed labels.")
     if mode == "binary" and names is not None and len(names) != 2:
@@ -152,6 +155,36 @@ def encoded(labels: np.ndarray, mode: str, classes: int) -> np.ndarray:
     if mode == "binary":
         return labels.astype(np.float32)[:, None]
     return labels
+
+
+def class_weights(
+    given: str | Mapping[str, float] | None, counts: Mapping[str, int]
+) -> list[float] | None:
+    """How much each class counts in the loss; `None` where all count alike.
+
+    Args:
+        given: `"balanced"`, scikit-learn's `n / (classes * count)`; or numbers by name.
+        counts: Training images of each class, in the order of the labels.
+
+    Raises:
+        InputError: A class that there is not.
+
+    Examples:
+        >>> class_weights("balanced", {"ant": 3, "bee": 1})
+        [0.6666666666666666, 2.0]
+    """
+    if given is None:
+        return None
+    if given == "balanced":
+        present = [count for count in counts.values() if count]
+        return [sum(present) / (len(present) * count or 1) for count in counts.values()]
+    named = {plain_name(name): weight for name, weight in dict(given).items()}
+    if unknown := sorted(set(named) - set(map(plain_name, counts))):
+        raise InputError(
+            f"class_weights has {unknown[0]!r}, and the classes are {listed(list(counts))}."
+            f"{did_you_mean(unknown[0], counts)}"
+        )
+    return [named.get(plain_name(name), 1.0) for name in counts]
 
 
 def described(dataset: Any) -> tuple[str, Sequence[str], list[tuple[str, int]]]:

@@ -112,6 +112,8 @@ class ScanReport(Shown):
                 continue
             ratio = self.imbalance[split]
             lines.append(f"{total} in {len(counts)} classes, largest / smallest {ratio:.3g}")
+            if ratio > 3 and split in ("", "train"):
+                lines[-1] += ": train with --class-weights balanced, or --sampler balanced"
             most = max(counts.values())
             rows = [
                 f"    {column(name or 'no label', 24)} {count:7}  {'#' * round(40 * count / most)}"
@@ -127,10 +129,7 @@ class ScanReport(Shown):
             if len(items) > 5:
                 lines.append(f"    ... and {len(items) - 5} more")
         lines.append(f"  {'turned by EXIF (ignored unless exif=True)':44} {self.rotated:6}")
-        for title, counts in (
-            ("formats", self.formats),
-            ("modes", self.modes),
-        ):
+        for title, counts in (("formats", self.formats), ("modes", self.modes)):
             if counts:
                 listed = ", ".join(f"{n} {name}" for name, n in counts.items())
                 lines.append(f"  {title:44} {listed}")

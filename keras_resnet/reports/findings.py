@@ -32,7 +32,9 @@ def findings(run: RunFacts) -> list[Finding]:
     found += _of_training(run)
     counts = [n for n in run.training_counts.values() if n]
     if counts and max(counts) > 3 * min(counts):
-        found.append(Finding("warn", "uneven_classes", {"times": max(counts) / min(counts)}))
+        used = next((k for k in ("class_weights", "sampler") if run.recipe.get(k)), None)
+        facts = {"times": max(counts) / min(counts), "balanced": used}
+        found.append(Finding("info" if used else "warn", "uneven_classes", facts))
     if run.all_skipped:
         found.append(Finding("warn", "skipped", {"count": len(run.all_skipped)}))
     return found

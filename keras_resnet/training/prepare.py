@@ -17,7 +17,7 @@ from keras_resnet.data import augment, transforms
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import stratified_split
 from keras_resnet.data.items import Source, absolute, taken
-from keras_resnet.data.labels import check_classes, check_one_label
+from keras_resnet.data.labels import check_classes, check_one_label, class_weights
 from keras_resnet.data.opening import Parts, find_parts, opened, place
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
 from keras_resnet.data.reading import constant_images, constant_line
@@ -129,9 +129,10 @@ def prepare_data(
         cutmix=recipe.cutmix,
         label_smoothing=recipe.label_smoothing,
         repeats=recipe.repeats,
+        sampler=recipe.sampler,
         **common,
     )
-    training.weights = getattr(training.file_paths, "weights", None)
+    training.weights = _image_weights(training, recipe)
     check_classes(training.class_counts, repr(place(source)))
     preprocess = evaluation_preprocess(recipe, eval_size, **options)
     if recipe.normalization == "dataset" and look:
@@ -158,6 +159,16 @@ def prepare_data(
         _fingerprint(training.file_paths, held_out),
         [line for line in notes if line],
     )
+
+
+def _image_weights(training: ImageDataset, recipe: Recipe) -> np.ndarray | None:
+    """What each image counts: as its table says, times the weight of its class."""
+    own = getattr(training.file_paths, "weights", None)
+    weights = class_weights(recipe.class_weights, training.class_counts)
+    if weights is None:
+        return own
+    of_class = np.asarray(weights, np.float32)[training.labels]
+    return of_class if own is None else of_class * own
 
 
 def _check_sizes(variant: str, **sizes: int) -> None:

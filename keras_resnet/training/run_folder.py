@@ -20,6 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_resnet.recipes import younger_fields
 from keras_resnet.system.device import sync
 from keras_resnet.system.errors import InputError, KerasResNetError, reason_of
 from keras_resnet.system.files import (
@@ -330,7 +331,9 @@ class Run:
 
 def fingerprint(config: dict[str, Any]) -> str:
     """A short hash of what makes two runs the same run."""
-    text = json.dumps(config, sort_keys=True, default=str)
+    young, recipe = younger_fields(), config["recipe"]
+    recipe = {k: v for k, v in recipe.items() if k not in young or v != young[k]}
+    text = json.dumps({**config, "recipe": recipe}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -343,6 +346,7 @@ def _changes(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, tupl
     before = json.loads(json.dumps(config, default=str))
     after = json.loads(json.dumps(identity, default=str))
     for one in (before, after):
+        one |= younger_fields()
         one |= {k: v for k, v in one.pop("recipe").items() if k not in ("source", "aim")}
     if "start" not in before and after["weights"] == "auto" and before.get("weights") is None:
         before["weights"] = "auto"

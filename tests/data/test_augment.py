@@ -15,9 +15,9 @@ from keras_resnet.data.augment import (
     Mix,
     RandAugment,
     TrivialAugmentWide,
-    repeated_augmentation,
     smooth_labels,
 )
+from keras_resnet.data.order import repeated_augmentation
 from keras_resnet.data.transforms import (
     ColorJitter,
     RandomCrop,

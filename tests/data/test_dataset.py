@@ -463,6 +463,31 @@ def test_repeats_give_different_crops_of_the_same_pictures(folder):
 
 
 @once
+def test_a_balanced_sampler_draws_each_class_as_often_and_depends_on_seed_and_epoch(folder):
+    def made(**more):
+        crop = Augment([RandomResizedCrop(8)])
+        return from_directory(
+            folder, batch_size=4, seed=3, augment=crop, sampler="balanced", **more
+        )
+
+    dataset = made()
+    order = [np.concatenate([batch.indices for batch in dataset.batches()])]
+    assert sorted(np.bincount(dataset.labels[order[0]])) == [6, 6, 7] and len(order[0]) == 19
+    ants = order[0][dataset.labels[order[0]] == 0]
+    assert len(set(ants)) == 5 < len(ants)  # all of them, before one comes again
+    images = np.concatenate([batch.images for batch in dataset.batches()])
+    assert len({image.tobytes() for image in images}) == 19  # no copy is cut alike
+    dataset.set_epoch(1)
+    order.append(np.concatenate([batch.indices for batch in dataset.batches()]))
+    again = made(workers=0)
+    again.set_epoch(1)
+    equal(epoch(again), epoch(dataset))
+    assert order[0].tolist() != order[1].tolist()
+    with pytest.raises(InputError, match="sampler need labels"):
+        from_directory(folder, labels=None, sampler="balanced")
+
+
+@once
 @pytest.mark.parametrize(
     "drop, sizes", [(False, [6, 6, 6, 1]), (True, [6, 6, 6]), ("auto", [6, 6, 6])]
 )

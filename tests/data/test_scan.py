@@ -120,6 +120,7 @@ def test_imbalance_and_folders_without_splits(folder):
         os.remove(folder / "train" / "bees" / f"{i}.png")
     report = scan(folder / "train")
     assert report.class_counts == {"": {"ants": 8, "bees": 2}} and report.imbalance == {"": 4}
+    assert "largest / smallest 4: train with --class-weights balanced" in str(report)
     assert scan(folder / "train" / "ants").class_counts == {"": {"": 8}}
 
 

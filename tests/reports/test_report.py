@@ -391,6 +391,17 @@ def test_wrong_kinds_of_results_cost_only_their_own_part(tmp_path, wrong):
 
 
 @pytest.mark.once
+def test_uneven_classes_are_said_with_what_was_done_about_them(tmp_path):
+    counts = {"train": {"ant": 40, "bee": 8, "cat": 8}}
+    text = page_of(kr.report(make_run(tmp_path / "plain", class_counts=counts))).text
+    assert "5.0 times as many" in text and "--class-weights balanced" in text
+    assert re.search(r"Images Trained on ant [\d.%]+ [\d.%]+ [\d.]+ \d+ 40 ", text)
+    recipe = {"name": "finetune", "model": "resnet20", "sampler": "balanced"}
+    run = make_run(tmp_path / "sampled", class_counts=counts, recipe=recipe)
+    assert "made up for by Sampler" in page_of(kr.report(run)).text
+
+
+@pytest.mark.once
 def test_every_rule_has_its_sentence():
     code = pathlib.Path(rules.__file__).read_text(encoding="utf-8")
     said = (pathlib.Path(rules.__file__).parent / "templates" / "sentences.html").read_text(

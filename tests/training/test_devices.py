@@ -52,6 +52,8 @@ EVERYTHING = {  # of the last batches, one image each, other processes have no p
     "val_split": 0.15,
     "epochs": 3,
     "mixup": 0.4,
+    "class_weights": "ant=3",
+    "sampler": "balanced",
     "cutmix": 0.3,
     "label_smoothing": 0.1,
     "random_erasing": 0.5,

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from keras_resnet.cli import main as cli
+from keras_resnet.data.labels import class_weights
 from keras_resnet.recipes import RECIPES, Recipe, get_recipe
 from keras_resnet.system.errors import InputError
 from keras_resnet.training.prepare import (
     _check_sizes,
     evaluation_preprocess,
     make_optimizer,
+    prepare_data,
     recipe_augment,
 )
 from keras_resnet.training.schedules import make_schedule
@@ -169,6 +171,10 @@ def test_every_field_of_a_recipe_is_an_option_of_the_command_line(capsys):
         ({"model": "resnet19"}, "Did you mean"),
         ({"optimizer": "rmsprop"}, "weight_decay"),
         ({"optimizer": "adamw", "backbone_rate": 0.1}, "backbone_rate"),
+        ({"class_weights": "ant=0"}, r"'ant=1,bee=20'. Received: 'ant=0'"),
+        ({"class_weights": "inverse"}, r"'ant=1,bee=20'. Received: 'inverse'"),
+        ({"sampler": "balance"}, "Did you mean 'balanced'"),
+        ({"class_weights": "balanced", "sampler": "balanced"}, "give one of them"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):
@@ -201,3 +207,42 @@ def test_adamw_spares_norms_and_biases_where_the_recipe_does():
         left = keras.ops.convert_to_numpy(variable) / before[variable.path]
         expected = 0.95 if variable.path.endswith("kernel") else 1.0
         np.testing.assert_allclose(left, expected, rtol=1e-6, err_msg=variable.path)
+
+
+@pytest.mark.once
+def test_class_weights_are_scikit_learns_or_those_given():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.repeat([0, 1, 2], [100, 5, 20])
+    counts = dict(zip(("ant", "bee", "cat"), np.bincount(labels).tolist(), strict=True))
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert class_weights("balanced", counts) == pytest.approx(expected.tolist())
+    given = get_recipe("finetune").with_options(class_weights="bee=20, cat=2").class_weights
+    assert class_weights(given, counts) == [1, 20, 2]
+    with pytest.raises(InputError, match="Did you mean 'bee'"):
+        class_weights({"bees": 2}, counts)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mixup", [0.0, 0.3])
+def test_class_weights_make_the_loss_torchs(mixup, rng):
+    torch = pytest.importorskip("torch")
+    labels, weights = np.array([0, 1, 1, 1, 0, 1]), [3.0, 0.5]
+    arrays = rng.integers(0, 256, (6, 8, 8, 3), np.uint8), labels, ["ant", "bee"]
+    recipe = get_recipe("cifar").with_options(
+        model="resnet_tiny", mixup=mixup, val_split=0, normalization="imagenet"
+    )
+    weighed = recipe.with_options(class_weights="ant=3,bee=0.5")
+    [(_, y)], [(_, same, counts)] = (
+        list(prepare_data(arrays, one, workers=0).train) for one in (recipe, weighed)
+    )
+    logits = torch.from_numpy(rng.normal(size=(6, 2)).astype("float32"))
+    torchs = torch.nn.functional.cross_entropy(
+        logits, torch.as_tensor(y).long() if y.ndim == 1 else torch.as_tensor(y),
+        torch.tensor(weights), reduction="none",
+    )  # fmt: skip
+    ours = torch.nn.functional.cross_entropy(
+        logits, torch.as_tensor(same).long() if y.ndim == 1 else torch.as_tensor(same),
+        reduction="none",
+    )  # fmt: skip
+    np.testing.assert_allclose(ours.numpy() * counts, torchs, rtol=1e-5)

@@ -44,6 +44,8 @@ OPTIONS = {
     "checkpoint_steps": 2,
     "dropout": 0.3,
     "mixup": 0.2,
+    "class_weights": {"ant": 2.0},
+    "sampler": "balanced",
     "ema": True,
     "ema_steps": 1,
     "learning_rate": 0.05,

@@ -260,7 +260,8 @@ def test_every_option_that_changes_the_step_runs(pictures, tmp_path):
         pictures, output=tmp_path, mixup=0.2, cutmix=1.0, label_smoothing=0.1, ema=True,
         ema_steps=1, accumulate=2, clip_norm=1.0, dropout=0.3, policy="ta_wide",
         random_erasing=0.5, color_jitter=0.1, repeats=2, crop="none", normalization="dataset",
-        backbone_rate=0.1, schedule="onecycle", precision="bf16", **{**TINY, "epochs": 1},
+        backbone_rate=0.1, schedule="onecycle", precision="bf16", class_weights={"bee": 3},
+        sampler="balanced", **{**TINY, "epochs": 1},
     )  # fmt: skip
     assert np.isfinite(result.history["loss"]).all()
     mean = result.model.info["preprocess"]["mean"]

@@ -1,0 +1,80 @@
+"""The order of an epoch: positions of its images, by a generator of random numbers alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def epoch_order(
+    count: int,
+    labels: np.ndarray | None,
+    rng: np.random.Generator,
+    *,
+    shuffle: bool = True,
+    sampler: str | None = None,
+    repeats: int = 1,
+) -> np.ndarray:
+    """The positions of an epoch's images, in the order in which they are fed.
+
+    Args:
+        count: Images of the dataset.
+        labels: One an image, for a sampler.
+        rng: Of this epoch.
+        shuffle: In a random order; as they lie otherwise.
+        sampler: `"balanced"`, or None for each image once.
+        repeats: Copies of an image in a row.
+    """
+    positions = rng.permutation(count) if shuffle else np.arange(count)
+    if sampler is not None and labels is not None:
+        positions = balanced_order(labels, rng)
+    return repeated_augmentation(positions, repeats) if repeats > 1 else positions
+
+
+def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Positions of an epoch of unchanged length, in which each class comes equally often.
+
+    No image comes again before all others of its class have come as often: of a large class an
+    epoch has a part, of a small one copies.
+
+    Examples:
+        >>> labels = np.array([0, 0, 0, 0, 0, 1])
+        >>> np.bincount(labels[balanced_order(labels, np.random.default_rng(0))]).tolist()
+        [3, 3]
+    """
+    present = rng.permutation(np.unique(labels))
+    share, rest = divmod(len(labels), len(present))
+    drawn: list[np.ndarray] = []
+    for place, label in enumerate(present):
+        members, wanted = np.flatnonzero(labels == label), share + (place < rest)
+        rounds = [rng.permutation(members) for _ in range(-(-wanted // len(members)))]
+        drawn.append(np.concatenate([members[:0], *rounds])[:wanted])
+    return rng.permutation(np.concatenate(drawn))
+
+
+def repeated_augmentation(
+    order: np.ndarray, repeats: int = 3, replicas: int = 1, rank: int = 0
+) -> np.ndarray:
+    """The positions of an epoch with repeated augmentation (Hoffer et al. 2019, arXiv 1901.09335).
+
+    As torchvision's references/classification/sampler.py `RASampler`: every position `repeats`
+    times in a row, dealt out to the replicas, cut to the length of a plain epoch, which is rounded
+    down to a multiple of 256. Below 256 positions nothing is rounded, so that the epoch is not
+    empty.
+
+    Args:
+        order: the positions of a plain epoch, shuffled.
+        repeats: copies of each.
+        replicas: processes that share the epoch.
+        rank: which of them this is.
+
+    Returns:
+        Positions for this replica.
+    """
+    count = len(order)
+    share = math.ceil(count * repeats / replicas)
+    positions = np.repeat(order, repeats)
+    positions = np.concatenate([positions, positions[: share * replicas - len(positions)]])
+    kept = (count // 256 * 256 or count) // replicas
+    return positions[rank : share * replicas : replicas][:kept]
