@@ -6,12 +6,15 @@ by 1e-4 of the largest, as in `verify`; bfloat16 has 8 bits and may by 5e-2; flo
 
 from __future__ import annotations
 
+import threading
+
 import keras
 import numpy as np
 import pytest
 from PIL import Image
 
 import keras_resnet as kr
+from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.runtimes.runner import KerasRunner
 from keras_resnet.system import device
 from keras_resnet.training.optimizers import SGD
@@ -31,6 +34,17 @@ def in_torch_order(images):
     import torch
 
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+@pytest.fixture(autouse=True)
+def float64_on_jax():
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture
@@ -122,3 +136,46 @@ def test_batches_get_there_as_they_are(rng):
     assert keras.backend.standardize_dtype(images.dtype) == "uint8"
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(images), pixels)
     assert device.fetch(keras.ops.convert_to_tensor(images)[0, 0, 0, 0])() == pixels[0, 0, 0, 0]
+
+
+def test_what_comes_from_the_host_is_sent(rng):
+    """As Keras does it: to a layer called by itself, and images given as a device's tensor."""
+    model = kr.create_model(
+        "resnet_tiny", num_classes=3, input_shape=(16, 16, 3), include_preprocessing=True
+    )
+    pixels = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+    preprocess = Preprocess(16, 16)
+    expected = kr.predict(model, pixels, preprocess=preprocess)
+    found = kr.predict(model, keras.ops.convert_to_tensor(pixels), preprocess=preprocess)
+    assert [p.classes for p in found] == [p.classes for p in expected]
+    if keras.backend.backend() == "torch":
+        import torch
+
+        maps = torch.ones(1, 16, 16, 3)
+        assert model.get_layer("conv1")(maps).device == keras.ops.zeros(()).device
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch writes it")
+def test_a_program_written_on_a_device_takes_any_batch(tmp_path, rng):
+    model = kr.create_model(
+        "resnet_tiny", num_classes=3, input_shape=(16, 16, 3), include_preprocessing=True
+    )
+    images = rng.integers(0, 256, (3, 16, 16, 3), np.uint8)
+    kr.export(model, tmp_path / "tiny.pt2", pictures=images)
+    runner = kr.open_runner(tmp_path / "tiny.pt2")
+    for count in (1, 3):
+        assert_close(runner.outputs(images[:count]), model.predict_on_batch(images[:count]))
+
+
+def test_answers_come_from_one_thread_each_device(rng):
+    """CuDNN chooses kernels anew in each thread, which took eight times as long as the batch."""
+    model = kr.create_model(
+        "resnet_tiny", num_classes=3, input_shape=(16, 16, 3), include_preprocessing=True
+    )
+    runner, threads, seen = KerasRunner(model), [], KerasRunner._begin
+    runner._begin = lambda images: threads.append(threading.get_ident()) or seen(runner, images)
+    batches = [rng.integers(0, 256, (2, 16, 16, 3), np.uint8) for _ in range(6)]
+    for _ in range(2):
+        found = list(runner.in_turn(runner.outputs, batches, 2))
+        assert len(found) == 6
+    assert len(set(threads)) == 1

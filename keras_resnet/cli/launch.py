@@ -115,5 +115,5 @@ def _count(devices: str) -> int:
     if devices == "all":
         return there or 1
     if there and int(devices) > there:
-        raise InputError(f"There are {there} CUDA devices here. Received: --devices {devices}.")
+        raise InputError(f"CUDA devices here: {there}. Received: --devices {devices}.")
     return int(devices)

@@ -21,10 +21,16 @@ def is_picture(source: Any) -> bool:
     return isinstance(source, kinds) or hasattr(source, "read")
 
 
+def as_array(source: Any) -> np.ndarray:
+    """Numbers as an array of NumPy's; torch's may lie on a GPU, or keep their gradient's graph."""
+    detach = getattr(source, "detach", None)
+    return np.asarray(source if detach is None else detach().cpu())
+
+
 def is_array(source: Any) -> bool:
     """Whether a source is an array or tensor of numbers, and not of paths."""
     is_one = hasattr(source, "__array__") and not is_picture(source)
-    return is_one and np.asarray(source).dtype.kind not in "OSU"
+    return is_one and as_array(source).dtype.kind not in "OSU"
 
 
 def whole_pixels(image: np.ndarray) -> np.ndarray:
@@ -71,7 +77,7 @@ class Arrays(Source):
         name: str = "image {}",
         place: str | None = None,
     ):
-        images = np.asarray(images)
+        images = as_array(images)
         if images.ndim and not len(images):
             raise InputError(f"There are no images. Received: an array of shape {images.shape}.")
         images = whole_pixels(images)
@@ -111,7 +117,7 @@ class Arrays(Source):
 def _values(labels: Any, count: int) -> tuple[list[Any], int]:
     """The label or labels of each image, and how many columns of 0 and 1 they stood in."""
     try:
-        found = np.asarray(labels)
+        found = as_array(labels)
     except ValueError:  # lists of several lengths
         found = np.fromiter(labels, object)
     rows = found.ndim == 2 and found.shape[1] > 1

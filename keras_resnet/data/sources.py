@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from keras_resnet.data.arrays import is_array, is_picture, whole_pixels
+from keras_resnet.data.arrays import as_array, is_array, is_picture, whole_pixels
 from keras_resnet.data.folders import flat_images
 from keras_resnet.data.items import Item, Source
 from keras_resnet.data.opening import is_source, opened
@@ -78,7 +78,7 @@ class Images:
 
     def _add_image(self, image: Any) -> None:
         if is_array(image):
-            image = whole_pixels(np.asarray(image))
+            image = whole_pixels(as_array(image))
         for one in image if getattr(image, "ndim", 0) == 4 else [image]:
             self.in_memory += 1
             path = getattr(one, "filename", None) or getattr(one, "name", None)

@@ -68,15 +68,21 @@ if BACKEND == "torch":
             return gradient.t().contiguous()
 
 
-def torch_kernel(kernel):
+def torch_kernel(variable, dtype):
     """A kernel `(height, width, in, out)` as torch names it, OIHW, and lies it best, channels-last.
 
     Variables are contiguous as they are, which much of torch asks of parameters (`LBFGS`,
     `parameters_to_vector`, safetensors): what the convolution wants is a copy, made at each call.
     """
-    height, width, channels, filters = kernel.shape
+    kernel = getattr(variable, "value", variable)
     if not is_plain(kernel):  # an exporter or a compiler copies as it likes
-        return kernel.permute(3, 2, 0, 1)
+        return torch_value(kernel, dtype).permute(3, 2, 0, 1)
+    if kernel.device.type != "cpu":
+        # A GPU copies any order fast, and waits where the processor takes long to start its
+        # kernels: one copy does all here, and its gradient is another.
+        return kernel.permute(3, 2, 0, 1).to(dtype, memory_format=torch.channels_last)
+    kernel = torch_value(kernel, dtype)
+    height, width, channels, filters = kernel.shape
     matrix = kernel.reshape(height * width * channels, filters)
     transposed = _Transposed.apply(matrix) if matrix.requires_grad else matrix.t().contiguous()
     return transposed.view(filters, height, width, channels).permute(0, 3, 1, 2)
@@ -141,17 +147,17 @@ class Conv2D(DirectCall, keras.layers.Conv2D):
         if not x.is_floating_point():
             x = x.to(TORCH_DTYPES[self.compute_dtype])
         dtype = x.dtype
-        kernel = torch_value(self.kernel, dtype)
         bias = None if self.bias is None else torch_value(self.bias, dtype)
         pad = self.pad
         if self.padding == "same":
             x, pad = self._same(x)
         patches = self._patches(x, pad)
         if patches is None:
-            kernel = torch_kernel(kernel)
+            kernel = torch_kernel(self.kernel, dtype)
             y = F.conv2d(x, kernel, bias, self.strides, pad, self.dilation_rate, self.groups)
         else:
-            y = patches.flatten(3).flatten(0, 2) @ kernel.reshape(-1, self.filters)
+            kernel = torch_value(self.kernel, dtype).reshape(-1, self.filters)
+            y = patches.flatten(3).flatten(0, 2) @ kernel
             y = y if bias is None else y + bias
             y = y.view(*patches.shape[:3], self.filters).permute(0, 3, 1, 2)
         # In place: the convolution's gradient needs its inputs, not its output.

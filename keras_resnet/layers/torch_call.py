@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 
 BACKEND = keras.backend.backend()
@@ -73,6 +75,12 @@ def in_stateless_scope() -> bool:
         return scope.original_scope is not None
 
 
+@functools.cache
+def _device_type() -> str:
+    """Where Keras computes. Within a `keras.device` of another kind Keras is always asked."""
+    return keras.ops.zeros(()).device.type
+
+
 class DirectCall:
     """On torch, skips `Layer.__call__` where it has nothing to do.
 
@@ -115,16 +123,17 @@ class DirectCall:
                 return False
         elif self._takes_training:  # inherited from the layer around this one, which Keras knows
             return False
-        dtype = TORCH_DTYPES.get(self.compute_dtype)
+        dtype, place = TORCH_DTYPES.get(self.compute_dtype), _device_type()
         for x in args[0] if type(args[0]) in (list, tuple) else args:
             if not (
                 isinstance(x, torch.Tensor)
                 and x.dtype is dtype
+                and x.device.type == place
                 and x.ndim == 4
                 and self._fits(x.shape)
                 and _mask_of(x) is None
             ):
-                return False  # Keras converts it, refuses it with a good message, or warns
+                return False  # Keras sends or converts it, refuses it with a good message, or warns
         return True
 
     def _fits(self, shape) -> bool:

@@ -409,7 +409,7 @@ class _FusedConvolution:
     def _fold(self, x) -> tuple[Any, Any, bool]:
         """`(kernel, bias, packed)` for inputs like `x`."""
         conv, norm = self._conv, self.norm
-        kernel = torch_kernel(conv.kernel.value)
+        kernel = torch_kernel(conv.kernel, conv.kernel.value.dtype)
         bias = None if conv.bias is None else conv.bias.value
         if norm is not None:
             scale, bias = (torch.from_numpy(v).to(kernel) for v in fold_norm(norm, bias))

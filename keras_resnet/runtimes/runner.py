@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import threading
@@ -222,29 +223,37 @@ class KerasRunner(Runner):
 
     def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
         images = in_data_format(images)
-        place = self._send.device  # a thread does not know what `keras.device` said in another
-        with contextlib.nullcontext() if place is None else keras.device(str(place)):
-            if self._apart:  # bytes as bytes: floats are made of them there
-                [images] = self._send((images,))
-                images = ops.convert_to_tensor(images)
-            # The weights as they are at the first batch, as in the folded twin of other backends.
-            with self._turn, going_on(self._call):
-                if self._normal and keras.backend.standardize_dtype(images.dtype) == "uint8":
-                    images = self._normal(images)
-                found = self._begin(images)
-        return np.asarray(found())
-
-    def _begin(self, images: Any) -> Callable[[], np.ndarray]:
-        """Begins to compute; on torch's CUDA device the next batch need not wait for this one."""
+        if self._apart:  # bytes as bytes: floats are made of them there
+            [images] = self._send((images,))
         if self._send.device is None:
-            outputs = self._model.predict_on_batch(images)
-            return lambda: outputs
-        self._model.make_predict_function()
-        return fetch(self._model.predict_function([(images,)]))
+            images = ops.convert_to_tensor(images) if self._apart else images
+            with self._turn:
+                return np.asarray(self._begin(images))
+        # Of what cuDNN found out about each convolution every thread keeps its own: one alone.
+        return _launcher().submit(self._begin, images).result()()
+
+    def _begin(self, images: Any) -> Any:
+        """The outputs; on torch's CUDA device a function that waits for them."""
+        place = self._send.device  # a thread does not know what `keras.device` said in another
+        # The weights as they are at the first batch, as in the folded twin of other backends.
+        with keras.device(str(place)) if place else contextlib.nullcontext(), going_on(self._call):
+            if self._normal and keras.backend.standardize_dtype(images.dtype) == "uint8":
+                images = self._normal(images)
+            if place is None:
+                return self._model.predict_on_batch(images)
+            self._send.wait()  # this thread's kernels
+            self._model.make_predict_function()
+            return fetch(self._model.predict_function([(images,)]))
 
     def _why_not_finite(self) -> str:
         wrong = weights_not_finite(self._model)
         return super()._why_not_finite() if wrong is None else f"{wrong} {OTHER_WEIGHTS}"
+
+
+@functools.cache
+def _launcher() -> ThreadPoolExecutor:
+    """The thread that starts the kernels on torch's CUDA device."""
+    return ThreadPoolExecutor(1, "keras_resnet-launch")
 
 
 def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:

@@ -18,7 +18,7 @@ import numpy as np
 from keras_resnet.models.image_model import ImageModel
 from keras_resnet.runtimes.formats import INPUT, check_backend, describe, input_size, pixels_held
 from keras_resnet.runtimes.rows import FORMATS
-from keras_resnet.system.device import without_source_paths
+from keras_resnet.system.device import devices, without_source_paths
 from keras_resnet.system.errors import InputError, reason_of
 
 
@@ -47,14 +47,16 @@ def write(
             f"{len(model.inputs)} and {len(model.outputs)}."
         )
     description = describe(model, batch_size)
-    model = in_float32(model)
     row, kind = FORMATS[name], FORMATS[name].runner
-    model = kind.prepare(model)
     batch = None if kind.fixes_batch else batch_size
     signature = keras.InputSpec(shape=(batch, *description["input"]["shape"][1:]), dtype="float32")
     signature.name = INPUT
+    # A program that torch traces on a GPU takes no other batches than the kernels of that GPU.
+    apart = keras.backend.backend() == "torch" and devices()[0] != "cpu"
+    place = keras.device("cpu") if apart else contextlib.nullcontext()
     try:
-        with _quiet(), without_source_paths():
+        with _quiet(), without_source_paths(), place:
+            model = kind.prepare(in_float32(model, copied=apart))
             model.export(
                 os.fspath(path),
                 format=row.keras_name,
@@ -73,17 +75,21 @@ def write(
     return description
 
 
-def in_float32(model: keras.Model) -> keras.Model:
+def in_float32(model: keras.Model, copied: bool = False) -> keras.Model:
     """The same network with every layer in float32; the model itself where it is so already.
 
     What runs exported files chooses its own precision, and Keras' ONNX exporter wants float32.
+
+    Args:
+        model: Any.
+        copied: A copy in any case, on the device on which Keras now computes.
     """
-    if all(layer.dtype_policy.name == "float32" for layer in all_layers(model)):
+    if not copied and all(layer.dtype_policy.name == "float32" for layer in all_layers(model)):
         return model
 
     def recast(layer):
         if isinstance(layer, keras.Model):
-            return in_float32(layer)
+            return in_float32(layer, copied)
         return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
 
     return clone(model, recast)

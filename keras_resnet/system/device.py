@@ -8,6 +8,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def environment() -> dict[str, str]:
         "driver": "no NVIDIA driver",
     }
     with contextlib.suppress(OSError):
-        facts["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        numbers = re.findall(r"\d+(?:\.\d+)+", first)  # the first is the driver's
+        facts["driver"] = numbers[0] if numbers else first
     cuda = cudnn = None
     if backend == "torch":
         import torch
@@ -307,10 +310,20 @@ class Sender:
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
             sent = tuple(locked(array).to(self.device, non_blocking=True) for array in batch)
-        current.wait_stream(self._stream)
+        self.wait()
         for tensor in sent:
             tensor.record_stream(current)  # its memory is not reused before the kernels are through
         return sent
+
+    def wait(self) -> None:
+        """Lets the kernels that are started from now on wait for what was sent; nobody else does.
+
+        A call does it for its own thread, which may have another stream than the one that computes.
+        """
+        if self._stream is not None:
+            import torch
+
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
 
 def fetch(value: Any) -> Callable[[], np.ndarray]:

@@ -285,6 +285,11 @@ def test_a_runner_of_ones_own_says_probabilities_as_before(pictures):
 # --- images in memory ----------------------------------------------------------------------------
 
 
+def with_gradient(pixels):
+    tensor = keras.ops.convert_to_tensor(pixels.astype("float32"))
+    return tensor.requires_grad_() if keras.backend.backend() == "torch" else tensor
+
+
 @pytest.mark.once
 def test_images_may_be_arrays_pillow_images_and_bytes(pictures, tmp_path):
     model = named(build())
@@ -297,6 +302,7 @@ def test_images_may_be_arrays_pillow_images_and_bytes(pictures, tmp_path):
         pixels.astype("float32"),  # as keras.utils.img_to_array gives it
         pixels.astype("int64"),
         keras.ops.convert_to_tensor(pixels),
+        with_gradient(pixels),
         Image.open(path),
         Image.fromarray(pixels),
         path.read_bytes(),
@@ -308,8 +314,8 @@ def test_images_may_be_arrays_pillow_images_and_bytes(pictures, tmp_path):
     found = kr.predict(model, [*given, path], batch_size=4, workers=1)
     for one in found:
         assert dict(one.classes) == pytest.approx(dict(expected), abs=1e-6)
-    assert [one.path for one in found[:5]] == [f"image {i}" for i in range(1, 6)]
-    assert found[5].path == found[-1].path == str(path)  # Pillow knows where it was opened
+    assert [one.path for one in found[:6]] == [f"image {i}" for i in range(1, 7)]
+    assert found[6].path == found[-1].path == str(path)  # Pillow knows where it was opened
     assert len(kr.predict(model, np.stack([pixels] * 3))) == 3
     broken = kr.predict(
         model, [b"no image", pixels, Image.open(io.BytesIO(path.read_bytes()[:200]))]

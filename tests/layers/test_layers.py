@@ -776,7 +776,7 @@ def test_what_torch_asks_of_parameters_holds(tmp_path, rng):
     kernel = torch.tensor(rng.normal(size=(3, 3, 2, 3)), requires_grad=True)
 
     def loss(kernel):
-        return F.conv2d(image, torch_kernel(kernel)).square().sum()
+        return F.conv2d(image, torch_kernel(kernel, kernel.dtype)).square().sum()
 
     assert torch.autograd.gradgradcheck(loss, (kernel,))
     many = torch.stack([kernel, kernel * 2]).detach()
