@@ -321,7 +321,8 @@ def _kind(hint: Any) -> dict[str, Any]:
     kinds = typing.get_args(hint) or (hint,)
     kind = next(t for t in kinds if isinstance(t, type) and t is not types.NoneType)
     words = {"none": None} if types.NoneType in kinds else {}
-    words |= {word: word for t in kinds for word in typing.get_args(t)}  # of a Literal
+    literals = [t for t in kinds if typing.get_origin(t) is typing.Literal]
+    words |= {word: word for t in literals for word in typing.get_args(t)}
 
     def parse(text: str):
         return words[text.lower()] if text.lower() in words else kind(text)
