@@ -26,6 +26,7 @@ from .data.transforms import (
     RandomResizedCrop as RandomResizedCrop,
 )
 from .inference.calibration import Calibration as Calibration, calibration as calibration
+from .inference.embed import Embeddings as Embeddings, embed as embed
 from .inference.evaluate import Evaluation as Evaluation, evaluate as evaluate
 from .inference.explain import (
     Explanation as Explanation,

@@ -139,6 +139,11 @@ COMMANDS = {
         arg("--output DIR=explained", "for the images", output_folder),
         _TOP, _WORKERS, _PIXELS, _COLUMNS,
     ], order=model_first),
+    "embed": Command(predicting.embed, "turn images into vectors: what a model's head sees", [
+        _KERAS_MODEL, _IMAGES,
+        arg("--output FILE=embeddings.npz", "or .parquet", written(".npz", ".parquet")),
+        _BATCH, _WORKERS, _PIXELS, _COLUMNS,
+    ], order=model_first),
     "serve": Command(predicting.serve, "a page to try a model on, and an HTTP endpoint", [
         arg("model MODEL", "a .keras file, a run folder, an exported file, or resnet18", model),
         arg("--host NAME=127.0.0.1", "where to listen"),

@@ -161,6 +161,13 @@ def explain(
     return 0 if written else 2
 
 
+def embed(model: str, paths: list[str], output: str, columns: str | None, **options: Any) -> None:
+    """Writes images as vectors."""
+    images = checks.pictures(paths, columns)
+    _say_backend()
+    print(f"{kr.embed(model, images, output=output, **options)}\nWritten: {printable(output)}")
+
+
 def serve(
     model: str, max_mb: float, max_megapixels: float, max_pictures: int, **options: Any
 ) -> None:

@@ -122,6 +122,7 @@ HINTS = _pairs({
 COMMANDS = _pairs({
     "convert": "import load-weights port torch2keras from-torch",
     "demo": "example quickstart try tutorial",
+    "embed": "embeddings features extract encode vectors",
     "evaluate": "test val validate validation score measure metrics accuracy benchmark",
     "explain": "gradcam grad-cam grad_cam cam heatmap saliency attention interpret",
     "export": "onnx quantize deploy compile tflite openvino",

@@ -81,11 +81,11 @@ def _read_ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _predicted(runner: Runner, batch: _Read, names: Sequence[str], top: int) -> list[Prediction]:
-    """The predictions of one batch."""
+def _computed(compute: Callable[[np.ndarray], np.ndarray], batch: _Read) -> _Read:
+    """A row of what is computed of the images of a batch, in place of each image's pixels."""
     found = [(path, one) for path, one in batch if not isinstance(one, str)]
     if not found:
-        return [Prediction(path, [], error) for path, error in batch]
+        return batch
     blank = np.zeros_like(found[0][1])
     for path, pixels in found:
         if pixels.shape != blank.shape:
@@ -93,27 +93,32 @@ def _predicted(runner: Runner, batch: _Read, names: Sequence[str], top: int) -> 
                 "Images of one batch must be of one size; give a Preprocess with a crop_size, or "
                 f"batch_size=1. Received: {blank.shape}, and {pixels.shape} of {path!r}."
             )
-    # An image that cannot be read leaves a black one, whose prediction is thrown away: batches of
-    # every size would each be compiled anew on jax.
+    # An image that cannot be read leaves a black one, whose row is thrown away: batches of every
+    # size would each be compiled anew on jax.
     images = np.stack([blank if isinstance(one, str) else one for _, one in batch])
-    return [
-        Prediction(path, [], one)
-        if isinstance(one, str)
-        else Prediction(path, most_probable(row, names, top))
-        for (path, one), row in zip(batch, runner.log_probabilities(images), strict=True)
-    ]
+    rows = zip(batch, compute(images), strict=True)
+    return [(path, one if isinstance(one, str) else row) for (path, one), row in rows]
 
 
-def _batches(
+def computed_rows(
     runner: Runner,
     paths: Iterable[str],
+    compute: Callable[[np.ndarray], np.ndarray],
     *,
-    top: int,
     batch_size: int,
     workers: int | None,
     prepared: tuple[Preprocess, str],
-) -> Iterator[list[Prediction]]:
-    """Predictions, a batch at a time; `prepared` is what `model_input` gives."""
+) -> Iterator[_Read]:
+    """What is computed of images, a batch at a time: each path, and its row or why there is none.
+
+    Args:
+        runner: Which takes the images.
+        paths: Of the images.
+        compute: A row an image of a batch of them.
+        batch_size: Images at a time.
+        workers: Threads that read images.
+        prepared: What `model_input` gives.
+    """
     preprocess = prepared[0]
     raw = runner.fed(*prepared) == "uint8"
 
@@ -127,12 +132,25 @@ def _batches(
     height, width, channels = preprocess.output_shape
     size = (height or 256) * (width or 256) * channels * (1 if raw else 4)
     threads = default_threads() if workers is None else workers
-    names = model_class_names(runner)
     batches = _read_ahead(paths, read, batch_size, threads, size)
-    return runner.in_turn(lambda batch: _predicted(runner, batch, names, top), batches, batch_size)
+    return runner.in_turn(lambda batch: _computed(compute, batch), batches, batch_size)
 
 
-def _images(sources: Sources | Images) -> Images:
+def _batches(
+    runner: Runner, paths: Iterable[str], *, top: int, **options: Any
+) -> Iterator[list[Prediction]]:
+    """Predictions, a batch at a time; options as `computed_rows` takes them."""
+    names = model_class_names(runner)
+    for batch in computed_rows(runner, paths, runner.log_probabilities, **options):
+        yield [
+            Prediction(path, [], row)
+            if isinstance(row, str)
+            else Prediction(path, most_probable(row, names, top))
+            for path, row in batch
+        ]
+
+
+def found_images(sources: Sources | Images) -> Images:
     """The images, with a line about other files in their folders."""
     images = sources if isinstance(sources, Images) else Images(sources)
     if images.unread:
@@ -177,7 +195,7 @@ def iter_predictions(
 ) -> Iterator[Prediction]:
     """As `predict`, one `Prediction` at a time in the order of the files, in flat memory."""
     _check(top, batch_size, workers)
-    images = _images(sources)
+    images = found_images(sources)
     runner = runner_for(model, images, engine, preprocess)
     prepared = model_input(runner, preprocess, pixels)
     batches = _batches(
@@ -360,7 +378,7 @@ def write_predictions(
     """
     _check(top, batch_size, workers)
     path = check_output(output)
-    images = _images(sources)
+    images = found_images(sources)
     for written in (path, errors_path(path)):
         check_apart(written, images.given)
     total = len(images)

@@ -1,13 +1,15 @@
-"""Feature maps of a network, for a detector or a U-Net."""
+"""Feature maps of a network, for a detector or a U-Net; and the vector behind them."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 
-from keras_resnet.models.image_model import as_functional
+from keras_resnet.models.image_model import ImageModel, as_functional
+from keras_resnet.models.meaning import node_of
 from keras_resnet.system.errors import InputError
 
 
@@ -46,6 +48,41 @@ def _feature_maps(model: keras.Model) -> dict[int, str]:
 
 # What follows the last feature map: pooled to a fixed size, or turned for the flattening.
 _NO_MAPS = (keras.layers.AdaptiveAveragePooling2D, keras.layers.Permute)
+
+
+def embedding_model(model: keras.Model) -> keras.Model:
+    """A model that gives what the head sees of an image: `(batch, features)`, weights shared.
+
+    Args:
+        model: A classifier; or one without a head, whose output it then is, pooled where it is a
+            feature map.
+
+    Examples:
+        >>> from keras_resnet import create_model
+        >>> embedding_model(create_model("resnet18")).output.shape
+        (None, 512)
+    """
+    model = as_functional(model)
+    output = tensor = model.outputs[0]
+    node = node_of(model, tensor)
+    while not node.is_input and not _weighs(node.operation):
+        tensor = node.input_tensors[0]
+        node = node_of(model, tensor)
+    if isinstance(node.operation, keras.layers.Dense):
+        output = node.input_tensors[0]
+    elif isinstance(node.operation, keras.Model):  # the head may be in there
+        output = embedding_model(node.operation)(node.input_tensors[0])
+    if len(output.shape) == 4:
+        output = keras.layers.GlobalAveragePooling2D()(output)
+    elif len(output.shape) != 2:
+        output = keras.layers.Flatten()(output)
+    info = getattr(model, "info", {})
+    return ImageModel(model.inputs[0], output, name=f"{model.name}_embedding", info=info)
+
+
+def _weighs(operation: Any) -> bool:
+    """Whether an operation has weights; a dropout has none but the state of its numbers."""
+    return any("seed" not in weight.path for weight in getattr(operation, "weights", ()))
 
 
 def _as_list(value) -> list:
