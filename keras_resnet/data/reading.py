@@ -152,8 +152,8 @@ def read(source: Source) -> tuple[str, Any]:
     name = repr(path)  # file names may hold newlines; one message stays one line
     with open_file(path) as file:
         try:
-            files_read.take(os.fstat(file.fileno()).st_size)
-            return name, file.read(_MOST_BYTES) or b""
+            files_read.take(size := os.fstat(file.fileno()).st_size)
+            return name, file.read(size or _MOST_BYTES) or b""  # Python makes room for so much
         except OSError as error:
             raise DataError(f"{name} cannot be read: {error.strerror}.") from error
         except MemoryError:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import keras
 
 BACKEND = keras.backend.backend()
@@ -75,12 +73,6 @@ def in_stateless_scope() -> bool:
         return scope.original_scope is not None
 
 
-@functools.cache
-def _device_type() -> str:
-    """Where Keras computes. Within a `keras.device` of another kind Keras is always asked."""
-    return keras.ops.zeros(()).device.type
-
-
 class DirectCall:
     """On torch, skips `Layer.__call__` where it has nothing to do.
 
@@ -105,7 +97,19 @@ class DirectCall:
             if not self._takes_training:
                 kwargs = {}
             return torch.nn.Module.__call__(self, *args, **kwargs)
+        if BACKEND == "torch":
+            args = keras.tree.map_structure(self._sent, args)
         return super().__call__(*args, **kwargs)
+
+    def _sent(self, x):
+        """A tensor where Keras computes, as its own operations send theirs."""
+        apart = isinstance(x, torch.Tensor) and is_plain(x) and self.built and not self._is_near(x)
+        return keras.ops.convert_to_tensor(x) if apart else x
+
+    def _is_near(self, x) -> bool:
+        """Whether it lies on the device of the weights."""
+        weights = getattr(self, "kernel" if hasattr(self, "kernel") else "moving_mean", None)
+        return weights is None or x.device == weights.value.device
 
     def forward(self, *args, **kwargs):
         """What `torch.nn.Module.__call__` runs between the hooks."""
@@ -123,14 +127,14 @@ class DirectCall:
                 return False
         elif self._takes_training:  # inherited from the layer around this one, which Keras knows
             return False
-        dtype, place = TORCH_DTYPES.get(self.compute_dtype), _device_type()
+        dtype = TORCH_DTYPES.get(self.compute_dtype)
         for x in args[0] if type(args[0]) in (list, tuple) else args:
             if not (
                 isinstance(x, torch.Tensor)
                 and x.dtype is dtype
-                and x.device.type == place
                 and x.ndim == 4
                 and self._fits(x.shape)
+                and self._is_near(x)
                 and _mask_of(x) is None
             ):
                 return False  # Keras sends or converts it, refuses it with a good message, or warns
