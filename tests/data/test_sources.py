@@ -105,7 +105,8 @@ def history(folder, tmp_path_factory):
     return train(folder, output=tmp_path_factory.mktemp("run"), **TINY)
 
 
-# One on every backend; the others differ from it in nothing that a backend sees.
+# Where images come from is nothing that a backend sees.
+@pytest.mark.long("tensorflow", "jax")
 @pytest.mark.parametrize(
     "kind", ["shards", *(pytest.param(kind, marks=once) for kind in MAKERS if kind != "shards")]
 )
