@@ -25,6 +25,7 @@ from .data.transforms import (
     RandomHorizontalFlip as RandomHorizontalFlip,
     RandomResizedCrop as RandomResizedCrop,
 )
+from .inference.calibrate import Calibrated as Calibrated, calibrate as calibrate
 from .inference.calibration import Calibration as Calibration, calibration as calibration
 from .inference.embed import Embeddings as Embeddings, embed as embed
 from .inference.evaluate import Evaluation as Evaluation, evaluate as evaluate

@@ -21,7 +21,9 @@ import sys
 
 from keras_resnet.system.process import BACKENDS, choose_backend, importing_keras, keras_json
 
-REGISTERING = ("layers", "models.image_model", "training.optimizers", "training.schedules")
+REGISTERING = (
+    "layers", "models.image_model", "training.metrics", "training.optimizers", "training.schedules",
+)  # fmt: skip
 
 
 def register_with_keras() -> None:

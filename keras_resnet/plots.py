@@ -191,21 +191,23 @@ def curves(history: Mapping[str, Sequence[float]], path: str | os.PathLike) -> P
         path: The image to write; its extension decides the format.
     """
     figure = Figure(figsize=(12, 4))
-    for axes, key in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
+    score = "average_precision" if "average_precision" in history else "accuracy"
+    for axes, key in zip(figure.subplots(1, 2), (score, "loss"), strict=True):
         train, val = (np.asarray(history.get(p + key, ()), float) for p in ("", "val_"))
         best = None
         if np.isfinite(val).any():
-            at = int(np.nanargmax(val) if key == "accuracy" else np.nanargmin(val))
+            at = int(np.nanargmin(val) if key == "loss" else np.nanargmax(val))
             best = (at + 1, float(val[at]))
         series = [(train, _TRAIN, DASHES[1]), (val, _VAL, DASHES[0])]
-        draw_lines(axes, series, percent=key == "accuracy", mark=best)
+        draw_lines(axes, series, percent=key != "loss", mark=best)
         both = zip(("Training", "Validation"), (train, val), strict=True)
         names = [name for name, values in both if np.isfinite(values).any()]
         if names:
             axes.legend(axes.lines[: len(names)], names, frameon=False, handlelength=3)
-        title = f"{' and '.join(names)} {key}".capitalize()
+        what = key.replace("_", " ")
+        title = f"{' and '.join(names)} {what}".capitalize()
         axes.set_title(title, loc="left", fontweight="bold", pad=12)
-        axes.set_ylabel(key.capitalize())
+        axes.set_ylabel(what.capitalize())
         axes.tick_params(length=0, labelcolor=_MUTED, pad=5)
         axes.spines[["left", "right", "top"]].set_visible(False)
         axes.grid(axis="y", alpha=0.35)

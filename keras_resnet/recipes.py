@@ -10,7 +10,10 @@ from typing import Any, Literal
 from keras_resnet.system.errors import InputError, between, did_you_mean, one_of, whole
 from keras_resnet.variants import get_spec
 
+TASKS = ("single-label", "binary", "multi-label")
+
 _CHOICES = {
+    "task": (None, *TASKS),
     "optimizer": ("sgd", "adam", "adamw", "rmsprop"),
     "schedule": ("constant", "step", "multistep", "cosine", "onecycle"),
     "schedule_per": ("epoch", "step"),
@@ -86,6 +89,11 @@ class Recipe:
         class_weights: How much each class counts in the loss: `"balanced"` (scikit-learn's
             `n / (classes * images of the class)`), or `"ant=1,bee=20"`; others count 1.
         sampler: `"balanced"` draws each class equally often, in epochs of unchanged length.
+        task: `"single-label"`, `"binary"` (one output, which speaks for the second of two classes)
+            or `"multi-label"` (each class for itself, yes or no); `None`: as the labels are.
+        focal: Gamma of the focal loss, which counts what is right already for less; 0: none.
+        calibrate: At the end measure on the validation images how sure the best model may be (see
+            `kr.calibrate`); thresholds of binary and multi-label models are chosen in any case.
     """
 
     name: str
@@ -141,6 +149,9 @@ class Recipe:
     # Younger than 0.1, as every further one: see `younger_fields`.
     class_weights: str | dict[str, float] | None = None
     sampler: str | None = None
+    task: str | None = None
+    focal: float = 0.0
+    calibrate: bool = False
 
     def __post_init__(self):
         get_spec(self.model)
@@ -157,7 +168,7 @@ class Recipe:
         between("val_split", self.val_split, 0, 1, ends="[)")
         for name in ("learning_rate", "backbone_rate"):
             between(name, getattr(self, name), 0, ends="(]")
-        for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "gradual"):
+        for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "gradual", "focal"):
             between(name, getattr(self, name), 0)
         if self.weight_decay and self.optimizer not in ("sgd", "adamw"):
             raise InputError(

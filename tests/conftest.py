@@ -58,9 +58,7 @@ def pytest_configure(config):
     if not _on_device(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config.addinivalue_line(
-        "markers",
-        "long(*backends): takes minutes (on those backends; on all where none is named), and runs "
-        "where KERAS_RESNET_LONG=1, as in `make test-long`",
+        "markers", "long: takes minutes; runs where KERAS_RESNET_LONG=1, as in `make test-long`"
     )
 
 
@@ -84,8 +82,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(absent)
         if "once" in item.keywords and os.environ["KERAS_BACKEND"] != "torch" and not on_device:
             item.add_marker(once)
-        markers = [] if os.environ.get("KERAS_RESNET_LONG") else item.iter_markers("long")
-        if any(not m.args or os.environ["KERAS_BACKEND"] in m.args for m in markers):
+        if "long" in item.keywords and not os.environ.get("KERAS_RESNET_LONG"):
             item.add_marker(long)
     # Files in the order in which `--no-loadscope-reorder` hands them out: pytest-xdist's own, most
     # tests first, leaves one process with all of the long ones at the end.

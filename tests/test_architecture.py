@@ -199,7 +199,6 @@ def first_words():
 
 
 @pytest.mark.slow
-@pytest.mark.long("tensorflow", "jax")
 def test_any_public_name_and_any_module_may_be_a_programs_first_word(backend):
     run = subprocess.run(
         [sys.executable, "-c", FIRST_WORDS, *first_words()], capture_output=True, text=True

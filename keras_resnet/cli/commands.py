@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 
 from keras_resnet.cli import files, models, predicting, training
 from keras_resnet.cli.checks import (
@@ -26,6 +27,7 @@ from keras_resnet.data.sources import Images
 from keras_resnet.recipes import RECIPES
 from keras_resnet.reports.run_files import check_run
 from keras_resnet.runtimes.rows import check_engine, get_format
+from keras_resnet.system.errors import between
 from keras_resnet.variants import get_spec
 from keras_resnet.weights.keras_files import find_keras_file, target_ending
 
@@ -121,6 +123,17 @@ COMMANDS = {
         arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
         _BATCH, _WORKERS, _STRICT, _ENGINE, _PIXELS, _TF32, *_SOURCE,
     ], order=model_first),
+    "calibrate": Command(predicting.calibrate, "measure how sure a model may be, and keep it", [
+        arg("model MODEL", "a .keras file or a run folder", keras_model),
+        arg("directory DIR", "images that it was not trained on; labelled, as for evaluate",
+            check_images, nargs="?"),
+        arg("--split", "which of them; val by default", choices=("test", "val", "train")),
+        arg("--output FILE", "in place of the model's own", written(".keras")),
+        arg("--no-temperature", "choose thresholds alone", action="store_false",
+            dest="temperature"),
+        arg("--remove", "take out what was measured"),
+        _BATCH, _WORKERS, _PIXELS, *_SOURCE,
+    ]),
     "predict": Command(predicting.predict, "classify images", [
         _MODEL, _IMAGES, _TOP,
         arg("--output FILE", "write .csv, .jsonl or .parquet as answers come, and print none; for "
@@ -129,6 +142,8 @@ COMMANDS = {
         arg("--csv FILE", "write a line per image; - for stdout", written(".csv", pipe=True)),
         arg("--json FILE", "write the same as JSON; - for stdout", written(".json", pipe=True)),
         arg("--plot FILE", "draw the images with their titles", written(*_FIGURE)),
+        arg("--min-confidence X=0", "answer 'unknown' where it is less sure",
+            functools.partial(between, "min_confidence", low=0, high=1)),
         _BATCH, _WORKERS, _ENGINE, _PIXELS, _TF32, _COLUMNS,
     ], order=model_first),
     "explain": Command(predicting.explain, "draw where a model looked, by Grad-CAM", [

@@ -36,7 +36,8 @@ _GROUPS = {
     "Sizes and crops": "crop crop_scale eval_size eval_resize resize_exact interpolation "
     "normalization",
     "Augmentation": "flip policy color_jitter random_erasing mixup cutmix label_smoothing repeats",
-    "Uneven classes": "class_weights sampler",
+    "What outputs say": "task calibrate",
+    "Uneven classes": "class_weights sampler focal",
     "Optimizer": "momentum nesterov norm_decay bias_decay clip_norm accumulate",
     "Schedule": "schedule_per step_size milestones gamma warmup_epochs warmup_decay",
     "Fine-tuning": "gradual backbone_rate freeze_norms dropout",

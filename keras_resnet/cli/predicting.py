@@ -15,6 +15,7 @@ from keras_resnet.data.opening import labelled, labelled_place
 from keras_resnet.data.sources import Images
 from keras_resnet.system.errors import InputError, require
 from keras_resnet.system.files import printable
+from keras_resnet.weights.keras_files import find_keras_file, write_info
 
 
 def _say_backend() -> None:
@@ -74,11 +75,17 @@ def predict(
     images = checks.pictures(paths, columns)
     with piped(csv, json) as stdout:
         runner = _open(model, engine, images)
+        from keras_resnet.inference.calibration import gives_answers
         from keras_resnet.inference.predict import predictions_text
         from keras_resnet.inference.prediction_files import PredictionTable
         from keras_resnet.models.files import model_class_names
 
-        table = PredictionTable(images, model_class_names(runner), options["top"])
+        table = PredictionTable(
+            images,
+            model_class_names(runner),
+            options["top"],
+            gives_answers(runner.meaning(), options["min_confidence"]),
+        )
         if stdout is None:
             print(table.header)
         kept, unreadable = [], 0
@@ -166,6 +173,24 @@ def embed(model: str, paths: list[str], output: str, columns: str | None, **opti
     images = checks.pictures(paths, columns)
     _say_backend()
     print(f"{kr.embed(model, images, output=output, **options)}\nWritten: {printable(output)}")
+
+
+def calibrate(
+    model: str, directory: str | None, remove: bool, output: str | None, columns: str | None,
+    label_regex: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Measures how sure a model may be, or forgets it."""
+    if (directory is None) != remove:
+        raise InputError("calibrate needs images that the model was not trained on, or --remove.")
+    file = find_keras_file(model)
+    written = output or file
+    if directory is None:
+        write_info(file, "calibration", None, output)
+    else:
+        images = checks.images(directory, columns, label_regex)
+        _say_backend()
+        print(kr.calibrate(file, images, output=output, **options))
+    print(f"Written: {printable(written)}")
 
 
 def serve(

@@ -95,6 +95,9 @@ HINTS = _pairs({
         "--val-dir --val-data --valid-dir --val-path --validation-dir --test-dir --test-data",
     "The classes are the folders of images: their number is no option.":
         "--num-classes --nc --n-classes --classes --class-names --labels",
+    "The loss is that of --task (single-label, binary or multi-label); --focal 2 makes it the "
+    "focal one.":
+        "--loss --criterion --loss-fn --bce --bce-loss --focal-loss --multilabel --multi-label",
     "--unfreeze head trains the head alone.":
         "--freeze --freeze-backbone --freeze-layers --freeze-epochs --feature-extract "
         "--feature-extraction --head-only --linear-probe",

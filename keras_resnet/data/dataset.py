@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.data.augment import Mix, smooth_labels
-from keras_resnet.data.folders import Stream, generator, mixed_with, part_of
+from keras_resnet.data.folders import Stream, flat, generator, mixed_with, part_of
 from keras_resnet.data.items import Item, Source, taken
 from keras_resnet.data.labels import checked_labels, checked_mode, described, encoded, printed
 from keras_resnet.data.order import epoch_order
@@ -58,7 +58,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
 
     Attributes:
         file_paths: all paths, in the order of the labels; or a `Source`, such as shards are.
-        labels: int32, aligned with `file_paths`; None where there are none.
+        labels: int32, aligned with `file_paths`, or tuples of several; None where there are none.
         class_names: the name of each label; None where there are none.
         class_counts: images of each class.
         weights: float32, what each image counts; if not None, batches have theirs as a third part.
@@ -99,7 +99,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
     ) -> None:
         """Arguments are those of `image_dataset_from_directory`."""
         one_of("data_format", data_format, ("channels_last", "channels_first"))
-        one_of("label_mode", label_mode, ("int", "categorical", "binary", None))
+        one_of("label_mode", label_mode, ("int", "categorical", "binary", "multi_hot", None))
         one_of("output", output, ("uint8", "float32", "pixels"))
         one_of("on_error", on_error, ("skip", "raise"))
         one_of("drop_last", drop_last, (False, True, "auto"))
@@ -132,7 +132,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
 
         names = None if self.labels is None else self.class_names
         soft = self.mix is not None or self.label_smoothing > 0
-        self.label_mode = checked_mode(label_mode, names, soft, sampler)
+        self.label_mode = checked_mode(label_mode, names, soft, sampler, self.labels)
         self._skipped: dict[str, str] = {}
         self._order: tuple[int, np.ndarray] | None = None
         self._begun = self._finished = self._iterated = False
@@ -174,7 +174,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         """Images of each class, by name."""
         if self.labels is None:
             return {}
-        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        counts = np.bincount(flat(self.labels), minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
 
     @property
@@ -356,7 +356,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             images, labels, samples = images[1:], labels[1:], samples[1:]
             weights = weights if weights is None else weights[1:]
         if self.label_smoothing:
-            labels = smooth_labels(labels, self.label_smoothing)
+            labels = smooth_labels(labels, self.label_smoothing, self.label_mode != "categorical")
         return Batch(images, labels if weights is None else (labels, weights), samples)
 
     def _one(self, epoch: int, order: np.ndarray, position: int) -> tuple | None:

@@ -259,6 +259,7 @@ def stratified_split(
     if isinstance(share, bool) or not 0 < share < 1:
         raise InputError(f"validation_split must lie between 0 and 1. Received: {share!r}.")
     labels = np.zeros(labels, np.int32) if isinstance(labels, int) else np.asarray(labels)
+    labels = rarest(labels)
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -451,6 +452,15 @@ def flat(labels: np.ndarray) -> np.ndarray:
     if labels.dtype == object:
         return np.asarray([label for of in labels for label in of or ()], np.int32)
     return labels[labels >= 0]
+
+
+def rarest(labels: np.ndarray) -> np.ndarray:
+    """A label an image: of several the rarest, and of none one behind all others."""
+    if labels.dtype != object:
+        return labels
+    counts = np.bincount(flat(labels))
+    found = [min(of, key=lambda label: counts[label], default=len(counts)) for of in labels]
+    return np.asarray(found, np.int32)
 
 
 def unlabelled(labels: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.data.folders import Numbers, listed, plain_name
+from keras_resnet.data.folders import Numbers, flat, listed, plain_name
 from keras_resnet.system.errors import DataError, InputError, did_you_mean
 from keras_resnet.system.files import printable
 
@@ -35,19 +35,21 @@ def checked_labels(
     if labels is None:
         return None, names
     labels = np.asarray(labels)
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+    several = labels.dtype == object and all(isinstance(of, tuple) for of in labels)
+    if labels.shape != (count,) or not (several or np.issubdtype(labels.dtype, np.integer)):
         raise InputError(
-            f"labels must be one int an image ({count}). Received: {labels.dtype} of shape "
-            f"{labels.shape}."
+            f"labels must be one int an image ({count}), or a tuple of such. Received: "
+            f"{labels.dtype} of shape {labels.shape}."
         )
+    least, most = (f(flat(labels), initial=0) for f in (np.min, np.max))
     if not names:
-        names = [str(i) for i in range(int(labels.max()) + 1)]
-    if labels.min() < 0 or labels.max() >= len(names):
+        names = [str(i) for i in range(int(most) + 1)]
+    if least < 0 or most >= len(names):
         raise InputError(
             f"labels must lie in 0..{len(names) - 1} (classes {listed(names)}). "
-            f"Received: {labels.min()}..{labels.max()}."
+            f"Received: {least}..{most}."
         )
-    return labels.astype(np.int32), names
+    return labels if several else labels.astype(np.int32), names
 
 
 def numbered(
@@ -111,47 +113,62 @@ def _several(value: Any) -> list[Any]:
     return [one for one in value if one is not None and str(one).strip()]
 
 
-def check_one_label(labels: np.ndarray | None) -> None:
-    """Raises DataError where images have several labels: classes that exclude each other."""
-    if labels is not None and labels.dtype == object:
-        raise DataError(
-            "The images have several labels, and a classifier needs one an image: its classes "
-            f"exclude each other. Received: {labels[:3].tolist()} as the first labels."
-        )
-
-
 def checked_mode(
-    mode: str | None, names: Sequence[str] | None, soft: bool, sampler: str | None = None
+    mode: str | None,
+    names: Sequence[str] | None,
+    soft: bool,
+    sampler: str | None = None,
+    labels: np.ndarray | None = None,
 ) -> str | None:
-    """The form of the labels; mixed and smoothed ones (`soft`) are one-hot.
+    """The form of the labels; mixed and smoothed ones (`soft`) are floats.
 
     Args:
         mode: What was asked for.
         names: Of the classes; None where there are no labels.
         soft: Whether labels are mixed or smoothed.
         sampler: What asks for labels as well.
+        labels: Of which an image may have several.
 
     Raises:
         InputError: The labels cannot have that form.
     """
     if (soft or sampler) and names is None:
         raise InputError("mixup, cutmix, label_smoothing and sampler need labels.")
-    if soft and mode == "binary":
-        raise InputError("label_mode='binary' cannot hold mixed or smoothed labels.")
+    if labels is not None and labels.dtype == object and mode is not None:
+        if mode in ("categorical", "binary"):
+            raise InputError(f"label_mode={mode!r} is for one label an image; there are several.")
+        return "multi_hot"
     if mode == "binary" and names is not None and len(names) != 2:
         raise InputError(
             f"With label_mode='binary' there must be exactly 2 classes. Received: {len(names)}: "
             f"{listed(names)}."
         )
-    return "categorical" if soft else mode
+    return "categorical" if soft and mode in ("int", None) else mode
+
+
+def multi_hot(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Labels, one an image or a tuple of several, as float32 0 and 1, `(n, classes)`.
+
+    Examples:
+        >>> multi_hot(np.fromiter([(0, 2), ()], object), 3).tolist()
+        [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    """
+    hot = np.zeros((len(labels), classes), np.float32)
+    several = labels.dtype == object
+    counts = np.asarray([len(of) for of in labels], int) if several else 1
+    hot[np.repeat(np.arange(len(labels)), counts), flat(labels)] = 1
+    return hot
+
+
+def joined(hits: np.ndarray, names: Sequence[str]) -> str:
+    """The classes of an image as a table's cell has them: `a|b`, and `|` for none."""
+    return "|".join(names[k] for k in np.flatnonzero(hits)) or "|"
 
 
 def encoded(labels: np.ndarray, mode: str, classes: int) -> np.ndarray:
-    """Labels `(n,)` as `"int"`, or float32: `"categorical"` (one-hot) or `"binary"` `(n, 1)`."""
-    if mode == "categorical":
-        one_hot = np.zeros((len(labels), classes), np.float32)
-        one_hot[np.arange(len(labels)), labels] = 1
-        return one_hot
+    """Labels as `"int"`, or float32: `"binary"` `(n, 1)`, `"categorical"` and `"multi_hot"`."""
+    if mode in ("categorical", "multi_hot"):
+        return multi_hot(labels, classes)
     if mode == "binary":
         return labels.astype(np.float32)[:, None]
     return labels

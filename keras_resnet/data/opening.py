@@ -28,7 +28,7 @@ from keras_resnet.data.folders import (
     unlabelled,
 )
 from keras_resnet.data.items import Files, Joined, Source
-from keras_resnet.data.labels import check_one_label, numbered
+from keras_resnet.data.labels import numbered
 from keras_resnet.data.rows import Rows, is_rows
 from keras_resnet.data.walk import unread_line, walk_pictures
 from keras_resnet.system.errors import DataError, InputError, NotFoundError
@@ -308,8 +308,14 @@ def labelled(data: Any, split: str | None = None) -> tuple[Sequence[str], np.nda
     if not isinstance(source, Source):
         return find_pictures(split_folder(source, split))
     part = _part(source, split)
-    check_one_label(part.labels)
     return part, part.labels, part.class_names  # type: ignore[return-value]
+
+
+def first_split(data: Any, order: Sequence[str]) -> str | None:
+    """The first of several parts that there is; `None` where there are no parts."""
+    source = opened(data)
+    there = source.parts() if isinstance(source, Source) else split_folders(source)
+    return next((kind for kind in order if kind in there), None)
 
 
 def _part(source: Source, split: str | None) -> Source:

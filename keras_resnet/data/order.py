@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from keras_resnet.data.folders import rarest
+
 
 def epoch_order(
     count: int,
@@ -43,6 +45,7 @@ def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         >>> np.bincount(labels[balanced_order(labels, np.random.default_rng(0))]).tolist()
         [3, 3]
     """
+    labels = rarest(labels)
     present = rng.permutation(np.unique(labels))
     share, rest = divmod(len(labels), len(present))
     drawn: list[np.ndarray] = []

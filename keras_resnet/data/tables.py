@@ -8,7 +8,7 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,9 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
         raise DataError(f"The table {path!r} is empty.")
     used = _columns(path, table, {k: v for k, v in (columns or {}).items() if k != "separator"})
     note = ", ".join(f"{part} from {column!r}" for part, column in used.items())
-    unused = [name for name in table if str(name).lower() == "fold"]
+    hot = {} if "label" in used else _hot_columns(table, set(used.values()))
+    note += f", labels from {len(hot)} columns of 0 and 1" if hot else ""
+    unused = [name for name in table if str(name).lower() == "fold" and name not in hot]
     notes = [f"Columns: {note}{f'; not used: {listed(unused)}' if unused else ''}."]
     values = {part: table[column] for part, column in used.items()}
     if not values["path"]:
@@ -66,6 +68,12 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
     if "label" in values:
         names = _hub_names(path, used["label"])
         facts |= _labels(path, values["label"], facts.get("splits"), (columns or {}), names)
+    elif hot:
+        rows = list(zip(*hot.values(), strict=True))
+        found = [None if None in row else tuple(np.flatnonzero(row).tolist()) for row in rows]
+        one = all(of is not None and len(of) == 1 for of in found)
+        labels = np.ravel(found).astype(np.int32) if one else np.fromiter(found, object)
+        facts |= {"labels": labels, "class_names": list(hot)}
     if "weight" in values:
         facts["weights"] = _weights(path, values["weight"])
     if isinstance(values["path"], Source):
@@ -114,6 +122,18 @@ def _labels(
     if len(where):
         raise DataError(f"Row {where[0] + 1:,} of {path!r} has no label.")
     return {"labels": labels, "class_names": names}
+
+
+def _hot_columns(table: Mapping[str, Any], used: Set[str]) -> dict[str, list[int | None]]:
+    """The columns of 0 and 1, one a label; none where it is one alone, which may be anything."""
+    cells = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1}
+    found = {}
+    for name, column in table.items():
+        if name not in used and not isinstance(column, Source):
+            texts = ["" if cell is None or cell != cell else str(cell).strip() for cell in column]
+            if set(texts) & {*cells} and set(texts) <= {*cells, ""}:
+                found[str(name)] = [cells.get(text) for text in texts]
+    return found if len(found) > 1 else {}
 
 
 def _label(path: str, row: int, value: Any, apart: str) -> Any:

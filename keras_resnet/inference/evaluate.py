@@ -14,10 +14,12 @@ import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import Batch, ImageDataset
-from keras_resnet.data.folders import labels_by_name
+from keras_resnet.data.folders import labels_by_name, unlabelled
 from keras_resnet.data.items import Source
+from keras_resnet.data.labels import joined, multi_hot
 from keras_resnet.data.opening import labelled
 from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.inference.calibration import calibration
 from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.models.meaning import Meaning
 from keras_resnet.runtimes.runner import Runner
@@ -46,16 +48,23 @@ class Evaluation(Shown):
 
     Attributes:
         loss: Mean cross-entropy, nats; of a multi-label model the mean binary one.
-        top1: Fraction of images whose predicted class is the true one.
+        top1: Fraction of images whose predicted class is the true one; of a multi-label model that
+            of the images all of whose labels are right.
         top5: Fraction whose true class is among the five most probable; `None` for five classes or
             fewer, where it says nothing.
         count: Images evaluated.
         class_names: Names in the order of the model's outputs.
-        per_class: A dict a class that occurs: `name`, `precision`, `recall`, `f1`, `count`.
-        confusion: Counts, `(classes, classes)`, rows are true classes.
+        per_class: A dict a class that occurs: `name`, `precision`, `recall`, `f1`, `count`; where
+            `scores` are, also `average_precision`, `auc` and `threshold`.
+        confusion: Counts, `(classes, classes)`, rows are true classes; `None` of several labels.
         rows: A dict an image: `path`, `true`, `predicted`, `probability` (of the predicted
-            class), `true_probability`.
+            class), `true_probability`. Several labels have `|` between, none is `|`, and their
+            probability is that of all yes and no together, the classes taken as independent.
         skipped: `(path, reason)` of images that could not be read.
+        task: What the model says: `"single-label"`, `"binary"` or `"multi-label"`.
+        scores: Of the two latter scikit-learn's `average_precision`, `auc` and `f1`: the means
+            over the classes that occur, `micro_f1`, and of a binary model those of its second
+            class.
     """
 
     loss: float
@@ -64,12 +73,36 @@ class Evaluation(Shown):
     count: int
     class_names: list[str]
     per_class: list[dict[str, Any]]
-    confusion: np.ndarray
+    confusion: np.ndarray | None
     rows: list[dict[str, Any]]
     skipped: list[tuple[str, str]]
+    task: str = "single-label"
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def headline(self) -> tuple[str, float]:
+        """What the task is measured by first, and the number."""
+        if self.task == "multi-label":
+            return "mean average precision", self.scores["average_precision"]
+        return "top-1", self.top1
+
+    @property
+    def calibration_error(self) -> float:
+        """How far the probabilities of the answers are from how often these are right."""
+        right = [row["true"] == row["predicted"] for row in self.rows]
+        return calibration(np.clip([row["probability"] for row in self.rows], 0, 1), right).error
+
+    def _measures(self) -> str:
+        word, value = self.headline
+        parts = [f"{word} {value:.2%}"]
+        parts += [] if self.top5 is None else [f"top-5 {self.top5:.2%}"]
+        if self.task == "multi-label":
+            parts += [f"F1 {self.scores['f1']:.3f}", f"all labels right {self.top1:.2%}"]
+        elif self.scores:
+            parts += [f"AUC {self.scores['auc']:.3f}", f"F1 {self.scores['f1']:.3f}"]
+        return ", ".join([*parts, f"loss {self.loss:.4f}"])
 
     def _shown(self):
-        top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
         skipped = f", {len(self.skipped):,} unreadable" if self.skipped else ""
         numbers = ("precision", "recall", "f1")
         rows = [
@@ -77,37 +110,39 @@ class Evaluation(Shown):
             for row in self.per_class
         ]
         return (
-            f"{self.count:,} images, top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f}{skipped}",
+            f"{self.count:,} images, {self._measures()}{skipped}",
             ("Class", "Precision", "Recall", "F1", "Count"),
             rows,
         )
 
     def __str__(self) -> str:
-        top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
-        lines = [f"{self.count:,} images: top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f}", ""]
+        lines = [f"{self.count:,} images: {self._measures()}", ""]
         shown = self.per_class
         if len(shown) > _ROWS:
             shown = sorted(shown, key=lambda row: row["f1"])[:_WORST]
         width = max([5, *(text_width(shortened(row["name"], 40)) for row in shown)])
-        lines.append(f"{'Class':{width}}  Precision  Recall      F1   Count")
+        more = "  Av. precision     AUC  Threshold" if self.scores else ""
+        lines.append(f"{'Class':{width}}  Precision  Recall      F1   Count{more}")
         lines += [
             f"{column(row['name'], width)}  {row['precision']:9.3f}  {row['recall']:6.3f}"
             f"  {row['f1']:6.3f}  {row['count']:6d}"
+            + (f"  {row['average_precision']:13.3f}  {row['auc']:6.3f}  {row['threshold']:9.3f}"
+               if more else "")
             for row in shown
-        ]
+        ]  # fmt: skip
         if len(shown) < len(self.per_class):
             lines += [
                 f"These {len(shown)} of {len(self.per_class):,} classes have the lowest F1; "
                 "`per_class` and evaluation.json have all.",
-                "",
-                "The most frequent mistakes:",
             ]
-            lines += [
-                f"  {shortened(true, 40)} taken for {shortened(taken, 40)}: {n:,} ({part:.0%})"
-                for true, taken, n, part in plots.frequent_mistakes(
-                    self.confusion, self.class_names, 5
-                )
-            ]
+            if self.confusion is not None:
+                lines += ["", "The most frequent mistakes:"]
+                lines += [
+                    f"  {shortened(true, 40)} taken for {shortened(taken, 40)}: {n:,} ({part:.0%})"
+                    for true, taken, n, part in plots.frequent_mistakes(
+                        self.confusion, self.class_names, 5
+                    )
+                ]
         if self.skipped:
             lines += ["", f"Skipped {len(self.skipped)} unreadable images:"]
             lines += [f"  {printable(reason)}" for _, reason in self.skipped[:10]]
@@ -122,8 +157,9 @@ class Evaluation(Shown):
             "count": self.count,
             "class_names": self.class_names,
             "per_class": self.per_class,
-            "confusion": self.confusion.tolist(),
+            "confusion": None if self.confusion is None else self.confusion.tolist(),
             "skipped": [list(item) for item in self.skipped],
+            **({"task": self.task, "scores": self.scores} if self.scores else {}),
         }
 
     def to_csv(self) -> str:
@@ -145,9 +181,10 @@ class Evaluation(Shown):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{prefix}evaluation.json", self.to_dict())
         write_text(folder / f"{prefix}predictions.csv", self.to_csv())
-        plots.confusion_matrix(
-            self.confusion, self.class_names, folder / f"{prefix}confusion_matrix.png"
-        )
+        if self.confusion is not None:
+            plots.confusion_matrix(
+                self.confusion, self.class_names, folder / f"{prefix}confusion_matrix.png"
+            )
 
 
 def evaluate(
@@ -191,6 +228,15 @@ def evaluate(
         DataError: A folder without images, or, if strict, an image that cannot be read.
         NotFoundError: A path does not exist.
     """
+    result = measured(*answers_of(model, data, batch_size, workers, split, preprocess, strict,
+                                  engine, pixels))  # fmt: skip
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def answers_of(model, data, batch_size, workers, split, preprocess, strict, engine, pixels):
+    """What `measured` takes; arguments are those of `evaluate`."""
     if isinstance(data, ImageDataset):
         paths, labels, found = data.file_paths, data.labels, data.class_names
         preprocess = data.preprocess
@@ -229,11 +275,14 @@ def evaluate(
         reason = dataset.skipped[0][1]
         raise DataError(f"None of the {dataset.num_samples} images can be read: {reason}")
     logs, kept = np.concatenate(logs), np.concatenate(kept)
-    paths = [dataset.file_paths[i] for i in kept]
-    result = _measure(runner.meaning(), logs, true[kept], paths, names, dataset.skipped)
-    if output is not None:
-        result.save(output)
-    return result
+    paths, hits = [dataset.file_paths[i] for i in kept], multi_hot(true[kept], len(names)) > 0
+    meaning = runner.meaning()
+    if meaning.task != "multi-label" and (hits.sum(axis=1) != 1).any():
+        raise InputError(
+            f"The images have several labels, and {printable(runner.model_name)!r} is a "
+            f"{meaning.task} model, which says one an image."
+        )
+    return meaning, logs, hits, paths, names, dataset.skipped
 
 
 def _readable(dataset: ImageDataset) -> Iterator[Batch]:
@@ -249,7 +298,7 @@ def _by_name(
     runner: Runner, names: list[str], labels, found: list[str], what: str
 ) -> tuple[list[str], np.ndarray]:
     """The names of the model's classes, and labels by them."""
-    if labels is None:
+    if labels is None or unlabelled(labels).any():
         raise InputError("evaluate needs labels: the dataset has none.")
     if not runner.info.get("class_names") and len(found) == len(names):
         return list(found), np.asarray(labels)  # trained on a folder's classes, in their order
@@ -268,46 +317,76 @@ def _check_dataset(runner: Runner, dataset: ImageDataset, pixels: str | None) ->
         )
 
 
-def _measure(meaning: Meaning, logs, true, paths, names, skipped) -> Evaluation:
+def measured(meaning: Meaning, logs, hits, paths, names, skipped) -> Evaluation:
+    """Compares answers with the classes that images have, bool `(n, classes)`."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    classes = np.arange(len(names))
-    predicted = logs.argmax(axis=1)
+    classes, several = np.arange(len(names)), meaning.task == "multi-label"
+    said = meaning.answers(logs)
+    true, predicted = (hits, said) if several else (hits.argmax(axis=1), said.argmax(axis=1))
     precision, recall, f1, support = precision_recall_fscore_support(
         true, predicted, labels=classes, zero_division=0.0
     )
     top5 = None
-    if len(names) > 5:
+    if len(names) > 5 and not several:
         best = np.argpartition(-logs, 5, axis=1)[:, :5]
         top5 = float((best == true[:, None]).any(axis=1).mean())
+    both = [np.exp(meaning.log_confidence(logs, of)).tolist() for of in (said, hits)]
     rows = [
         {
             "path": path,
-            "true": names[t],
-            "predicted": names[p],
-            "probability": float(np.exp(log[p])),
-            "true_probability": float(np.exp(log[t])),
+            "true": joined(t, names),
+            "predicted": joined(p, names),
+            "probability": probability,
+            "true_probability": of_true,
         }
-        for path, t, p, log in zip(paths, true, predicted, logs, strict=True)
+        for path, t, p, probability, of_true in zip(paths, hits, said, *both, strict=True)
     ]
-    occurring = [i for i in classes if support[i] or (predicted == i).any()]
+    per_class = [
+        {
+            "name": names[i],
+            "precision": float(precision[i]),
+            "recall": float(recall[i]),
+            "f1": float(f1[i]),
+            "count": int(support[i]),
+        }
+        for i in classes
+    ]
+    scores = {} if meaning.task == "single-label" else _scores(meaning, logs, hits, per_class)
     return Evaluation(
-        loss=float(meaning.losses(logs, true).mean()),
-        top1=float((predicted == true).mean()),
+        loss=float(meaning.losses(logs, hits).mean()),
+        top1=float((hits == said).all(axis=1).mean()),
         top5=top5,
         count=len(true),
         class_names=list(names),
-        per_class=[
-            {
-                "name": names[i],
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "count": int(support[i]),
-            }
-            for i in occurring
-        ],
-        confusion=confusion_matrix(true, predicted, labels=classes),
+        per_class=[per_class[i] for i in classes if support[i] or said[:, i].any()],
+        confusion=None if several else confusion_matrix(true, predicted, labels=classes),
         rows=rows,
         skipped=skipped,
+        task=meaning.task,
+        scores=scores,
     )
+
+
+def _scores(meaning: Meaning, logs, hits, per_class: list[dict[str, Any]]) -> dict[str, float]:
+    """scikit-learn's measures of each class for itself, added to its row, and of all of them."""
+    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+    binary = meaning.task == "binary"
+    thresholds = meaning.thresholds or (0.5,) * (1 if binary else len(per_class))
+    if binary:
+        thresholds = 1 - thresholds[0], thresholds[0]
+    for i, row in enumerate(per_class):
+        true, both = hits[:, i], 0 < hits[:, i].sum() < len(hits)
+        row["average_precision"] = float(average_precision_score(true, logs[:, i]) if true.any()
+                                         else np.nan)  # fmt: skip
+        row["auc"] = float(roc_auc_score(true, logs[:, i])) if both else np.nan
+        row["threshold"] = float(thresholds[i])
+    if binary:
+        return {name: per_class[1][name] for name in ("average_precision", "auc", "f1")}
+    found = {}
+    for name in ("average_precision", "auc", "f1"):
+        values = [row[name] for row in per_class if row["count"] and np.isfinite(row[name])]
+        found[name] = float(np.mean(values)) if values else np.nan
+    said = meaning.answers(logs)
+    return found | {"micro_f1": float(f1_score(hits, said, average="micro", zero_division=0.0))}

@@ -25,6 +25,7 @@ import numpy as np
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images, Sources
 from keras_resnet.data.walk import unread_line
+from keras_resnet.inference.calibration import answer_of, gives_answers
 from keras_resnet.inference.prediction_files import (
     Prediction,
     PredictionWriter,
@@ -37,7 +38,7 @@ from keras_resnet.inference.prediction_files import (
 from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
-from keras_resnet.system.errors import DataError, InputError, NotFoundError, whole
+from keras_resnet.system.errors import DataError, InputError, NotFoundError, between, whole
 from keras_resnet.system.files import check_apart, printable, to_json, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.progress import Progress
@@ -137,15 +138,17 @@ def computed_rows(
 
 
 def _batches(
-    runner: Runner, paths: Iterable[str], *, top: int, **options: Any
+    runner: Runner, paths: Iterable[str], *, top: int, least: float, **options: Any
 ) -> Iterator[list[Prediction]]:
     """Predictions, a batch at a time; options as `computed_rows` takes them."""
-    names = model_class_names(runner)
+    names, meaning = model_class_names(runner), runner.meaning()
     for batch in computed_rows(runner, paths, runner.log_probabilities, **options):
         yield [
             Prediction(path, [], row)
             if isinstance(row, str)
-            else Prediction(path, most_probable(row, names, top))
+            else Prediction(
+                path, most_probable(row, names, top), None, answer_of(meaning, row, names, least)
+            )
             for path, row in batch
         ]
 
@@ -192,6 +195,7 @@ def iter_predictions(
     preprocess: Preprocess | None = None,
     engine: str = "auto",
     pixels: str | None = None,
+    min_confidence: float = 0.0,
 ) -> Iterator[Prediction]:
     """As `predict`, one `Prediction` at a time in the order of the files, in flat memory."""
     _check(top, batch_size, workers)
@@ -205,6 +209,7 @@ def iter_predictions(
         batch_size=images_at_a_time(prepared[0], batch_size),
         workers=workers,
         prepared=prepared,
+        least=between("min_confidence", min_confidence, 0, 1),
     )
     return itertools.chain.from_iterable(batches)
 
@@ -214,29 +219,19 @@ def predict(
     model: keras.Model | Runner | str | os.PathLike,
     sources: Sources,
     *,
-    top: int = ...,
-    batch_size: int = ...,
-    workers: int | None = ...,
-    preprocess: Preprocess | None = ...,
-    engine: str = ...,
-    pixels: str | None = ...,
-    output: None = ...,
-    restart: bool = ...,
-) -> list[Prediction]: ...
+    top: int = ..., batch_size: int = ..., workers: int | None = ...,
+    preprocess: Preprocess | None = ..., engine: str = ..., pixels: str | None = ...,
+    output: None = ..., restart: bool = ..., min_confidence: float = ...,
+) -> list[Prediction]: ...  # fmt: skip
 @overload
 def predict(
     model: keras.Model | Runner | str | os.PathLike,
     sources: Sources,
     *,
-    top: int = ...,
-    batch_size: int = ...,
-    workers: int | None = ...,
-    preprocess: Preprocess | None = ...,
-    engine: str = ...,
-    pixels: str | None = ...,
-    output: str | os.PathLike,
-    restart: bool = ...,
-) -> PredictionFile: ...
+    top: int = ..., batch_size: int = ..., workers: int | None = ...,
+    preprocess: Preprocess | None = ..., engine: str = ..., pixels: str | None = ...,
+    output: str | os.PathLike, restart: bool = ..., min_confidence: float = ...,
+) -> PredictionFile: ...  # fmt: skip
 def predict(
     model,
     sources,
@@ -249,6 +244,7 @@ def predict(
     pixels=None,
     output=None,
     restart=False,
+    min_confidence=0.0,
 ):
     """Classifies images.
 
@@ -271,6 +267,7 @@ def predict(
         output: A file to write the predictions to as they come, in flat memory: see
             `write_predictions`.
         restart: With `output`: begin anew where an interrupted run could be gone on with.
+        min_confidence: Answer `"unknown"` where the answer's probability is below.
 
     Returns:
         A `Prediction` an image, in order; those of unreadable images hold an error. With
@@ -283,6 +280,7 @@ def predict(
         DataError: A folder holds no image.
     """
     options = {
+        "min_confidence": min_confidence,
         "top": top,
         "batch_size": batch_size,
         "workers": workers,
@@ -342,6 +340,7 @@ def write_predictions(
     engine: str = "auto",
     pixels: str | None = None,
     restart: bool = False,
+    min_confidence: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
 ) -> PredictionFile:
     """Classifies images into a file, however many there are.
@@ -364,6 +363,7 @@ def write_predictions(
         engine: What runs the model: see `open_runner`.
         pixels: As for `predict`.
         restart: Begin anew where an interrupted run could be gone on with.
+        min_confidence: As for `predict`.
         progress: Called after each batch.
 
     Returns:
@@ -386,6 +386,8 @@ def write_predictions(
     prepared = model_input(runner, preprocess, pixels)
     top, batch_size = min(top, runner.num_classes), images_at_a_time(prepared[0], batch_size)
     identity = _identity(runner, prepared, top, min(batch_size, total))
+    if gives_answers(runner.meaning(), min_confidence):
+        identity["answers"] = [*runner.meaning().thresholds, float(min_confidence)]
     started = time.monotonic()
     # Names are all that is kept of images, and those in memory are called alike.
     restart = restart or bool(images.in_memory)
@@ -396,8 +398,9 @@ def write_predictions(
             progress(Progress(writer.done, total, writer.unreadable))
         rest = itertools.islice(iter(images), writer.done, None)
         batches = _batches(
-            runner, rest, top=top, batch_size=batch_size, workers=workers, prepared=prepared
-        )
+            runner, rest, top=top, batch_size=batch_size, workers=workers, prepared=prepared,
+            least=min_confidence,
+        )  # fmt: skip
         for batch in batches:
             writer.write(batch)
             if progress is not None:
@@ -446,7 +449,7 @@ def predictions_text(predictions: Sequence[Prediction], kind: str) -> str:
     if kind == ".json":
         return to_json([p.to_dict() for p in predictions], indent=2) + "\n"
     top = max([1, *(len(p.classes) for p in predictions)])
-    return "".join(csv_lines(predictions, top))
+    return "".join(csv_lines(predictions, top, any(p.answer is not None for p in predictions)))
 
 
 def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike) -> None:
@@ -464,7 +467,7 @@ def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike)
         readable = [p for p in predictions if p.classes][:24]
         if not readable:
             raise DataError("There is no readable image to draw.")
-        titles = [f"{p.classes[0][0]} {p.classes[0][1]:.1%}" for p in readable]
+        titles = [p.said for p in readable]
         from keras_resnet import plots  # matplotlib takes half a second
 
         plots.picture_grid(np.stack([square.pixels(p.path) for p in readable]), titles, path)

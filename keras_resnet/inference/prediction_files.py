@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from keras_resnet.data.sources import Images
+from keras_resnet.inference.calibration import UNKNOWN
 from keras_resnet.runtimes.rows import ENGINES
 from keras_resnet.system.errors import InputError, did_you_mean, require
 from keras_resnet.system.files import (
@@ -53,15 +54,28 @@ class Prediction:
         path: The image.
         classes: `(class name, probability)`, most probable first; empty where it cannot be read.
         error: Why it cannot be read, or `None`.
+        answer: The classes that the model says the image shows, where that is more or less than the
+            most probable one: of several labels, by thresholds, or `["unknown"]` by
+            `min_confidence`.
     """
 
     path: str
     classes: list[tuple[str, float]]
     error: str | None = None
+    answer: list[str] | None = None
+
+    @property
+    def said(self) -> str:
+        """The answer as people read it; where there is none apart, the most probable class."""
+        if self.answer is None:
+            return "{} {:.1%}".format(*self.classes[0])
+        return ", ".join(self.answer) or "none"
 
     def __str__(self) -> str:
         if self.error is not None:
             return printable(self.error)
+        if self.answer is not None:
+            return f"{printable(self.path)}: {printable(self.said)}"
         classes = ", ".join(f"{printable(name)} {p:.1%}" for name, p in self.classes)
         return f"{printable(self.path)}: {classes}"
 
@@ -73,7 +87,8 @@ class Prediction:
             {'path': 'a.png', 'classes': [{'name': 'bee', 'probability': 0.75}], 'error': None}
         """
         classes = [{"name": name, "probability": p} for name, p in self.classes]
-        return {"path": self.path, "classes": classes, "error": self.error}
+        answer = {} if self.answer is None else {"answer": self.answer}
+        return {"path": self.path, "classes": classes, "error": self.error, **answer}
 
 
 class PredictionTable:
@@ -83,6 +98,7 @@ class PredictionTable:
         paths: Of all the images, or `Images`.
         class_names: Of all the classes.
         top: Classes an image.
+        answers: Whether predictions have an answer, which stands first.
 
     Examples:
         >>> table = PredictionTable(["a.png", "bees/1.png"], ["ant", "bee"], top=2)
@@ -92,7 +108,13 @@ class PredictionTable:
         a.png       bee  75.0%  ant  25.0%
     """
 
-    def __init__(self, paths: Sequence[str] | Images, class_names: Sequence[str], top: int):
+    def __init__(
+        self,
+        paths: Sequence[str] | Images,
+        class_names: Sequence[str],
+        top: int,
+        answers: bool = False,
+    ):
         known = isinstance(paths, Images)
         longest = (
             paths.width if known else max((text_width(printable(p)) for p in paths), default=0)
@@ -100,12 +122,14 @@ class PredictionTable:
         self._path = min(60, max(5, longest))
         self._name = min(30, max(text_width(printable(n)) for n in class_names))
         self._top = min(top, len(class_names))
+        self._answer = max(self._name, len(UNKNOWN)) if answers else 0
 
     @property
     def header(self) -> str:
         """The names of the columns."""
         cell = f"{'Class':{self._name + 7}}"
-        return f"{'Image':{self._path}}  {'  '.join([cell] * self._top)}".rstrip()
+        answer = [f"{'Answer':{self._answer}}"] if self._answer else []
+        return f"{'Image':{self._path}}  {'  '.join([*answer, *[cell] * self._top])}".rstrip()
 
     def line(self, prediction: Prediction) -> str:
         """One image; a path too long for its column loses its beginning, a name its middle."""
@@ -116,6 +140,8 @@ class PredictionTable:
         if prediction.error is not None:
             return f"{path}  {printable(prediction.error)}"
         cells = [f"{column(name, self._name)} {p:6.1%}" for name, p in prediction.classes]
+        if self._answer:
+            cells.insert(0, column(prediction.said, self._answer))
         return f"{path}  {'  '.join(cells)}"
 
 
@@ -134,29 +160,36 @@ def most_probable(logs: np.ndarray, names: Sequence[str], top: int) -> list[tupl
 # --- the formats ---------------------------------------------------------------------------------
 
 
-def columns(top: int) -> list[str]:
-    """Names of a table's columns: path, then class and probability by rank, then the error."""
+def columns(top: int, answer: bool = False) -> list[str]:
+    """Names of a table's columns: path, answer, class and probability by rank, error."""
     ranks = [f"{name}{i}" for i in range(1, top + 1) for name in ("class", "probability")]
-    return ["path", *ranks, "error"]
+    return ["path", *(["answer"] if answer else []), *ranks, "error"]
 
 
-def _cells(prediction: Prediction, top: int) -> list[Any]:
+def _cells(prediction: Prediction, top: int, answer: bool) -> list[Any]:
     classes = [*prediction.classes, *[(None, None)] * (top - len(prediction.classes))]
-    return [prediction.path, *itertools.chain.from_iterable(classes), prediction.error]
+    said = [] if prediction.answer is None else prediction.answer
+    text = None if prediction.answer is None else "|".join(said) or "|"
+    ranks = itertools.chain.from_iterable(classes)
+    return [prediction.path, *([text] if answer else []), *ranks, prediction.error]
 
 
-def csv_lines(predictions: Iterable[Prediction], top: int) -> Iterator[str]:
+def csv_lines(predictions: Iterable[Prediction], top: int, answer: bool = False) -> Iterator[str]:
     """The lines of a CSV table, one a prediction behind the names of the columns."""
-    yield csv_line(columns(top))
+    yield csv_line(columns(top, answer))
     for prediction in predictions:
-        path, *cells = _cells(prediction, top)
+        path, *cells = _cells(prediction, top, answer)
         cells = [f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells]
         yield csv_line([plain_path(path), *cells])
 
 
 def _save_csv(work: Path, top: int, name: str) -> None:
     with open(name, "w", encoding="utf-8", newline="") as stream:
-        stream.writelines(csv_lines((row for row, _ in _rows(work)), top))
+        stream.writelines(csv_lines((row for row, _ in _rows(work)), top, _has_answers(work)))
+
+
+def _has_answers(work: Path) -> bool:
+    return next((row.answer is not None for row, _ in _rows(work) if row.error is None), False)
 
 
 def _save_jsonl(work: Path, top: int, name: str) -> None:
@@ -167,11 +200,12 @@ def _save_parquet(work: Path, top: int, name: str) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    kinds = {"path": pyarrow.string(), "error": pyarrow.string()}
+    answer = _has_answers(work)
+    kinds = dict.fromkeys(("path", "answer", "error"), pyarrow.string())
     kinds |= {f"class{i}": pyarrow.string() for i in range(1, top + 1)}
-    schema = pyarrow.schema([(c, kinds.get(c, pyarrow.float64())) for c in columns(top)])
+    schema = pyarrow.schema([(c, kinds.get(c, pyarrow.float64())) for c in columns(top, answer)])
     rows = (
-        [valid_text(c) if isinstance(c, str) else c for c in _cells(row, top)]
+        [valid_text(c) if isinstance(c, str) else c for c in _cells(row, top, answer)]
         for row, _ in _rows(work)
     )
     with pyarrow.parquet.ParquetWriter(name, schema) as writer:
@@ -214,7 +248,7 @@ def check_output(output: str | os.PathLike) -> Path:
 
 
 # How a file that was written here begins; of Parquet the columns, as a line.
-_TABLE = re.compile(r"path(,class\d+,probability\d+)+,error\r?\n|path,reason\r?\n")
+_TABLE = re.compile(r"path(,answer)?(,class\d+,probability\d+)+,error\r?\n|path,reason\r?\n")
 _OBJECTS = re.compile(r'\[\]|\[?\s*\{\s*"path": "(?:[^"\\]|\\.)*",\s*"classes": ')
 
 
@@ -267,7 +301,7 @@ def _rows(work: Path) -> Iterator[tuple[Prediction, int]]:
             try:
                 row = json.loads(line)
                 classes = [(c["name"], c["probability"]) for c in row["classes"]]
-                prediction = Prediction(row["path"], classes, row["error"])
+                prediction = Prediction(row["path"], classes, row["error"], row.get("answer"))
             except (ValueError, KeyError, TypeError):
                 return
             if not line.endswith(b"\n"):

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.reading import open_image
 from keras_resnet.data.walk import FORMATS
+from keras_resnet.inference.calibration import answer_of
 from keras_resnet.inference.explain import enlarged, overlay
 from keras_resnet.inference.grad_cam import grad_cam
 from keras_resnet.inference.prediction_files import most_probable
@@ -94,6 +95,7 @@ class Result:
         note: Something to know about the file, or `None`.
         pixels: uint8, the image as the model saw it, or `None`.
         heat: uint8, the same under its heat map, or `None`.
+        answer: As of a `Prediction`.
     """
 
     name: str
@@ -102,11 +104,15 @@ class Result:
     note: str | None = None
     pixels: np.ndarray | None = None
     heat: np.ndarray | None = None
+    answer: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As the endpoint gives it."""
         classes = [{"name": name, "probability": p} for name, p in self.classes]
-        return {"name": self.name, "classes": classes, "error": self.error, "note": self.note}
+        answer = {} if self.answer is None else {"answer": self.answer}
+        return {
+            "name": self.name, "classes": classes, "error": self.error, "note": self.note, **answer
+        }  # fmt: skip
 
 
 def check_image(data: bytes, name: str, limits: Limits, preprocess: Preprocess) -> str | None:
@@ -231,7 +237,8 @@ class Service:
                     else None
                 )
             classes = most_probable(logs, self.names, TOP)
-            return Result(name, classes, None, note, _shown(pixels), hot)
+            answer = answer_of(self.runner.meaning(), logs, self.names)
+            return Result(name, classes, None, note, _shown(pixels), hot, answer)
         except KerasResNetError as error:
             return Result(name, error=str(error))
         except Exception:  # a fault of ours: said to the person, told to whoever runs this

@@ -17,12 +17,11 @@ import numpy as np
 from keras import ops
 
 from keras_resnet.models.image_model import as_functional
+from keras_resnet.recipes import TASKS
 from keras_resnet.system.errors import InputError, KerasResNetError, one_of, reason_of
 from keras_resnet.system.files import printable, shortened
 
 # --- what outputs say ----------------------------------------------------------------------------
-
-TASKS = ("single-label", "binary", "multi-label")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,9 @@ class Meaning:
             output, which speaks for the second of two classes. `"multi-label"`: each class for
             itself, yes or no.
         activated: Outputs are probabilities; otherwise logits.
+        temperature: What logits are divided by: above 1 the model is less sure of the same answer.
+        thresholds: Of several labels the probability that each is said from, of a binary model the
+            one that its second class is said from; 0.5 where there are none.
 
     Examples:
         >>> Meaning("binary", activated=True).probabilities(np.array([[0.75]]))
@@ -42,6 +44,8 @@ class Meaning:
 
     task: str = "single-label"
     activated: bool = False
+    temperature: float = dataclasses.field(default=1.0, repr=False)
+    thresholds: tuple[float, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Checks the task's name."""
@@ -51,8 +55,37 @@ class Meaning:
         """Classes that so many outputs speak of."""
         return 2 if self.task == "binary" else outputs
 
+    def as_calibrated(self, info: dict[str, Any], classes: int) -> Meaning:
+        """The same with the temperature and the thresholds that the `info` of a model has.
+
+        Raises:
+            InputError: Thresholds of another number of classes.
+        """
+        found = info.get("calibration") or {}
+        temperature, thresholds = found.get("temperature"), tuple(found.get("thresholds") or ())
+        wanted = {"single-label": 0, "binary": 1}.get(self.task, classes)
+        if len(thresholds) not in (0, wanted):
+            raise InputError(
+                f"info['calibration']['thresholds'] has {len(thresholds)} numbers; a {self.task} "
+                f"model of {classes} classes has {wanted}: calibrate it again, or take them out."
+            )
+        temperature = 1.0 if temperature is None else temperature
+        return dataclasses.replace(self, temperature=temperature, thresholds=thresholds)
+
     def log_probabilities(self, outputs: np.ndarray) -> np.ndarray:
         """Natural logarithms of the class probabilities, float64 `(n, classes)`."""
+        return self.cooled(self._log_probabilities(outputs))
+
+    def cooled(self, logs: np.ndarray) -> np.ndarray:
+        """What log-probabilities at temperature 1 are at this one."""
+        if self.temperature == 1:
+            return logs
+        if self.task == "multi-label":
+            return -np.logaddexp(0, -(logs - _log_of_rest(logs)) / self.temperature)
+        logs = logs / self.temperature
+        return logs - np.logaddexp.reduce(logs, axis=1, keepdims=True)
+
+    def _log_probabilities(self, outputs: np.ndarray) -> np.ndarray:
         outputs = np.asarray(outputs, np.float64)
         if self.task == "binary":
             if self.activated:
@@ -60,7 +93,8 @@ class Meaning:
             else:
                 outputs = np.concatenate([-outputs, outputs], axis=1)
         if self.activated:
-            return np.log(np.clip(outputs, 1e-12, 1.0))
+            most = 1 - 1e-12 if self.task == "multi-label" else 1.0
+            return np.log(np.clip(outputs, 1e-12, most))
         if self.task == "single-label":
             shifted = outputs - outputs.max(axis=1, keepdims=True)
             return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -70,18 +104,51 @@ class Meaning:
         """The class probabilities, float64 `(n, classes)`."""
         return np.exp(self.log_probabilities(outputs))
 
+    def answers(self, logs: np.ndarray) -> np.ndarray:
+        """Which classes the model says that each image shows, bool `(n, classes)`.
+
+        That is the most probable one, but where there are thresholds and of several labels: those
+        whose probability reaches the threshold, which may be none.
+
+        Args:
+            logs: What `log_probabilities` gave.
+        """
+        if self.task == "multi-label":
+            return np.exp(logs) >= np.asarray(self.thresholds or (0.5,))
+        chosen = logs.argmax(axis=1)
+        if self.thresholds:
+            chosen = (np.exp(logs[:, 1]) >= self.thresholds[0]).astype(int)
+        return np.arange(logs.shape[1]) == chosen[:, None]
+
+    def log_confidence(self, logs: np.ndarray, said: np.ndarray) -> np.ndarray:
+        """The logarithm of the probability that answers are right as a whole, `(n,)`.
+
+        Of several labels that is the product over all of them, said or not.
+
+        Args:
+            logs: What `log_probabilities` gave.
+            said: Which classes are said, as of `answers`.
+        """
+        if self.task != "multi-label":
+            return np.where(said, logs, 0).sum(axis=1)
+        return np.where(said, logs, _log_of_rest(logs)).sum(axis=1)
+
     def losses(self, logs: np.ndarray, true: np.ndarray) -> np.ndarray:
         """The loss of each image, nats: cross-entropy; of several labels the binary one's mean.
 
         Args:
             logs: What `log_probabilities` gave.
-            true: The class of each image, `(n,)`.
+            true: The class of each image, `(n,)`, or bool `(n, classes)`.
         """
-        if self.task != "multi-label":
-            return -logs[np.arange(len(true)), true]
-        others = np.log(np.clip(-np.expm1(logs), 1e-12, 1.0))
-        hits = np.arange(logs.shape[1]) == np.asarray(true)[:, None]
-        return -np.where(hits, logs, others).mean(axis=1)
+        if np.ndim(true) == 1:
+            true = np.arange(logs.shape[1]) == np.asarray(true)[:, None]
+        labels = logs.shape[1] if self.task == "multi-label" else 1
+        return -self.log_confidence(logs, true) / labels
+
+
+def _log_of_rest(logs: np.ndarray) -> np.ndarray:
+    """Of a probability's logarithm that of what it lacks of 1."""
+    return np.log(np.clip(-np.expm1(logs), 1e-300, 1.0))
 
 
 def meaning_of(model: keras.Model) -> Meaning:
@@ -118,11 +185,12 @@ def meaning_of(model: keras.Model) -> Meaning:
             f"{model.name!r} ends in a softmax over one output, which is 1 for every image: "
             "train it with a sigmoid, or with an output for each class."
         )
+    task = "single-label"
     if end == "sigmoid":
-        return Meaning("binary" if count == 1 else "multi-label", activated=True)
-    if end == "softmax":
-        return Meaning(activated=True)
-    return Meaning(_task_of_logits(model.name, count, info))
+        task = "binary" if count == 1 else "multi-label"
+    elif end == "logits":
+        task = _task_of_logits(model.name, count, info)
+    return Meaning(task, end != "logits").as_calibrated(info, count)
 
 
 def _task_of_logits(name: str, count: int, info: dict[str, Any]) -> str:

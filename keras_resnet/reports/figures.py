@@ -148,6 +148,21 @@ def reliability_svg(result: Calibration, key: str) -> str:
     return _svg(figure, key)
 
 
+def coverage_svg(coverage: np.ndarray, accuracy: np.ndarray, key: str) -> str:
+    """Draws the accuracy over the fraction of images that are answered, for a page.
+
+    Returns:
+        An `<svg>` element, coloured as `lines_svg`'s.
+    """
+    figure, axes = _page_axes(5.4, 3.0)
+    axes.plot([0, *coverage], [accuracy[0], *accuracy], color=ROLES["s1"], lw=2, drawstyle="steps")
+    percent = lambda value, _: f"{value:.0%}"  # noqa: E731
+    axes.xaxis.set_major_formatter(percent)
+    axes.yaxis.set_major_formatter(percent)
+    axes.set(xlim=(0, 1), ylim=(min(0.95, accuracy.min()) - 0.02, 1.01), xlabel="Images answered")
+    return _svg(figure, key)
+
+
 def confusion_svg(matrix: np.ndarray, class_names: Sequence[str], key: str) -> str:
     """Draws a confusion matrix of many classes for a page, coloured as `plots.confusion_pixels`.
 

@@ -62,6 +62,14 @@ def _looked_at(run, model, mistakes, uncertain) -> dict[str, list[dict[str, Any]
         return _plain_views(run, rows)
     model = load_model(run.folder) if model is None else model
     known = set(model_class_names(model))
+    # Of several labels the first one stands for all in a heat map.
+    rows = [
+        {**row, **{key: row[key] if row[key] in known else row[key].split("|")[0]
+                   for key in ("predicted", "true")}}
+        for row in rows
+    ]  # fmt: skip
+    wrong = {row["path"] for row in mistakes}
+    mistakes = [row for row in rows if row["path"] in wrong]
     rows = [row for row in rows if row["predicted"] in known]
     views: dict[str, list[dict[str, Any]]] = {}
     for key, asked in (("predicted", rows), ("true", mistakes)):

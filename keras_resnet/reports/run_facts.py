@@ -16,7 +16,12 @@ import numpy as np
 
 from keras_resnet.data.reading import open_file, open_image
 from keras_resnet.data.shards import find_in_shard
-from keras_resnet.inference.calibration import Calibration, accuracy_interval, calibration
+from keras_resnet.inference.calibration import (
+    Calibration,
+    accuracy_interval,
+    calibration,
+    coverage_curve,
+)
 from keras_resnet.system.process import system_name
 
 
@@ -35,6 +40,8 @@ class Results:
         confusion: Counts `(classes, classes)`, rows are true classes, or `None`.
         rows: A dict an image: `path`, `true`, `predicted`, `probability`, `true_probability`.
         skipped: `(path, reason)`.
+        task: As of `Evaluation`.
+        scores: As of `Evaluation`.
     """
 
     part: str
@@ -47,6 +54,13 @@ class Results:
     confusion: np.ndarray | None
     rows: list[dict[str, Any]]
     skipped: list[tuple[str, str]]
+    task: str = "single-label"
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def word(self) -> str:
+        """What `top1` is called."""
+        return "All labels right" if self.task == "multi-label" else "Accuracy"
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -64,7 +78,8 @@ class Results:
     @property
     def chance_loss(self) -> float | None:
         """The loss of a model that knows nothing."""
-        return math.log(len(self.class_names)) if len(self.class_names) > 1 else None
+        classes = 2 if self.task == "multi-label" else len(self.class_names)
+        return math.log(classes) if classes > 1 else None
 
     @property
     def occurring(self) -> list[dict[str, Any]]:
@@ -86,6 +101,14 @@ class Results:
             np.clip([row["probability"] for row in self.rows], 0, 1),
             [row["true"] == row["predicted"] for row in self.rows],
         )
+
+    @property
+    def coverage(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Of `coverage_curve`."""
+        if not self.rows:
+            return None
+        right = [row["true"] == row["predicted"] for row in self.rows]
+        return coverage_curve([row["probability"] for row in self.rows], right)
 
     def confusions(self, limit: int = 8) -> list[tuple[str, str, int, float]]:
         """The most frequent mistakes: true and predicted class, count, fraction of the class."""
@@ -248,9 +271,15 @@ class RunFacts:
         return max((len(v) for v in self.history.values()), default=0)
 
     @property
+    def score(self) -> str:
+        """The column of the history that the best epoch is best by."""
+        several = "average_precision" in self.history
+        return "average_precision" if several else "accuracy"
+
+    @property
     def best_epoch(self) -> int | None:
         """The epoch of the best validation accuracy, from 1."""
-        values = np.asarray(self.history.get("val_accuracy", ()), float)
+        values = np.asarray(self.history.get(f"val_{self.score}", ()), float)
         return int(np.nanargmax(values)) + 1 if np.isfinite(values).any() else None
 
     @property

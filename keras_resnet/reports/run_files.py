@@ -167,6 +167,8 @@ def _results(folder: Path, part: str, prefix: str, missing: list[str]) -> Result
             confusion=confusion,
             rows=_predictions(folder / f"{prefix}predictions.csv", missing),
             skipped=[(str(path), str(reason)) for path, reason in found.get("skipped") or ()],
+            task=str(found.get("task", "single-label")),
+            scores={str(k): _number(v) for k, v in (found.get("scores") or {}).items()},
         )
     except (TypeError, ValueError, KeyError, AttributeError):
         missing.append(f"{prefix}evaluation.json cannot be read")
@@ -175,6 +177,8 @@ def _results(folder: Path, part: str, prefix: str, missing: list[str]) -> Result
 
 def _scores(row: dict[str, Any]) -> dict[str, Any]:
     numbers = {k: _number(row.get(k)) for k in ("precision", "recall", "f1")}
+    more = ("average_precision", "threshold")
+    numbers |= {k: _number(row[k]) for k in more if k in row}
     return {"name": str(row["name"]), "count": int(row["count"]), **numbers}
 
 

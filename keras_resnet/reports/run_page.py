@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from keras_resnet.reports import figures as plots
 from keras_resnet.reports.findings import findings
 from keras_resnet.reports.images import images
@@ -30,6 +32,7 @@ def run_context(run: RunFacts, model: Any) -> dict[str, Any]:
         **_matrix(results),
         **images(run, model),
         "reliability": _reliability(results),
+        "coverage": _coverage(results),
         "sizes": run.image_sizes(),
         "origin": origin(run),
         "recipe": {k: v for k, v in run.recipe.items() if k not in ABOUT},
@@ -46,14 +49,14 @@ def _model_file(run: RunFacts) -> str | None:
 
 def _curves(run: RunFacts) -> list[dict[str, Any]]:
     charts = []
-    for key, better in (("accuracy", max), ("loss", min)):
+    for key, better in (("average_precision", max), ("accuracy", max), ("loss", min)):
         train, val = run.history.get(key, []), run.history.get(f"val_{key}", [])
         series = [(train, 1, plots.DASHES[1]), (val, 2, plots.DASHES[0])]
         if not any(math.isfinite(v) for v in [*train, *val]):
             continue
         finite = [v for v in val if math.isfinite(v)]
         best = (val.index(better(finite)) + 1, better(finite)) if finite else None
-        percent = key == "accuracy"
+        percent = key != "loss"
         svg = plots.lines_svg(series, key, percent=percent, mark=best)
         charts.append({"key": key, "svg": svg, "train": train, "val": val, "best": best})
     return charts
@@ -104,3 +107,17 @@ def _reliability(results: Results | None) -> dict[str, Any] | None:
     ]  # fmt: skip
     svg = plots.reliability_svg(measured, "reliability")
     return {"measured": measured, "bins": bins, "svg": svg}
+
+
+def _coverage(results: Results | None) -> dict[str, Any] | None:
+    """Accuracy over the images that the model is surest of: a drawing, and what accuracies cost."""
+    found = results.coverage if results is not None else None
+    if found is None:
+        return None
+    rows = []
+    for wanted in (0.8, 0.9, 0.95, 0.99, 1.0):
+        reached = np.flatnonzero(found[1] >= wanted)
+        if len(reached) and wanted > found[1][-1]:  # what all images have costs nothing
+            coverage, _, least = (float(of[reached[-1]]) for of in found)
+            rows.append({"wanted": wanted, "coverage": coverage, "least": least})
+    return {"svg": plots.coverage_svg(*found[:2], "coverage"), "rows": rows, "all": found[1][-1]}

@@ -13,6 +13,7 @@ import numpy as np
 
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import labels_by_name
+from keras_resnet.data.labels import multi_hot
 from keras_resnet.data.opening import labelled
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import image_paths
@@ -172,24 +173,32 @@ class Int8Images:
 
     def measure(self, reference: Runner, runner: Runner, size_before: int) -> Int8Report:
         """Compares both on the same images."""
+        meaning = reference.meaning()
         found = [
             (
                 indices,
-                reference.log_probabilities(images).argmax(1),
-                runner.log_probabilities(images).argmax(1),
+                meaning.answers(reference.log_probabilities(images)),
+                meaning.answers(runner.log_probabilities(images)),
             )
             for images, indices in self._readable(self._measured)
         ]
         if not found:
             raise DataError(f"None of the {len(self._measured)} images to measure can be read.")
         indices, before, after = map(np.concatenate, zip(*found, strict=True))
-        labels = None if self._labels is None else self._labels[indices]
+        true = None
+        if self._labels is not None:
+            true = multi_hot(self._labels[indices], before.shape[1]) > 0
         return Int8Report(
             calibrated=len(self._calibrate),
             count=len(indices),
             apart=self._apart,
-            before=None if labels is None else float(np.mean(before == labels)),
-            after=None if labels is None else float(np.mean(after == labels)),
-            agreement=float(np.mean(before == after)),
+            before=None if true is None else _same(before, true),
+            after=None if true is None else _same(after, true),
+            agreement=_same(before, after),
             size_before=size_before,
         )
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> float:
+    """The fraction of images with the same answer."""
+    return float((one == other).all(axis=1).mean())

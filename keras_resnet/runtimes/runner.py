@@ -92,7 +92,9 @@ class Runner(abc.ABC):
         """
         if self._unclear is not None:
             raise self._unclear
-        return Meaning(self.task, self.gives_probabilities)
+        return Meaning(self.task, self.gives_probabilities).as_calibrated(
+            self.info, self.num_classes
+        )
 
     @property
     def pixels(self) -> str:

@@ -96,8 +96,9 @@ def _trial(recipe: Recipe, data: Data) -> Callable[[int], None]:
     """
     model, side = new_model(recipe, data), data.train_size
     freeze(model, None if recipe.gradual else recipe.unfreeze, freeze_norms=recipe.freeze_norms)
-    compile_model(model, make_optimizer(recipe, recipe.learning_rate), data.soft_labels)
-    label = (len(data.names),) if data.soft_labels else ()
+    optimizer = make_optimizer(recipe, recipe.learning_rate)
+    compile_model(model, optimizer, **data.objective)
+    label = (model.output_shape[-1],) if data.objective["soft_labels"] else ()
 
     def step(count: int) -> None:
         images = in_data_format(np.zeros((count, side, side, 3), np.uint8))

@@ -25,6 +25,8 @@ logger = logging.getLogger("keras_resnet")
 _TAGS = {
     "accuracy": "accuracy/train",
     "val_accuracy": "accuracy/val",
+    "average_precision": "average_precision/train",
+    "val_average_precision": "average_precision/val",
     "loss": "loss/train",
     "val_loss": "loss/val",
     "learning_rate": "learning_rate",

@@ -36,6 +36,7 @@ from keras_resnet.training.callbacks import (
 )
 from keras_resnet.training.ema import ModelEMA, adjusted_decay
 from keras_resnet.training.freeze import freeze, part_to_train
+from keras_resnet.training.metrics import SCORES
 from keras_resnet.training.prepare import (
     Data,
     compile_model,
@@ -77,6 +78,7 @@ class Loop:
         self.steps = len(data.train)
         self.schedule = make_schedule(recipe, self.steps)
         self.at = Position(self.steps)
+        self.score, self.short = SCORES[data.task]
         self.best = -math.inf
         self.stale = 0  # epochs since the best
         self.until = recipe.unfreeze
@@ -133,7 +135,7 @@ class Loop:
         if report.trained == [head]:
             head = None
         optimizer = make_optimizer(self.recipe, self.schedule, head)
-        compile_model(self.model, optimizer, self.data.soft_labels, self.settings.jit)
+        compile_model(self.model, optimizer, jit=self.settings.jit, **self.data.objective)
         if before is not None:
             _carry_over(before, self.model.optimizer)
         self.group.join_model(self.model, self.at, self.seed)
@@ -156,7 +158,7 @@ class Loop:
             run.read_history()
         run.history = self.group.from_first(lambda: run.history)
         self.at.epoch = len(run.history["loss"])
-        accuracies = run.history.get("val_accuracy")
+        accuracies = run.history.get(f"val_{self.score}")
         if accuracies:
             self.best = max(accuracies)
             self.stale = self.at.epoch - 1 - accuracies.index(self.best)
@@ -259,7 +261,8 @@ class Loop:
             if isinstance(failure, KerasResNetError):
                 raise failure from None
             raise
-        measured = ("accuracy", "loss") + (() if val is None else ("val_accuracy", "val_loss"))
+        measured = dict.fromkeys(("accuracy", self.score, "loss"))
+        measured |= {} if val is None else dict.fromkeys(f"val_{name}" for name in measured)
         lost = self._lost_steps()
         row = {
             **{name: callbacks.logs[name] for name in measured},
@@ -274,9 +277,9 @@ class Loop:
                 f"is scaled by {scale:g} now."
             )
         # Without validation the last epoch is the best.
-        improved = val is None or row["val_accuracy"] > self.best
+        improved = val is None or row[f"val_{self.score}"] > self.best
         self.stale = 0 if improved else self.stale + 1
-        self.best = max(self.best, row.get("val_accuracy", -math.inf))
+        self.best = max(self.best, row.get(f"val_{self.score}", -math.inf))
         with contextlib.nullcontext() if self.ema is None else self.ema.applied():
             self._describe(row)
             if improved:
@@ -292,7 +295,8 @@ class Loop:
         for key, value in row.items():
             self.run_folder.history.setdefault(key, []).append(float(value))
         parts = [
-            f"{part}_acc:{row[f'{key}accuracy'] * 100:.1f}%, {part}_loss:{row[f'{key}loss']:.3f}"
+            f"{part}_{self.short}:{row[key + self.score] * 100:.1f}%, "
+            f"{part}_loss:{row[f'{key}loss']:.3f}"
             for part, key in (("Train", ""), ("Val", "val_"))
             if f"{key}loss" in row
         ]
@@ -306,7 +310,7 @@ class Loop:
             "recipe": self.recipe.name,
             "epoch": self.at.epoch + 1,
             "epochs": self.recipe.epochs,
-            **{name: float(row[name]) for name in ("val_accuracy", "val_loss") if name in row},
+            **{name: float(row[name]) for name in row if name.startswith("val_")},
             "train_pictures": self.data.train.num_samples,
             "val_pictures": self.data.val.num_samples if self.data.val else 0,
             "keras_resnet": package_version(),
@@ -318,7 +322,7 @@ class Loop:
         if not self.settings.keep:
             return
         history = self.run_folder.history
-        accuracies = history.get("val_accuracy", range(len(history["loss"])))
+        accuracies = history.get(f"val_{self.score}", range(len(history["loss"])))
         # Of equal ones the earlier is kept, as in best.keras; without validation the last ones.
         ranked = sorted(range(len(accuracies)), key=lambda i: (-accuracies[i], i))
         kept = {f"epoch-{i + 1:03d}.keras" for i in ranked[: self.settings.keep]}

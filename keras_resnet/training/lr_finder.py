@@ -224,10 +224,10 @@ def lr_find(
         freeze(model, recipe.unfreeze, freeze_norms=recipe.freeze_norms)
     model = as_functional(model)
     meaning, count = meaning_of(model), model.output_shape[-1]
-    if count != len(data.names):
+    if meaning.num_classes(count) != len(data.names):
         raise InputError(f"The model has {count} outputs, the folder {len(data.names)} classes.")
-    if meaning.task != "single-label":
-        raise InputError(f"The sweep is for single-label models. Received: a {meaning.task} one.")
+    if meaning.task != data.task:
+        raise InputError(f"The sweep is for {data.task} models. Received: a {meaning.task} one.")
     data.train.preprocess, data.train.output = model_input(model, data.train.preprocess)
     # A second model over the same layers: the first one stays compiled as it is.
     sweep = keras.Model(model.input, model.output)
@@ -235,7 +235,7 @@ def lr_find(
     optimizer = make_optimizer(recipe, float(rates[0]), head=model.layers[-1].name)
     before = [keras.ops.convert_to_numpy(v).copy() for v in model.variables]
     try:
-        compile_model(sweep, optimizer, data.soft_labels, from_logits=not meaning.activated)
+        compile_model(sweep, optimizer, from_logits=not meaning.activated, **data.objective)
         losses, smoothed = _sweep(sweep, data.train, rates, beta)
     finally:
         for variable, value in zip(model.variables, before, strict=True):

@@ -15,9 +15,9 @@ import numpy as np
 
 from keras_resnet.data import augment, transforms
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.data.folders import stratified_split
+from keras_resnet.data.folders import listed, stratified_split
 from keras_resnet.data.items import Source, absolute, taken
-from keras_resnet.data.labels import check_classes, check_one_label, class_weights
+from keras_resnet.data.labels import check_classes, class_weights
 from keras_resnet.data.opening import Parts, find_parts, opened, place
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
 from keras_resnet.data.reading import constant_images, constant_line
@@ -27,6 +27,7 @@ from keras_resnet.recipes import Recipe
 from keras_resnet.system.device import image_shape, in_data_format
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.training.freeze import load_pretrained, starting_weights
+from keras_resnet.training.metrics import loss_and_metrics
 from keras_resnet.training.optimizers import SGD
 from keras_resnet.variants import get_spec
 
@@ -52,7 +53,8 @@ class Data:
         names: Class names in the order of the model's outputs.
         preprocess: Of `val`, and of every later prediction.
         train_size: Side of the training images, pixels.
-        soft_labels: Whether labels are vectors (mixup, cutmix, label smoothing).
+        task: `"single-label"`, `"binary"` or `"multi-label"`.
+        objective: What `compile_model` makes of it: task, `soft_labels` and `focal`.
         fingerprint: A hash of all paths, training and validation; of a `Source` also of its labels.
         notes: Lines about what was taken as what, and what was not read.
     """
@@ -63,7 +65,8 @@ class Data:
     names: list[str]
     preprocess: Preprocess
     train_size: int
-    soft_labels: bool
+    task: str
+    objective: dict[str, Any]
     fingerprint: str
     notes: list[str]
 
@@ -105,10 +108,11 @@ def prepare_data(
     options = {"exif": exif, **_NORMALIZATIONS[recipe.normalization]}
     source = opened(directory)
     found = find_parts(source, exclude)
-    for _, labels in found.of.values():
-        check_one_label(labels)
     parts, names, notes = _split(found, recipe, seed), found.names, list(found.notes)
-    soft = bool(recipe.mixup or recipe.cutmix or recipe.label_smoothing)
+    task = _task(recipe, parts["train"][1], names)
+    mode = {"binary": "binary", "multi-label": "multi_hot"}.get(task)
+    if mode is None and (recipe.mixup or recipe.cutmix or recipe.label_smoothing or recipe.focal):
+        mode = "categorical"
     common = {
         "batch_size": 1
         if recipe.batch_size == "auto"
@@ -117,7 +121,7 @@ def prepare_data(
         "workers": workers,
         "cache": cache if look else None,
         "on_error": "raise" if strict else "skip",
-        "label_mode": "categorical" if soft else "int",
+        "label_mode": mode or "int",
     }
     training = ImageDataset(
         *parts["train"],
@@ -139,7 +143,7 @@ def prepare_data(
         preprocess = dataclasses.replace(preprocess, **measured_on(training, workers))
     evaluation = {"preprocess": preprocess, "shuffle": False, **common}
     validation = ImageDataset(*parts["val"], names, **evaluation) if "val" in parts else None
-    evaluation["label_mode"] = "int"  # mixed only in training
+    evaluation["label_mode"] = "int" if task != "multi-label" else mode  # mixed only in training
     test = ImageDataset(*parts["test"], names, **evaluation) if "test" in parts else None
     held_out = [] if validation is None else validation.file_paths
     if look:
@@ -155,7 +159,8 @@ def prepare_data(
         names,
         preprocess,
         size,
-        soft,
+        task,
+        {"task": task, "soft_labels": mode is not None, "focal": recipe.focal},
         _fingerprint(training.file_paths, held_out),
         [line for line in notes if line],
     )
@@ -167,8 +172,26 @@ def _image_weights(training: ImageDataset, recipe: Recipe) -> np.ndarray | None:
     weights = class_weights(recipe.class_weights, training.class_counts)
     if weights is None:
         return own
-    of_class = np.asarray(weights, np.float32)[training.labels]
+    several = training.labels.dtype == object  # of several labels the one that counts most
+    each = training.labels if several else training.labels[:, None]
+    of_class = np.asarray([max((weights[k] for k in of), default=1) for of in each], np.float32)
     return of_class if own is None else of_class * own
+
+
+def _task(recipe: Recipe, labels: np.ndarray, names: Sequence[str]) -> str:
+    """What the model shall say of an image: as the recipe has it, or else the labels."""
+    several = labels.dtype == object
+    task = recipe.task or ("multi-label" if several else "single-label")
+    if several and task != "multi-label":
+        raise InputError(
+            f"The images have several labels each: task={task!r} takes one. Leave it out, or give "
+            "one label an image."
+        )
+    if task == "binary" and len(names) != 2:
+        raise InputError(
+            f"task='binary' is for two classes. Received: {len(names)} ({listed(list(names))})."
+        )
+    return task
 
 
 def _check_sizes(variant: str, **sizes: int) -> None:
@@ -322,7 +345,7 @@ def new_model(recipe: Recipe, data: Data) -> keras.Model:
     with _dtype_policy(recipe.precision):
         model = create_model(
             recipe.model,
-            num_classes=len(data.names),
+            num_classes=1 if data.task == "binary" else len(data.names),
             input_shape=image_shape(*sides, 3),
             include_preprocessing=True,
             mean=data.preprocess.mean,
@@ -337,6 +360,8 @@ def _describe(model: keras.Model, data: Data) -> None:
     # Once more after the weights: a published file brings names and preprocessing of its own.
     model.info["class_names"] = list(data.names)
     model.info["preprocess"] = data.preprocess.get_config()
+    if data.task != "single-label":
+        model.info["options"]["task"] = data.task
 
 
 def compile_model(
@@ -345,6 +370,8 @@ def compile_model(
     soft_labels: bool,
     jit: bool = False,
     from_logits: bool = True,
+    task: str = "single-label",
+    focal: float = 0.0,
 ) -> None:
     """Compiles a model, and makes the optimizer's variables.
 
@@ -354,16 +381,17 @@ def compile_model(
         soft_labels: Labels are vectors, not numbers.
         jit: Compile the step; jax always does.
         from_logits: The model gives logits, as those that `train` builds.
+        task: What its outputs say.
+        focal: Gamma of the focal loss, which needs labels that are vectors.
     """
-    losses = keras.losses
-    loss = losses.CategoricalCrossentropy if soft_labels else losses.SparseCategoricalCrossentropy
+    loss, metrics = loss_and_metrics(model.output_shape[-1], soft_labels, from_logits, task, focal)
     if any(layer.dtype_policy.name == "mixed_float16" for layer in model.layers):
         # Keras asks the model's own policy, which is another where it is built of given layers.
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
     model.compile(
         optimizer=optimizer,
-        loss=loss(from_logits=from_logits),
-        metrics=["accuracy"],
+        loss=loss,
+        metrics=metrics,
         # "auto" compiles on TensorFlow, where XLA's convolutions are slow on a CPU.
         jit_compile=jit or keras.backend.backend() == "jax",
     )

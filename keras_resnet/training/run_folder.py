@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import importlib.metadata
 import io
 import json
 import logging
+import math
 import os
+import platform
 import re
 import shutil
 import time
@@ -20,8 +23,16 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.recipes import younger_fields
-from keras_resnet.system.device import sync
+from keras_resnet.models.summary import count_flops
+from keras_resnet.recipes import Recipe, younger_fields
+from keras_resnet.system.device import (
+    backend_version,
+    cudnn_benchmark,
+    devices,
+    package_version,
+    sync,
+    tf32_allowed,
+)
 from keras_resnet.system.errors import InputError, KerasResNetError, reason_of
 from keras_resnet.system.files import (
     csv_line,
@@ -33,6 +44,8 @@ from keras_resnet.system.files import (
     write_json,
     write_text,
 )
+from keras_resnet.system.process import system_name
+from keras_resnet.training.prepare import Data
 
 logger = logging.getLogger("keras_resnet")
 
@@ -327,6 +340,39 @@ class Run:
     def drop_state(self) -> None:
         """Removes the state of a run that has finished."""
         self.path(_STATE).unlink(missing_ok=True)
+
+
+def facts_of(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
+    """What `config.json` says of a run beside its options."""
+    backend = keras.backend.backend()
+    return {
+        "model": {
+            "variant": recipe.model,
+            "parameters": sum(math.prod(v.shape) for v in model.trainable_variables),
+            "multiply_adds": count_flops(model, data.train_size),
+            "weights": model.info.get("weights"),
+        },
+        "class_counts": {
+            "train": data.train.class_counts,
+            "val": data.val.class_counts if data.val else {},
+        },
+        "preprocess": data.preprocess.get_config(),
+        "augment": None if data.train.augment is None else data.train.augment.get_config(),
+        "devices": devices(),
+        "tf32": tf32_allowed(),
+        "cudnn_benchmark": cudnn_benchmark(),
+        "dtype_policy": model.dtype_policy.name,
+        "batch_size": recipe.batch_size,
+        "versions": {
+            "keras_resnet": package_version(),
+            "keras": keras.__version__,
+            backend: backend_version(),
+            "numpy": np.__version__,
+            "pillow": importlib.metadata.version("pillow"),
+            "python": platform.python_version(),
+            "platform": system_name(),
+        },
+    }
 
 
 def fingerprint(config: dict[str, Any]) -> str:

@@ -5,41 +5,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
-import math
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.items import Source
+from keras_resnet.data.labels import joined, multi_hot
 from keras_resnet.data.opening import opened, place
+from keras_resnet.inference.calibrate import calibrate
 from keras_resnet.inference.evaluate import Evaluation, evaluate
 from keras_resnet.inference.predict import PredictionFile, write_predictions
 from keras_resnet.models.files import load_model
-from keras_resnet.models.summary import count_flops
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.system.device import (
     backend_line,
-    backend_version,
-    cudnn_benchmark,
-    devices,
     fastest_convolutions,
     make_deterministic,
-    package_version,
-    tf32_allowed,
 )
 from keras_resnet.system.errors import InputError, between, reason_of, whole
 from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.group import Alone, explained, join
-from keras_resnet.system.process import restarted, system_name, tune_process
+from keras_resnet.system.process import restarted, tune_process
 from keras_resnet.system.progress import shows_bars
 from keras_resnet.system.shown import Shown
 from keras_resnet.training.batch_size import settle_batch_size
@@ -48,7 +40,8 @@ from keras_resnet.training.freeze import starting_weights
 from keras_resnet.training.loggers import Loggers
 from keras_resnet.training.loop import Loop
 from keras_resnet.training.prepare import Data, build_model, new_model, prepare_data
-from keras_resnet.training.run_folder import Run, SaveError
+from keras_resnet.training.run_folder import Run, SaveError, facts_of
+from keras_resnet.weights.keras_files import write_info
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -79,13 +72,14 @@ class TrainResult(Shown):
     def _shown(self):
         epochs = max(map(len, self.history.values()), default=0)
         parts = [str(self.folder), f"{epochs} epoch{'' if epochs == 1 else 's'}"]
-        rows = []
+        rows, word = [], "top-1"
         for name, result in (("validation", self.evaluation), ("test", self.test)):
             if isinstance(result, Evaluation):  # images without labels have predictions alone
-                parts.append(f"{name} top-1 {result.top1:.2%}")
-                rows.append((name, f"{result.top1:.2%}", f"{result.loss:.4f}", f"{result.count:,}"))
+                word, value = result.headline
+                parts.append(f"{name} {word} {value:.2%}")
+                rows.append((name, f"{value:.2%}", f"{result.loss:.4f}", f"{result.count:,}"))
         parts += ["interrupted"] if self.interrupted else []
-        return ", ".join(parts), ("Best model", "Top-1", "Loss", "Images"), rows
+        return ", ".join(parts), ("Best model", word.capitalize(), "Loss", "Images"), rows
 
     def __str__(self) -> str:
         lines = []
@@ -288,7 +282,7 @@ def _train(
     try:
         # First of all, for by it the same command finds the folder again.
         run.write_config(
-            **_facts(recipe, data, model),
+            **facts_of(recipe, data, model),
             arguments=arguments,
             start=list(start),
             files=data.fingerprint,
@@ -354,38 +348,6 @@ def _plan(run: Run, recipe: Recipe, data: Data, seed: int, group: Alone) -> str:
     )
 
 
-def _facts(recipe: Recipe, data: Data, model: keras.Model) -> dict[str, Any]:
-    backend = keras.backend.backend()
-    return {
-        "model": {
-            "variant": recipe.model,
-            "parameters": sum(math.prod(v.shape) for v in model.trainable_variables),
-            "multiply_adds": count_flops(model, data.train_size),
-            "weights": model.info.get("weights"),
-        },
-        "class_counts": {
-            "train": data.train.class_counts,
-            "val": data.val.class_counts if data.val else {},
-        },
-        "preprocess": data.preprocess.get_config(),
-        "augment": None if data.train.augment is None else data.train.augment.get_config(),
-        "devices": devices(),
-        "tf32": tf32_allowed(),
-        "cudnn_benchmark": cudnn_benchmark(),
-        "dtype_policy": model.dtype_policy.name,
-        "batch_size": recipe.batch_size,
-        "versions": {
-            "keras_resnet": package_version(),
-            "keras": keras.__version__,
-            backend: backend_version(),
-            "numpy": np.__version__,
-            "pillow": importlib.metadata.version("pillow"),
-            "python": platform.python_version(),
-            "platform": system_name(),
-        },
-    }
-
-
 def _write_start(run: Run, data: Data, samples: tuple) -> None:
     """Writes what is known before the first step: the classes, and images as they are fed."""
     for _, reason in data.val.skipped if data.val else ():  # said before there was a log
@@ -393,7 +355,7 @@ def _write_start(run: Run, data: Data, samples: tuple) -> None:
     classes = {str(i): name for i, name in enumerate(data.names)}
     run.guard(write_json, run.path("class_indices.json"), classes)
     images, labels = samples
-    titles = [data.names[label] for label in labels]
+    titles = [joined(hits, data.names) for hits in multi_hot(labels, len(data.names))]
     run.guard(lambda path: plots.picture_grid(images, titles, path), run.path("batch.png"))
 
 
@@ -416,7 +378,11 @@ def _finish(
     with _spared("evaluation", say, " The same command tries again."):
         model = load_model(best)
         if data.val is not None:
-            result = evaluate(model, data.val, engine="keras")
+            if recipe.calibrate or data.task != "single-label":
+                result = calibrate(model, data.val, temperature=recipe.calibrate).after
+                run.guard(write_info, best, "calibration", model.info["calibration"])
+            else:
+                result = evaluate(model, data.val, engine="keras")
             run.guard(result.save, run.folder)
     if data.test is not None and model is not None:
         with _spared("results of the test images", say):
@@ -426,6 +392,7 @@ def _finish(
             "val_accuracy": None if result is None else result.top1,
             "val_loss": None if result is None else result.loss,
             "test_accuracy": test.top1 if isinstance(test, Evaluation) else None,
+            **({"val_scores": result.scores} if result and result.scores else {}),
             "skipped": len(skipped),
         },
     )

@@ -23,7 +23,7 @@ from keras_resnet.system.errors import (
     meant_path,
     reason_of,
 )
-from keras_resnet.system.files import check_writable, printable, to_json
+from keras_resnet.system.files import check_writable, printable, replace_file, to_json
 from keras_resnet.variants import list_models
 from keras_resnet.weights.loaded import Member
 from keras_resnet.weights.stand_ins import one_line
@@ -173,6 +173,41 @@ def keras_file_info(path: Path) -> Any:
     """
     with _opened(path, "read") as parts:
         return _config(parts).get("info")
+
+
+def write_info(path: Path, key: str, value: Any, output: str | os.PathLike | None = None) -> None:
+    """Sets one entry of the `info` that a `.keras` file holds; `None` takes it out.
+
+    Args:
+        path: The file.
+        key: Of the entry.
+        value: JSON-able.
+        output: The file to write in its place.
+
+    Raises:
+        InputError: It is another class of model, which has no `info`.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    for i, (entry, data) in enumerate(parts):
+        if entry.filename == "config.json":
+            config = json.loads(data)
+            if config.get("class_name") != "ImageModel":
+                raise InputError(
+                    f"{str(path)!r} holds a {config.get('class_name')}, which has no info: load "
+                    "it, wrap it in kr.ImageModel, and save that."
+                )
+            info = config["config"].setdefault("info", {})
+            info.pop(key, None)
+            info.update({} if value is None else {key: value})
+            parts[i] = entry, json.dumps(config).encode()
+
+    def write(name: str) -> None:
+        with zipfile.ZipFile(name, "w") as archive:
+            for entry, data in parts:
+                archive.writestr(entry, data)
+
+    replace_file(path if output is None else output, write)
 
 
 def check_keras_file(path: Path) -> int:

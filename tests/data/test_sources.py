@@ -105,8 +105,7 @@ def history(folder, tmp_path_factory):
     return train(folder, output=tmp_path_factory.mktemp("run"), **TINY)
 
 
-# Where images come from is nothing that a backend sees.
-@pytest.mark.long("tensorflow", "jax")
+# One on every backend; the others differ from it in nothing that a backend sees.
 @pytest.mark.parametrize(
     "kind", ["shards", *(pytest.param(kind, marks=once) for kind in MAKERS if kind != "shards")]
 )
@@ -233,10 +232,7 @@ def test_an_image_may_have_several_labels(name, text, columns, tmp_path, png):
     assert pickle.loads(pickle.dumps(source)).labels.tolist() == source.labels.tolist()
     report = scan(source)
     assert report.class_counts == {"": {"cat": 1, "dog": 1, "bee": 1, "": 1}}
-    with pytest.raises(DataError, match=r"have several labels, .* Received: \[\(1, 2\), \(0,\)"):
-        labelled(source)
-    with pytest.raises(DataError, match="have several labels"):
-        train(source, output=tmp_path, **TINY)
+    assert labelled(source)[1].tolist() == source.labels.tolist()
     pack(source, tmp_path / "out")
     again = opened(tmp_path / "out")
     assert again.labels.tolist() == source.labels.tolist()
@@ -270,6 +266,30 @@ def test_several_labels_are_rows_of_ones_and_lists_and_may_be_unknown_in_a_test(
     (tmp_path / "t.jsonl").write_text('{"path": "0.png", "label": ["a", "b"]}\n{"path": "1.png"}')
     with pytest.raises(DataError, match=r"Row 2 .* has no label"):
         opened(tmp_path / "t.jsonl")
+
+
+@once
+@pytest.mark.parametrize(
+    ("rows", "labels"),
+    [
+        (("1,0,1", "0,1,0", "0,0,0"), [(0, 2), (1,), ()]),
+        (("1.0,0.0,True", "0,1,False", ",,"), [(0, 2), (1,), None]),
+        (("1,0,0", "0,1,0", "0,0,1"), [0, 1, 2]),
+        (("1,0,2", "0,1,0", "0,0,1"), [(0,), (1,), ()]),  # the third is no label's
+    ],
+)
+def test_a_column_of_0_and_1_a_label_is_a_table_of_labels(rows, labels, tmp_path, png):
+    text = "image_name,dog,cat,bird\n"
+    for i, row in enumerate(rows):
+        (tmp_path / f"{i}.png").write_bytes(png)
+        text += f"{i}.png,{row}\n"
+    (tmp_path / "t.csv").write_text(text)
+    source = opened(tmp_path / "t.csv")
+    assert source.labels.tolist() == labels
+    names = ["dog", "cat", "bird"][: 3 - ("2" in rows[0])]
+    assert source.class_names == names and f"{len(names)} columns of 0 and 1" in source.notes[0]
+    (tmp_path / "t.csv").write_text("path,good\n0.png,1\n1.png,0\n")  # it may be anything
+    assert opened(tmp_path / "t.csv").labels is None
 
 
 @once

@@ -104,16 +104,7 @@ def target_of(theirs):
     return theirs.features[-1] if hasattr(theirs, "features") else theirs.layer4[-1]
 
 
-LARGE = pytest.mark.long("tensorflow", "jax")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "resnet18",
-        *(pytest.param(n, marks=LARGE) for n in ("resnet50", "resnext50_32x4d", "alexnet")),
-    ],
-)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "alexnet"])
 @pytest.mark.slow
 def test_maps_equal_the_packages(pair, name, backend):
     if name == "resnet50" and backend == "jax":

@@ -334,7 +334,7 @@ def test_a_killed_run_goes_on_and_nothing_tells(folder, tmp_path, whole, suffix,
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("suffix", [".csv", pytest.param(".jsonl", marks=pytest.mark.long)])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 @pytest.mark.slow
 def test_a_work_file_cut_off_anywhere_is_gone_on_with(folder, tmp_path, whole, suffix):
     expected = whole(suffix)
@@ -427,7 +427,7 @@ def test_two_processes_do_not_write_one_output(folder, tmp_path):
 @pytest.mark.timeout(3000)
 def test_killed_at_any_instant_the_command_goes_on_to_equal_files():
     pytest.importorskip("pyarrow")
-    kills = os.environ.get("KERAS_RESNET_KILLS", "3")
+    kills = os.environ.get("KERAS_RESNET_KILLS", "6")
     script = os.path.join(os.path.dirname(__file__), "kill_predict.py")
     done = subprocess.run(
         [sys.executable, script, "--kills", kills],

@@ -231,7 +231,6 @@ def both_outputs(module, model, size, rng):
 
 @pytest.mark.parametrize("name", PARAMS)
 @pytest.mark.slow
-@pytest.mark.long("tensorflow", "jax")
 def test_a_saved_tutorial_class_imports_and_answers_the_same(tmp_path, rng, name):
     build, variant, num_classes, size = CASES[name]
     torch.manual_seed(0)

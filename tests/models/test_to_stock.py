@@ -88,7 +88,6 @@ def test_the_twin_is_stock_and_answers_alike(pair, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long("tensorflow", "jax")
 def test_saved_twins_load_without_the_package(tmp_path, backend):
     every = backend == "torch" and os.environ.get("KERAS_RESNET_LONG")
     names = VARIANTS if every else VARIANTS[:1]

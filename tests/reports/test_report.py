@@ -628,7 +628,6 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.long("tensorflow", "jax")
 def test_train_leaves_a_report_with_heat_maps(trained):
     result, _ = trained
     path = result.folder / "report.html"
@@ -712,7 +711,6 @@ RECORDS = {"config.json", "train.log", "skipped.csv", "predictions.csv", "evalua
 
 
 @pytest.mark.slow
-@pytest.mark.long("tensorflow", "jax")
 def test_nothing_that_is_shown_says_who_made_it_and_where(tmp_path, monkeypatch):
     home = tmp_path / "home" / "zyxwvutjane"
     monkeypatch.setenv("HOME", str(home))

@@ -50,7 +50,6 @@ def swept(pictures):
 
 
 @pytest.mark.slow
-@pytest.mark.long("tensorflow", "jax")
 def test_the_rates_rise_by_a_constant_factor_until_the_loss_leaves(swept):
     _, _, result = swept
     factors = result.rates[1:] / result.rates[:-1]

@@ -16,9 +16,7 @@ from keras_resnet.training.schedules import CosineSchedule
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import to_torchvision
 
-BATCH, CLASSES = 4, 10
-# A few say whether the arithmetic is the same; many, which take minutes, whether it stays so.
-STEPS = 20 if keras.backend.backend() == "torch" or os.environ.get("KERAS_RESNET_LONG") else 5
+STEPS, BATCH, CLASSES = 20, 4, 10
 
 
 def _trained(module):
@@ -81,7 +79,7 @@ def _apart(ours, theirs, start):
         ("resnet18", 64, 1e-3, {}, "float32"),
         ("resnet18", 64, 1e-3, {}, "float64"),
         # 61 million weights: in float64 the process takes 4 GB.
-        pytest.param("alexnet", 63, 1e-4, {"dropout": 0.0}, "float32", marks=pytest.mark.long),
+        pytest.param("alexnet", 63, 1e-4, {"dropout": 0.0}, "float32", marks=pytest.mark.slow),
         pytest.param("alexnet", 63, 1e-4, {"dropout": 0.0}, "float64", marks=pytest.mark.long),
     ],
     ids=["resnet18-float32", "resnet18-float64", "alexnet-float32", "alexnet-float64"],

@@ -209,7 +209,6 @@ def timm_resnet50d(torchvision):
     "side",
     [pytest.param(64, marks=pytest.mark.once), 75],  # an odd map: a window over its edge
 )
-@pytest.mark.long("tensorflow", "jax")
 def test_resnet50d_is_timms(timm_resnet50d, side, rng):
     module = timm_resnet50d
     state = {key: tensor.numpy() for key, tensor in module.state_dict().items()}
