@@ -82,6 +82,8 @@ COMMANDS = {
         arg("--exif", "turn images by their EXIF tag", group="Data", rare=True),
         arg("--cache ram|DIR", "keep decoded images in memory, or in a folder", cache,
             group="Data"),
+        arg("--config FILE", "again as a run was made, by its config.json; what else is given "
+            "changes it", rare=True),
         _RECIPE, _SEED,
         arg("--output DIR=runs", "where the run folder is made", output_folder, group="Output"),
         arg("--name NAME", "the run folder's name, else of model and DIR", group="Output"),

@@ -18,11 +18,21 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from keras_resnet.cli.words import command_hint, is_other, option_hint, spelled
-from keras_resnet.recipes import Recipe, get_recipe
-from keras_resnet.system.errors import between, did_you_mean, whole
+from keras_resnet.recipes import RECIPES, Recipe, get_recipe
+from keras_resnet.system.errors import (
+    InputError,
+    NotFoundError,
+    between,
+    did_you_mean,
+    meant_path,
+    reason_of,
+    whole,
+)
+from keras_resnet.system.files import read_json
 
 _KINDS = {"N": int, "PIXELS": int, "X": float}  # by metavar; all others are text
 RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe)[3:])
@@ -174,10 +184,24 @@ class Parser(argparse.ArgumentParser):
             for word in words[1:]:
                 if is_other(word, parser._option_string_actions):
                     parser.refuse(word)
+            parser.take_config(words[1:])
         found, unknown = self.parse_known_args(words, namespace)
         if unknown:
             found.parser.refuse(unknown[0])
         return found
+
+    def take_config(self, words: list[str]) -> None:
+        """What a run's `config.json` says is the default of every option that is not given."""
+        if "--config" not in self._option_string_actions:
+            return
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", nargs="?")
+        path = first.parse_known_args(words)[0].config
+        if path is not None:
+            known = run_options(path)
+            own = {action.dest: action for action in self._actions}
+            self.set_defaults(**{name: known[name] for name in own.keys() & known.keys()})
+            own["directory"].nargs, own["directory"].required = "?", False
 
     def refuse(self, word: str) -> typing.NoReturn:
         """Says that a word is none of the command's, and what is likely meant."""
@@ -245,6 +269,29 @@ def make_parser(commands: Mapping[str, Command], version: str) -> Parser:
         one.set_defaults(command=command, parser=one)
         _add(one, [*command.arguments, *(_recipe_arguments() if command.recipe else ())])
     return parser
+
+
+def run_options(path: str) -> dict[str, Any]:
+    """The options of the command that a run was made by, of its `config.json` or its folder.
+
+    Raises:
+        NotFoundError: There is no such file.
+        InputError: It is the record of no run.
+    """
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    if not file.exists():
+        raise NotFoundError(f"{path!r} does not exist, or holds no config.json.{meant_path(path)}")
+    try:
+        config = read_json(file)
+        recipe, arguments = dict(config["recipe"]), dict(config["arguments"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{str(file)!r} is no record of a run, as train writes config.json: {reason_of(error)}"
+        ) from error
+    name = recipe.get("name")
+    fields = {field: recipe[field] for field in RECIPE_FIELDS if field in recipe}
+    return {**fields, **arguments, "recipe": name if name in RECIPES else "finetune"}
 
 
 def _usage_word(options: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ def _recipe(name: str, options: dict[str, Any]) -> Recipe:
 
 def train(
     directory: str, recipe: str, show: bool, columns: str | None, label_regex: str | None,
-    **options: Any,
+    config: str | None, **options: Any,
 ) -> int:  # fmt: skip
     """Fits a model; 130 where it was interrupted."""
     changed = _recipe(recipe, options)

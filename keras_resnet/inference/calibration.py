@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from keras_resnet.models.meaning import Meaning
 from keras_resnet.system.errors import InputError, between, whole
+
+if TYPE_CHECKING:  # reports are read without Keras, which takes seconds to import
+    from keras_resnet.models.meaning import Meaning
 
 UNKNOWN = "unknown"  # the answer where a model is not sure enough
 _TEMPERATURES = 0.05, 20.0  # between which one is looked for
@@ -104,6 +107,7 @@ def best_temperature(meaning: Meaning, logs: np.ndarray, hits: np.ndarray) -> fl
         The temperature; `None` where none is best, as of answers that are all right.
 
     Examples:
+        >>> from keras_resnet.models.meaning import Meaning
         >>> hits = np.eye(2, dtype=bool)[[0, 0, 0, 1]]
         >>> logs = np.log(np.full((4, 2), [0.9, 0.1]))  # as sure as 9 of 10, and right in 3 of 4
         >>> round(best_temperature(Meaning(), logs, hits), 3)
@@ -198,6 +202,7 @@ def answer_of(
             them, said or not, together.
 
     Examples:
+        >>> from keras_resnet.models.meaning import Meaning
         >>> answer_of(Meaning("multi-label"), np.log([0.9, 0.2, 0.7]), ["ant", "bee", "fly"])
         ['ant', 'fly']
         >>> answer_of(Meaning(), np.log([0.6, 0.4]), ["ant", "bee"], 0.8)

@@ -766,3 +766,31 @@ def test_ctrl_c_leaves_everything_and_the_same_command_goes_on(pictures, tmp_pat
     again = Run.find(tmp_path, history.parent.name, identity, restart=False)
     assert again.folder == history.parent and again.resumed
     assert Run.find(tmp_path, history.parent.name, identity, restart=True).folder != again.folder
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_a_runs_config_says_it_all_again_and_what_is_given_changes_it(
+    finished, pictures, tmp_path, capsys
+):
+    given = finished.folder / "config.json", "--output", tmp_path
+    code, out, _ = run_cli("train", "--config", *given, "--no-report", capsys=capsys)
+    again = tmp_path / finished.folder.name
+    assert code == 0, out
+    for name in ("history.csv", "config.json"):
+        one, other = ((folder / name).read_text() for folder in (finished.folder, again))
+        if name == "history.csv":
+            one, other = ([line.rpartition(",")[0] for line in t.split()] for t in (one, other))
+        else:
+            one, other = (json.loads(t)["fingerprint"] for t in (one, other))
+        assert one == other, name
+    code, out, _ = run_cli("train", "--epochs", "1", "--config", finished.folder, "--seed=3",
+                           "--dry-run", capsys=capsys)  # fmt: skip
+    assert code == 0 and "1 epochs" in out and "seed 3" in out and "sgd at 0.1" in out
+    code, out, err = run_cli("train", pictures.parent / "nowhere", "--config", given[0],
+                             capsys=capsys)  # fmt: skip
+    assert code == 2 and "nowhere" in err
+    (tmp_path / "config.json").write_text("[]")
+    for wrong, said in ((tmp_path, "is no record of a run"), ("nix", "'nix' does not exist")):
+        code, _, err = run_cli("train", "--config", wrong, capsys=capsys)
+        assert code == 2 and said in err and err.count("\n") == 1
