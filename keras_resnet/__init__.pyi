@@ -7,12 +7,14 @@ names is first used; editors and type checkers read the same list.
 from . import layers as layers, plots as plots
 from .data.augment import (
     Augment as Augment,
-    Mix as Mix,
+    AugMix as AugMix,
+    AutoAugment as AutoAugment,
     RandAugment as RandAugment,
     TrivialAugmentWide as TrivialAugmentWide,
 )
 from .data.dataset import ImageDataset as ImageDataset
 from .data.directory import image_dataset_from_directory as image_dataset_from_directory
+from .data.mixing import Mix as Mix
 from .data.opening import image_source as image_source
 from .data.packing import Packed as Packed, pack as pack
 from .data.preprocess import Preprocess as Preprocess
@@ -24,6 +26,13 @@ from .data.transforms import (
     RandomErasing as RandomErasing,
     RandomHorizontalFlip as RandomHorizontalFlip,
     RandomResizedCrop as RandomResizedCrop,
+)
+from .data.warps import (
+    GaussianBlur as GaussianBlur,
+    RandomAffine as RandomAffine,
+    RandomGrayscale as RandomGrayscale,
+    RandomRotation as RandomRotation,
+    RandomVerticalFlip as RandomVerticalFlip,
 )
 from .inference.calibrate import Calibrated as Calibrated, calibrate as calibrate
 from .inference.calibration import Calibration as Calibration, calibration as calibration
@@ -106,6 +115,7 @@ from .training import ema as ema, optimizers as optimizers, schedules as schedul
 from .training.ema import ModelEMA as ModelEMA
 from .training.freeze import FreezeReport as FreezeReport, freeze as freeze
 from .training.lr_finder import LrFinderResult as LrFinderResult, lr_find as lr_find
+from .training.sheet import augment_sheet as augment_sheet
 from .training.train import TrainResult as TrainResult, train as train
 from .variants import conv_output_size as conv_output_size, list_models as list_models
 from .weights.checkpoint import (

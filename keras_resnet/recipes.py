@@ -18,7 +18,7 @@ _CHOICES = {
     "schedule": ("constant", "step", "multistep", "cosine", "onecycle"),
     "schedule_per": ("epoch", "step"),
     "crop": ("auto", "random_resized", "padded", "none"),
-    "policy": (None, "ta_wide", "ra"),
+    "policy": (None, "ta_wide", "ra", "imagenet", "cifar10", "svhn", "augmix"),
     "precision": ("fp32", "bf16", "fp16"),
     "normalization": ("imagenet", "half", "dataset"),
     "sampler": (None, "balanced"),
@@ -50,7 +50,8 @@ class Recipe:
             (the evaluation's own), or `"auto"`: padded for 32-pixel variants, else resized.
         crop_scale: Area of the random resized crop, from and to, as fractions of the image.
         flip: Probability of a horizontal flip.
-        policy: `"ta_wide"` (TrivialAugmentWide), `"ra"` (RandAugment) or `None`.
+        policy: `"ta_wide"` (TrivialAugmentWide), `"ra"` (RandAugment), `"imagenet"`, `"cifar10"` or
+            `"svhn"` (AutoAugment's), `"augmix"` or `None`.
         color_jitter: Brightness, contrast and saturation change by up to this fraction.
         random_erasing: Probability of erasing a rectangle.
         mixup: Alpha of mixup; 0 for none.
@@ -94,6 +95,10 @@ class Recipe:
         focal: Gamma of the focal loss, which counts what is right already for less; 0: none.
         calibrate: At the end measure on the validation images how sure the best model may be (see
             `kr.calibrate`); thresholds of binary and multi-label models are chosen in any case.
+        vertical_flip: Probability of a vertical flip.
+        rotation: Images are turned by up to so many degrees, either way.
+        grayscale: Probability of losing the colour.
+        blur: Probability of a Gaussian blur, over a tenth of the side, sigma 0.1 to 2 pixels.
     """
 
     name: str
@@ -152,6 +157,10 @@ class Recipe:
     task: str | None = None
     focal: float = 0.0
     calibrate: bool = False
+    vertical_flip: float = 0.0
+    rotation: float = 0.0
+    grayscale: float = 0.0
+    blur: float = 0.0
 
     def __post_init__(self):
         get_spec(self.model)
@@ -163,12 +172,14 @@ class Recipe:
         for name in ("image_size", "eval_size", "eval_resize", "patience"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), 1)
-        for name in ("flip", "random_erasing", "label_smoothing"):
+        for name in ("flip", "random_erasing", "label_smoothing", "vertical_flip", "grayscale",
+                     "blur"):  # fmt: skip
             between(name, getattr(self, name), 0, 1)
         between("val_split", self.val_split, 0, 1, ends="[)")
         for name in ("learning_rate", "backbone_rate"):
             between(name, getattr(self, name), 0, ends="(]")
-        for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "gradual", "focal"):
+        for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "gradual", "focal",
+                     "rotation"):  # fmt: skip
             between(name, getattr(self, name), 0)
         if self.weight_decay and self.optimizer not in ("sgd", "adamw"):
             raise InputError(

@@ -117,6 +117,13 @@ COMMANDS = {
         arg("--steps N=100", "batches", least=3),
         _SEED, _WORKERS, _EXCLUDE, *_SOURCE,
     ], recipe=True),
+    "augment": Command(training.augment, "draw images as a recipe changes them", [
+        _TRAIN_FOLDER,
+        arg("--sheet FILE=augment.png", "the image to write", written(*_FIGURE)),
+        arg("--images N=6", "rows", least=1),
+        arg("--versions N=7", "epochs, a column each", least=1),
+        _RECIPE, _SEED, _EXCLUDE, *_SOURCE,
+    ], recipe=True),
     "evaluate": Command(predicting.evaluate, "measure a model on a labelled folder", [
         _MODEL,
         arg("directory DIR", "class folders, or test/ val/ train/; or a table, or shards",

@@ -45,7 +45,8 @@ _GROUPS = {
     "precision",
     "Sizes and crops": "crop crop_scale eval_size eval_resize resize_exact interpolation "
     "normalization",
-    "Augmentation": "flip policy color_jitter random_erasing mixup cutmix label_smoothing repeats",
+    "Augmentation": "flip vertical_flip rotation policy color_jitter grayscale blur random_erasing "
+    "mixup cutmix label_smoothing repeats",
     "What outputs say": "task calibrate",
     "Uneven classes": "class_weights sampler focal",
     "Optimizer": "momentum nesterov norm_decay bias_decay clip_norm accumulate",

@@ -45,6 +45,15 @@ def lr_find(
     print(f"{result}\nWritten: {result.plot(plot)}")
 
 
+def augment(
+    directory: str, recipe: str, sheet: str, columns: str | None, label_regex: str | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Draws images as a recipe changes them."""
+    images = checks.training(directory, _recipe(recipe, options), columns, label_regex)
+    print(f"Written: {kr.augment_sheet(images, sheet, recipe=recipe, **options)}")
+
+
 def demo(output: str, epochs: int | None) -> int:
     """Trains, evaluates and predicts on data that needs no network; 130 where interrupted."""
     from keras_resnet.cli.demo import run_demo

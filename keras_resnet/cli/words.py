@@ -108,8 +108,9 @@ HINTS = _pairs({
     "The run folder gets best.keras and last.keras; --output says where it is made.":
         "--save --save-model --save-best --save-path --checkpoint-dir --save-best-only",
     "There is --policy, --color-jitter, --mixup, --cutmix and more: see --help-all.":
-        "--augment --augmentation --augmentations --data-augmentation --ra-magnitude --rotation "
-        "--vflip --flipud --degrees",
+        "--augment --augmentation --augmentations --data-augmentation --ra-magnitude",
+    "There is --vertical-flip.": "--vflip --flipud",
+    "There is --rotation.": "--degrees --rotate",
     "Give --normalization imagenet, half or dataset.":
         "--mean --std --normalize --norm",
     "Give --schedule cosine.": "--cos-lr --cosine --cosine-annealing",

@@ -4,7 +4,7 @@ Every transform is two functions: `sample(height, width, rng)` draws its paramet
 generator, `apply(image, parameters)` uses them. Given equal parameters, `apply` gives the pixels
 that torchvision gives for a Pillow image (torchvision/transforms/functional.py, autoaugment.py,
 v2/_augment.py); the distributions of the parameters are torchvision's too, its random stream is
-not. `Augment` chains them; `Mix` (mixup and cutmix) works on whole batches.
+not. `Augment` chains them.
 """
 
 from __future__ import annotations
@@ -29,37 +29,10 @@ from keras_resnet.data.transforms import (
     as_image,
     resample_filter,
 )
-from keras_resnet.system.errors import InputError
+from keras_resnet.data.warps import affine
+from keras_resnet.system.errors import InputError, between, one_of, whole
 
 # --- the operations of TrivialAugment and RandAugment --------------------------------------------
-
-
-def _affine(
-    image: Image.Image,
-    translate: tuple[float, float],
-    shear: tuple[float, float],
-    center: tuple[float, float],
-    resample: int,
-    fill: Any,
-) -> Image.Image:
-    """torchvision/transforms/functional.py `_get_inverse_affine_matrix` at angle 0, scale 1.
-
-    The products of cosines stay: leaving out what is 1 in exact arithmetic changes last bits, and
-    with them pixels under nearest interpolation.
-    """
-    sx, sy = shear
-    a = math.cos(-sy) / math.cos(sy)
-    b = -math.cos(-sy) * math.tan(sx) / math.cos(sy) - math.sin(0.0)
-    c = math.sin(-sy) / math.cos(sy)
-    d = -math.sin(-sy) * math.tan(sx) / math.cos(sy) + math.cos(0.0)
-    cx, cy = center
-    tx, ty = translate
-    matrix = [d, -b, 0.0, -c, a, 0.0]
-    matrix[2] += matrix[0] * (-cx - tx) + matrix[1] * (-cy - ty)
-    matrix[5] += matrix[3] * (-cx - tx) + matrix[4] * (-cy - ty)
-    matrix[2] += cx
-    matrix[5] += cy
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
 
 
 def apply_operation(
@@ -85,13 +58,13 @@ def apply_operation(
         case "Identity":
             return image
         case "ShearX":
-            return _affine(image, (0, 0), (angle, 0.0), (0, 0), resample, fill)
+            return affine(image, (0, 0), (angle, 0.0), (0, 0), resample, fill)
         case "ShearY":
-            return _affine(image, (0, 0), (0.0, angle), (0, 0), resample, fill)
+            return affine(image, (0, 0), (0.0, angle), (0, 0), resample, fill)
         case "TranslateX":
-            return _affine(image, (shift, 0), (0.0, 0.0), centre, resample, fill)
+            return affine(image, (shift, 0), (0.0, 0.0), centre, resample, fill)
         case "TranslateY":
-            return _affine(image, (0, shift), (0.0, 0.0), centre, resample, fill)
+            return affine(image, (0, shift), (0.0, 0.0), centre, resample, fill)
         case "Rotate":
             return image.rotate(magnitude, resample, fillcolor=fill)
         case "Brightness":
@@ -110,6 +83,8 @@ def apply_operation(
             return ImageOps.autocontrast(image)
         case "Equalize":
             return ImageOps.equalize(image)
+        case "Invert":
+            return ImageOps.invert(image)
     raise InputError(f"There is no operation {name!r}.")
 
 
@@ -220,19 +195,170 @@ class RandAugment(Transform):
         return _apply_all(self, image, parameters)
 
 
+# Sub-policies, two operations each: name, probability, step of ten (torchvision's table).
+_POLICIES = {
+    "imagenet": """
+        Posterize 0.4 8 Rotate 0.6 9; Solarize 0.6 5 AutoContrast 0.6 -;
+        Equalize 0.8 - Equalize 0.6 -; Posterize 0.6 7 Posterize 0.6 6;
+        Equalize 0.4 - Solarize 0.2 4; Equalize 0.4 - Rotate 0.8 8; Solarize 0.6 3 Equalize 0.6 -;
+        Posterize 0.8 5 Equalize 1 -; Rotate 0.2 3 Solarize 0.6 8; Equalize 0.6 - Posterize 0.4 6;
+        Rotate 0.8 8 Color 0.4 0; Rotate 0.4 9 Equalize 0.6 -; Equalize 0 - Equalize 0.8 -;
+        Invert 0.6 - Equalize 1 -; Color 0.6 4 Contrast 1 8; Rotate 0.8 8 Color 1 2;
+        Color 0.8 8 Solarize 0.8 7; Sharpness 0.4 7 Invert 0.6 -; ShearX 0.6 5 Equalize 1 -;
+        Color 0.4 0 Equalize 0.6 -; Equalize 0.4 - Solarize 0.2 4;
+        Solarize 0.6 5 AutoContrast 0.6 -; Invert 0.6 - Equalize 1 -; Color 0.6 4 Contrast 1 8;
+        Equalize 0.8 - Equalize 0.6 -""",
+    "cifar10": """
+        Invert 0.1 - Contrast 0.2 6; Rotate 0.7 2 TranslateX 0.3 9;
+        Sharpness 0.8 1 Sharpness 0.9 3; ShearY 0.5 8 TranslateY 0.7 9;
+        AutoContrast 0.5 - Equalize 0.9 -; ShearY 0.2 7 Posterize 0.3 7;
+        Color 0.4 3 Brightness 0.6 7; Sharpness 0.3 9 Brightness 0.7 9;
+        Equalize 0.6 - Equalize 0.5 -; Contrast 0.6 7 Sharpness 0.6 5;
+        Color 0.7 7 TranslateX 0.5 8; Equalize 0.3 - AutoContrast 0.4 -;
+        TranslateY 0.4 3 Sharpness 0.2 6; Brightness 0.9 6 Color 0.2 8; Solarize 0.5 2 Invert 0 -;
+        Equalize 0.2 - AutoContrast 0.6 -; Equalize 0.2 - Equalize 0.6 -;
+        Color 0.9 9 Equalize 0.6 -; AutoContrast 0.8 - Solarize 0.2 8;
+        Brightness 0.1 3 Color 0.7 0; Solarize 0.4 5 AutoContrast 0.9 -;
+        TranslateY 0.9 9 TranslateY 0.7 9; AutoContrast 0.9 - Solarize 0.8 3;
+        Equalize 0.8 - Invert 0.1 -; TranslateY 0.7 9 AutoContrast 0.9 -""",
+    "svhn": """
+        ShearX 0.9 4 Invert 0.2 -; ShearY 0.9 8 Invert 0.7 -; Equalize 0.6 - Solarize 0.6 6;
+        Invert 0.9 - Equalize 0.6 -; Equalize 0.6 - Rotate 0.9 3; ShearX 0.9 4 AutoContrast 0.8 -;
+        ShearY 0.9 8 Invert 0.4 -; ShearY 0.9 5 Solarize 0.2 6; Invert 0.9 - AutoContrast 0.8 -;
+        Equalize 0.6 - Rotate 0.9 3; ShearX 0.9 4 Solarize 0.3 3; ShearY 0.8 8 Invert 0.7 -;
+        Equalize 0.9 - TranslateY 0.6 6; Invert 0.9 - Equalize 0.6 -; Contrast 0.3 3 Rotate 0.8 4;
+        Invert 0.8 - TranslateY 0 2; ShearY 0.7 6 Solarize 0.4 8; Invert 0.6 - Rotate 0.8 4;
+        ShearY 0.3 7 TranslateX 0.9 3; ShearX 0.1 6 Invert 0.6 -; Solarize 0.7 2 TranslateY 0.6 7;
+        ShearY 0.8 4 Invert 0.8 -; ShearX 0.7 9 TranslateY 0.8 3; ShearY 0.8 5 AutoContrast 0.7 -;
+        ShearX 0.7 2 Invert 0.1 -""",
+}
+
+
+@dataclass(frozen=True)
+class AutoAugment(Transform):
+    """Two operations, together, out of a table that was learned (Cubuk et al. 2018, 1805.09501).
+
+    Attributes:
+        policy: `"imagenet"`, `"cifar10"` or `"svhn"`: what it was learned on.
+        interpolation: of the geometric operations; torchvision's recipes use `"bilinear"`.
+        fill: the value of pixels from outside the image; None is black.
+    """
+
+    policy: str = "imagenet"
+    interpolation: str = "nearest"
+    fill: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        one_of("policy", self.policy, tuple(_POLICIES))
+        resample_filter(self.interpolation)
+
+    def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
+        """Operations, their magnitudes, and whether their sign is drawn."""
+        shift = (150.0 / 331.0 * height, 150.0 / 331.0 * width)
+        return {**_space(10, 0.3, shift, 30.0, 0.9, 4), "Invert": (None, False)}
+
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> list[tuple[str, float]]:
+        """Draws [(operation, magnitude), ...], none to two of them."""
+        table, space = _POLICIES[self.policy].split(";"), self.space(height, width)
+        words, found = table[rng.integers(len(table))].split(), []
+        for name, chance, step in zip(words[::3], words[1::3], words[2::3], strict=True):
+            drawn, negative = rng.random(), rng.integers(2) == 0
+            if drawn <= float(chance):
+                magnitudes, signed = space[name]
+                magnitude = 0.0 if magnitudes is None else float(magnitudes[int(step)])
+                found.append((name, -magnitude if signed and negative else magnitude))
+        return found
+
+    def apply(self, image: AnyImage, parameters: Iterable[tuple[str, float]]) -> Image.Image:
+        """Applies the operations in order."""
+        return _apply_all(self, image, parameters)
+
+
+@dataclass(frozen=True)
+class AugMix(Transform):
+    """An image mixed with several changed copies of itself (Hendrycks et al. 2019, 1912.02781).
+
+    Operations are those of the other policies, on Pillow images; torchvision's AugMix turns the
+    image into a tensor first, whose operations give slightly other pixels.
+
+    Attributes:
+        severity: the strongest step of the operations, of ten.
+        mixture_width: changed copies.
+        chain_depth: operations a copy; -1 draws one to three.
+        alpha: of the Dirichlet distributions of the shares.
+        all_ops: also those that ImageNet-C contains: brightness, colour, contrast, sharpness.
+        interpolation: of the geometric operations.
+        fill: the value of pixels from outside the image; None is black.
+    """
+
+    severity: int = 3
+    mixture_width: int = 3
+    chain_depth: int = -1
+    alpha: float = 1.0
+    all_ops: bool = True
+    interpolation: str = "bilinear"
+    fill: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if not 1 <= self.severity <= 10:
+            raise InputError(f"severity must lie in 1..10. Received: {self.severity!r}.")
+        whole("mixture_width", self.mixture_width, 1)
+        whole("chain_depth", self.chain_depth, -1)
+        between("alpha", self.alpha, 0, ends="(]")
+        resample_filter(self.interpolation)
+
+    def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
+        """Operations, their magnitudes, and whether their sign is drawn."""
+        space = dict(_space(10, 0.3, (height / 3.0, width / 3.0), 30.0, 0.9, 4))
+        bits = 4 - np.round(np.arange(10) / (9 / 4))
+        left_out = () if self.all_ops else ("Brightness", "Color", "Contrast", "Sharpness")
+        space = {n: v for n, v in space.items() if n not in ("Identity", *left_out)}
+        return {**space, "Posterize": (bits, False)}
+
+    def sample(
+        self, height: int, width: int, rng: np.random.Generator
+    ) -> tuple[list[float], list[list[tuple[str, float]]]]:
+        """Draws the shares of the image and its copies, and each copy's operations."""
+        own, changed = rng.dirichlet([self.alpha] * 2)
+        shares = changed * rng.dirichlet([self.alpha] * self.mixture_width)
+        space, chains = self.space(height, width), []
+        for _ in range(self.mixture_width):
+            depth = self.chain_depth if self.chain_depth > 0 else rng.integers(1, 4)
+            chains.append([_draw(space, None, rng, self.severity) for _ in range(int(depth))])
+        return [float(own), *map(float, shares)], chains
+
+    def apply(
+        self, image: AnyImage, parameters: tuple[Sequence[float], Sequence[Iterable]]
+    ) -> Image.Image:
+        """Mixes the image and its changed copies, in float32, and cuts the fraction off."""
+        image = as_image(image)
+        (own, *shares), chains = parameters
+        mixed = np.float32(own) * np.asarray(image, np.float32)
+        for share, chain in zip(shares, chains, strict=True):
+            mixed += np.float32(share) * np.asarray(_apply_all(self, image, chain), np.float32)
+        return as_image(np.clip(mixed, 0, 255).astype(np.uint8))
+
+
 def _draw(
-    space: dict[str, tuple[np.ndarray | None, bool]], strength: int | None, rng: np.random.Generator
+    space: dict[str, tuple[np.ndarray | None, bool]],
+    strength: int | None,
+    rng: np.random.Generator,
+    strengths: int | None = None,
 ) -> tuple[str, float]:
     name = list(space)[rng.integers(len(space))]
     magnitudes, signed = space[name]
     if magnitudes is None:
         return name, 0.0
-    magnitude = float(magnitudes[rng.integers(len(magnitudes)) if strength is None else strength])
+    if strength is None:
+        strength = rng.integers(strengths or len(magnitudes))
+    magnitude = float(magnitudes[strength])
     return name, -magnitude if signed and rng.integers(2) else magnitude
 
 
 def _apply_all(
-    transform: TrivialAugmentWide | RandAugment,
+    transform: TrivialAugmentWide | RandAugment | AutoAugment | AugMix,
     image: AnyImage,
     operations: Iterable[tuple[str, float]],
 ) -> Image.Image:
@@ -310,116 +436,6 @@ class Augment:
         """Shows the steps as they are written."""
         steps = [*self.steps, *([self.erasing] if self.erasing else [])]
         return f"Augment([{', '.join(map(repr, steps))}])"
-
-
-# --- batches -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mix:
-    """mixup or cutmix of a batch with itself turned by one, as torchvision's v2 transforms.
-
-    Attributes:
-        mixup: alpha of Beta(alpha, alpha) for mixup (Zhang et al. 2017, arXiv 1710.09412); 0: none.
-        cutmix: the same for cutmix (Yun et al. 2019, arXiv 1905.04899). With both, each batch gets
-            one of the two, with equal chances, as in torchvision's references.
-    """
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        if min(self.mixup, self.cutmix) < 0 or max(self.mixup, self.cutmix) == 0:
-            raise InputError(
-                f"mixup and cutmix are alphas of at least 0, one of them positive. Received: "
-                f"{self.mixup!r} and {self.cutmix!r}."
-            )
-
-    def sample(
-        self, height: int, width: int, rng: np.random.Generator
-    ) -> tuple[str, float, tuple[int, int, int, int] | None]:
-        """Draws ("mixup", share, None) or ("cutmix", share, (left, top, right, bottom)).
-
-        The fraction is that of the image that stays; for cutmix it is that of the actual box.
-        """
-        cut = self.cutmix > 0 and (self.mixup == 0 or rng.random() < 0.5)
-        alpha = self.cutmix if cut else self.mixup
-        share = float(rng.beta(alpha, alpha))
-        if not cut:
-            return "mixup", share, None
-        x, y = int(rng.integers(width)), int(rng.integers(height))
-        half = 0.5 * math.sqrt(1.0 - share)
-        half_width, half_height = int(half * width), int(half * height)
-        left, right = max(x - half_width, 0), min(x + half_width, width)
-        top, bottom = max(y - half_height, 0), min(y + half_height, height)
-        share = 1.0 - (right - left) * (bottom - top) / (width * height)
-        return "cutmix", share, (left, top, right, bottom)
-
-    def apply(
-        self, images: np.ndarray, labels: np.ndarray, parameters: tuple[str, float, Any]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mixes images (n, height, width, channels) and one-hot labels (n, classes).
-
-        uint8 images stay uint8: mixup rounds to the nearest pixel value.
-        """
-        kind, share, box = parameters
-        if kind == "cutmix":
-            left, top, right, bottom = box
-            mixed = images.copy()
-            mixed[:, top:bottom, left:right] = np.roll(images[:, top:bottom, left:right], 1, axis=0)
-        else:
-            mixed = _blend(images.astype(np.float32, copy=False), share)
-            if images.dtype == np.uint8:
-                mixed = np.rint(mixed).astype(np.uint8)
-        return mixed, _blend(labels.astype(np.float32, copy=False), share)
-
-    def __call__(
-        self, images: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draws parameters and applies them."""
-        return self.apply(images, labels, self.sample(*images.shape[1:3], rng))
-
-    def weighed(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        weights: np.ndarray | None,
-        rng: np.random.Generator,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """The same of images that count differently: the loss of each stays weighed with its own.
-
-        What is blended is weight times label; the weight of a mixed image is the blended weight.
-        """
-        if weights is None:
-            return *self(images, labels, rng), None
-        both = np.concatenate([labels * weights[:, None], weights[:, None]], axis=1)
-        images, both = self(images, both, rng)
-        labels, weights = both[:, :-1], both[:, -1]
-        return images, labels / np.maximum(weights, np.finfo(np.float32).tiny)[:, None], weights
-
-
-def _blend(values: np.ndarray, share: float) -> np.ndarray:
-    turned = np.roll(values, 1, axis=0)
-    turned *= np.float32(1.0 - share)
-    turned += values * np.float32(share)
-    return turned
-
-
-def smooth_labels(labels: np.ndarray, smoothing: float, each: bool = False) -> np.ndarray:
-    """Moves `smoothing` of each row of one-hot or mixed labels to all classes alike.
-
-    As torch.nn.CrossEntropyLoss(label_smoothing=...): (1 - s) * y + s / classes. Where each label
-    is a yes or no for itself (`each`) it is halved between them, as
-    keras.losses.BinaryCrossentropy does.
-
-    Examples:
-        >>> smooth_labels(np.array([[0.0, 1.0]], np.float32), 0.1).round(3).tolist()
-        [[0.05000000074505806, 0.949999988079071]]
-    """
-    return labels * np.float32(1.0 - smoothing) + np.float32(
-        smoothing / (2 if each else labels.shape[-1])
-    )
 
 
 def _bins(count: int) -> None:

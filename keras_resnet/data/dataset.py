@@ -23,10 +23,10 @@ import keras
 import numpy as np
 from PIL import Image
 
-from keras_resnet.data.augment import Mix, smooth_labels
 from keras_resnet.data.folders import Stream, flat, generator, mixed_with, part_of
 from keras_resnet.data.items import Item, Source, taken
 from keras_resnet.data.labels import checked_labels, checked_mode, described, encoded, printed
+from keras_resnet.data.mixing import Mix, smooth_labels
 from keras_resnet.data.order import epoch_order
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.reading import ImageCache, ReadAhead, in_flight, load, stacked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_resnet.data import augment, transforms
+from keras_resnet.data import augment, transforms, warps
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import listed, stratified_split
 from keras_resnet.data.items import Source, absolute, taken
@@ -266,12 +267,23 @@ def recipe_augment(recipe: Recipe, size: int) -> augment.Augment | None:
     changes: list[transforms.Transform] = []
     if recipe.flip:
         changes.append(transforms.RandomHorizontalFlip(recipe.flip))
-    if recipe.policy == "ta_wide":
-        changes.append(augment.TrivialAugmentWide(interpolation=how))
-    elif recipe.policy == "ra":
-        changes.append(augment.RandAugment(interpolation=how))
+    if recipe.vertical_flip:
+        changes.append(warps.RandomVerticalFlip(recipe.vertical_flip))
+    if recipe.rotation:
+        changes.append(warps.RandomRotation(recipe.rotation, how))
+    if recipe.policy is not None:
+        kind = {
+            "ta_wide": augment.TrivialAugmentWide,
+            "ra": augment.RandAugment,
+            "augmix": augment.AugMix,
+        }.get(recipe.policy, functools.partial(augment.AutoAugment, recipe.policy))
+        changes.append(kind(interpolation=how))
     if recipe.color_jitter:
         changes.append(transforms.ColorJitter(*(recipe.color_jitter,) * 3))
+    if recipe.grayscale:
+        changes.append(warps.RandomGrayscale(recipe.grayscale))
+    if recipe.blur:
+        changes.append(warps.GaussianBlur(size // 20 * 2 + 1, p=recipe.blur))
     if recipe.random_erasing:
         changes.append(transforms.RandomErasing(recipe.random_erasing))
 

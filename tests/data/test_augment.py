@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import keras_resnet as kr
+from keras_resnet import plots
 from keras_resnet.data import augment, transforms
-from keras_resnet.data.augment import (
-    Augment,
-    Mix,
-    RandAugment,
-    TrivialAugmentWide,
-    smooth_labels,
-)
+from keras_resnet.data.augment import Augment, AugMix, AutoAugment, RandAugment, TrivialAugmentWide
+from keras_resnet.data.mixing import Mix, smooth_labels
 from keras_resnet.data.order import repeated_augmentation
 from keras_resnet.data.transforms import (
     ColorJitter,
@@ -26,7 +23,16 @@ from keras_resnet.data.transforms import (
     RandomResizedCrop,
     Resize,
 )
+from keras_resnet.data.warps import (
+    GaussianBlur,
+    RandomAffine,
+    RandomGrayscale,
+    RandomRotation,
+    RandomVerticalFlip,
+)
+from keras_resnet.recipes import get_recipe
 from keras_resnet.system.errors import InputError
+from keras_resnet.training.prepare import prepare_data, recipe_augment
 
 pytestmark = pytest.mark.once
 
@@ -218,6 +224,177 @@ def test_rand_augment_applies_its_number_of_operations_at_one_strength(rng):
         for name, magnitude in drawn:
             if name.startswith("Translate"):
                 assert abs(magnitude) == 150.0
+
+
+@pytest.mark.parametrize("name", ["imagenet", "cifar10", "svhn"])
+def test_auto_augment_is_torchvisions_table_and_draws_from_it(torchvision, rng, name):
+    from torchvision.transforms import autoaugment
+
+    theirs = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(name))
+    ours = AutoAugment(name)
+    space, expected = ours.space(64, 48), theirs._augmentation_space(10, (64, 48))
+    assert sorted(space) == sorted([*expected, "Identity"])
+    for operation, (magnitudes, signed) in expected.items():
+        assert space[operation][1] == signed
+        if magnitudes.ndim:
+            np.testing.assert_allclose(space[operation][0], magnitudes.numpy(), rtol=2e-7)
+    table = []
+    for row in augment._POLICIES[name].split(";"):
+        words = row.split()
+        found = zip(words[::3], words[1::3], words[2::3], strict=True)
+        table.append(tuple((n, float(p), None if m == "-" else int(m)) for n, p, m in found))
+    assert table == theirs.policies
+    counts = np.bincount([len(ours.sample(64, 48, rng)) for _ in range(4000)], minlength=3)
+    chances = np.array([[p1, p2] for (_, p1, _), (_, p2, _) in theirs.policies])
+    neither, both = (1 - chances).prod(1).mean(), chances.prod(1).mean()
+    np.testing.assert_allclose(counts / 4000, [neither, 1 - neither - both, both], atol=0.03)
+
+
+def test_invert_is_torchvisions(torchvision, pictures):
+    from torchvision.transforms import InterpolationMode, autoaugment
+
+    for picture in pictures[:2]:
+        ours = augment.apply_operation(picture, "Invert", 0.0, Image.Resampling.NEAREST)
+        same(ours, autoaugment._apply_op(picture, "Invert", 0.0, InterpolationMode.NEAREST, None))
+
+
+def test_augmix_mixes_as_torchvision(torchvision, pictures, rng):
+    """Its formula, with the operations of Pillow images; torchvision's own are of tensors."""
+    import torch
+    from torchvision.transforms import InterpolationMode, autoaugment
+
+    theirs, ours = autoaugment.AugMix(), AugMix()
+    space, expected = ours.space(64, 48), theirs._augmentation_space(10, (64, 48))
+    assert sorted(space) == sorted(expected)
+    assert sorted(AugMix(all_ops=False).space(9, 9)) == sorted(
+        autoaugment.AugMix(all_ops=False)._augmentation_space(10, (9, 9))
+    )
+    for operation, (magnitudes, signed) in expected.items():
+        assert space[operation][1] == signed
+        if magnitudes.ndim:
+            np.testing.assert_allclose(space[operation][0], magnitudes.numpy(), rtol=2e-7)
+    for picture in pictures:
+        shares, chains = ours.sample(picture.height, picture.width, rng)
+        assert sum(shares) == pytest.approx(1) and len(chains) == 3 == len(shares) - 1
+        mixed = shares[0] * torch.from_numpy(np.array(picture))
+        for share, chain in zip(shares[1:], chains, strict=True):
+            changed = picture
+            for name, magnitude in chain:
+                changed = autoaugment._apply_op(
+                    changed, name, magnitude, InterpolationMode.BILINEAR, None
+                )
+            mixed.add_(share * torch.from_numpy(np.array(changed)))
+        same(ours.apply(picture, (shares, chains)), mixed.to(torch.uint8).numpy())
+    depths = [len(chain) for _ in range(500) for chain in ours.sample(8, 8, rng)[1]]
+    assert np.abs(np.bincount(depths)[1:] / len(depths) - 1 / 3).max() < 0.05
+    drawn = [pair for _ in range(500) for chain in ours.sample(9, 9, rng)[1] for pair in chain]
+    steps = {abs(magnitude) for name, magnitude in drawn if name == "Rotate"}
+    assert steps == set(map(float, space["Rotate"][0][:3]))
+
+
+def test_vertical_flip_and_grayscale_are_torchvisions(torchvision, pictures, rng):
+    from torchvision.transforms import functional as F
+
+    for picture in pictures:
+        same(RandomVerticalFlip().apply(picture, True), F.vflip(picture))
+        same(RandomVerticalFlip(1.0).in_chain(np.asarray(picture), rng), F.vflip(picture))
+        same(RandomVerticalFlip(0.0)(picture, rng), picture)
+        same(RandomGrayscale().apply(picture, True), F.to_grayscale(picture, 3))
+        same(RandomGrayscale(0.0)(picture, rng), picture)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_rotation_and_affine_maps_give_torchvisions_pixels(
+    torchvision, pictures, rng, interpolation
+):
+    from torchvision.transforms import InterpolationMode, functional as F
+
+    mode = InterpolationMode(interpolation)
+    rotation = RandomRotation(75, interpolation, fill=7)
+    affine = RandomAffine((-40, 100), (0.2, 0.4), (0.5, 1.6), (-20, 30, 0, 15), interpolation, 9)
+    for picture in pictures:
+        size = picture.height, picture.width
+        for _ in range(4):
+            angle = rotation.sample(*size, rng)
+            same(rotation.apply(picture, angle), F.rotate(picture, angle, mode, fill=7))
+            drawn = angle, shift, scale, shear = affine.sample(*size, rng)
+            expected = F.affine(picture, angle, list(shift), scale, list(shear), mode, 9)
+            same(affine.apply(picture, drawn), expected)
+
+
+def test_affine_maps_are_drawn_from_torchvisions_distribution(torchvision, rng):
+    import torch
+    from torchvision import transforms as theirs_of
+
+    torch.manual_seed(0)
+    options = {"degrees": 30, "translate": (0.2, 0.4), "scale": (0.5, 1.5), "shear": (-20, 10)}
+    ours, theirs = RandomAffine(**options), theirs_of.RandomAffine(**options)
+
+    def flat(angle, shift, scale, shear):
+        return [angle, *shift, scale, *shear]
+
+    a = np.array([flat(*ours.sample(60, 90, rng)) for _ in range(4000)])
+    parts = theirs.degrees, theirs.translate, theirs.scale, theirs.shear
+    b = np.array([flat(*theirs.get_params(*parts, [90, 60])) for _ in range(4000)])
+    spread = b.std(0) + 1e-9
+    assert (np.abs(a.mean(0) - b.mean(0)) / spread).max() < 0.08
+    np.testing.assert_allclose(a.std(0), b.std(0), rtol=0.05, atol=1e-9)
+    assert RandomAffine(shear=5).sample(9, 9, rng)[3][1] == 0.0
+
+
+@pytest.mark.parametrize(("size", "sigma"), [(3, 0.1), (5, 0.8), (23, 2.0)])
+def test_gaussian_blur_gives_torchvisions_pixels(torchvision, pictures, size, sigma):
+    from torchvision.transforms import functional as F
+
+    apart = total = 0
+    for picture in pictures:
+        ours = np.asarray(GaussianBlur(size, sigma)(picture, np.random.default_rng(0)), np.int64)
+        theirs = np.asarray(F.gaussian_blur(picture, [size, size], [sigma, sigma]), np.int64)
+        assert np.abs(ours - theirs).max() <= 1
+        apart, total = apart + (ours != theirs).sum(), total + ours.size
+    assert apart <= 1e-4 * total  # sums of float32 at the middle of two whole numbers
+
+
+def test_a_recipes_further_changes_and_policies_are_steps():
+    recipe = get_recipe("resnet_v1").with_options(
+        vertical_flip=0.5, rotation=10, policy="cifar10", grayscale=0.1, blur=0.2
+    )
+    steps = recipe_augment(recipe, 224).steps
+    assert steps[2:] == (
+        RandomVerticalFlip(0.5), RandomRotation(10, "bilinear"),
+        AutoAugment("cifar10", "bilinear"), RandomGrayscale(0.1), GaussianBlur(23, p=0.2),
+    )  # fmt: skip
+    again = Augment.from_config(json.loads(json.dumps(Augment(steps).get_config())))
+    assert again == Augment(steps)
+    for policy, kind in (("augmix", AugMix), ("ra", RandAugment), ("svhn", AutoAugment)):
+        steps = recipe_augment(recipe.with_options(policy=policy), 64).steps
+        assert type(steps[4]) is kind
+
+
+def test_a_sheet_shows_what_the_first_epochs_train_on(tmp_path, monkeypatch, rng):
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    drawn = []
+    monkeypatch.setattr(plots, "picture_grid", lambda images, *_, **__: drawn.extend(images))
+    options = {"model": "resnet_tiny", "image_size": 16, "val_split": 0, "rotation": 30}
+    options |= {"recipe": get_recipe("cifar").with_options(random_erasing=1.0), "seed": 5}
+    kr.augment_sheet(tmp_path / "images", "x.png", images=8, versions=2, **options)
+    recipe, seed = options.pop("recipe"), options.pop("seed")
+    data = prepare_data(tmp_path / "images", recipe.with_options(**options), seed=seed).train
+    data.output = "uint8"
+    for epoch in range(2):
+        count = 0
+        for batch in data.batches():
+            for image, sample in zip(batch.images, batch.indices, strict=True):
+                same(drawn[3 * sample + 1 + epoch], image)
+                count += 1
+        assert count == 8
+        data.on_epoch_end()
+    with pytest.raises(InputError, match="changes no image"):
+        kr.augment_sheet(tmp_path / "images", "x.png", model="resnet_tiny", crop="none", flip=0)
 
 
 def test_random_erasing_gives_torchvisions_pixels_after_normalisation(torchvision, rng):

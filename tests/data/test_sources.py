@@ -20,9 +20,9 @@ from PIL import Image
 from keras_resnet.cli import main as cli
 from keras_resnet.data import opening, shards as shard_files
 from keras_resnet.data.arrays import Arrays
-from keras_resnet.data.augment import Mix
 from keras_resnet.data.folders import find_pictures
 from keras_resnet.data.items import Item, Source
+from keras_resnet.data.mixing import Mix
 from keras_resnet.data.opening import find_parts, image_source, labelled, opened
 from keras_resnet.data.packing import pack
 from keras_resnet.data.scan import scan
