@@ -109,7 +109,7 @@ def calibrate(
         if temperature:
             found["temperature"] = best_temperature(meaning, logs, hits)
             if found["temperature"] is None:
-                notes.append("Temperature: none is best, for (nearly) every answer is right.")
+                notes.append("Temperature: none, for no loss is lowest between 0.05 and 20.")
         if meaning.task != "single-label":
             scaled = meaning.as_calibrated({"calibration": found}, len(hits[0]))
             p, own = np.exp(scaled.cooled(logs)), slice(-1 if meaning.task == "binary" else 0, None)

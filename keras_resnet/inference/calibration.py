@@ -148,7 +148,7 @@ def best_thresholds(probabilities: np.ndarray, hits: np.ndarray) -> list[float]:
         if not 0 < true.sum() < len(true):
             found.append(0.5)
             continue
-        precision, recall, edges = precision_recall_curve(true, p, drop_intermediate=True)
+        precision, recall, edges = precision_recall_curve(true, p)
         both = precision[:-1] + recall[:-1]
         f1 = 2 * precision[:-1] * recall[:-1] / np.where(both > 0, both, 1)
         highest = edges[np.flatnonzero(f1 >= f1.max() - 1e-12)]

@@ -63,8 +63,8 @@ class Evaluation(Shown):
         skipped: `(path, reason)` of images that could not be read.
         task: What the model says: `"single-label"`, `"binary"` or `"multi-label"`.
         scores: Of the two latter scikit-learn's `average_precision`, `auc` and `f1`: the means
-            over the classes that occur, `micro_f1`, and of a binary model those of its second
-            class.
+            over the classes that occur, `micro_f1` and each label's `calibration_error`; and of a
+            binary model those of its second class.
     """
 
     loss: float
@@ -88,7 +88,9 @@ class Evaluation(Shown):
 
     @property
     def calibration_error(self) -> float:
-        """How far the probabilities of the answers are from how often these are right."""
+        """How far probabilities are from how often answers, or each label, are right."""
+        if "calibration_error" in self.scores:
+            return self.scores["calibration_error"]
         right = [row["true"] == row["predicted"] for row in self.rows]
         return calibration(np.clip([row["probability"] for row in self.rows], 0, 1), right).error
 
@@ -388,5 +390,6 @@ def _scores(meaning: Meaning, logs, hits, per_class: list[dict[str, Any]]) -> di
     for name in ("average_precision", "auc", "f1"):
         values = [row[name] for row in per_class if row["count"] and np.isfinite(row[name])]
         found[name] = float(np.mean(values)) if values else np.nan
+    found["calibration_error"] = calibration(np.exp(logs).ravel(), hits.ravel()).error
     said = meaning.answers(logs)
     return found | {"micro_f1": float(f1_score(hits, said, average="micro", zero_division=0.0))}

@@ -59,7 +59,7 @@ def _is_text(value: Any) -> bool:
 # What the parts of `info` are that this package writes and reads; each may be missing or None.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(["options", "preprocess", "weights", "training", "calibration"], _is_dict),
-    "calibration.temperature": lambda v: _is_number(v) and v > 0,
+    "calibration.temperature": lambda v: _is_number(v) and 1e-3 <= v <= 1e3,
     "calibration.thresholds": lambda v: isinstance(v, list) and all(map(_is_number, v)),
     **dict.fromkeys(["variant", "options.task", "training.recipe"], _is_text),
     **dict.fromkeys(["weights.source", "weights.published_as", "weights.sha256"], _is_text),

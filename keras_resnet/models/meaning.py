@@ -67,7 +67,7 @@ class Meaning:
         if len(thresholds) not in (0, wanted):
             raise InputError(
                 f"info['calibration']['thresholds'] has {len(thresholds)} numbers; a {self.task} "
-                f"model of {classes} classes has {wanted}: calibrate it again, or take them out."
+                f"model of {classes} classes has {wanted}: take them out, calibrate --remove does."
             )
         temperature = 1.0 if temperature is None else temperature
         return dataclasses.replace(self, temperature=temperature, thresholds=thresholds)

@@ -110,10 +110,7 @@ def prepare_data(
     source = opened(directory)
     found = find_parts(source, exclude)
     parts, names, notes = _split(found, recipe, seed), found.names, list(found.notes)
-    task = _task(recipe, parts["train"][1], names)
-    mode = {"binary": "binary", "multi-label": "multi_hot"}.get(task)
-    if mode is None and (recipe.mixup or recipe.cutmix or recipe.label_smoothing or recipe.focal):
-        mode = "categorical"
+    task, mode = _task(recipe, parts["train"][1], names)
     common = {
         "batch_size": 1
         if recipe.batch_size == "auto"
@@ -122,7 +119,7 @@ def prepare_data(
         "workers": workers,
         "cache": cache if look else None,
         "on_error": "raise" if strict else "skip",
-        "label_mode": mode or "int",
+        "label_mode": mode,
     }
     training = ImageDataset(
         *parts["train"],
@@ -161,7 +158,7 @@ def prepare_data(
         preprocess,
         size,
         task,
-        {"task": task, "soft_labels": mode is not None, "focal": recipe.focal},
+        {"task": task, "soft_labels": mode != "int", "focal": recipe.focal},
         _fingerprint(training.file_paths, held_out),
         [line for line in notes if line],
     )
@@ -179,8 +176,8 @@ def _image_weights(training: ImageDataset, recipe: Recipe) -> np.ndarray | None:
     return of_class if own is None else of_class * own
 
 
-def _task(recipe: Recipe, labels: np.ndarray, names: Sequence[str]) -> str:
-    """What the model shall say of an image: as the recipe has it, or else the labels."""
+def _task(recipe: Recipe, labels: np.ndarray, names: Sequence[str]) -> tuple[str, str]:
+    """What the model shall say of an image, and the `label_mode` that it learns by."""
     several = labels.dtype == object
     task = recipe.task or ("multi-label" if several else "single-label")
     if several and task != "multi-label":
@@ -192,7 +189,9 @@ def _task(recipe: Recipe, labels: np.ndarray, names: Sequence[str]) -> str:
         raise InputError(
             f"task='binary' is for two classes. Received: {len(names)} ({listed(list(names))})."
         )
-    return task
+    soft = recipe.mixup or recipe.cutmix or recipe.label_smoothing or recipe.focal
+    modes = {"binary": "binary", "multi-label": "multi_hot"}
+    return task, modes.get(task, "categorical" if soft else "int")
 
 
 def _check_sizes(variant: str, **sizes: int) -> None:
@@ -222,10 +221,9 @@ def _split(found: Parts, recipe: Recipe, seed: int) -> dict[str, tuple[Sequence[
         kept, held = stratified_split(labels, recipe.val_split, seed)
         for name, those in (("train", kept), ("val", held)):
             parts[name] = taken(paths, those), labels[those]
-    elif "val" not in parts and recipe.patience is not None:
-        raise InputError(
-            f"patience={recipe.patience} needs images to validate on: pass a val_split above 0."
-        )
+    elif "val" not in parts and (recipe.calibrate or recipe.patience is not None):
+        what = "calibrate=True" if recipe.calibrate else f"patience={recipe.patience}"
+        raise InputError(f"{what} needs images to validate on: pass a val_split above 0.")
     return parts
 
 

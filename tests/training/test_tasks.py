@@ -65,7 +65,7 @@ def test_metrics_are_scikit_learns_and_take_smoothed_labels_for_what_they_were()
     logits = (rng.normal(0, 1, true.shape) + 1.5 * true - 1).astype("f4")
     for labels in (true, true * 0.9 + 0.05):
         accuracy, precision = LabelAccuracy(), AveragePrecision(3)
-        for part in (slice(0, 100), slice(100, 300)):
+        for part in (slice(0, 150), slice(150, 300)):
             accuracy.update_state(labels[part], logits[part])
             precision.update_state(labels[part], logits[part])
         assert float(accuracy.result()) == pytest.approx(((logits > 0) == true).mean())
@@ -103,6 +103,16 @@ def test_labels_that_are_several_are_batched_split_weighed_and_smoothed():
         kr.ImageDataset(images, labels, ["a", "b", "c"], label_mode="categorical", **shared)
 
 
+def test_several_labels_are_learned_from_in_a_compiled_step():
+    x = keras.Input((3,))
+    model = keras.Model(x, keras.layers.Dense(3, kernel_initializer="zeros")(x))
+    compile_model(model, keras.optimizers.SGD(5.0), True, task="multi-label", focal=1.0)
+    labels = np.array([[1, 0, 0.5], [0, 1, 0], [0, 0, 1], [1, 1, 0]], "f4")
+    logs = [model.train_on_batch(labels, labels, return_dict=True) for _ in range(12)]
+    assert set(logs[0]) == {"loss", "accuracy", "average_precision"}
+    assert logs[-1]["loss"] < 0.5 * logs[0]["loss"] and logs[-1]["accuracy"] > 0.7
+
+
 def coloured(count, seed=0):
     """Images whose three channels are three labels, of which an image has none to all."""
     rng = np.random.default_rng(seed)
@@ -111,6 +121,7 @@ def coloured(count, seed=0):
     return (noise + 150 * labels[:, None, None, :]).astype(np.uint8), labels, ["r", "g", "b"]
 
 
+@pytest.mark.once
 def test_images_with_several_labels_are_learned_mixed_and_smoothed(tmp_path):
     data = coloured(64)
     run = kr.train(data, epochs=3, mixup=0.2, label_smoothing=0.1, output=tmp_path, **ONCE)
@@ -136,6 +147,8 @@ def test_two_classes_are_one_output_that_is_yes_or_no(tmp_path):
     assert run.evaluation.confusion.shape == (2, 2)
     with pytest.raises(InputError, match=r"task='binary' is for two classes\. Received: 3"):
         kr.train((x, np.arange(64) % 3), task="binary", output=tmp_path, **ONCE)
+    with pytest.raises(InputError, match="calibrate=True needs images to validate on"):
+        kr.train(data, calibrate=True, val_split=0, output=tmp_path, **ONCE)
     with pytest.raises(InputError, match="several labels each: task='single-label' takes one"):
         kr.train(coloured(8), task="single-label", output=tmp_path, **ONCE)
     with pytest.raises(InputError, match="several labels, and 'resnet_tiny' is a binary model"):
@@ -159,7 +172,9 @@ def test_scores_of_several_labels_are_scikit_learns():
                 "auc": metrics.roc_auc_score(hits, p),
                 "f1": metrics.f1_score(hits, said, average="macro"),
                 "micro_f1": metrics.f1_score(hits, said, average="micro")}  # fmt: skip
+    expected["calibration_error"] = kr.calibration(p.ravel(), hits.ravel()).error
     assert result.scores == pytest.approx(expected)
+    assert result.calibration_error == expected["calibration_error"]
     assert result.loss == pytest.approx(metrics.log_loss(hits.ravel(), p.ravel()))
     assert [row["threshold"] for row in result.per_class] == [0.5, 0.4, 0.2]
     of_answer = np.where(said, p, 1 - p).prod(axis=1)
