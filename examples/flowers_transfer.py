@@ -18,7 +18,7 @@ import keras
 
 import keras_resnet as kr
 from keras_resnet.cli.demo import write_digits
-from keras_resnet.inference.predict import save_predictions
+from keras_resnet.inference.saving import save_predictions
 
 
 def load_data(data, size, batch_size):

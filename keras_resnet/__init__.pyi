@@ -34,6 +34,7 @@ from .data.warps import (
     RandomRotation as RandomRotation,
     RandomVerticalFlip as RandomVerticalFlip,
 )
+from .inference.batches import BatchPredictor as BatchPredictor
 from .inference.calibrate import Calibrated as Calibrated, calibrate as calibrate
 from .inference.calibration import Calibration as Calibration, calibration as calibration
 from .inference.embed import Embeddings as Embeddings, embed as embed
@@ -49,10 +50,10 @@ from .inference.predict import (
     PredictionFile as PredictionFile,
     iter_predictions as iter_predictions,
     predict as predict,
-    save_predictions as save_predictions,
     write_predictions as write_predictions,
 )
 from .inference.prediction_files import Prediction as Prediction
+from .inference.saving import save_predictions as save_predictions
 from .inference.serve import build_app as build_app, serve as serve
 from .inference.service import Limits as Limits
 from .models.blocks import conv_block as conv_block, identity_block as identity_block

@@ -66,6 +66,8 @@ _ENGINE = arg("--engine NAME=auto", f"{_ENGINES} takes one where it pays", check
 _TF32 = arg("--tf32", "let a GPU compute float32 on 10 bits; as the backend has it by default",
             action=argparse.BooleanOptionalAction, default=None, rare=True)  # fmt: skip
 
+_DEVICES = arg("--devices N|all", "in one process a device, on torch", number, group="Training")
+
 COMMANDS = {
     "models": Command(models.models, "list the models", [
         arg("pattern PATTERN=*", "such as 'resnext*'", nargs="?"),
@@ -94,8 +96,7 @@ COMMANDS = {
         arg("--no-report", "write no report.html at the end", group="Output", rare=True,
             action="store_false", dest="report"),
         arg("--checkpoint-steps N", "save the state so often", least=1, rare=True),
-        arg("--devices N|all", "train in one process a device, on torch", number,
-            group="Training"),
+        _DEVICES,
         arg("--max-restarts N=0", "go on from the last checkpoint so often, after a process was "
             "lost", least=0, group="Training", rare=True),
         arg("--sync-bn", "batch norms use the images of all devices; by default where one has "
@@ -130,7 +131,7 @@ COMMANDS = {
             check_images),
         arg("--split", "which of them", choices=("test", "val", "train")),
         arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
-        _BATCH, _WORKERS, _STRICT, _ENGINE, _PIXELS, _TF32, *_SOURCE,
+        _BATCH, _WORKERS, _DEVICES, _STRICT, _ENGINE, _PIXELS, _TF32, *_SOURCE,
     ], order=model_first),
     "calibrate": Command(predicting.calibrate, "measure how sure a model may be, and keep it", [
         arg("model MODEL", "a .keras file or a run folder", keras_model),
@@ -153,7 +154,7 @@ COMMANDS = {
         arg("--plot FILE", "draw the images with their titles", written(*_FIGURE)),
         arg("--min-confidence X=0", "answer 'unknown' where it is less sure",
             functools.partial(between, "min_confidence", low=0, high=1)),
-        _BATCH, _WORKERS, _ENGINE, _PIXELS, _TF32, _COLUMNS,
+        _BATCH, _WORKERS, _DEVICES, _ENGINE, _PIXELS, _TF32, _COLUMNS,
     ], order=model_first),
     "explain": Command(predicting.explain, "draw where a model looked, by Grad-CAM", [
         _KERAS_MODEL, _IMAGES,

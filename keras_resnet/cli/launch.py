@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -13,7 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_resnet.system.errors import InputError
+from keras_resnet.system.files import take_lock
 from keras_resnet.system.process import MEETING, chosen_backend, settled_code
+
+_PREFIX, _LOCK = "keras_resnet-", "lock"
 
 
 def number(devices: str) -> None:
@@ -63,7 +67,9 @@ def launch(
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
     # Nobody needs the server that each process would otherwise ask for the others' addresses.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    with tempfile.TemporaryDirectory(prefix="keras_resnet-") as folder:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+        held = take_lock(Path(folder, _LOCK))  # as long as this process lives
         os.environ[MEETING] = folder
         config = LaunchConfig(
             min_nodes=1,
@@ -86,19 +92,41 @@ def launch(
         except SignalException:
             code = 130
         settled = settled_code(Path(folder))
+        if held is not None:
+            held.release()
     if settled is not None:
         return settled
+    return _said(code, count, words[0])
+
+
+def _said(code: int, count: int, command: str) -> int:
+    """The exit code of a process that failed; says which signal ended it, where one did."""
     if code < 0:
         name = str(-code)
         with contextlib.suppress(ValueError):
             name = signal.Signals(-code).name
+        then = "Give the same command again."
+        if command == "train":
+            then = (
+                "The same command goes on from the last checkpoint; with --max-restarts it does so "
+                "by itself."
+            )
         print(
-            f"keras-resnet: one of the {count} processes was ended by {name}. The same command "
-            "goes on from the last checkpoint; with --max-restarts it does so by itself.",
+            f"keras-resnet: one of the {count} processes was ended by {name}. {then}",
             file=sys.stderr,
         )
         return 1
     return code
+
+
+def _sweep() -> None:
+    """Removes the folders of commands that were killed, which could not do it themselves."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError):
+            own = lock.parent.lstat().st_uid == getattr(os, "getuid", int)()
+            if own and (held := take_lock(lock)) is not None:
+                shutil.rmtree(lock.parent, ignore_errors=True)
+                held.release()
 
 
 def _count(devices: str) -> int:

@@ -13,7 +13,12 @@ from keras_resnet.cli.checks import apart
 from keras_resnet.cli.commands import COMMANDS
 from keras_resnet.cli.launch import launch
 from keras_resnet.cli.parser import Command, make_parser
-from keras_resnet.system.errors import KerasResNetError, OtherProcessError, no_memory
+from keras_resnet.system.errors import (
+    InputError,
+    KerasResNetError,
+    OtherProcessError,
+    no_memory,
+)
 from keras_resnet.system.files import named, printable
 from keras_resnet.system.process import (
     choose_backend,
@@ -21,6 +26,7 @@ from keras_resnet.system.process import (
     meeting_place,
     reported,
     settled_code,
+    several,
     speaks,
     tune_process,
 )
@@ -51,7 +57,8 @@ def _main(argv: Sequence[str] | None) -> int:
             print(f"keras-resnet: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("Interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `keras-resnet models | head`
         _drop_stdout()
@@ -96,6 +103,8 @@ def _run(
         if argument.check is not None and value is not None:
             for one in value if isinstance(value, list) else [value]:
                 argument.check(one)
+    if several() and "devices" not in arguments:
+        raise InputError("This command is for one process: give it without torchrun.")
     tf32 = arguments.pop("tf32", None)
     devices, restarts = arguments.pop("devices", None), arguments.pop("max_restarts", 0)
     if command.keras:

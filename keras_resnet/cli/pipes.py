@@ -25,7 +25,7 @@ def piped(*paths: str | None) -> Iterator[TextIO | None]:
     """
     if paths.count(STDOUT) > 1:
         raise InputError("Only one answer can go to the standard output: give the other a file.")
-    if STDOUT not in paths:
+    if STDOUT not in paths or sys.stdout is None:  # that of any but the first of processes
         yield None
         return
     stdout = sys.stdout

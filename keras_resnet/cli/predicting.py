@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,32 @@ from keras_resnet.data.opening import labelled, labelled_place
 from keras_resnet.data.sources import Images
 from keras_resnet.system.errors import InputError, require
 from keras_resnet.system.files import printable
+from keras_resnet.system.process import restarted, several, threads_each
 from keras_resnet.weights.keras_files import find_keras_file, write_info
+
+
+def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that the processes of torchrun do together: each has a part of the images."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> Any:
+        if not several():
+            return command(**options)
+        from keras_resnet.system.group import sharing
+
+        with sharing():
+            return command(**options | {"workers": threads_each(options["workers"])})
+
+    return run
+
+
+def _found(find: Callable[[], Any]) -> Any:
+    """What is found; of several processes the first one alone looks."""
+    if not several():
+        return find()
+    from keras_resnet.system.group import sharers
+
+    return sharers().from_first(find)
 
 
 def _say_backend() -> None:
@@ -40,6 +66,7 @@ def _say_unreadable(count: int, images: Sequence[str] | Images) -> None:
         print(f"{count} of {len(images)} images could not be read.", file=sys.stderr)
 
 
+@_shared
 def evaluate(
     model: str, directory: str, split: str | None, engine: str, columns: str | None,
     label_regex: str | None, **options: Any,
@@ -47,12 +74,13 @@ def evaluate(
     """Measures a model on a labelled folder."""
     images = checks.images(directory, columns, label_regex)
     print(printable(labelled_place(images, split)), flush=True)
-    paths, labels, names = labelled(images, split)
+    paths, labels, names = _found(lambda: labelled(images, split))
     runner = _open(model, engine, paths)
     # Not the folder, which would be walked again.
     print(kr.evaluate(runner, Files(paths, labels=labels, class_names=names), **options))
 
 
+@_shared
 def predict(
     model: str, paths: list[str], output: str | None, restart: bool, engine: str,
     csv: str | None, json: str | None, plot: str | None, columns: str | None, **options: Any,
@@ -76,8 +104,8 @@ def predict(
     with piped(csv, json) as stdout:
         runner = _open(model, engine, images)
         from keras_resnet.inference.calibration import gives_answers
-        from keras_resnet.inference.predict import predictions_text
         from keras_resnet.inference.prediction_files import PredictionTable
+        from keras_resnet.inference.saving import predictions_text
         from keras_resnet.models.files import model_class_names
 
         table = PredictionTable(
@@ -100,7 +128,7 @@ def predict(
             stdout.write(predictions_text(kept, ".csv" if csv == STDOUT else ".json"))
         if unreadable == len(images):
             return 2
-        for path in wanted:
+        for path in wanted if kept else ():  # the first of several processes has them
             if path != STDOUT:
                 kr.save_predictions(kept, path)
                 print(f"Written: {path}")
@@ -114,6 +142,7 @@ def _predict_to_file(
     from keras_resnet.system.progress import Progress, ProgressLine
 
     output, last = check_output(name), Progress(0, 0)
+    restart = restart and not restarted()  # torchrun gives all the same words again
     runner = _open(model, engine, images, None if restart else output)
 
     def progress(now: Progress) -> None:

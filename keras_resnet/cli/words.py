@@ -82,9 +82,10 @@ HINTS = _pairs({
         "--auto-batch --autobatch --auto-batch-size --auto-scale-batch-size --find-batch-size "
         "--auto-find-batch-size",
     "The backend takes a GPU where it finds one; CUDA_VISIBLE_DEVICES in the environment chooses "
-    "which, and set to nothing it means the CPU. train --devices N uses several.":
+    "which, and set to nothing it means the CPU. train, predict and evaluate use several by "
+    "--devices N.":
         "--device --gpu --gpus --cuda --cpu --no-cuda --no-gpu --use-gpu --accelerator "
-        "--gpu-ids --mps -d -g",
+        "--gpu-ids --mps -d -g --devices",
     "KERAS_BACKEND in the environment chooses it: torch, tensorflow or jax.":
         "--backend --framework --torch --tensorflow --jax --pytorch",
     "It stands without an option: {usage}":

@@ -319,18 +319,18 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         self, epoch: int, order: np.ndarray, index: int, pictures: list[tuple | None]
     ) -> Batch:
         """Puts the images of a batch, as `_one` gives them, together."""
-        positions = self._positions(order, index)
+        positions, whole = (self._positions(order, index, p) for p in (self.part, (0, 1)))
         erasing = getattr(self.augment, "erasing", None)
         found = [(p, read) for p, read in zip(positions, pictures, strict=True) if read is not None]
-        if not found and self.part == (0, 1):
-            path = self.file_paths[order[positions[0]]]
+        if not found and all(self._one(epoch, order, p) is None for p in whole):
+            path = self.file_paths[order[whole[0]]]
             raise DataError(
-                f"None of the {len(positions)} images of batch {index} can be read; the first: "
+                f"None of the {len(whole)} images of batch {index} can be read; the first: "
                 f"{self._skipped[path]} Build the dataset with verify=True to drop such images."
             )
         borrows = self.part != (0, 1) and self.mix is not None and bool(found)
         if borrows:  # its first image is mixed with the last one before it that can be read
-            others = mixed_with(self._positions(order, index, (0, 1)), positions.start)
+            others = mixed_with(whole, positions.start)
             tried = ((p, self._one(epoch, order, p)) for p in others)
             found.insert(0, next(one for one in tried if one[1] is not None))
         samples = order[[position for position, _ in found]]

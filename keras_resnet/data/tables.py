@@ -213,6 +213,36 @@ def _columns(path: str, table: Mapping[str, Any], given: Mapping[str, str]) -> d
     return {part: name for part, name in used.items() if name is not None}
 
 
+# What rows call the images that lie in them, as datasets and shards do.
+_INSIDE = "image", "img", "picture", "bytes", "jpg", "jpeg", "png", "webp"
+
+
+def image_column(batch: Any, given: str | None = None) -> str:
+    """Which column of a batch of rows holds the images: what lies in the rows goes before paths.
+
+    Args:
+        batch: A dict of columns.
+        given: What it is called; guessed by default.
+
+    Raises:
+        InputError: It is no dict, or has no such column.
+    """
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            "A batch is a dict of columns: map_batches(batch_format='numpy'). Received: "
+            f"{type(batch).__name__}."
+        )
+    names = [given] if given is not None else [*_INSIDE, *_CALLED["path"].split()]
+    plain = {name if given is not None else name.lower(): name for name in reversed(list(batch))}
+    found = next((plain[name] for name in names if name in plain), None)
+    if found is None:
+        which = "no column of images that is known" if given is None else f"no column {given!r}"
+        raise InputError(
+            f"The batch has {which}. It has: {listed(list(batch))}. Say which: column=NAME."
+        )
+    return found
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from keras_resnet import plots
 from keras_resnet.data.dataset import Batch, ImageDataset
 from keras_resnet.data.folders import labels_by_name, unlabelled
-from keras_resnet.data.items import Source
+from keras_resnet.data.items import Source, taken
 from keras_resnet.data.labels import joined, multi_hot
 from keras_resnet.data.opening import labelled
 from keras_resnet.data.preprocess import Preprocess
@@ -35,6 +35,7 @@ from keras_resnet.system.files import (
     write_json,
     write_text,
 )
+from keras_resnet.system.group import Alone, sharers
 from keras_resnet.system.shown import Shown
 
 logger = logging.getLogger("keras_resnet")
@@ -230,15 +231,21 @@ def evaluate(
         DataError: A folder without images, or, if strict, an image that cannot be read.
         NotFoundError: A path does not exist.
     """
-    result = measured(*answers_of(model, data, batch_size, workers, split, preprocess, strict,
-                                  engine, pixels))  # fmt: skip
-    if output is not None:
-        result.save(output)
-    return result
+    answers = answers_of(
+        model, data, batch_size, workers, split, preprocess, strict, engine, pixels
+    )
+
+    def made() -> Evaluation:
+        result = measured(*answers)
+        if output is not None:
+            result.save(output)
+        return result
+
+    return sharers().from_first(made)
 
 
 def answers_of(model, data, batch_size, workers, split, preprocess, strict, engine, pixels):
-    """What `measured` takes; arguments are those of `evaluate`."""
+    """What `measured` takes, in the first process; arguments are those of `evaluate`."""
     if isinstance(data, ImageDataset):
         paths, labels, found = data.file_paths, data.labels, data.class_names
         preprocess = data.preprocess
@@ -246,7 +253,9 @@ def answers_of(model, data, batch_size, workers, split, preprocess, strict, engi
         paths, labels, found = labelled(data, split)
     runner = open_runner(model, engine, images=len(paths), preprocess=preprocess)
     logger.info("Engine: %s", runner)
-    names = model_class_names(runner)
+    names, group = model_class_names(runner), sharers()
+    mine = np.arange(len(paths))
+    dataset: ImageDataset | None = None
     if isinstance(data, ImageDataset):
         dataset = data
         names, true = _by_name(runner, names, labels, found, "The dataset")
@@ -254,37 +263,66 @@ def answers_of(model, data, batch_size, workers, split, preprocess, strict, engi
     else:
         names, true = _by_name(runner, names, labels, found, "The data")
         prepared, fed = model_input(runner, preprocess, pixels)
-        dataset = ImageDataset(
-            paths,
-            true,
-            names,
-            shuffle=False,
-            batch_size=images_at_a_time(prepared, batch_size),
-            workers=workers,
-            preprocess=prepared,
-            output=runner.fed(prepared, fed),
-            on_error="raise" if strict else "skip",
+        batch_size = images_at_a_time(prepared, batch_size)
+        mine = np.fromiter(group.share(mine, batch_size), mine.dtype)
+        if len(mine):  # there may be fewer batches than processes
+            dataset = ImageDataset(
+                paths if len(mine) == len(paths) else taken(paths, mine),
+                true[mine],
+                names,
+                shuffle=False,
+                batch_size=batch_size,
+                workers=workers,
+                preprocess=prepared,
+                output=runner.fed(prepared, fed),
+                on_error="raise" if strict else "skip",
+            )
+    logs, kept, skipped = _run(runner, dataset, mine, group)
+
+    made: list[tuple] = []
+
+    def known() -> None:
+        if not len(kept):
+            raise DataError(f"None of the {len(paths)} images can be read: {skipped[0][1]}")
+        read, hits = [paths[i] for i in kept], multi_hot(true[kept], len(names)) > 0
+        meaning = runner.meaning()
+        if meaning.task != "multi-label" and (hits.sum(axis=1) != 1).any():
+            raise InputError(
+                f"The images have several labels, and {printable(runner.model_name)!r} is a "
+                f"{meaning.task} model, which says one an image."
+            )
+        made.append((meaning, logs, hits, read, names, skipped))
+
+    group.from_first(known)  # the others have nothing, which none of them asks for
+    return made[0] if made else ()
+
+
+def _run(
+    runner: Runner, dataset: ImageDataset | None, positions: np.ndarray, group: Alone
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
+    """Log-probabilities, of which images, and those that could not be read: of all processes.
+
+    Args:
+        runner: The model.
+        dataset: What this process reads; `None` where it is nothing.
+        positions: Of its images among all.
+        group: The processes; the first one gets what all have.
+    """
+    made: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
+    if dataset is not None:
+        made = runner.in_turn(
+            lambda batch: (positions[batch.indices], runner.log_probabilities(batch.images)),
+            _readable(dataset),
+            dataset.batch_size,
         )
-    logs, kept = [], []
-    for indices, found_logs in runner.in_turn(
-        lambda batch: (batch.indices, runner.log_probabilities(batch.images)),
-        _readable(dataset),
-        dataset.batch_size,
-    ):
-        logs.append(found_logs)
-        kept.append(indices)
-    if not kept:
-        reason = dataset.skipped[0][1]
-        raise DataError(f"None of the {dataset.num_samples} images can be read: {reason}")
-    logs, kept = np.concatenate(logs), np.concatenate(kept)
-    paths, hits = [dataset.file_paths[i] for i in kept], multi_hot(true[kept], len(names)) > 0
-    meaning = runner.meaning()
-    if meaning.task != "multi-label" and (hits.sum(axis=1) != 1).any():
-        raise InputError(
-            f"The images have several labels, and {printable(runner.model_name)!r} is a "
-            f"{meaning.task} model, which says one an image."
-        )
-    return meaning, logs, hits, paths, names, dataset.skipped
+    found = list(group.in_order(made))
+    reasons = group.gather([] if dataset is None else dataset.skipped)
+    skipped = sorted((str(path), why) for one in reasons for path, why in one)
+    if not found:
+        return np.zeros((0, 0)), np.zeros(0, int), skipped
+    kept, logs = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(kept)  # a batch that nobody can read leaves none
+    return logs[order], kept[order], skipped
 
 
 def _readable(dataset: ImageDataset) -> Iterator[Batch]:

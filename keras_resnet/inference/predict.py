@@ -31,7 +31,7 @@ from keras_resnet.inference.prediction_files import (
     PredictionWriter,
     begun_engine,
     check_output,
-    csv_lines,
+    engine_called,
     errors_path,
     most_probable,
 )
@@ -39,7 +39,8 @@ from keras_resnet.models.files import images_at_a_time, model_class_names, model
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.errors import DataError, InputError, NotFoundError, between, whole
-from keras_resnet.system.files import check_apart, printable, to_json, write_text
+from keras_resnet.system.files import check_apart, printable
+from keras_resnet.system.group import Alone, sharers
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.progress import Progress
 
@@ -132,9 +133,27 @@ def computed_rows(
 
     height, width, channels = preprocess.output_shape
     size = (height or 256) * (width or 256) * channels * (1 if raw else 4)
-    threads = default_threads() if workers is None else workers
-    batches = _read_ahead(paths, read, batch_size, threads, size)
-    return runner.in_turn(lambda batch: _computed(compute, batch), batches, batch_size)
+    threads, group = default_threads() if workers is None else workers, sharers()
+    paths, known = itertools.tee(paths) if group.size > 1 else (paths, ())
+    batches = _read_ahead(group.share(paths, batch_size), read, batch_size, threads, size)
+    found = runner.in_turn(lambda batch: _computed(compute, batch), batches, batch_size)
+    return found if group.size == 1 else _joined(group, found, known)
+
+
+def _joined(group: Alone, batches: Iterator[_Read], paths: Iterable[str]) -> Iterator[_Read]:
+    """The rows of all processes, each of which has found the images by itself."""
+    paths = iter(paths if group.first else ())
+    # Names alone travel: some can read their image, which may lie in them.
+    sent = ([(str(path), row) for path, row in batch] for batch in batches)
+    for batch in group.in_order(sent):
+        names = list(itertools.islice(paths, len(batch)))
+        if [path for path, _ in batch] != names:
+            break
+        yield [(path, row) for path, (_, row) in zip(names, batch, strict=True)]
+    else:
+        if next(paths, None) is None:
+            return
+    raise DataError("Images have come or gone since the processes began: give the command again.")
 
 
 def _batches(
@@ -156,7 +175,7 @@ def _batches(
 def found_images(sources: Sources | Images) -> Images:
     """The images, with a line about other files in their folders."""
     images = sources if isinstance(sources, Images) else Images(sources)
-    if images.unread:
+    if images.unread and sharers().first:
         logger.warning("%s", unread_line(images.unread))
     return images
 
@@ -173,9 +192,17 @@ def runner_for(
         return model
     if engine == "auto" and begun is not None:
         engine = begun_engine(begun)
-    runner = open_runner(model, engine, images=len(images), preprocess=preprocess)
-    logger.info("Engine: %s", runner)
-    return runner
+    made: list[Runner] = []
+
+    def make(engine: str) -> str:
+        made.append(open_runner(model, engine, images=len(images), preprocess=preprocess))
+        return engine_called(made[0].name)
+
+    chosen = sharers().from_first(lambda: make(engine))
+    if not made:  # one of several processes, which run the same engine
+        make(chosen)
+    logger.info("Engine: %s", made[0])
+    return made[0]
 
 
 def _check(top: int, batch_size: int, workers: int | None) -> None:
@@ -385,37 +412,43 @@ def write_predictions(
     runner = runner_for(model, images, engine, preprocess, None if restart else path)
     prepared = model_input(runner, preprocess, pixels)
     top, batch_size = min(top, runner.num_classes), images_at_a_time(prepared[0], batch_size)
-    identity = _identity(runner, prepared, top, min(batch_size, total))
-    if gives_answers(runner.meaning(), min_confidence):
-        identity["answers"] = [*runner.meaning().thresholds, float(min_confidence)]
-    started = time.monotonic()
+    started, group = time.monotonic(), sharers()
     # Names are all that is kept of images, and those in memory are called alike.
     restart = restart or bool(images.in_memory)
+    identity = _identity(runner, prepared, top, min(batch_size, total)) if group.first else {}
+    if gives_answers(runner.meaning(), min_confidence):
+        identity["answers"] = [*runner.meaning().thresholds, float(min_confidence)]
     writer = PredictionWriter(path, top, identity, batch_size, restart)
-    try:
-        writer.open(images)
+
+    def report() -> int:
         if progress is not None:
             progress(Progress(writer.done, total, writer.unreadable))
-        rest = itertools.islice(iter(images), writer.done, None)
+        return writer.done
+
+    def finish() -> PredictionFile:
+        writer.finish()
+        return PredictionFile(
+            path=path,
+            count=writer.done,
+            unreadable=writer.unreadable,
+            errors=errors_path(path) if writer.unreadable else None,
+            resumed=writer.resumed,
+            seconds=time.monotonic() - started,
+        )
+
+    try:  # of several processes the first one alone writes
+        done = group.from_first(lambda: writer.open(images) or report())
+        rest = itertools.islice(iter(images), done, None)
         batches = _batches(
             runner, rest, top=top, batch_size=batch_size, workers=workers, prepared=prepared,
             least=min_confidence,
         )  # fmt: skip
         for batch in batches:
             writer.write(batch)
-            if progress is not None:
-                progress(Progress(writer.done, total, writer.unreadable))
-        writer.finish()
+            report()
+        return group.from_first(finish)
     finally:
         writer.close()
-    return PredictionFile(
-        path=path,
-        count=writer.done,
-        unreadable=writer.unreadable,
-        errors=errors_path(path) if writer.unreadable else None,
-        resumed=writer.resumed,
-        seconds=time.monotonic() - started,
-    )
 
 
 def _identity(
@@ -442,36 +475,3 @@ def _identity(
         "class names": hashlib.sha256(names.encode()).hexdigest()[:16],
         "model's prediction for a test image": [float(v) for v in logs],
     }
-
-
-def predictions_text(predictions: Sequence[Prediction], kind: str) -> str:
-    """Predictions as the text of a `.csv` file, a line an image, or of a `.json` file."""
-    if kind == ".json":
-        return to_json([p.to_dict() for p in predictions], indent=2) + "\n"
-    top = max([1, *(len(p.classes) for p in predictions)])
-    return "".join(csv_lines(predictions, top, any(p.answer is not None for p in predictions)))
-
-
-def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike) -> None:
-    """Writes predictions as `.csv` (a line an image), `.json`, or an image sheet (`.png`, ...).
-
-    Raises:
-        InputError: The extension names no known form.
-    """
-    path = Path(path)
-    if path.suffix.lower() in (".csv", ".json"):
-        write_text(path, predictions_text(predictions, path.suffix.lower()))
-    elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
-        # All of them short-sided to 256, so that one grid holds portraits and landscapes.
-        square = Preprocess(256, 256)
-        readable = [p for p in predictions if p.classes][:24]
-        if not readable:
-            raise DataError("There is no readable image to draw.")
-        titles = [p.said for p in readable]
-        from keras_resnet import plots  # matplotlib takes half a second
-
-        plots.picture_grid(np.stack([square.pixels(p.path) for p in readable]), titles, path)
-    else:
-        raise InputError(
-            f"Predictions are written as .csv, .json or .png. Received: {path.name!r}."
-        )

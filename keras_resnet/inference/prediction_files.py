@@ -166,7 +166,8 @@ def columns(top: int, answer: bool = False) -> list[str]:
     return ["path", *(["answer"] if answer else []), *ranks, "error"]
 
 
-def _cells(prediction: Prediction, top: int, answer: bool) -> list[Any]:
+def table_row(prediction: Prediction, top: int, answer: bool) -> list[Any]:
+    """A row of such a table."""
     classes = [*prediction.classes, *[(None, None)] * (top - len(prediction.classes))]
     said = [] if prediction.answer is None else prediction.answer
     text = None if prediction.answer is None else "|".join(said) or "|"
@@ -178,7 +179,7 @@ def csv_lines(predictions: Iterable[Prediction], top: int, answer: bool = False)
     """The lines of a CSV table, one a prediction behind the names of the columns."""
     yield csv_line(columns(top, answer))
     for prediction in predictions:
-        path, *cells = _cells(prediction, top, answer)
+        path, *cells = table_row(prediction, top, answer)
         cells = [f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells]
         yield csv_line([plain_path(path), *cells])
 
@@ -205,7 +206,7 @@ def _save_parquet(work: Path, top: int, name: str) -> None:
     kinds |= {f"class{i}": pyarrow.string() for i in range(1, top + 1)}
     schema = pyarrow.schema([(c, kinds.get(c, pyarrow.float64())) for c in columns(top, answer)])
     rows = (
-        [valid_text(c) if isinstance(c, str) else c for c in _cells(row, top, answer)]
+        [valid_text(c) if isinstance(c, str) else c for c in table_row(row, top, answer)]
         for row, _ in _rows(work)
     )
     with pyarrow.parquet.ParquetWriter(name, schema) as writer:
@@ -280,9 +281,14 @@ def check_replaceable(path: Path) -> None:
 def begun_engine(output: Path) -> str:
     """The engine of an interrupted run, which goes on with it; `"auto"` where there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        word = re.split("[/, ]", read_json(_note(output))["engine"])[0]  # keras/torch
-        return word if word in ENGINES else "auto"
+        return engine_called(read_json(_note(output))["engine"])
     return "auto"
+
+
+def engine_called(name: str) -> str:
+    """The engine of a runner by its name, `keras/torch` say; `"auto"` where it is a file's own."""
+    word = re.split("[/, ]", name)[0]
+    return word if word in ENGINES else "auto"
 
 
 def _note(output: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The processes of a training, one a device, of which this is one: who it is, how they talk.
+"""The processes of a run, one a device, of which this is one: who it is, how they talk.
 
 torchrun starts them, DistributedDataParallel joins their gradients. What the loop asks of a group,
 `Alone` answers for a run of one process, and `_Joined` for several. Only CPU tensors carry Python's
@@ -11,10 +11,13 @@ import atexit
 import contextlib
 import datetime
 import gc
+import itertools
 import math
 import os
+import signal
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +65,14 @@ class Alone:
             return rows[self.rank]
         return [np.sum(one, 0) * self.first for one in zip(*rows, strict=True)]
 
+    def share(self, items: Iterable[T], size: int) -> Iterator[T]:
+        """This process' items: those of every so many-th batch, of `size`."""
+        return (one for i, one in enumerate(items) if i // size % self.size == self.rank)
+
+    def in_order(self, made: Iterator[T]) -> Iterator[T]:
+        """What all processes make of their batches, in order; for the first one alone."""
+        return made
+
     def any(self, flag: bool) -> bool:
         """Whether it holds in any process."""
         return flag
@@ -79,7 +90,7 @@ class Alone:
     def join_model(self, model: keras.Model, at: Any, seed: int) -> None:
         """Has `fit` step with the gradients of all processes; anew after each `compile`."""
 
-    def notes(self, batch_size: int) -> list[str]:
+    def notes(self, batch_size: int, threads: int) -> list[str]:
         """Lines about the processes, for people."""
         return []
 
@@ -94,6 +105,7 @@ class _Joined(Alone):
     def __init__(self, rank: int, size: int, words: Any):
         self.rank, self.size, self.first = rank, size, rank == 0
         self.norms_together = False
+        self.stopping = False  # a signal came, while processes share images
         self._words = words  # the group for CPU tensors
         self._wishes: list[bool] = []
         self._answers: list[bool] = []
@@ -119,10 +131,24 @@ class _Joined(Alone):
         dist.gather_object(value, box, 0, self._words)
         return box or []
 
+    def in_order(self, made):
+        while True:
+            mine = list(itertools.islice(made, 1))
+            stops = self.stopping or process.orphaned()
+            found = self._most(2 if stops else len(mine))
+            if found == 2:
+                raise KeyboardInterrupt
+            if not found:  # by none: the others have no more batches than the first one
+                return
+            yield from itertools.chain.from_iterable(self.gather(mine))
+
     def any(self, flag):
-        answer = torch.tensor([float(flag)])
+        return self._most(flag) > 0
+
+    def _most(self, number: int) -> int:
+        answer = torch.tensor([int(number)])
         dist.all_reduce(answer, dist.ReduceOp.MAX, self._words)
-        return bool(answer[0])
+        return int(answer[0])
 
     def ask(self, *flags):
         self._wishes = list(flags)
@@ -173,11 +199,12 @@ class _Joined(Alone):
         model.train_function = _Step(self, model, at, seed)
         model.test_function = tested_by(model)
 
-    def notes(self, batch_size):
+    def notes(self, batch_size, threads):
         norms = "all of them" if self.norms_together else "those of its own process"
         return [
             f"Devices: {self.size}, a process each, with {math.ceil(batch_size / self.size)} of "
-            f"the {batch_size} images of a batch; a batch norm takes {norms}"
+            f"the {batch_size} images of a batch; a batch norm takes {norms}; {threads} "
+            f"thread{'' if threads == 1 else 's'} in each read images"
         ]
 
     def is_lost(self, error):
@@ -185,11 +212,49 @@ class _Joined(Alone):
 
 
 _group: Alone | None = None
+_shares = False
 
 
 def current() -> Alone:
     """The group that this process is in; alone before `join`."""
     return _group or Alone()
+
+
+def sharers() -> Alone:
+    """The processes that predict or evaluate together; alone but in `sharing`."""
+    return current() if _shares else Alone()
+
+
+@contextlib.contextmanager
+def sharing() -> Iterator[None]:
+    """In which the processes of torchrun predict and evaluate together, each a part of the images.
+
+    All call the same, and the first one alone prints. Ctrl-C or SIGTERM to any of them ends all
+    behind the same batch.
+    """
+    global _shares
+    group, began = join(), 0.0
+    if not isinstance(group, _Joined):
+        yield
+        return
+
+    def handle(*_):
+        nonlocal began
+        if group.stopping and time.monotonic() - began > 2:  # the launcher passes it on once more
+            raise KeyboardInterrupt
+        began = time.monotonic() if not group.stopping else began
+        group.stopping = True
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    silent = contextlib.nullcontext() if group.first else contextlib.redirect_stdout(None)
+    _shares = True
+    try:
+        with explained(), silent:
+            yield
+    finally:
+        _shares = group.stopping = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -219,7 +284,7 @@ def join() -> Alone:
             if environment["WORLD_SIZE"] == "1":
                 return Alone()
             raise InputError(
-                "Several processes train one model on torch alone: set KERAS_BACKEND=torch. "
+                "Several processes work together on torch alone: set KERAS_BACKEND=torch. "
                 f"Received: WORLD_SIZE={environment['WORLD_SIZE']} and the backend {_BACKEND}."
             )
         if torch.cuda.is_available():  # first of all: whatever is made takes memory of a device
@@ -241,6 +306,10 @@ def join() -> Alone:
             atexit.register(_leave)
             words = None
         _group = _Joined(dist.get_rank(), dist.get_world_size(), words)
+        if hasattr(keras.Model, "_initialize_ddp"):
+            # From 3.16 on Keras wraps whatever it runs, and waits for the other processes then:
+            # here the first one may run a model alone, and what trains is wrapped by `join_model`.
+            keras.Model._initialize_ddp = lambda model: None
     return current()
 
 

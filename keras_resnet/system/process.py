@@ -129,6 +129,16 @@ def default_threads() -> int:
     return min(8, available_cores())
 
 
+def threads_each(threads: int | None) -> int | None:
+    """Of threads that were asked for, those of each process that torchrun has started here."""
+    return threads and max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def several() -> bool:
+    """Whether torchrun has started this process and others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+
+
 def cgroup_cores(root: Path) -> float:
     """The share of processor time that a control group allows, in cores; infinity for no limit.
 
@@ -218,7 +228,8 @@ def reported(code: int) -> int:
         return code
     place = meeting_place()
     if place is not None and code in (2, 130):
-        (place / "code").write_text(str(code), encoding="ascii")
+        with contextlib.suppress(OSError):  # where the launcher is gone, nobody reads it
+            (place / "code").write_text(str(code), encoding="ascii")
     return 0 if code == 130 else code
 
 

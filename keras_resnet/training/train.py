@@ -31,7 +31,7 @@ from keras_resnet.system.device import (
 from keras_resnet.system.errors import InputError, between, reason_of, whole
 from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.group import Alone, explained, join
-from keras_resnet.system.process import restarted, tune_process
+from keras_resnet.system.process import restarted, threads_each, tune_process
 from keras_resnet.system.progress import shows_bars
 from keras_resnet.system.shown import Shown
 from keras_resnet.training.batch_size import settle_batch_size
@@ -142,7 +142,7 @@ def train(
         name: The run folder's name; model and directory by default. A folder of a finished or
             different run is kept, and a new one made beside it.
         seed: Of the split, the initial weights, the order of the images and their augmentation.
-        workers: Threads that read images; by default one a core.
+        workers: Threads that read images, of all processes of a machine; by default one a core.
         cache: `"ram"` or a folder: keep decoded images.
         exclude: Images to leave out: paths, or a file as `scan` writes.
         strict: Stop at an image that cannot be read, instead of skipping it.
@@ -199,6 +199,7 @@ def train(
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
     loggers = Loggers(arguments["log"] if group.first else [])
     given = {n: arguments[n] for n in ("seed", "workers", "cache", "exclude", "strict", "exif")}
+    given["workers"] = threads_each(workers)
     data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
     identity = _identity(recipe, arguments)
     title = directory.title() if isinstance(directory, Source) else Path(place(directory)).name
@@ -334,7 +335,7 @@ def _plan(run: Run, recipe: Recipe, data: Data, seed: int, group: Alone) -> str:
     return "\n".join(
         [
             f"Backend: {backend_line()}",
-            *group.notes(recipe.batch_size),
+            *group.notes(recipe.batch_size, data.train.threads),
             *data.notes,
             *([run.note] if run.note else []),
             f"Images: {data.train.num_samples:,} for training, {held_out}, "

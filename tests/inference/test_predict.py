@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import os
+import pickle
 import random
 import resource
 import subprocess
@@ -20,10 +21,12 @@ from PIL import Image
 
 from keras_resnet.cli import main as cli
 from keras_resnet.data.opening import image_source
+from keras_resnet.data.packing import pack
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images
 from keras_resnet.data.walk import walk_pictures
 from keras_resnet.inference import prediction_files
+from keras_resnet.inference.batches import BatchPredictor
 from keras_resnet.inference.predict import (
     iter_predictions,
     predict,
@@ -585,3 +588,101 @@ def test_parquet_without_pyarrow_names_the_pip_line(folder, tmp_path, monkeypatc
         predict(Brightness(), folder, output=tmp_path / "a.parquet")
     with pytest.raises(NotFoundError):
         predict(Brightness(), tmp_path / "none", output=tmp_path / "a.csv")
+
+
+# --- batches that an engine hands out ------------------------------------------------------------
+
+
+def mapped(columns, size, *arguments, **options):
+    """What Ray Data's map_batches does: the class and its arguments travel, batches come."""
+    kind, arguments, options = pickle.loads(pickle.dumps((BatchPredictor, arguments, options)))
+    work = pickle.loads(pickle.dumps(kind(*arguments, **options)))
+    count = len(next(iter(columns.values())))
+    batches = [{k: v[i : i + size] for k, v in columns.items()} for i in range(0, count, size)]
+    answers = [work(batch) for batch in batches]
+    assert all(len({len(v) for v in answer.values()}) == 1 for answer in answers)
+    return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+
+
+def texts(values):
+    return np.array([*values, None], object)[:-1]  # of one type, whatever they are
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["path", "bytes", "dict", "array", "arrays"])
+def test_batches_of_rows_are_classified_by_a_class_that_travels(folder, kind):
+    count = 20 if kind in ("path", "bytes", "dict") else 3
+    paths = [*list(Images(folder))[:count], str(folder / "none.png")]
+    found = list(iter_predictions(Brightness(), paths[:-1], top=2))
+    if kind == "path":
+        rows = {"path": texts(paths)}
+    elif kind == "bytes":
+        rows = {"bytes": texts([*(Path(p).read_bytes() for p in paths[:-1]), None])}
+    elif kind == "dict":
+        contents = [{"bytes": Path(p).read_bytes(), "path": None} for p in paths[:-1]]
+        rows = {"image": texts([*contents, {"bytes": None, "path": paths[-1]}])}
+    else:
+        pixels = [np.asarray(Image.open(p)) for p in paths[:-1]]
+        rows = {"image": np.stack(pixels) if kind == "array" else texts([*pixels, float("nan")])}
+    rows["key"] = np.arange(len(next(iter(rows.values()))))
+    answer = mapped(rows, 7, Brightness(), top=2)
+    assert list(answer) == [
+        *(["path"] if kind == "path" else []), "key", "class1", "probability1", "class2",
+        "probability2", "error",
+    ]  # fmt: skip
+    for i, one in enumerate(found):
+        assert bool(answer["error"][i]) == (one.error is not None)
+        for rank, (name, probability) in enumerate(one.classes, 1):
+            assert answer[f"class{rank}"][i] == name
+            assert answer[f"probability{rank}"][i] == pytest.approx(probability, rel=1e-6)
+    if kind != "array":  # the last row has no image
+        assert answer["class1"][-1] == "" and np.isnan(answer["probability1"][-1])
+        assert answer["error"][-1].endswith(("does not exist.", "the row has no image."))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "batch, options, message",
+    [
+        ({"x": [1]}, {}, "no column of images that is known. It has: 'x'. Say which: column=NAME"),
+        ({"image": [1]}, {"column": "jpg"}, "no column 'jpg'. It has: 'image'"),
+        ([1], {}, "A batch is a dict of columns: .* Received: list"),
+        (None, {"top": 0}, "top must be a whole number"),
+    ],
+)
+def test_batches_without_images_are_said(batch, options, message):
+    with pytest.raises(InputError, match=message):
+        BatchPredictor(Brightness(), **options)(batch)
+
+
+@pytest.mark.once
+@pytest.mark.long
+def test_ray_classifies_tables_and_shards(tmp_path):
+    ray = pytest.importorskip("ray")
+    images = [*Images(save_noise(tmp_path / "pictures" / "noise", 20))]
+    keras.utils.set_random_seed(0)
+    model = create_model("resnet_tiny", num_classes=3, input_shape=(16, 16, 3))
+    model.info["preprocess"] = Preprocess((16, 16), None).get_config()
+    model.save(tmp_path / "model.keras")
+    expected = [one.classes[0] for one in iter_predictions(model, images)]
+    (tmp_path / "t.csv").write_text("\n".join(["path", *images]))
+    pack(tmp_path / "pictures", tmp_path / "shards")
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        for rows in (
+            ray.data.read_csv(str(tmp_path / "t.csv")),
+            ray.data.read_webdataset(str(tmp_path / "shards"), decoder=None),
+            ray.data.read_images(images),
+        ):
+            answer = rows.map_batches(
+                BatchPredictor,
+                fn_constructor_args=[str(tmp_path / "model.keras")],
+                fn_constructor_kwargs={"workers": 1},
+                batch_size=8,
+                compute=ray.data.ActorPoolStrategy(size=1),
+            ).take_all()
+            found = sorted((row["class1"], row["probability1"]) for row in answer)
+            for one, other in zip(found, sorted(expected), strict=True):
+                assert one == (other[0], pytest.approx(other[1], rel=1e-5))
+    finally:
+        ray.shutdown()

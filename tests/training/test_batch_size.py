@@ -127,7 +127,7 @@ class Two(Alone):
 
     size = 2
 
-    def notes(self, batch_size):
+    def notes(self, batch_size, threads):
         return [f"{batch_size}, norms together: {self.norms_together}"]
 
 

@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 
 import keras_resnet as kr
-from keras_resnet.system import group as groups, process
+from keras_resnet.cli import launch, main as cli
+from keras_resnet.system import files, group as groups, process
 from keras_resnet.system.errors import DataError, OtherProcessError
 from keras_resnet.training import prepare, train as training
 from keras_resnet.training.callbacks import Position
@@ -86,9 +87,11 @@ def main(pictures, output, options):
     if options.pop("float64", False):
         keras.config.set_floatx("float64")
         prepare._POLICIES["fp32"] = "float64"
-    die = options.pop("die", None)
+    die, then = options.pop("die", None), options.pop("then", [])
     result = kr.train(pictures, output=output, callbacks=[Die(*die)] if die else [], **options)
     print(json.dumps([str(result.folder), result.interrupted]))
+    for words in then:
+        assert cli.main(words) == 0
 
 
 def train_in(processes, pictures, output, **options):
@@ -110,10 +113,14 @@ def train_in(processes, pictures, output, **options):
     return next(pathlib.Path(output).glob("*"), None), ended
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def write_pictures(*where, **how):
     from test_resume import write_pictures  # here, for the processes of this file need it not
 
+    return write_pictures(*where, **how)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("devices") / "pictures", count=29)
 
 
@@ -138,15 +145,26 @@ def difference(a, b):
 
 @once
 @pytest.mark.slow
-def test_two_processes_train_as_one(pictures, tmp_path):
-    """Partial batches, mixup across parts, weights, accumulation past epochs, EMA, clipping."""
+def test_two_processes_train_and_predict_as_one(pictures, tmp_path):
+    """Partial batches, mixup across parts, weights, accumulation past epochs, EMA, clipping.
+
+    And then both classify images by one model into one file, and measure it: to the same bytes.
+    """
+    model, shown = tmp_path / "1" / "run" / "best.keras", tmp_path / "shown"
+    write_pictures(shown, count=5)
+    (shown / "ant" / "3.png").write_bytes(b"no image")
+
+    def then(name):
+        words = [str(model), str(shown), "--batch-size", "3", "--output", str(tmp_path / name)]
+        return [["predict", *words[:-1], f"{words[-1]}.jsonl"], ["evaluate", *words]]
+
     table = tmp_path / "t.csv"
     found = sorted(pictures.rglob("*.png"))
     lines = [f"{path},{path.parent.name},{i % 4}" for i, path in enumerate(found)]
     table.write_text("\n".join(["path,label,weight", *lines]))
-    pictures = table
-    alone, _ = train_in(1, pictures, tmp_path / "1", **EVERYTHING)
-    together, ended = train_in(2, pictures, tmp_path / "2", **EVERYTHING)
+    options = {**EVERYTHING, "name": "run"}
+    alone, _ = train_in(1, table, tmp_path / "1", then=then("a"), **options)
+    together, ended = train_in(2, table, tmp_path / "2", then=then("b"), **options)
     assert [code for *_, code in ended] == [0, 0], ended
     assert difference(alone, together) < 1e-10
     assert_equal_history(alone, together)
@@ -154,16 +172,26 @@ def test_two_processes_train_as_one(pictures, tmp_path):
         json.loads((run / "evaluation.json").read_text())["count"] for run in (alone, together)
     ]
     assert counts == [8, 8]
+    assert "9 images: top-1" in ended[0][0] and "9 images: top-1" not in ended[1][0]
+    for name in ("{}.jsonl", "{}.errors.csv", "{}/evaluation.json", "{}/predictions.csv"):
+        one, other = ((tmp_path / name.format(who)).read_bytes() for who in "ab")
+        assert one and one == other, name
 
 
 @once
 @long
-def test_four_processes_train_as_one(pictures, tmp_path):
-    alone, _ = train_in(1, pictures, tmp_path / "1", **EVERYTHING)
-    together, ended = train_in(4, pictures, tmp_path / "4", **EVERYTHING)
-    assert [code for *_, code in ended] == [0] * 4, ended
-    assert difference(alone, together) < 1e-10
-    assert_equal_history(alone, together)
+def test_sixteen_images_a_step_are_two_times_eight_and_four_times_four(tmp_path):
+    """ResNet-20 after eight steps, half of them of partial batches."""
+    options = EVERYTHING | {"model": "resnet20", "image_size": 32, "batch_size": 16, "epochs": 4}
+    pictures = write_pictures(tmp_path / "pictures", count=16, size=32)
+    alone, _ = train_in(1, pictures, tmp_path / "1", **options)
+    for processes in (2, 4):
+        together, ended = train_in(processes, pictures, tmp_path / str(processes), **options)
+        assert [code for *_, code in ended] == [0] * processes, ended
+        largest = difference(alone, together)
+        print(f"{processes} processes: the largest difference of a weight is {largest:.2g}")
+        assert largest < 1e-10
+        assert_equal_history(alone, together)
 
 
 @once
@@ -280,7 +308,8 @@ def torchrun(pictures, output, *words, **options):
 @long
 def test_a_killed_process_changes_no_bit(pictures, tmp_path):
     peaceful, _ = torchrun(pictures, tmp_path / "peaceful")
-    for rank, step in ((0, 3), (1, 6), (0, 9), (1, 12)):
+    rng = np.random.default_rng(0)
+    for step, rank in zip(range(2, 12), rng.integers(0, 2, 10).tolist(), strict=True):
         output, mark = tmp_path / f"{rank}-{step}", str(tmp_path / f"mark{rank}-{step}")
         die = [rank, step, signal.SIGKILL, mark]
         folder, ended = torchrun(pictures, output, "--max-restarts", "1", die=die, restart=True)
@@ -342,6 +371,84 @@ def test_a_run_whose_torchrun_is_gone_ends_and_can_go_on(pictures, tmp_path, mon
 
 
 @once
+def test_a_batch_that_no_process_can_read_is_replaced_in_all(tmp_path):
+    """One that some can read is not, though others have nothing of it."""
+    found = sorted(write_pictures(tmp_path / "few", count=4).rglob("*.png"))
+    for path in (*found[:4], *found[6:]):
+        path.write_bytes(b"no image")
+    made = []
+    for part in ((0, 1), (0, 2), (1, 2)):
+        data = kr.ImageDataset(found, [0, 1] * 4, ["a", "b"], batch_size=4, shuffle=False,
+                               preprocess=kr.Preprocess(16, 16), mixup=0.5, seed=1)  # fmt: skip
+        data.part = part
+        made.append(prepare.readable_batch(data, 0)[0])
+    whole, *parts = map(keras.ops.convert_to_numpy, made)
+    assert [len(images) for images in (whole, *parts)] == [2, 2, 0]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+@once
+def test_a_step_sends_its_gradients_and_one_small_message(pictures, tmp_path, monkeypatch):
+    """All that is sent, counted by torch, in a group of one process."""
+    import torch
+
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("KERAS_RESNET_MEETING", str(tmp_path))
+    monkeypatch.setattr(groups, "_group", None)
+    monkeypatch.setattr(process, "store", None)
+    monkeypatch.setattr(keras.Model, "_initialize_ddp", lambda model: 1 / 0, raising=False)
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    class Count(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1:
+                profiler.start()
+            if batch == 5:
+                profiler.stop()
+
+    try:
+        options = {**OPTIONS, "batch_size": 7, "epochs": 1, "mixup": 0.2, "ema": True}
+        kr.train(pictures, output=tmp_path / "runs", callbacks=[Count()], **options)
+        buckets = groups.current().ddp._get_ddp_logging_data()["bucket_sizes"].split(",")
+    finally:
+        torch.distributed.destroy_process_group()
+    sent = [e for e in profiler.events() if e.name.startswith("c10d::")]
+    counts = {e.name: sum(one.name == e.name for one in sent) / 4 for e in sent}
+    assert counts == {"c10d::allreduce_": len(buckets), "c10d::allgather_": 1}
+    assert keras.Model._initialize_ddp(None) is None  # Keras 3.16 wraps no model beside it
+
+
+@once
+def test_folders_of_killed_launchers_are_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("keras_resnet-killed", "keras_resnet-running", "keras_resnet-begins", "mine-x"):
+        (tmp_path / name).mkdir()
+        if not name.endswith("begins"):
+            (tmp_path / name / "lock").touch()
+    held = files.take_lock(tmp_path / "keras_resnet-running" / "lock")
+    launch._sweep()
+    held.release()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"keras_resnet-running", "keras_resnet-begins", "mine-x"}
+
+
+@once
+@pytest.mark.parametrize("asked, each", [(None, None), (0, 0), (1, 1), (7, 2)])
+def test_threads_that_are_asked_for_are_shared_out(monkeypatch, asked, each):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert process.threads_each(asked) == each
+
+
+@once
+def test_other_commands_are_for_one_process(pictures, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["lr-find", str(pictures)]) == 2
+    assert "for one process: give it without torchrun" in capsys.readouterr().err
+
+
+@once
 def test_devices_of_a_call_are_torchruns(pictures):
     with pytest.raises(kr.InputError, match="torchrun --nproc-per-node N SCRIPT"):
         kr.train(pictures, devices=2)
@@ -382,7 +489,47 @@ def test_a_command_whose_launcher_is_killed_ends_and_nothing_is_left(pictures, t
     os.kill(max(pair), signal.SIGKILL)
     text = launcher.communicate(timeout=100)[0]
     assert launcher.returncode == 1 and "was ended by SIGKILL" in text
-    assert "Stopping" not in text and [*home.iterdir()] == left
+    assert len(left) == 1 and "Stopping" not in text and not [*home.iterdir()]
+
+
+@once
+@long
+@pytest.mark.parametrize("number, whom", [("INT", "launcher"), ("TERM", "last"), ("KILL", "first")])
+def test_a_prediction_in_two_processes_goes_on(tmp_path, number, whom):
+    """Interrupted or killed, and then with another number of them: to the bytes of one."""
+    model = kr.create_model("resnet_tiny", num_classes=2, input_shape=(16, 16, 3))
+    model.info["preprocess"] = kr.Preprocess(16, 16).get_config()
+    model.save(tmp_path / "model.keras")
+    big, output = tmp_path / "big", tmp_path / "answers.jsonl"
+    big.mkdir()
+    few = sorted(write_pictures(tmp_path / "few", count=20).rglob("*.png"))
+    few[7].write_bytes(b"no image")
+    for i in range(3000):
+        os.link(few[i % 40], big / f"{i:05}.png")
+    words = ["predict", str(tmp_path / "model.keras"), str(big), "--batch-size", "4", "--output"]
+
+    def begin(*more):
+        return subprocess.Popen(
+            [sys.executable, "-m", "keras_resnet", *words, *more], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    launcher, part = begin(str(output), "--devices", "2"), tmp_path / "answers.jsonl.part"
+    while not (part.exists() and part.stat().st_size > 20_000):
+        assert launcher.poll() is None
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], text=True, capture_output=True)
+    pair = sorted(map(int, found.stdout.split()))
+    victim = {"launcher": launcher.pid, "first": pair[0], "last": pair[1]}[whom]
+    os.kill(victim, signal.Signals[f"SIG{number}"])
+    error = launcher.communicate(timeout=100)[1]
+    if number == "KILL":
+        assert launcher.returncode == 1 and "ended by SIGKILL. Give the same command" in error
+    else:
+        assert launcher.returncode == 130 and error.count("Interrupted at") == 1, error
+    again = begin(str(output), "--devices", "3")
+    assert "Going on behind" in again.communicate(timeout=100)[0]
+    assert begin(str(tmp_path / "one.jsonl")).wait() == 0
+    assert output.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 if __name__ == "__main__":
