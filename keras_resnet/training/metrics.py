@@ -17,12 +17,12 @@ SCORES = {
 
 
 def loss_and_metrics(
-    outputs: int, soft_labels: bool, from_logits: bool, task: str, focal: float
+    model: keras.Model, soft_labels: bool, from_logits: bool, task: str, focal: float
 ) -> tuple[keras.losses.Loss, list[Any]]:
     """What a model is compiled with.
 
     Args:
-        outputs: Of the model.
+        model: Which gets compiled.
         soft_labels: Labels are vectors, not numbers.
         from_logits: The model gives logits.
         task: What its outputs say.
@@ -41,7 +41,7 @@ def loss_and_metrics(
     loss = losses.BinaryCrossentropy(**given)
     if focal:
         loss = losses.BinaryFocalCrossentropy(gamma=focal, **given)
-    several = [AveragePrecision(outputs)] if task == "multi-label" else []
+    several = [AveragePrecision(model.output_shape[-1])] if task == "multi-label" else []
     return loss, [LabelAccuracy(), *several]
 
 

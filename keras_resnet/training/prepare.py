@@ -112,9 +112,7 @@ def prepare_data(
     parts, names, notes = _split(found, recipe, seed), found.names, list(found.notes)
     task, mode = _task(recipe, parts["train"][1], names)
     common = {
-        "batch_size": 1
-        if recipe.batch_size == "auto"
-        else recipe.batch_size,  # until it is settled
+        "batch_size": 1 if recipe.batch_size == "auto" else recipe.batch_size,  # till it is settled
         "seed": seed,
         "workers": workers,
         "cache": cache if look else None,
@@ -394,7 +392,7 @@ def compile_model(
         task: What its outputs say.
         focal: Gamma of the focal loss, which needs labels that are vectors.
     """
-    loss, metrics = loss_and_metrics(model.output_shape[-1], soft_labels, from_logits, task, focal)
+    loss, metrics = loss_and_metrics(model, soft_labels, from_logits, task, focal)
     if any(layer.dtype_policy.name == "mixed_float16" for layer in model.layers):
         # Keras asks the model's own policy, which is another where it is built of given layers.
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
