@@ -27,7 +27,7 @@ from keras_resnet.system.errors import (
 from keras_resnet.system.files import check_apart, check_writable, check_writable_folder
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.keras_files import find_keras_file, run_models
-from keras_resnet.weights.published import is_tag, named_variant, resolve_weights
+from keras_resnet.weights.published import hub_name, is_tag, named_variant, resolve_weights
 
 
 def existing(path: str | os.PathLike) -> None:
@@ -198,7 +198,9 @@ def training(
     elif os.path.isdir(weights) or weights.endswith(".keras"):
         find_keras_file(weights)
     elif not os.path.exists(weights):
-        if is_tag(weights):
+        if hub_name(weights):
+            require("huggingface_hub", "hub", f"weights={weights!r}")
+        elif is_tag(weights):
             resolve_weights(get_spec(recipe.model).name, weights)
         else:
             existing(weights)

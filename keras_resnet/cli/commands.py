@@ -71,6 +71,7 @@ _DEVICES = arg("--devices N|all", "in one process a device, on torch", number, g
 COMMANDS = {
     "models": Command(models.models, "list the models", [
         arg("pattern PATTERN=*", "such as 'resnext*'", nargs="?"),
+        arg("--weights", "list the weights that are known by name"),
     ], keras=False),
     "summary": Command(models.summary, "a model's layers, parameters, memory", [
         arg("model NAME", "a model's name, or a .keras file"),

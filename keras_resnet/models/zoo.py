@@ -43,7 +43,9 @@ def create_model(
     Args:
         variant: A name out of `list_models()`, such as `"resnet50"`.
         weights: `None` for random ones; `"DEFAULT"`, `"IMAGENET1K_V1"` or `"IMAGENET1K_V2"` for
-            torchvision's (downloaded once, checked, kept); or a checkpoint's path; or a state dict.
+            torchvision's (downloaded once, checked, kept); `"timm/resnet50.a1_in1k"` or
+            `"hf://ORG/NAME@REVISION"` for those of Hugging Face's hub; a checkpoint's path; or a
+            state dict.
             Where those have no head of their own, `num_classes` makes a new one, with a warning.
         key: Which network of a checkpoint, where it holds several: `inspect` lists them.
         num_classes: Width of the last layer; by default that of the variant's data set.
@@ -85,6 +87,12 @@ def create_model(
     if not include_top:
         classifier_activation = None
 
+    if isinstance(weights, str) and weights.startswith(("hf://", "timm/")):
+        weights = _from_hub(weights)
+        said = getattr(weights, "images", None) or {}
+        if input_tensor is None and 3 in (input_shape or (3,)):
+            mean = said.get("mean") if mean is None else mean
+            std = said.get("std") if std is None else std
     family = importlib.import_module(f"keras_resnet.models.{spec.family}")
     inputs, x = image_input(spec, input_shape, input_tensor, include_preprocessing, mean, std)
     x = family.features(x, spec)
@@ -105,6 +113,13 @@ def create_model(
     return model
 
 
+def _from_hub(text: str) -> Any:
+    """Weights by their name on the hub, which may say how a model normalises; a file's stay."""
+    from keras_resnet.weights import download, published
+
+    return download.hub_file(text) if published.hub_name(text) else text
+
+
 def _load_weights(model: ImageModel, spec, weights, key: str | None, new_head: bool) -> None:
     """Loads a published file by its tag, a checkpoint or a state dict into a fresh model."""
     # Not at the top: most models need no files.
@@ -123,7 +138,7 @@ def _load_weights(model: ImageModel, spec, weights, key: str | None, new_head: b
             )
         weights = download.weights_path(entry)
     wanted, own_head = mapping.expected_keys(model), sources.own_head_of(model)
-    found = sources.read_source(weights, key, wanted, own_head)
+    found = sources.read_source(weights, key, wanted, own_head, spec.name)
     headless = with_head and found.whole and f"{own_head}.weight" not in found.tensors
     if headless and not new_head:
         raise InputError(

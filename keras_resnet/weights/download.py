@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import http.client
+import json
+import math
 import os
 import pathlib
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 import filelock
 from rich.console import Console
@@ -25,8 +28,18 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from keras_resnet.system.errors import CheckpointError
+from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.system.errors import (
+    CheckpointError,
+    InputError,
+    KerasResNetError,
+    between,
+    reason_of,
+    require,
+    whole,
+)
 from keras_resnet.system.files import cache_home
+from keras_resnet.weights import published
 from keras_resnet.weights.published import TorchvisionWeights
 
 _CHUNK = 1 << 20
@@ -123,6 +136,136 @@ def weights_path(
             "KERAS_RESNET_HOME to a folder with room."
         ) from error
     return target
+
+
+# --- Hugging Face's hub -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFile:
+    """Weights of a repository on the hub, and what its config.json says of them.
+
+    Attributes:
+        path: The file, in the hub's own cache.
+        label: Repository and commit.
+        variant: The network's name at timm, or `None`.
+        images: Side, crop fraction, interpolation, mean and deviation; `None` where it does not
+            say.
+        test_side: A larger side at which images are not cropped, or `None`.
+        class_names: In order, or `None`.
+        strides: Where the bottlenecks stride, or `None`.
+    """
+
+    path: pathlib.Path
+    label: str
+    variant: str | None = None
+    images: dict[str, Any] | None = None
+    test_side: int | None = None
+    class_names: list[str] | None = None
+    strides: str | None = None
+
+    def preprocess(self, side: int | None) -> Preprocess | None:
+        """How images are prepared for a model of this side (its own by default).
+
+        As timm's `transforms_imagenet_eval`: the crop's fraction stays, the size is the model's.
+        """
+        if self.images is None:
+            return None
+        options = dict(self.images)
+        own, fraction = options.pop("side"), options.pop("crop_pct")
+        side = side or own
+        fraction = 1.0 if side == self.test_side else fraction
+        return Preprocess(resize_size=math.floor(side / fraction), crop_size=side, **options)
+
+
+def hub_file(text: str) -> HubFile:
+    """Weights by their name on Hugging Face's hub, safetensors before pickles.
+
+    huggingface_hub does the work, so its cache, `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_ENDPOINT`
+    count.
+
+    Args:
+        text: `"timm/resnet50.a1_in1k"`, `"hf://ORG/NAME"`, `"hf://ORG/NAME@REVISION"`.
+
+    Raises:
+        MissingDependencyError: huggingface_hub is not installed.
+        CheckpointError: There is no such repository, revision or file, or no connection.
+    """
+    require("huggingface_hub", "hub", f"weights={text!r}")
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repo, revision = published.hub_name(text) or (text, None)
+    fetch = functools.partial(huggingface_hub.hf_hub_download, repo)
+    path, missing = None, None
+    try:
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            try:
+                path = pathlib.Path(fetch(name, revision=revision))
+                break
+            except EntryNotFoundError as error:
+                missing = error
+        if path is None:
+            why = "" if missing is None else reason_of(missing)
+            raise CheckpointError(
+                f"Cannot fetch {text!r}: neither model.safetensors nor pytorch_model.bin: {why}"
+            )
+        commit = path.parent.name
+        try:
+            config = _read_config(pathlib.Path(fetch("config.json", revision=commit)))
+        except EntryNotFoundError:
+            config = {}
+    except (OSError, ValueError) as error:
+        if isinstance(error, KerasResNetError):
+            raise
+        raise CheckpointError(f"Cannot fetch {text!r}: {reason_of(error)}") from error
+    return HubFile(path, f"{repo}@{commit[:12]}", **_told(config, repo))
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _CHUNK:
+            raise ValueError("more than a megabyte")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"Its config.json cannot be read: {reason_of(error)}") from error
+
+
+def _told(config: dict[str, Any], repo: str) -> dict[str, Any]:
+    """What a config.json of timm or transformers says, as `HubFile` has it."""
+    if config.get("model_args"):
+        raise CheckpointError(
+            f"{repo} was built with options of its own, {list(config['model_args'])[:5]}: timm's "
+            "model of that name would answer differently."
+        )
+    cfg = config.get("pretrained_cfg")
+    cfg = cfg if isinstance(cfg, dict) else config  # timm before 0.9
+    told: dict[str, Any] = {"variant": config.get("architecture")}
+    if "input_size" in cfg and cfg.get("crop_mode", "center") == "center":
+        try:
+            options = {name: cfg[name] for name in ("interpolation", "mean", "std")}
+            side = whole("input_size", cfg["input_size"][-1], 1)
+            fraction = between("crop_pct", cfg.get("crop_pct", 0.875), 0.1, 1)
+            told["images"] = {"side": side, "crop_pct": fraction, **options}
+            HubFile(pathlib.Path(), repo, images=told["images"]).preprocess(None)
+            if cfg.get("test_input_size") and cfg.get("test_crop_pct") == 1:
+                told["test_side"] = whole("test_input_size", cfg["test_input_size"][-1], 1)
+        except (LookupError, TypeError, InputError) as error:
+            raise CheckpointError(f"{repo}'s config.json: {reason_of(error)}") from error
+    names = config.get("label_names") or cfg.get("label_names")
+    labels = config.get("id2label")
+    if isinstance(labels, dict):
+        names = [labels.get(str(i)) for i in range(len(labels))]
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        told["class_names"] = names
+    elif repo.startswith("timm/") and repo.endswith("_in1k"):
+        told["class_names"] = published.imagenet_class_names()
+    if isinstance(told["variant"], str):
+        told["strides"] = "3x3"
+    elif config.get("model_type") == "resnet":  # of transformers
+        told["strides"] = "1x1" if config.get("downsample_in_bottleneck") else "3x3"
+    return told
 
 
 class _NetworkError(Exception):

@@ -152,8 +152,9 @@ def load_torchvision(
         model: A model of this package, one built with its blocks, or any Functional model of
             Conv2D, Dense and BatchNormalization whose layers are named after the modules.
         source: A checkpoint's path (see `read_checkpoint`), a state dict of NumPy arrays or torch
-            tensors, a torch module, or one of torchvision's tags (`"DEFAULT"`) where the model
-            comes from `create_model`.
+            tensors, a torch module, one of torchvision's tags (`"DEFAULT"`) where the model comes
+            from `create_model`, or a name on Hugging Face's hub (`"timm/resnet50.a1_in1k"`,
+            `"hf://ORG/NAME@REVISION"`).
         head: `"strict"` loads the last layer like any other. `"skip"` loads all but the head: the
             model's own last layer stays as it is, for a model with other classes or without a
             head. `"replace"` loads all but the head too, which the source must have, and draws the
@@ -402,11 +403,15 @@ def _remember(model: keras.Model, report: LoadReport, found: Source, modules) ->
         "unexpected": sorted(report.unexpected),
         "left_out": grouped(report.left_out, 20),
         "cast": {f"{a} -> {b}": n for (a, b), n in _counted(report.cast.values())},
-        "published_as": row and f"{row.model} {row.tag}".strip(),
+        "published_as": found.named.label if found.named else row and f"{row.model} {row.tag}",
         COUNTER: (next(iter(counts.values())) if same else counts) if counts else None,
     }
-    if row is None:
-        return
-    model.info["preprocess"] = row.preprocess.get_config()
-    if report.head == "strict" and own_head_of(model) is not None:
-        model.info["class_names"] = hub.imagenet_class_names()
+    preprocess, names = row and row.preprocess, row and hub.imagenet_class_names()
+    if named := found.named:
+        sides = {side for side in model.input_shape[1:] if side not in (None, 1, 3)}
+        preprocess = named.preprocess(sides.pop() if len(sides) == 1 else None)
+        names = named.class_names
+    if preprocess is not None:
+        model.info["preprocess"] = preprocess.get_config()
+    if names and report.head == "strict" and own_head_of(model) is not None:
+        model.info["class_names"] = names

@@ -16,6 +16,8 @@ from keras_resnet.variants import SPECS
 
 _HERE = pathlib.Path(__file__).parent
 _TAG = re.compile(r"(default|imagenet|imagenet1k\w*)", re.IGNORECASE)
+_HUB = re.compile(r"(?:hf://)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+_FILES = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin", ".safetensors", ".keras", ".h5", ".npz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,62 @@ def imagenet_class_names() -> list[str]:
     return list(_imagenet_class_names())
 
 
+@dataclasses.dataclass(frozen=True)
+class TimmWeights:
+    """Weights that timm publishes on Hugging Face's hub.
+
+    Attributes:
+        name: What comes behind `timm/`; before the point it is the variant.
+        side: Of the images, pixels.
+        acc1: Published top-1 accuracy on ImageNet's validation set at that side, per cent.
+        licence: Of the weights.
+    """
+
+    name: str
+    side: int
+    acc1: float
+    licence: str
+
+    @property
+    def model(self) -> str:
+        """The variant's name."""
+        return self.name.partition(".")[0]
+
+
+@functools.cache
+def timm_registry() -> tuple[TimmWeights, ...]:
+    """The weights of timm for the variants of this package; licences and accuracies are timm's.
+
+    Examples:
+        >>> next(row for row in timm_registry() if row.name == "resnet50.a1_in1k").acc1
+        80.382
+    """
+    rows = json.loads((_HERE / "timm.json").read_text(encoding="utf-8"))["weights"]
+    return tuple(row for row in (TimmWeights(*r) for r in rows) if row.model in SPECS)
+
+
+def hub_name(text: Any) -> tuple[str, str | None] | None:
+    """Repository and revision on Hugging Face's hub that a text names; `None` for another text.
+
+    `"hf://ORG/NAME"` and `"timm/NAME"`, each perhaps with `@REVISION`; a file of timm's goes first.
+
+    Raises:
+        InputError: It begins with `hf://` and goes on otherwise.
+
+    Examples:
+        >>> hub_name("timm/resnet50.a1_in1k@main"), hub_name("timm/resnet50.pth")
+        (('timm/resnet50.a1_in1k', 'main'), None)
+    """
+    if not isinstance(text, str) or not text.startswith(("hf://", "timm/")):
+        return None
+    if text.startswith("timm/") and (text.endswith(_FILES) or os.path.exists(text)):
+        return None
+    found = _HUB.fullmatch(text)
+    if found is None:
+        raise InputError(f"hf://ORG/NAME or hf://ORG/NAME@REVISION is needed. Received: {text!r}.")
+    return found[1], found[2]
+
+
 def is_tag(text: str) -> bool:
     """Whether a text is meant as a tag (`"DEFAULT"`, `"IMAGENET1K_V2"`) and not as a path.
 
@@ -123,10 +181,13 @@ def is_tag(text: str) -> bool:
     """
     if _TAG.fullmatch(text):
         return True
+    if hub_name(text):
+        return False
     if not os.path.splitext(text)[1] and not os.path.exists(os.path.expanduser(text)):
+        near = did_you_mean(text, ["default", "imagenet1k_v1", "imagenet1k_v2"])
         raise InputError(
-            f"weights={text!r} is neither a file nor one of DEFAULT, IMAGENET1K_V1 and "
-            f"IMAGENET1K_V2.{did_you_mean(text, ['default', 'imagenet1k_v1', 'imagenet1k_v2'])}"
+            f"weights={text!r} is neither a file nor one of DEFAULT, IMAGENET1K_V1, "
+            f"IMAGENET1K_V2, timm/NAME and hf://ORG/NAME.{near}"
         )
     return False
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_resnet.system.errors import CheckpointError, InputError, reason_of
 from keras_resnet.system.files import printable, to_json, write_text
+from keras_resnet.variants import SPECS
 from keras_resnet.weights import download, published
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.mapping import convs_of_module, module_path, strides_of, weighted_layers
@@ -37,6 +38,7 @@ class Source:
     strides: str | None = None
     strides_from: str = ""
     published: published.TorchvisionWeights | None = None
+    named: download.HubFile | None = None
     network: Network = dataclasses.field(default_factory=lambda: Network("", "torchvision", {}))
     whole: bool = False  # every entry of the network's body is there
     beside: dict[str, Shape] = dataclasses.field(default_factory=dict)
@@ -63,7 +65,8 @@ def read_source(
     """Reads whatever a user hands over as weights, and finds the network in it.
 
     Args:
-        source: A tag of published weights, a path, a state dict, a torch module or a `Source`.
+        source: A tag of published weights, a name on the hub, a path, a state dict, a torch module,
+            or a `Source`.
         key: Which entry of a nested checkpoint, or which network of several.
         wanted: The model's own entries; by default those of any row of the table.
         head: Module path of the model's last layer.
@@ -79,6 +82,11 @@ def read_source(
         if variant is None:
             raise InputError(f"weights={source!r} needs a model made by kr.create_model.")
         source = download.weights_path(published.resolve_weights(variant, source))
+    named = download.hub_file(source) if published.hub_name(source) else None
+    named = source if isinstance(source, download.HubFile) else named
+    if named is not None:
+        _check_variant(named, variant)
+        source = named.path
     if isinstance(source, str | os.PathLike):
         if published.is_quantised(Path(source).name):
             raise InputError(
@@ -98,7 +106,23 @@ def read_source(
     if not found.tensors:
         raise InputError(f"{found.label} holds no tensors.")
     _take_network(found, wanted, head, key)
+    if named is not None:
+        found.label, found.named = named.label, named
+        if named.strides:
+            found.strides, found.strides_from = named.strides, "its config.json"
     return found
+
+
+def _check_variant(named: download.HubFile, variant: str | None) -> None:
+    """Others have networks of the same shapes that answer differently: blurred, padded otherwise.
+
+    Raises:
+        InputError: They are of another network than the model.
+    """
+    if variant is None or named.variant in (None, variant):
+        return
+    use = f"use kr.create_model({named.variant!r})" if named.variant in SPECS else "no model has it"
+    raise InputError(f"{named.label} are weights for {named.variant}, not for {variant}: {use}.")
 
 
 def _from_file(path: Path, key: str | None) -> Source:
