@@ -206,7 +206,9 @@ def hub_file(text: str) -> HubFile:
             except EntryNotFoundError as error:
                 missing = error
         if path is None:
-            why = "" if missing is None else reason_of(missing)
+            why = reason_of(missing) if missing else ""
+            if huggingface_hub.constants.HF_HUB_OFFLINE:
+                why = "the cache does not have it, and HF_HUB_OFFLINE is set"
             raise CheckpointError(
                 f"Cannot fetch {text!r}: neither model.safetensors nor pytorch_model.bin: {why}"
             )

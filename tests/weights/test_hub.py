@@ -55,7 +55,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body):
-        org, name, _, revision, file = self.path.partition("?")[0].strip("/").split("/", 4)
+        parts = self.path.partition("?")[0].strip("/").split("/", 4)
+        org, name, _, revision, file = [*parts, *[""] * 5][:5]
         token = self.headers.get("Authorization")
         self.server.requests.append((self.command, revision, file, token))
         commits = {"main": COMMIT, COMMIT: COMMIT, "v1": OLDER, OLDER: OLDER}
@@ -136,7 +137,7 @@ def test_a_name_brings_weights_preprocessing_and_class_names(hub, tiny, tmp_path
     for side, resized in ((96, 101), (288, 288)):
         model = create_model("resnet_tiny", input_shape=(side, side, 3), weights=name)
         prepared = Preprocess.from_config(model.info["preprocess"])
-        assert (prepared.resize_size, prepared.crop_size) == (resized, side)
+        assert (prepared.resize_size, prepared.crop_size) == (resized, (side, side))
 
 
 def test_a_new_head_takes_no_class_names(hub, tiny, tmp_path):
@@ -146,7 +147,7 @@ def test_a_new_head_takes_no_class_names(hub, tiny, tmp_path):
     }
     model = create_model("resnet_tiny", num_classes=3)
     load_torchvision(model, "hf://me/mine", head="skip")
-    assert "class_names" not in model.info and model.info["preprocess"]["crop_size"] == 16
+    assert "class_names" not in model.info and model.info["preprocess"]["crop_size"] == [16, 16]
 
 
 def test_revisions_pickles_and_tokens(hub, tiny, tmp_path, monkeypatch):
@@ -229,7 +230,7 @@ def test_offline_reads_the_cache_and_says_what_it_lacks(hub, tiny, tmp_path):
     assert run("hf://me/mine", HF_HUB_OFFLINE="1") == f"me/mine@{COMMIT[:12]}"
     missing = run("hf://me/other", HF_HUB_OFFLINE="1")
     assert missing.startswith("CheckpointError Cannot fetch 'hf://me/other'")
-    assert len(hub.requests) == asked and "offline" in missing.lower()
+    assert len(hub.requests) == asked and "and HF_HUB_OFFLINE is set" in missing
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
@@ -267,7 +268,7 @@ def test_the_table_is_timms(torchvision):
     told = download.HubFile(None, "", **download._told({"pretrained_cfg": config}, "timm/x"))
     ours = told.preprocess(None)
     resize, crop, *_ = create_transform(**resolve_data_config(pretrained_cfg=config)).transforms
-    assert (ours.resize_size, (ours.crop_size,) * 2) == (resize.size, crop.size)
+    assert (ours.resize_size, ours.crop_size) == (resize.size, crop.size)
     assert ours.interpolation == resize.interpolation.value
 
 
