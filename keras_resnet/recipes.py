@@ -216,7 +216,10 @@ class Recipe:
             if name not in known:
                 hint = did_you_mean(name, known)
                 if name == "devices":
-                    hint = " torchrun --nproc-per-node N SCRIPT runs a script's train on N devices."
+                    hint = (
+                        " torchrun --nproc-per-node N SCRIPT runs a script's train on N devices of "
+                        "torch; docs/devices.md has TensorFlow's and jax' way."
+                    )
                 raise InputError(f"Unknown training option {name!r}.{hint}")
         return dataclasses.replace(self, **options)
 

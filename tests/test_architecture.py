@@ -105,11 +105,12 @@ def test_few_files_know_a_backend():
         "inference/grad_cam.py", "training/ema.py", "training/optimizers.py",
     }  # fmt: skip
     assert users("tensorflow") == {
-        "system/device.py", "data/directory.py", "layers/conv.py", "layers/norm.py",
-        "runtimes/saved_model.py", "inference/grad_cam.py", "training/ema.py",
+        "system/device.py", "system/replicas.py", "data/directory.py", "layers/conv.py",
+        "layers/norm.py", "runtimes/saved_model.py", "inference/grad_cam.py", "training/ema.py",
     }  # fmt: skip
     assert users("jax") == {
-        "system/device.py", "layers/conv.py", "inference/grad_cam.py", "training/ema.py",
+        "system/device.py", "system/replicas.py", "layers/conv.py", "inference/grad_cam.py",
+        "training/ema.py",
     }  # fmt: skip
 
 

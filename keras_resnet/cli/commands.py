@@ -66,7 +66,7 @@ _ENGINE = arg("--engine NAME=auto", f"{_ENGINES} takes one where it pays", check
 _TF32 = arg("--tf32", "let a GPU compute float32 on 10 bits; as the backend has it by default",
             action=argparse.BooleanOptionalAction, default=None, rare=True)  # fmt: skip
 
-_DEVICES = arg("--devices N|all", "in one process a device, on torch", number, group="Training")
+_DEVICES = arg("--devices N|all", "how many share the work", number, group="Training")
 
 COMMANDS = {
     "models": Command(models.models, "list the models", [
@@ -101,7 +101,7 @@ COMMANDS = {
         arg("--max-restarts N=0", "go on from the last checkpoint so often, after a process was "
             "lost", least=0, group="Training", rare=True),
         arg("--sync-bn", "batch norms use the images of all devices; by default where one has "
-            "fewer than 16", group="Training", rare=True,
+            "fewer than 16, and on jax always", group="Training", rare=True,
             action=argparse.BooleanOptionalAction, default=None),
         arg("--compile", "compile the training step", rare=True),
         arg("--deterministic", "deterministic kernels only", rare=True),

@@ -1,4 +1,4 @@
-"""`--devices`: the command again, once a device, by torch's own launcher."""
+"""`--devices`: on torch the command again, once a device, by torch's own launcher."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from keras_resnet.system import process
 from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import take_lock
 from keras_resnet.system.process import MEETING, chosen_backend, settled_code
@@ -33,27 +34,36 @@ def launch(
 ) -> int | None:
     """Runs the command in one process a device; gives its exit code, `None` where one is enough.
 
-    They meet in a folder and talk over the loopback interface: no port is open to others. For
-    several machines there is torchrun.
+    One takes all devices of TensorFlow or jax. Several meet in a folder and talk over the loopback
+    interface: no port is open to others. For several machines there is torchrun.
 
     Args:
         words: The command line.
         devices: How many, or `"all"`.
         restarts: How often a process that is lost is replaced, all of them going on together.
-        compile: Whether the step shall be compiled, which that of several processes cannot be.
+        compile: Whether the step shall be compiled, which that of several devices cannot be.
         dry_run: Only checks that they could start.
 
     Raises:
-        InputError: There are fewer devices, another backend than torch, or a step to compile.
+        InputError: There are fewer devices, a step to compile, or another command than train to
+            run on several of TensorFlow or jax.
     """
-    if "LOCAL_RANK" in os.environ:
-        return None  # one of those that torchrun has started
-    devices = devices or "1"
-    if compile and (devices not in ("1", "all") or _count(devices) > 1):
+    devices, backend = devices or "1", chosen_backend()
+    several = devices not in ("1", "all") or (backend == "torch" and _count(devices) > 1)
+    if compile and several and backend != "jax":  # jax always does
         raise InputError(
-            "The step of several processes is not compiled: leave out --compile. "
+            "The step of several devices is not compiled: leave out --compile. "
             f"Received: --devices {devices}."
         )
+    if backend != "torch":
+        if words[0] != "train" and devices != "1":
+            raise InputError(
+                f"{words[0]} takes several devices on torch alone: set KERAS_BACKEND=torch. "
+                f"Received: --devices {devices}, and the backend {backend}."
+            )
+        process.devices, devices = devices, "1"
+    if "LOCAL_RANK" in os.environ:
+        return None  # one of those that torchrun has started
     count = _count(devices)
     if dry_run or (count == 1 and not restarts):
         return None
@@ -132,11 +142,6 @@ def _sweep() -> None:
 def _count(devices: str) -> int:
     if devices == "1":
         return 1
-    if chosen_backend() != "torch":
-        raise InputError(
-            "--devices needs the torch backend: set KERAS_BACKEND=torch. Received: "
-            f"{chosen_backend()}."
-        )
     import torch
 
     there = torch.cuda.device_count()

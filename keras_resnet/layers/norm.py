@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import keras
@@ -24,6 +25,10 @@ if BACKEND == "torch":
     from keras_resnet.layers.sync_norm import sync_batch_norm
 elif BACKEND == "tensorflow":
     import tensorflow as tf
+
+
+def _itself(values):
+    return values
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
@@ -125,6 +130,8 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
         """Whether the backend has one kernel for this input."""
         if len(x.shape) != 4 or self.axis % 4 not in (1, 3) or self.synchronized:
             return False
+        if training and BACKEND == "tensorflow" and group.current().norms_together:
+            return False
         if BACKEND == "torch":
             # Of a single value torch knows no unbiased variance.
             return x.is_floating_point() and not (training and x.numel() == self._channels)
@@ -205,20 +212,32 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
     def _moments_and_count(self, x, mask):
         """A batch's mean, biased variance and number of values, all for each channel."""
         shape, axes = ops.shape(x), self._reduction_axes
+        together = BACKEND == "tensorflow" and (self.synchronized or group.current().norms_together)
+        replica = tf.distribute.get_replica_context() if together else None
         if mask is None:
-            mean, variance = ops.moments(x, axes=axes, synchronized=self.synchronized)
-            return mean, variance, ops.cast(math.prod(shape[axis] for axis in axes), x.dtype)
-        if len(mask.shape) != len(shape) - 1:
+            count = ops.cast(math.prod(shape[axis] for axis in axes), x.dtype)
+            if replica is None:
+                return *ops.moments(x, axes=axes, synchronized=self.synchronized), count
+            counted = _itself
+        elif len(mask.shape) != len(shape) - 1:
             raise ValueError(
                 f"The mask provided should be one dimension less than the inputs. "
                 f"Received: mask.shape={tuple(mask.shape)}, inputs.shape={tuple(x.shape)}."
             )
-        kept = ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), -1), shape)
-        count = ops.sum(ops.cast(kept, x.dtype), axes, keepdims=True)
+        else:
+            kept = ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), -1), shape)
+            count = ops.sum(ops.cast(kept, x.dtype), axes, keepdims=True)
+
+            def counted(values):
+                return ops.where(kept, values, 0)
+
+        # The parts of a batch may differ in size: means of their means would be wrong.
+        add_up = _itself if replica is None else functools.partial(replica.all_reduce, "SUM")
+        count, total = add_up([count, ops.sum(counted(x), axes, keepdims=True)])
         least_one = ops.maximum(count, 1)
-        mean = ops.sum(ops.where(kept, x, 0), axes, keepdims=True) / least_one
-        squares = ops.square(ops.where(kept, x - mean, 0))
-        variance = ops.sum(squares, axes, keepdims=True) / least_one
+        mean = total / least_one
+        squares = ops.square(counted(x - mean))
+        variance = add_up(ops.sum(squares, axes, keepdims=True)) / least_one
         return tuple(ops.reshape(value, (-1,)) for value in (mean, variance, count))
 
     def _update_statistics(self, mean, variance, count):

@@ -242,7 +242,8 @@ class KerasRunner(Runner):
             if self._normal and keras.backend.standardize_dtype(images.dtype) == "uint8":
                 images = self._normal(images)
             if place is None:
-                return self._model.predict_on_batch(images)
+                # In the scope of a `tf.distribute` strategy each device answers for all images.
+                return self._model.predict_on_batch(images)[: len(images)]
             self._send.wait()  # this thread's kernels
             self._model.make_predict_function()
             return fetch(self._model.predict_function([(images,)]))

@@ -51,6 +51,19 @@ class Alone:
 
     rank, size, first, norms_together = 0, 1, True, False
 
+    @property
+    def devices(self) -> int:
+        """How many devices share a batch."""
+        return self.size
+
+    def check(self, recipe: Any, compile: bool, sync_bn: bool | None) -> bool | None:
+        """Gives `sync_bn`, where it settles it; refuses, by an InputError, what it cannot do."""
+        return sync_bn
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """In which a model is made and trained."""
+        return contextlib.nullcontext()
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` gives in the first process, which alone calls it; or raises, in all."""
         return make()
@@ -91,8 +104,17 @@ class Alone:
         """Has `fit` step with the gradients of all processes; anew after each `compile`."""
 
     def notes(self, batch_size: int, threads: int) -> list[str]:
-        """Lines about the processes, for people."""
-        return []
+        """Lines about the devices, for people."""
+        if self.devices == 1:
+            return []
+        norms = "all of them" if self.norms_together else "those of its own device"
+        several = self.size > 1
+        reading = f"; {threads} thread{'' if threads == 1 else 's'} in each read images"
+        return [
+            f"Devices: {self.devices}, {'a process each, ' * several}with "
+            f"{math.ceil(batch_size / self.devices)} of the {batch_size} images of a batch; "
+            f"a batch norm takes {norms}{reading * several}"
+        ]
 
     def is_lost(self, error: Exception) -> bool:
         """Whether an error only says that another process has ended."""
@@ -199,13 +221,10 @@ class _Joined(Alone):
         model.train_function = _Step(self, model, at, seed)
         model.test_function = tested_by(model)
 
-    def notes(self, batch_size, threads):
-        norms = "all of them" if self.norms_together else "those of its own process"
-        return [
-            f"Devices: {self.size}, a process each, with {math.ceil(batch_size / self.size)} of "
-            f"the {batch_size} images of a batch; a batch norm takes {norms}; {threads} "
-            f"thread{'' if threads == 1 else 's'} in each read images"
-        ]
+    def check(self, recipe, compile, sync_bn):
+        if compile:
+            raise InputError("The step of several processes is not compiled: leave out compile.")
+        return sync_bn
 
     def is_lost(self, error):
         return isinstance(error, dist.DistError) or "gloo" in str(error)
@@ -213,6 +232,7 @@ class _Joined(Alone):
 
 _group: Alone | None = None
 _shares = False
+leaving = contextlib.ExitStack()  # what is put back after a training
 
 
 def current() -> Alone:
@@ -269,24 +289,33 @@ def explained() -> Iterator[None]:
             "Another process of the run has ended, and says why where it could. The same call "
             "goes on from the last checkpoint."
         ) from error
+    finally:
+        leaving.close()
 
 
-def join() -> Alone:
+def join(devices: Alone | None = None) -> Alone:
     """Joins the processes that torchrun has started, by its variables; alone where it has not.
+
+    Args:
+        devices: What stands for this one process, until the training is left.
 
     Raises:
         InputError: There are several, and the backend is not torch.
     """
     global _group
     environment = os.environ
-    if _group is None and environment.keys() >= {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
-        if _BACKEND != "torch":
-            if environment["WORLD_SIZE"] == "1":
-                return Alone()
+    started = environment.keys() >= {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    if _BACKEND != "torch":
+        if started and environment["WORLD_SIZE"] != "1":
             raise InputError(
-                "Several processes work together on torch alone: set KERAS_BACKEND=torch. "
-                f"Received: WORLD_SIZE={environment['WORLD_SIZE']} and the backend {_BACKEND}."
+                "Several processes work together on torch alone: set KERAS_BACKEND=torch, or "
+                "train on the devices of one machine without torchrun, by --devices. Received: "
+                f"WORLD_SIZE={environment['WORLD_SIZE']} and the backend {_BACKEND}."
             )
+        if devices is not None:
+            _group = devices
+            leaving.callback(_forget)
+    elif _group is None and started:
         if torch.cuda.is_available():  # first of all: whatever is made takes memory of a device
             torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
         cuda = keras.ops.zeros(()).device.type == "cuda"  # KERAS_TORCH_DEVICE may say another
@@ -328,6 +357,11 @@ def _store(rank: int, size: int) -> Iterator[Any]:
     yield dist.PrefixStore(store.get("keras_resnet").decode(), store)
     if rank == 0:
         store.delete_key("keras_resnet")
+
+
+def _forget() -> None:
+    global _group
+    _group = None
 
 
 def _leave() -> None:
@@ -401,9 +435,9 @@ class _Step:
             share = len(x) * group.size / max(1, total())
             model.optimizer.scale_loss(loss * share).backward()
         if at.settled:
-            weights = model.trainable_weights[:]
+            trained = model.trainable_weights[:]
             with torch.no_grad():
-                model.optimizer.apply([v.value.grad for v in weights], weights)
+                model.optimizer.apply([v.value.grad for v in trained], trained)
         else:
             model.optimizer._iterations.assign_add(1)
         return model.compute_metrics(x, y, y_pred, sample_weight=weights)

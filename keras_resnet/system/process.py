@@ -188,6 +188,7 @@ def fit_threads() -> None:
 MEETING = "KERAS_RESNET_MEETING"  # names the folder in which the processes of `--devices` meet
 _PARENT = os.getppid()
 store: Any = None  # torch's, which the processes share; once they have met
+devices = "1"  # what `--devices` asks of this one process, where the backend is not torch
 
 
 def meeting_place() -> Path | None:

@@ -200,11 +200,11 @@ class Loop:
             mine = [keras.ops.convert_to_numpy(v).copy() for v in self.model.metrics_variables]
             saved = progress.get("metrics") or self.group.from_first(lambda: [mine])
             self.at.metrics = self.group.own(saved)
-        before = len(progress.get("metrics", [[]]))
-        if before != self.group.size:
+        before = progress.get("devices") or len(progress.get("metrics", [[]]))
+        if before != self.group.devices:
             self.settings.say(
-                f"The run was on {before} devices, and is on {self.group.size} from here: numbers "
-                "may differ in their last digits."
+                f"The run was on {before} devices, and is on {self.group.devices} from here: "
+                "numbers may differ in their last digits."
             )
         if run.history:
             self._write_views()
@@ -222,6 +222,7 @@ class Loop:
             "stale": self.stale,
             "until": self.until,
             "files": self.data.fingerprint,
+            "devices": self.group.devices,
         }
         sync(self.model)
         metrics = [keras.ops.convert_to_numpy(v).copy() for v in self.model.metrics_variables]

@@ -28,11 +28,12 @@ from keras_resnet.system.device import (
     fastest_convolutions,
     make_deterministic,
 )
-from keras_resnet.system.errors import InputError, between, reason_of, whole
+from keras_resnet.system.errors import between, reason_of, whole
 from keras_resnet.system.files import printable, write_json
-from keras_resnet.system.group import Alone, explained, join
+from keras_resnet.system.group import Alone, explained, leaving
 from keras_resnet.system.process import restarted, threads_each, tune_process
 from keras_resnet.system.progress import shows_bars
+from keras_resnet.system.replicas import join
 from keras_resnet.system.shown import Shown
 from keras_resnet.training.batch_size import settle_batch_size
 from keras_resnet.training.callbacks import Settings
@@ -129,8 +130,8 @@ def train(
     all of it, with `MODEL_CARD.md`. Models take pixel values and
     normalise them inside; class names and preprocessing travel in the file.
 
-    Under torchrun (on torch) each process trains on its part of every batch, and the first one
-    writes and prints; see `docs/devices.md`.
+    Under torchrun (torch), in the scope of a `MirroredStrategy` (TensorFlow) or with a
+    `DataParallel` set (jax), several devices share each batch; see `docs/devices.md`.
 
     A killed run goes on when the same call is made again: with the same weights, bit for bit on a
     CPU where it is `deterministic`, as if it had not been killed.
@@ -150,8 +151,7 @@ def train(
         restart: Start a new run even where an unfinished one could go on.
         deterministic: Only deterministic kernels, where the backend has a choice.
         compile: Compile the training step (`jit_compile`); jax always does.
-        sync_bn: Whether batch norms use the images of all devices, where torchrun has started one
-            process a device; by default where one has less than 16 of a batch.
+        sync_bn: Whether batch norms use all devices' images; by default of less than 16 a device.
         checkpoint_steps: Save the state every so many steps, besides the end of each epoch.
         checkpoint_seconds: And after so many seconds.
         keep: Also keep the models of so many best epochs, as `epoch-012.keras`.
@@ -192,11 +192,10 @@ def train(
     }
     whole("checkpoint_steps", 1 if checkpoint_steps is None else checkpoint_steps, 1)
     tune_process()
-    group = join()
-    if compile and group.size > 1:
-        raise InputError("The step of several processes is not compiled: leave out compile.")
-    verbose = verbose and group.first
     recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
+    group = join()
+    sync_bn = group.check(recipe, compile, sync_bn)
+    verbose = verbose and group.first
     loggers = Loggers(arguments["log"] if group.first else [])
     given = {n: arguments[n] for n in ("seed", "workers", "cache", "exclude", "strict", "exif")}
     given["workers"] = threads_each(workers)
@@ -207,7 +206,7 @@ def train(
     restart = restart and not group.any(restarted())  # torchrun gives all the same words again
     run = group.from_first(lambda: Run.find(output, name or called, identity, restart))
     run.writes, known = group.first, run.config.get("batch_size")
-    recipe = group.from_first(lambda: settle_batch_size(recipe, data, known, group.size))
+    recipe = group.from_first(lambda: settle_batch_size(recipe, data, known, group.devices))
     for dataset in filter(None, (data.train, data.val)):
         dataset.batch_size, dataset.part = recipe.batch_size, (group.rank, group.size)
     settings = Settings(
@@ -221,18 +220,16 @@ def train(
         callbacks=tuple(callbacks),
         loggers=loggers,
     )
-    few = recipe.batch_size < 16 * group.size
-    group.norms_together = group.size > 1 and (few if sync_bn is None else sync_bn)
-    try:
-        settings.say(_plan(run, recipe, data, seed, group))
-        if dry_run:
-            return TrainResult(run.folder, None, {})
-        if deterministic:
-            make_deterministic()
-        with fastest_convolutions():
-            return _train(run, recipe, data, settings, arguments, report, group)
-    finally:
-        group.norms_together = False  # what trains next may do so in one process alone
+    few = recipe.batch_size < 16 * group.devices
+    group.norms_together = group.devices > 1 and (few if sync_bn is None else sync_bn)
+    leaving.callback(setattr, group, "norms_together", False)  # what trains next may do so alone
+    settings.say(_plan(run, recipe, data, seed, group))
+    if dry_run:
+        return TrainResult(run.folder, None, {})
+    if deterministic:
+        make_deterministic()
+    with fastest_convolutions():
+        return _train(run, recipe, data, settings, arguments, report, group)
 
 
 def _identity(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,13 +265,15 @@ def _train(
     if run.resumed or run.extended:
         run.check_files(run.config.get("files"), data.fingerprint)  # before it is written anew
         # Its weights are in what was saved, and where they came from in its record.
-        start, model = run.config["start"], new_model(recipe, data)
+        with group.scope():
+            start, model = run.config["start"], new_model(recipe, data)
         model.info.update({k: v for k, v in run.config.get("model", {}).items() if k == "weights"})
     else:
         start = group.from_first(lambda: starting_weights(recipe.model, recipe.weights))
         made: list[keras.Model] = []  # the others need not download or read them
-        group.from_first(lambda: made.append(build_model(recipe, data, settings.say, start)))
-        model = made[0] if made else new_model(recipe, data)
+        with group.scope():
+            group.from_first(lambda: made.append(build_model(recipe, data, settings.say, start)))
+            model = made[0] if made else new_model(recipe, data)
         group.copy_first(model.variables)
     # Before the folder is made: without one readable image there is nothing to keep.
     samples = group.from_first(lambda: data.train.take_samples(min(16, recipe.batch_size))[:2])
@@ -298,7 +297,8 @@ def _train(
         )
         run.write_config(log_ids=ids)
         loop = Loop(model, recipe, data, run, settings, group, arguments["seed"])
-        interrupted = loop.run()
+        with group.scope():
+            interrupted = loop.run()
         status = "interrupted" if interrupted else "finished"
         if not group.first:
             return TrainResult(run.folder, None, run.history, interrupted=interrupted)
