@@ -25,6 +25,8 @@ import tempfile
 
 import peers
 
+from keras_resnet.system.process import tune_process
+
 BASELINE = "torchvision"
 CONTENDERS = ("torchvision", "ours", "stock layers", "keras.applications")
 
@@ -97,7 +99,8 @@ def contend_together(options) -> None:
             subprocess.Popen(
                 [sys.executable, *sys.argv], env={**os.environ, "RANK": str(other)}, **nothing
             )
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "LOCAL_WORLD_SIZE": str(processes)}
+    tune_process()
     import keras
     import train
 
@@ -105,7 +108,6 @@ def contend_together(options) -> None:
     from keras_resnet.training.callbacks import Position
     from keras_resnet.training.optimizers import SGD
 
-    peers.keep_freed_memory()
     options.precision, options.batch = "float32", size
     model = train.keras_model(options, "ours")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
