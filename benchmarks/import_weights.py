@@ -56,7 +56,7 @@ IMPORTERS = {
 import os
 os.environ["KERAS_BACKEND"] = "torch"
 import keras_resnet as kr
-from keras_resnet.weights import download
+from keras_resnet.system import download
 model = kr.ResNet50()
 def load(path):
     download._file_sha256.cache_clear()  # it is remembered for a file that has not changed

@@ -13,6 +13,7 @@ import platform
 import random
 import resource
 import sys
+import threading
 
 # Before keras is imported anywhere: the tests name their backend, torch unless told otherwise.
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -259,3 +260,16 @@ def torchvision():
     import torchvision
 
     return torchvision
+
+
+@pytest.fixture
+def server():
+    """Stands for the network: see `file_server`."""
+    from file_server import Server
+
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()

@@ -17,8 +17,23 @@ import numpy as np
 from keras_resnet.data.arrays import Arrays
 from keras_resnet.data.items import Joined, Source
 from keras_resnet.data.tar_entries import entries, read_at
+from keras_resnet.system.download import fetched
 from keras_resnet.system.errors import DataError, NotFoundError
+from keras_resnet.system.files import cache_home
 
+# Names, the archives that they stand for, and the SHA-256 of those (keras/src/datasets/cifar10.py,
+# cifar100.py).
+PUBLISHED = {
+    "cifar10": (
+        "cifar-10-python.tar.gz",
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    ),
+    "cifar100": (
+        "cifar-100-python.tar.gz",
+        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    ),
+}
+_HOME = "https://www.cs.toronto.edu/~kriz"  # KERAS_RESNET_DATA_URL replaces it
 _MOST = 2**28  # bytes of the unpacked archive: it has 186 million
 _NAME = re.compile(r"cifar-(10|100)-(python|binary|batches-py|batches-bin)(\.tar\.gz|\.tgz)?")
 _FILES = re.compile(
@@ -30,10 +45,14 @@ _FILES = re.compile(
 def is_cifar(path: str) -> bool:
     """Whether a path is called as the published archives, or the folders in them, are.
 
+    So is `cifar10` or `cifar100` where there is nothing of that name here.
+
     Examples:
         >>> is_cifar("data/cifar-10-python.tar.gz"), is_cifar("cifar10_small")
         (True, False)
     """
+    if path in PUBLISHED:
+        return not os.path.exists(path)
     if _NAME.fullmatch(os.path.basename(path.rstrip("/\\"))) is None:
         return False
     # A folder of that name may as well hold folders of images.
@@ -44,10 +63,17 @@ def is_cifar(path: str) -> bool:
 def open_cifar(path: str) -> Source:
     """The images of the training and the test batches, and the names of the (fine) classes.
 
+    The name `cifar10` is the archive in the user's cache, downloaded where it is not there yet.
+
     Raises:
         NotFoundError: There is no such file.
-        DataError: It is damaged, or lacks a file.
+        DataError: It is damaged, or lacks a file, or cannot be downloaded.
     """
+    if path in PUBLISHED and not os.path.exists(path):
+        name, sha256 = PUBLISHED[path]
+        base = os.environ.get("KERAS_RESNET_DATA_URL", _HOME).rstrip("/")
+        target = cache_home() / "data" / name
+        path = str(fetched(f"{base}/{name}", target, sha256, home=f"{_HOME}/{name}"))
     if not os.path.exists(path):
         raise NotFoundError(f"{path!r} does not exist.")
     try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import enum
-import json
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,12 @@ from keras_resnet.data.walk import (
     ENDINGS,
     entries,
     extension,
+    has_image_ending,
     holds_picture,
     is_picture,
+    left_out,
     unread,
+    walk,
     walk_pictures,
 )
 from keras_resnet.system.errors import DataError, InputError, NotFoundError, meant_path
@@ -62,45 +64,84 @@ def find_pictures(
         InputError: class_names that are not there.
     """
     directory = existing_folder(directory)
-    found = class_folders(directory)
-    folder_of = _folders_by_name(directory, found)
-    if class_names is None:
-        class_names = found
-    else:
-        class_names = list(class_names)
-        missing = [name for name in class_names if plain_name(name) not in folder_of]
-        if missing or len(set(class_names)) != len(class_names) or not class_names:
-            raise InputError(
-                f"The `class_names` passed did not match the names of the subdirectories of "
-                f"{directory!r}; they must be different ones of them. Not there: "
-                f"{missing or 'none'}. Given: {class_names}. Found: {found}."
-            )
+    names, found = class_pictures(directory, class_names, follow_links=follow_links, others=others)
     excluded = left_out(directory, exclude)
-    paths, labels, empty, other = [], [], [], []
-    for label, name in enumerate(class_names):
-        folder = os.path.join(directory, folder_of[plain_name(name)])
-        files, rest = walk_pictures(folder, follow_links)
-        other += rest
-        if not files:
-            empty.append(name)
-        files = [path for path in files if os.path.abspath(path) not in excluded]
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, folder, pictures in found:
+        files = [os.path.join(folder, name) for name in pictures]
+        if excluded:
+            files = [path for path in files if os.path.abspath(path) not in excluded]
         paths += files
         labels += [label] * len(files)
-    if not paths or len(empty) == len(class_names):
-        raise DataError(
-            f"No images found in the class folders of {directory!r}, {listed(class_names)}. "
-            f"They hold {_extension_counts(other)}; images end in {ENDINGS}."
+    if not paths:
+        raise no_images(directory, names, {})
+    return paths, np.asarray(labels, np.int32), names
+
+
+def class_pictures(
+    directory: str,
+    class_names: Sequence[str] | None = None,
+    *,
+    follow_links: bool = True,
+    others: Counter | None = None,
+) -> tuple[list[str], Iterator[tuple[int, str, list[str]]]]:
+    """The names of the classes, and of each folder a label, its path and the images in it.
+
+    Args:
+        directory: As of `find_pictures`, and so are the others and what is raised.
+        class_names: Those to take.
+        follow_links: Visit folders behind links.
+        others: Gets the files that are not read.
+    """
+    found = class_folders(directory)
+    folder_of = _folders_by_name(directory, found)
+    names = found if class_names is None else list(class_names)
+    missing = [name for name in names if plain_name(name) not in folder_of]
+    if missing or len(set(names)) != len(names) or not names:
+        raise InputError(
+            f"The `class_names` passed did not match the names of the subdirectories of "
+            f"{directory!r}; they must be different ones of them. Not there: "
+            f"{missing or 'none'}. Given: {names}. Found: {found}."
         )
-    if empty:
-        raise DataError(
-            f"{directory!r} has class folders without an image: {listed(empty)}. Fill or delete "
-            f"them, or name the others with class_names. Images end in {ENDINGS}."
-        )
-    if others is not None:
-        others += unread(other)
-        loose = filter(is_picture, entries(directory)[0])
-        others += unread(loose, "outside the class folders")
-    return paths, np.asarray(labels, np.int32), list(class_names)
+
+    def visit() -> Iterator[tuple[int, str, list[str]]]:
+        empty, rest = [], Counter[tuple[str, str]]()
+        for label, name in enumerate(names):
+            count = 0
+            folder = os.path.join(directory, folder_of[plain_name(name)])
+            for root, files in sorted(walk(folder, follow_links)):
+                pictures = [file for file in files if has_image_ending(file)]
+                if len(pictures) < len(files):
+                    rest.update(unread(file for file in files if not has_image_ending(file)))
+                count += len(pictures)
+                yield label, root, pictures
+            if not count:
+                empty.append(name)
+        if len(empty) == len(names):
+            raise no_images(directory, names, rest)
+        if empty:
+            raise DataError(
+                f"{directory!r} has class folders without an image: {listed(empty)}. Fill or "
+                f"delete them, or name the others with class_names. Images end in {ENDINGS}."
+            )
+        if others is not None:
+            others.update(rest)
+            loose = filter(is_picture, entries(directory)[0])
+            others.update(unread(loose, "outside the class folders"))
+
+    return names, visit()
+
+
+def no_images(directory: str, names: Sequence[str], rest: Mapping[tuple[str, str], int]):
+    """The error of class folders without images, which says what they hold."""
+    counts = Counter[str]()
+    for (ending, _), count in rest.items():
+        counts[ending] += count
+    return DataError(
+        f"No images found in the class folders of {directory!r}, {listed(names)}. "
+        f"They hold {_shown(counts)}; images end in {ENDINGS}."
+    )
 
 
 def class_folders(directory: str | os.PathLike, least: int = 1) -> list[str]:
@@ -206,7 +247,10 @@ def existing_folder(directory: str | os.PathLike) -> str:
 
 
 def _extension_counts(names: Iterable[str]) -> str:
-    counts = Counter(map(extension, names))
+    return _shown(Counter(map(extension, names)))
+
+
+def _shown(counts: Counter[str]) -> str:
     return ", ".join(f"{n} {ext}" for ext, n in counts.most_common(8)) or "no file"
 
 
@@ -214,30 +258,6 @@ def listed(names: Sequence[str]) -> str:
     """Names in quotes for a message, the first ten of many."""
     shown = ", ".join(repr(name) for name in names[:10])
     return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def left_out(directory: str, exclude: Any) -> set[str]:
-    """Absolute paths to leave out; relative ones count from the directory.
-
-    A file has one path a line, `#` before a comment, and a JSON string where a name holds a
-    newline or begins with `#` or `"`.
-    """
-    if exclude is None:
-        return set()
-    if isinstance(exclude, str | os.PathLike):
-        try:
-            with open(exclude, encoding="utf-8", errors="surrogateescape") as file:
-                lines = [line.rstrip("\r\n") for line in file]
-        except OSError as error:
-            raise NotFoundError(
-                f"The exclude list {os.fspath(exclude)!r} cannot be read: {error.strerror}."
-            ) from None
-        exclude = [
-            json.loads(line) if line.startswith('"') else line
-            for line in lines
-            if line.strip() and not line.startswith("#")
-        ]
-    return {os.path.abspath(os.path.join(directory, os.fspath(path))) for path in exclude}
 
 
 def stratified_split(

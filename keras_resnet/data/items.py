@@ -165,10 +165,13 @@ class _Part(Source):
 
     def __init__(self, whole: Source, positions: np.ndarray):
         self._whole, self._positions = whole, positions
-        self.class_names, self.notes, self.place = whole.class_names, whole.notes, whole.place
-        self.splits = None if whole.splits is None else whole.splits[positions]
-        self.labels = None if whole.labels is None else whole.labels[positions]
-        self.weights = None if whole.weights is None else whole.weights[positions]
+        self._take_facts(whole, positions)
+
+    def _take_facts(self, of: Source, positions: np.ndarray) -> None:
+        self.class_names, self.notes, self.place = of.class_names, of.notes, of.place
+        self.splits = None if of.splits is None else of.splits[positions]
+        self.labels = None if of.labels is None else of.labels[positions]
+        self.weights = None if of.weights is None else of.weights[positions]
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -180,7 +183,9 @@ class _Part(Source):
         return self._whole._item(int(self._positions[index]))
 
     def take(self, positions: np.ndarray) -> Source:
-        return _Part(self._whole, self._positions[positions])
+        part = _Part(self._whole, self._positions[positions])
+        part._take_facts(self, positions)  # it may say other labels than the whole does
+        return part
 
     def _which(self) -> str:
         return hashlib.sha256(self._whole._which().encode() + self._positions.tobytes()).hexdigest()

@@ -19,7 +19,6 @@ from keras_resnet.data.folders import (
     flat_images,
     labels_by_name,
     layout,
-    left_out,
     listed,
     plain_name,
     split_folder,
@@ -29,8 +28,9 @@ from keras_resnet.data.folders import (
 )
 from keras_resnet.data.items import Files, Joined, Source
 from keras_resnet.data.labels import numbered
+from keras_resnet.data.listing import Listed
 from keras_resnet.data.rows import Rows, is_rows
-from keras_resnet.data.walk import unread_line, walk_pictures
+from keras_resnet.data.walk import left_out, unread_line, walk_pictures
 from keras_resnet.system.errors import DataError, InputError, NotFoundError
 
 
@@ -154,9 +154,7 @@ def image_source(
     source = opened(data, columns)
     if not isinstance(source, Source):
         if label_regex is None:
-            paths, labels, names = find_pictures(source)
-            facts = {"labels": labels, "class_names": names}
-            return Files(paths, place=os.path.abspath(source), **facts)
+            return Listed(source)
         folders = split_folders(source) or {"": source}
         found = {kind: flat_images(path, True, None) for kind, path in folders.items()}
         splits = [kind for kind, paths in found.items() for _ in paths]
@@ -202,7 +200,7 @@ def check_images(path: str) -> None:
     path = os.path.expanduser(path)
     if shards.is_shards(path):
         shards.shard_paths(path)
-    elif not (is_source(path) and os.path.exists(path)):
+    elif path not in cifar.PUBLISHED and not (is_source(path) and os.path.exists(path)):
         existing_folder(path)
 
 
@@ -238,12 +236,14 @@ def find_parts(data: str | Source, exclude: Any = None) -> Parts:
         raise DataError(f"{data!r} has {' and '.join(folders)} but no training folder.")
     notes, others = [layout(data, folders)], Counter[tuple[str, str]]()
     class_folders(folders.setdefault("train", data), least=2)
-    paths, labels, names = find_pictures(folders["train"], exclude=exclude, others=others)
-    parts = {"train": (paths, labels)}
+    training = Listed(folders["train"], exclude, others)
+    names = training.class_names or []
+    parts: dict[str, tuple[Sequence[str], Any]] = {"train": (training, training.labels)}
     if "val" in folders:
-        paths, labels, found = find_pictures(folders["val"], exclude=exclude, others=others)
+        held_out = Listed(folders["val"], exclude, others)
         who = "The validation folder", "the training folder"
-        parts["val"] = paths, labels_by_name(labels, found, names, *who)
+        labels = labels_by_name(held_out.labels, held_out.class_names, names, *who)
+        parts["val"] = held_out, labels
     paths, test_labels, note = _test_images(folders.get("test"), names)
     if paths:
         parts["test"] = paths, test_labels

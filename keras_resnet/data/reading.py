@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -259,47 +259,17 @@ def converted(image: Image.Image, exif: bool, color_mode: str = "rgb") -> Image.
     return image.convert(mode)
 
 
-def constant_images(paths: Sequence[str], threads: int) -> list[tuple[str, str]]:
-    """Images whose values differ, and are all one in 8 bits: 16-bit gray and floats get clipped.
-
-    torchvision's loader gives the same, so they are read, and said. Only the heads of files that
-    may hold such values are looked at.
-
-    Returns:
-        (path, Pillow's mode) of each.
-    """
-    kinds = ("TIFF", "PNG", "PPM", "JPEG2000")
-    endings = tuple(ending for kind in kinds for ending in FORMATS[kind])
-    asked = [path for path in paths if path.lower().endswith(endings)]
-    with ThreadPoolExecutor(threads or 1, "keras_resnet-depth") as pool:
-        modes = list(pool.map(_lost_mode, asked))
-    return [(path, mode) for path, mode in zip(asked, modes, strict=True) if mode]
-
-
-def constant_line(found: Sequence[tuple[str, str]]) -> str:
-    """One line about what `constant_images` found; empty where that is nothing."""
-    if not found:
-        return ""
-    path, mode = found[0]
-    return (
-        f"{len(found):,} images of 16-bit gray or float values become one constant in 8 bits, "
-        f"and teach nothing: convert them first, such as {path!r} ({mode})."
-    )
-
-
-@in_flight
-def _lost_mode(path: str) -> str | None:
-    try:
+@contextlib.contextmanager
+def head(path: str) -> Iterator[Image.Image]:
+    """An image, of whose file no more than the head has been read."""
+    if not isinstance(path, Item):
         with open_file(path) as file, open_image(file) as image:
-            if not image.mode.startswith(("I", "F")):
-                return None
-            in_flight.take(image.width * image.height)
-            values, mode = np.asarray(image), image.mode
-            seen = image.convert("RGB").getextrema()
-    except Exception:  # what cannot be read is said by its reader
-        return None
-    lost = all(low == high for low, high in seen) and values.min() != values.max()
-    return mode if lost else None
+            yield image
+        return
+    _, data = read(path)
+    if isinstance(data, bytes):
+        data = open_image(io.BytesIO(data))
+    yield data if isinstance(data, Image.Image) else image_from_array(data)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

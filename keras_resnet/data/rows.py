@@ -17,7 +17,7 @@ from keras_resnet.system.errors import DataError, InputError
 
 def is_rows(data: Any) -> bool:
     """Whether an object is a `datasets.Dataset`, or has all that is needed of one."""
-    return all(hasattr(data, name) for name in ("features", "column_names", "__getitem__"))
+    return hasattr(data, "features") and hasattr(data, "column_names")
 
 
 class Rows(Source):
@@ -32,6 +32,13 @@ class Rows(Source):
     """
 
     def __init__(self, data: Any, name: str = "row {}"):
+        if not hasattr(data, "__len__"):
+            raise InputError(
+                "A dataset that is streamed cannot be read in another order: load it without "
+                f"streaming=True. Received: {type(data).__name__}."
+            )
+        if hasattr(data, "with_format"):  # tensors, or what a transform makes of the images
+            data = data.with_format(None)
         kinds = {column: type(feature).__name__ for column, feature in data.features.items()}
         images = [column for column, kind in kinds.items() if kind == "Image"]
         if not images:

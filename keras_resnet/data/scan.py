@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from keras_resnet.data.depth import constant_images
 from keras_resnet.data.folders import existing_folder, layout, plain_name, split_folders
 from keras_resnet.data.items import Source, content_hash
 from keras_resnet.data.opening import opened
-from keras_resnet.data.reading import constant_images, in_flight, load, open_image, read
+from keras_resnet.data.reading import in_flight, load, open_image, read
 from keras_resnet.data.walk import ENDINGS, FORMATS, extension, unread, unread_line, walk_pictures
 from keras_resnet.system.errors import DataError, KerasResNetError
 from keras_resnet.system.files import column, replace_file, write_text

@@ -16,7 +16,6 @@ import io
 import itertools
 import json
 import os
-import posixpath
 import re
 import stat
 from collections import Counter
@@ -167,7 +166,7 @@ def _looked_through(path: str) -> _Shard:
             raise DataError(f"{path!r} is compressed: unpack it with gunzip, and give the .tar.")
         try:
             for name, start, size in entries(file, state[0], skipped):
-                base = posixpath.basename(name)
+                base = name.rpartition("/")[2]
                 if base.endswith(".cls"):
                     text = read_at(file, start, min(size, _LABEL))
                     labels[name[:-4]] = text.decode("utf-8", "replace").strip()
@@ -185,7 +184,7 @@ def _looked_through(path: str) -> _Shard:
         skipped["a further image of a sample"] += len(images) - len(kept)
         images = kept
     names = [name.encode("utf-8", "surrogateescape") for name, _, _ in images]
-    texts = [labels.get(posixpath.splitext(name)[0]) for name, _, _ in images]
+    texts = [labels.get(name[: name.rfind(".")]) for name, _, _ in images]
     folders = [name.partition("/")[0] if "/" in name else None for name, _, _ in images]
     table = {
         "start": [start for _, start, _ in images],
@@ -203,9 +202,11 @@ def _looked_through(path: str) -> _Shard:
 
 
 def _is_further(name: str, labels: dict[str, str]) -> bool:
-    folder, base = posixpath.split(name)
-    first = posixpath.join(folder, base.partition(".")[0])
-    return base.count(".") > 1 and posixpath.splitext(name)[0] not in labels and first in labels
+    folder, slash, base = name.rpartition("/")
+    if base.count(".") < 2:
+        return False
+    first = folder + slash + base.partition(".")[0]
+    return name[: name.rfind(".")] not in labels and first in labels
 
 
 # --- the index -----------------------------------------------------------------------------------
@@ -351,7 +352,9 @@ class Shards(Source):
             self.labels = np.append(numbers, [None] if several else np.int32(-1))[labels]
             if several:
                 return "several labels an image, from .cls files"
-            pairs = np.unique(np.stack([self.labels, folders])[:, labels >= 0], axis=1).T
+            both = self.labels.astype(np.int64) * (len(names) + 1) + folders + 1
+            codes = np.unique(both[labels >= 0])
+            pairs = np.stack([codes // (len(names) + 1), codes % (len(names) + 1) - 1], axis=1)
             whole = all(text.isdigit() for text in texts) and (pairs >= 0).all()
             if not whole or not len(pairs) == len(set(pairs[:, 1])) == len(texts):
                 return "labels from .cls files"

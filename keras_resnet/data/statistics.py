@@ -9,6 +9,8 @@ import numpy as np
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.system.errors import DataError
 
+_AT_ONCE = 4096
+
 
 def dataset_statistics(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of every channel over all pixels of a dataset.
@@ -34,8 +36,9 @@ def dataset_statistics(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     # Counts of the 256 values of each channel hold all that is needed, in integers.
     counts = np.zeros((channels, 256), np.int64)
     with ThreadPoolExecutor(dataset.threads or 1) as pool:
-        for one in pool.map(histogram, range(len(order))):
-            counts += 0 if one is None else one
+        for first in range(0, len(order), _AT_ONCE):  # the pool notes all that it is given
+            for one in pool.map(histogram, range(len(order))[first : first + _AT_ONCE]):
+                counts += 0 if one is None else one
     total = counts.sum(1)
     if not total.all():
         raise DataError(f"None of the {dataset.num_samples} images can be read.")

@@ -329,7 +329,8 @@ def _hub_names(path: str, column: str) -> list[str] | None:
 
     try:
         said = json.loads(pyarrow.parquet.read_schema(path).metadata[b"huggingface"])
-        names = said["info"]["features"][column]["names"]
+        feature = said["info"]["features"][column]
+        names = feature.get("feature", feature)["names"]  # of a list those of each
         return [str(name) for name in names] if isinstance(names, list) else None
-    except (LookupError, TypeError, ValueError, RecursionError):
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         return None

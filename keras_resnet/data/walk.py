@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from keras_resnet.system.errors import NotFoundError
 
 logger = logging.getLogger("keras_resnet")
 
@@ -43,6 +47,7 @@ if importlib.util.find_spec("pillow_heif") is None:
 
 # torchvision/datasets/folder.py IMG_EXTENSIONS, and all else that is opened.
 IMG_EXTENSIONS = tuple(dict.fromkeys(ending for all_of in FORMATS.values() for ending in all_of))
+_KNOWN = frozenset(IMG_EXTENSIONS)
 ENDINGS = ".jpg, .jpeg, .png, .bmp, .tif, .tiff, .webp, .avif, .gif and others that Pillow reads"
 
 _NO_KIND = "no kind of image that is read"
@@ -79,7 +84,12 @@ def is_litter(name: str) -> bool:
 
 def is_picture(name: str) -> bool:
     """Whether a file is taken for an image, by its name."""
-    return name.lower().endswith(IMG_EXTENSIONS) and not is_litter(name)
+    return has_image_ending(name) and not is_litter(name)
+
+
+def has_image_ending(name: str) -> bool:
+    """The same of a name that is known to be no litter."""
+    return name[name.rfind(".") :].lower() in _KNOWN
 
 
 def entries(folder: str) -> tuple[list[str], list[str], list[str]]:
@@ -209,3 +219,27 @@ def unread_line(counts: Mapping[tuple[str, str], int]) -> str:
     if len(common) > 8:
         shown.append(f"{sum(n for _, n in common[8:]):,} others")
     return f"Not read: {total:,} file{'s' if total > 1 else ''} ({'; '.join(shown)})."
+
+
+def left_out(directory: str, exclude: Any) -> set[str]:
+    """Absolute paths to leave out; relative ones count from the directory.
+
+    A file has one path a line, `#` before a comment, and a JSON string where a name holds a
+    newline or begins with `#` or `"`.
+    """
+    if exclude is None:
+        return set()
+    if isinstance(exclude, str | os.PathLike):
+        try:
+            with open(exclude, encoding="utf-8", errors="surrogateescape") as file:
+                lines = [line.rstrip("\r\n") for line in file]
+        except OSError as error:
+            raise NotFoundError(
+                f"The exclude list {os.fspath(exclude)!r} cannot be read: {error.strerror}."
+            ) from None
+        exclude = [
+            json.loads(line) if line.startswith('"') else line
+            for line in lines
+            if line.strip() and not line.startswith("#")
+        ]
+    return {os.path.abspath(os.path.join(directory, os.fspath(path))) for path in exclude}

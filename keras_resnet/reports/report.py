@@ -12,6 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, pass_eval_context
 from jinja2.nodes import EvalContext
 
+from keras_resnet.data.items import Source
+from keras_resnet.data.opening import opened
 from keras_resnet.reports.comparison_page import comparison
 from keras_resnet.reports.run_files import read_run
 from keras_resnet.reports.run_page import run_context
@@ -28,6 +30,7 @@ def report(
     output: str | os.PathLike | None = None,
     *,
     model: Any = None,
+    images: Any = None,
 ) -> Path:
     """Writes what a person wants to see of a run, or of several side by side, as one HTML file.
 
@@ -45,6 +48,8 @@ def report(
         output: The file to write; by default `report.html` in the run folder, and of several runs
             `comparison.html` beside the first.
         model: The run's model where it is loaded already; else `best.keras` is loaded.
+        images: What the run was trained on, as `train` takes it, where that is no file: arrays, a
+            `datasets.Dataset`. Without them such images are not shown.
 
     Returns:
         The file.
@@ -65,6 +70,8 @@ def report(
             what = "is a folder" if output.is_dir() else "is in a folder that does not exist"
             raise InputError(f"The output {str(output)!r} {what}.")
     runs = [read_run(folder) for folder in folders]
+    for run in runs if images is not None else ():
+        run.images = source if isinstance(source := opened(images), Source) else None
     if len(runs) > 1:
         if len({run.folder.resolve() for run in runs}) < len(runs):
             raise InputError("The same run folder is named twice.")

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.data.reading import open_file, open_image
+from keras_resnet.data.items import Item
+from keras_resnet.data.opening import is_source, opened
+from keras_resnet.data.reading import head
 from keras_resnet.data.shards import find_in_shard
 from keras_resnet.inference.calibration import (
     Calibration,
@@ -22,6 +24,7 @@ from keras_resnet.inference.calibration import (
     calibration,
     coverage_curve,
 )
+from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.system.process import system_name
 
 
@@ -146,6 +149,7 @@ class RunFacts:
         missing: Sentences on what a finished run would have and this one lacks.
         begun: The first time in `train.log`, or where `config.json` says it.
         ended: The last time.
+        images: What it was trained on, where that is no folder and somebody has said it.
     """
 
     folder: Path
@@ -158,6 +162,7 @@ class RunFacts:
     missing: list[str] = dataclasses.field(default_factory=list)
     begun: datetime | None = None
     ended: datetime | None = None
+    images: Sequence[str] | None = None
 
     @property
     def name(self) -> str:
@@ -295,7 +300,7 @@ class RunFacts:
         """
         if os.path.isfile(path):
             return path
-        if (item := find_in_shard(path)) is not None:
+        if (item := find_in_shard(path) or self._items.get(path)) is not None:
             return item
         parts = Path(path).parts if "directory" in self.config else ()
         for i in range(1, len(parts)):
@@ -303,6 +308,15 @@ class RunFacts:
             if os.path.isfile(candidate):
                 return candidate
         return None
+
+    @functools.cached_property
+    def _items(self) -> dict[str, str]:
+        """By name, the images that are no files: of an archive, rows of a table, arrays."""
+        found, place = self.images, self.config.get("directory", "")
+        with contextlib.suppress(KerasResNetError):
+            if found is None and os.path.exists(place) and is_source(place):
+                found = opened(place)
+        return {name: name for name in found or () if isinstance(name, Item)}
 
     def image_sizes(self, limit: int = 2000) -> dict[str, tuple[int, int, int]] | None:
         """Smallest, median and largest width and height of the evaluated images, as stored.
@@ -315,7 +329,7 @@ class RunFacts:
             if path is None:
                 continue
             # Pillow raises many kinds, and unreadable images are no news here.
-            with contextlib.suppress(Exception), open_file(path) as file, open_image(file) as image:
+            with contextlib.suppress(Exception), head(path) as image:
                 sizes.append(image.size)
         if not sizes:
             return None

@@ -19,9 +19,10 @@ from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import listed, stratified_split
 from keras_resnet.data.items import Source, absolute, taken
 from keras_resnet.data.labels import check_classes, class_weights
+from keras_resnet.data.depth import constant_line
+from keras_resnet.data.listing import Listed
 from keras_resnet.data.opening import Parts, find_parts, opened, place
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
-from keras_resnet.data.reading import constant_images, constant_line
 from keras_resnet.data.statistics import measured_on
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import Recipe
@@ -39,6 +40,8 @@ _NORMALIZATIONS = {
     "half": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
     "dataset": {"mean": None, "std": None},  # measured, on the training images
 }
+
+_LOOK = 20_000  # images to validate on, up to which all are decoded before the first step
 
 # --- data ----------------------------------------------------------------------------------------
 
@@ -95,8 +98,9 @@ def prepare_data(
         exclude: Images to leave out.
         strict: Stop at an image that cannot be read.
         exif: Turn images as their EXIF orientation says.
-        look: Open images: decode the validation part once, to drop what cannot be read, and
-            measure mean and deviation where the recipe asks. `False` looks at names alone.
+        look: Open images: decode the validation part once, to drop what cannot be read (of more
+            than 20,000 images it is skipped as it is met), and measure mean and deviation where
+            the recipe asks. `False` looks at names alone.
 
     Raises:
         NotFoundError: The directory does not exist.
@@ -144,10 +148,11 @@ def prepare_data(
     held_out = [] if validation is None else validation.file_paths
     if look:
         for part in (validation, test if strict else None):
-            if part is not None:  # an unreadable last batch would end the first epoch
+            # An unreadable last batch would end the first epoch; of many images there is none.
+            if part is not None and (strict or part.num_samples <= _LOOK):
                 part.verify()
-        paths = [*training.file_paths, *held_out]
-        notes.append(constant_line(constant_images(paths, training.threads)))
+        for paths in (training.file_paths, held_out):
+            notes.append(constant_line(paths, training.threads))
     return Data(
         training,
         validation,
@@ -226,11 +231,16 @@ def _split(found: Parts, recipe: Recipe, seed: int) -> dict[str, tuple[Sequence[
 
 
 def _fingerprint(*lists: Sequence[str]) -> str:
-    text = "\n".join(
-        paths.digest() if isinstance(paths, Source) else "\0".join(map(absolute, paths))
-        for paths in lists
-    )
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    whole = hashlib.sha256()
+    for number, paths in enumerate(lists):
+        whole.update(b"\n" if number else b"")
+        if isinstance(paths, Listed):
+            for piece in paths.texts():
+                whole.update(piece)
+            continue
+        digest = paths.digest() if isinstance(paths, Source) else "\0".join(map(absolute, paths))
+        whole.update(digest.encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()
 
 
 def evaluation_preprocess(recipe: Recipe, size: int, **options: Any) -> Preprocess:

@@ -200,11 +200,10 @@ def train(
     given = {n: arguments[n] for n in ("seed", "workers", "cache", "exclude", "strict", "exif")}
     given["workers"] = threads_each(workers)
     data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
-    identity = _identity(recipe, arguments)
     title = directory.title() if isinstance(directory, Source) else Path(place(directory)).name
-    called = f"{recipe.model}-{title}"
+    called = name or f"{recipe.model}-{title}"
     restart = restart and not group.any(restarted())  # torchrun gives all the same words again
-    run = group.from_first(lambda: Run.find(output, name or called, identity, restart))
+    run = group.from_first(lambda: Run.find(output, called, _identity(recipe, arguments), restart))
     run.writes, known = group.first, run.config.get("batch_size")
     recipe = group.from_first(lambda: settle_batch_size(recipe, data, known, group.devices))
     for dataset in filter(None, (data.train, data.val)):
@@ -308,7 +307,7 @@ def _train(
         settings.say(f"\n{result}")
         if result.model is not None and not interrupted:
             if with_report:
-                _report(run, result.model, settings.say)
+                _report(run, result.model, data, settings.say)
             if result.evaluation is not None or data.val is None:
                 run.drop_state()  # last of all: until here the same command goes on
         return result
@@ -439,10 +438,11 @@ def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _report(run: Run, model: keras.Model, say: Callable[[str], None]) -> None:
-    """Writes the report of a finished run."""
+def _report(run: Run, model: keras.Model, data: Data, say: Callable[[str], None]) -> None:
     with _spared("report", say, f" Later: keras-resnet report {printable(run.folder)}"):
-        # Not at the top: templates and figures are of no use before there is something to show.
-        from keras_resnet.reports.report import report
+        from keras_resnet.reports.report import report  # of no use before there is a result
 
-        say(f"Report: {printable(report(run.folder, model=model))}")
+        parts = ("val", data.val), ("test", data.test)  # those that it may show
+        found = ((kind, part.file_paths) for kind, part in parts if part is not None)
+        images = {kind: paths for kind, paths in found if isinstance(paths, Source)}
+        say(f"Report: {printable(report(run.folder, model=model, images=images or None))}")

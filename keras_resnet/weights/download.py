@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import http.client
 import json
 import math
 import os
 import pathlib
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from typing import IO, Any
-
-import filelock
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from typing import Any
 
 from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.system.download import fetched, file_sha256
 from keras_resnet.system.errors import (
     CheckpointError,
     InputError,
@@ -42,12 +25,6 @@ from keras_resnet.system.files import cache_home
 from keras_resnet.weights import published
 from keras_resnet.weights.published import TorchvisionWeights
 
-_CHUNK = 1 << 20
-_ATTEMPTS = 5
-
-
-# --- Files on this machine ----------------------------------------------------------------------
-
 
 def cache_folder() -> pathlib.Path:
     """Where downloaded weights lie: below `KERAS_RESNET_HOME`, else the platform's cache folder."""
@@ -59,18 +36,6 @@ def _torch_cache() -> pathlib.Path:
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
     return pathlib.Path(home).expanduser() / "hub" / "checkpoints"
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """A file's sha256 in 64 hex digits; remembered until the file changes."""
-    facts = os.stat(path)
-    return _file_sha256(os.path.abspath(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
-
-
-@functools.lru_cache(maxsize=256)
-def _file_sha256(path: str, size: int, modified: int, inode: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def local_path(
@@ -91,13 +56,12 @@ def weights_path(
     url: str | None = None,
     progress: bool = True,
     timeout: float = 30.0,
-    attempts: int = _ATTEMPTS,
+    attempts: int = 5,
 ) -> pathlib.Path:
     """The file of some published weights, downloaded if it is not here yet.
 
     Looked for in the cache folder and in torch's; each time the sha256 is compared with the name.
-    A download goes to a `.part` file, which a later call continues, and gets its final name when
-    it is whole and right. Processes that want the same file wait for the one that fetches it.
+    How it is fetched is told at `system.download.fetched`.
 
     Args:
         entry: Out of `resolve_weights` or `registry`.
@@ -117,25 +81,22 @@ def weights_path(
         PosixPath('.../keras_resnet/weights/resnet18-f37072fd.pth')
     """
     folder = pathlib.Path(cache).expanduser() if cache else cache_folder()
-    target = folder / entry.file_name
     found = local_path(entry, cache=folder)
     if found is not None:
         return found
     base = os.environ.get("KERAS_RESNET_WEIGHTS_URL")
     if url is None:
         url = f"{base.rstrip('/')}/{entry.file_name}" if base else entry.url
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / f"{entry.file_name}.lock"):
-            # Whoever held the lock before may have fetched it.
-            if not (target.is_file() and file_sha256(target).startswith(entry.sha256_prefix)):
-                _download(entry, url, target, progress, timeout, attempts)
-    except OSError as error:
-        raise CheckpointError(
-            f"Cannot write {entry.file_name} into {folder}: {error.strerror or error}. Set "
-            "KERAS_RESNET_HOME to a folder with room."
-        ) from error
-    return target
+    return fetched(
+        url,
+        folder / entry.file_name,
+        entry.sha256_prefix,
+        home=entry.url,
+        error=CheckpointError,
+        progress=progress,
+        timeout=timeout,
+        attempts=attempts,
+    )
 
 
 # --- Hugging Face's hub -------------------------------------------------------------------------
@@ -226,7 +187,7 @@ def hub_file(text: str) -> HubFile:
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _CHUNK:
+        if path.stat().st_size > 2**20:
             raise ValueError("more than a megabyte")
         config = json.loads(path.read_text(encoding="utf-8"))
         return config if isinstance(config, dict) else {}
@@ -268,112 +229,3 @@ def _told(config: dict[str, Any], repo: str) -> dict[str, Any]:
     elif config.get("model_type") == "resnet":  # of transformers
         told["strides"] = "1x1" if config.get("downsample_in_bottleneck") else "3x3"
     return told
-
-
-class _NetworkError(Exception):
-    """A connection that could not be made, or that ended too early."""
-
-
-def _download(
-    entry: TorchvisionWeights,
-    url: str,
-    target: pathlib.Path,
-    progress: bool,
-    timeout: float,
-    attempts: int,
-) -> None:
-    part = target.with_name(f"{target.name}.part")
-    failures = 0
-    columns = (
-        TextColumn("{task.description}"), DownloadColumn(binary_units=True), BarColumn(20),
-        TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    shown = progress and console.is_terminal
-    with Progress(*columns, console=console, disable=not shown) as bar:
-        task = bar.add_task(entry.file_name, total=None)
-
-        def show(done: int, total: int | None) -> None:
-            bar.update(task, completed=done, total=total)
-
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                _fetch(url, part, show, timeout)
-                break
-            except _NetworkError as error:
-                after = part.stat().st_size if part.exists() else 0
-                # Tries that brought something do not count: a bad line gets there in the end.
-                failures = failures + 1 if after <= before else 0
-                code = getattr(error.__cause__, "code", 0)
-                permanent = 400 <= code < 500 and code not in (408, 416, 429)
-                if permanent or failures >= attempts:
-                    raise CheckpointError(
-                        f"Cannot download {url}: {error}. Fetch it by hand and put it at {target}."
-                    ) from error
-                time.sleep(min(0.1 * 2**failures, 2.0))
-    found = file_sha256(part)
-    if not found.startswith(entry.sha256_prefix):
-        size = part.stat().st_size
-        part.unlink()
-        raise CheckpointError(
-            f"{url} gave {size:,} bytes whose sha256 begins with {found[:8]}, not with "
-            f"{entry.sha256_prefix}; they were deleted. Try again, or fetch the file from "
-            f"{entry.url} by hand and put it at {target}."
-        )
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, target)
-
-
-def _fetch(url: str, part: pathlib.Path, show: Callable, timeout: float) -> None:
-    """Appends to the part file what is missing, or starts afresh where the server cannot."""
-    have = part.stat().st_size if part.exists() else 0
-    response = _open(url, part, have, timeout)
-    if response is None:
-        return
-    with response:
-        resumed = have and _continues(response, have)
-        have = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        with open(part, "ab" if resumed else "wb") as file:
-            _copy(response, file, show, have, total)
-
-
-def _open(url: str, part: pathlib.Path, have: int, timeout: float):
-    """The server's answer, or None where the part file is whole already."""
-    request = urllib.request.Request(url, headers={"User-Agent": "keras3-resnet"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-    try:
-        return urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing behind our last byte: whole, or not this file
-            if (error.headers.get("Content-Range") or "").rpartition("/")[2] == str(have):
-                return None
-            part.unlink(missing_ok=True)
-        raise _NetworkError(f"HTTP {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-        raise _NetworkError(str(reason)) from error
-
-
-def _continues(response, have: int) -> bool:
-    span = response.headers.get("Content-Range", "")
-    return response.status == 206 and span.startswith(f"bytes {have}-")
-
-
-def _copy(response, file: IO[bytes], show: Callable, done: int, total: int | None) -> None:
-    while True:
-        try:
-            block = response.read1(_CHUNK)
-        except (OSError, http.client.HTTPException) as error:  # the connection's, not the disk's
-            raise _NetworkError(f"the connection broke at {done:,} bytes: {error}") from error
-        if not block:
-            break
-        file.write(block)
-        done += len(block)
-        show(done, total)
-    if total is not None and done < total:
-        raise _NetworkError(f"the connection ended at {done:,} of {total:,} bytes")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -18,7 +20,8 @@ import pytest
 from PIL import Image
 
 from keras_resnet.cli import main as cli
-from keras_resnet.data import opening, shards as shard_files
+from keras_resnet.cli.demo import write_digits
+from keras_resnet.data import cifar as archives, depth, listing, opening, shards as shard_files
 from keras_resnet.data.arrays import Arrays
 from keras_resnet.data.folders import find_pictures
 from keras_resnet.data.items import Item, Source
@@ -28,10 +31,12 @@ from keras_resnet.data.packing import pack
 from keras_resnet.data.scan import scan
 from keras_resnet.data.sources import Images
 from keras_resnet.inference.evaluate import evaluate
+from keras_resnet.inference.explain import iter_explanations
 from keras_resnet.inference.predict import predict
 from keras_resnet.recipes import get_recipe
+from keras_resnet.reports.report import report
 from keras_resnet.system.errors import DataError, InputError, NotFoundError
-from keras_resnet.training.prepare import prepare_data
+from keras_resnet.training import prepare
 from keras_resnet.training.train import train
 
 once = pytest.mark.once
@@ -96,7 +101,7 @@ MAKERS = {
     "jsonl": lambda folder: table(folder, "jsonl"),
     "parquet": lambda folder: table(folder, "parquet"),
     "arrays": arrays,
-    "regex": lambda folder: image_source(folder, label_regex=r"^([a-z]+)_"),
+    "regex": lambda folder: image_source(folder, label_regex=r"^(?:is_)?([a-z]+|\d)_"),
 }
 
 
@@ -105,11 +110,22 @@ def history(folder, tmp_path_factory):
     return train(folder, output=tmp_path_factory.mktemp("run"), **TINY)
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Three of each of the demo's digits, whose classes are called by numbers; and their run."""
+    root = tmp_path_factory.mktemp("digits")
+    folder = write_digits(root / "digits", each=3)
+    for path in folder.glob("*/*.png"):
+        path.rename(path.with_name(f"is_{path.parent.name}_{path.name}"))
+    return folder, train(folder, output=root, **TINY)
+
+
 # One on every backend; the others differ from it in nothing that a backend sees.
 @pytest.mark.parametrize(
     "kind", ["shards", *(pytest.param(kind, marks=once) for kind in MAKERS if kind != "shards")]
 )
-def test_every_source_trains_the_same_images_to_the_same_losses(kind, folder, history, tmp_path):
+def test_every_source_trains_the_demos_digits_to_the_same_losses(kind, digits, tmp_path):
+    folder, history = digits
     source = MAKERS[kind](folder)
     result = train(source, output=tmp_path, **TINY)
     for column, values in history.history.items():
@@ -121,7 +137,7 @@ def test_every_source_trains_the_same_images_to_the_same_losses(kind, folder, hi
         again = train(source, output=tmp_path, **{**TINY, "epochs": 2})
         assert again.folder == result.folder and len(again.history["loss"]) == 2
     if kind == "csv":  # the same files, and another class
-        source.write_text(source.read_text().replace(",cat", ",dog"))
+        source.write_text(source.read_text().replace(",9", ",8"))
         with pytest.raises(InputError, match="images or their classes have changed"):
             train(source, output=tmp_path, **{**TINY, "epochs": 2})
         assert json.loads((result.folder / "config.json").read_text())["status"] == "finished"
@@ -330,7 +346,7 @@ def test_a_tables_weights_are_those_of_the_training_loss(folder, history, tmp_pa
         assert source.weights.tolist() == [float(w or 1) if i % 3 else 1 for i in range(24)]
         weights.append(source.take(np.arange(3)).digest())
     assert len(set(weights)) == 3
-    data = prepare_data(
+    data = prepare.prepare_data(
         path, dataclasses.replace(get_recipe("cifar"), model="resnet_tiny", image_size=16)
     )
     x, y, w = data.train[0]
@@ -371,6 +387,9 @@ def test_columns_and_labels_can_be_said(folder, tmp_path):
         image_source(path, columns={"text": "foto"})
     with pytest.raises(DataError, match="finds no label in 24 of 24"):
         image_source(folder, label_regex=r"(\d+)$")
+    relabelled = image_source(folder, label_regex=r"(._\d)")
+    left = find_parts(relabelled, exclude=[relabelled[0]])
+    assert left.of["train"][1].tolist() == relabelled.labels[1:].tolist() and len(left.names) == 24
     with pytest.raises(InputError, match="no regular expression"):
         image_source(folder, label_regex="(")
     with pytest.raises(DataError, match="says no labels"):
@@ -480,6 +499,92 @@ def test_the_command_line_takes_tables(folder, history, tmp_path, capsys, monkey
     assert "Columns: path from 'path', label from 'label'." in out and "3 classes" in out
     assert cli.main(["train", str(tmp_path / "away.csv")]) == 2
     assert "away.csv' does not exist" in capsys.readouterr().err
+
+
+@once
+def test_a_folder_is_listed_in_little_memory_as_it_lies_there(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+    (tmp_path / "x" / "bee" / "below").mkdir()
+    odd = tmp_path / "x" / "bee" / "below" / "\udcff \n.PNG"
+    shutil.copy(tmp_path / "x" / "bee" / "bee_1.png", odd)
+    (tmp_path / "x" / "ant" / "notes.txt").touch()
+    others = collections.Counter()
+    paths, labels, names = find_pictures(tmp_path / "x", others=others)
+    seen = collections.Counter()
+    source = listing.Listed(str(tmp_path / "x"), None, seen)
+    assert list(source) == paths and source.labels.tolist() == labels.tolist() and odd.is_file()
+    assert source.class_names == names and seen == others and sum(others.values()) == 1
+    assert type(source[3]) is str and list(pickle.loads(pickle.dumps(source))) == paths
+    some = source.take(np.array([20, 3, 4, 17]))[1:]
+    assert list(some) == [paths[i] for i in (3, 4, 17)] and some.labels.tolist() == [0, 0, 2]
+    out = [paths[0], "cat/cat_2.png"]
+    left = listing.Listed(str(tmp_path / "x"), out)
+    assert list(left) == find_pictures(tmp_path / "x", exclude=out)[0] and len(left) == 23
+    # As of 0.1, whose runs go on: one text of all paths, that of each part on lines of its own.
+    text = "\n".join(["\0".join(map(os.path.abspath, part)) for part in (source, some)])
+    expected = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    assert prepare._fingerprint(source, some) == prepare._fingerprint(paths, list(some)) == expected
+    with pytest.raises(DataError, match="No images found"):
+        listing.Listed(str(tmp_path / "x"), paths)
+
+
+@once
+def test_many_images_are_listed_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_RESNET_HOME", str(tmp_path / "home"))
+    place = shutil.copytree(folder, tmp_path / "x")
+    looks = []
+    look = listing.class_pictures
+    monkeypatch.setattr(listing, "class_pictures", lambda p, **o: looks.append(p) or look(p, **o))
+
+    def found():
+        looks.clear()
+        source = listing.Listed(str(place))
+        assert list(source) == find_pictures(place)[0]
+        return len(looks)
+
+    assert [found(), found()] == [1, 1] and not (tmp_path / "home").exists()  # few
+    monkeypatch.setattr(listing, "_MANY", 24)
+    assert [found(), found()] == [1, 1]  # a folder that has just changed may change once more
+    monkeypatch.setattr(listing, "_SETTLED", -1000.0)
+    assert [found(), found()] == [1, 0]
+    (kept,) = (tmp_path / "home" / "folders").iterdir()
+    good = kept.read_bytes()
+    for bad in (b"", b"x", good[:-5], good.replace(b'"form": 1', b'"form": 2'), b"[" * 100_000):
+        kept.write_bytes(bad)
+        assert [found(), found()] == [1, 0]
+    for change in (
+        lambda: (place / "bee" / "new.png").touch(),
+        lambda: (place / "bee" / "new.png").rename(place / "cat" / "new.png"),
+        lambda: (place / "cat" / "new.png").unlink(),
+        lambda: (place / "bee").rename(place / "wasp"),
+        lambda: (place / "wasp" / "more").mkdir(),
+        lambda: (place / "wasp" / "more" / "1.png").touch(),
+    ):
+        change()
+        assert [found(), found()] == [1, 0]
+    monkeypatch.chdir(tmp_path)
+    assert list(listing.Listed("x")) == find_pictures("x")[0]  # from elsewhere by other words
+    assert looks == []
+
+
+@once
+def test_a_look_before_training_takes_some_of_many_images(folder, monkeypatch):
+    looks = []
+    monkeypatch.setattr(depth, "constant_images", lambda paths, _: looks.append(paths) or [])
+    recipe = dataclasses.replace(get_recipe("cifar"), model="resnet_tiny", val_split=0.5)
+    (folder / "cat" / "cat_3.png").rename(folder / "cat" / "cat_3")
+    (folder / "cat" / "cat_3.png").write_bytes(b"")
+    try:
+        few = prepare.prepare_data(folder, recipe)
+        monkeypatch.setattr(prepare, "_LOOK", 5)
+        monkeypatch.setattr(depth, "_SAMPLE", 4)
+        many = prepare.prepare_data(folder, recipe)
+    finally:
+        (folder / "cat" / "cat_3").rename(folder / "cat" / "cat_3.png")
+    skipped = few.val.num_samples == 11  # or it is one to train on
+    assert many.val.num_samples == 12 and many.val.skipped == []
+    assert few.val.num_samples == (11 if skipped else 12)
+    assert [len(paths) for paths in looks] == [12, 12, 4, 4]
 
 
 # --- shards --------------------------------------------------------------------------------------
@@ -732,6 +837,39 @@ def test_an_archive_is_looked_through_once(tmp_path, png, monkeypatch):
 
 
 @once
+@pytest.mark.parametrize("kind", ["arrays", "rows", "images in parquet", "cifar"])
+def test_images_that_are_no_files_are_shown(kind, folder, tmp_path):
+    """In the report of a run, in one that is written later, in a sheet, under a heat map."""
+    source = cifar(folder, tmp_path)[0] if kind == "cifar" else MAKERS[kind](folder)
+    result = train(source, output=tmp_path / "runs", **{**TINY, "report": True})
+    page = (result.folder / "report.html").read_text()
+    assert page.count("data:image/jpeg") > 3 and "32" in page if kind == "cifar" else "16" in page
+    (result.folder / "report.html").unlink()
+    images = source if kind in ("arrays", "rows") else None
+    again = report(result.folder, model=result.model, images=images).read_text()
+    assert again.count("data:image/jpeg") == page.count("data:image/jpeg")
+    found = opened(source)
+    (explained,) = iter_explanations(result.model, [found[3]])
+    assert explained.heatmap is not None and explained.prediction.path == str(found[3])
+    if kind == "rows":
+        looked = scan(opened({"train": source, "val": hub(folder)}))
+        assert len(looked.across_splits) >= 24
+        assert looked.save_sheet(tmp_path / "sheet.png") > 4
+        pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+        assert (pixels[3:150, 3:150] != 255).mean() > 0.5  # the image, and not a gray field
+
+
+@once
+def test_deep_images_that_are_no_files_are_known_as_constant(tmp_path):
+    pixels = np.arange(60_000, 60_064, dtype=np.uint16).reshape(8, 8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    path = tar(tmp_path / "x.tar", [("ant/1.png", stream.getvalue())])
+    assert [str(name) for name, _ in scan(path).constant] == [f"{path}/ant/1.png"]
+    assert "1 images of 16-bit gray" in depth.constant_line(opened(path), 1)
+
+
+@once
 def test_images_in_shards_are_in_results_and_reports(folder, history, tmp_path, capsys):
     place = shards(folder)
     result = train(place, output=tmp_path, **{**TINY, "report": True})
@@ -802,6 +940,37 @@ def test_cifars_own_archive_is_read(form, folder, tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DataError, match="cannot be read"):
         opened(path)
+
+
+@once
+def test_cifar_is_downloaded_by_its_name(folder, server, tmp_path, monkeypatch):
+    data = cifar(folder, tmp_path)[0].read_bytes()
+    monkeypatch.setenv("KERAS_RESNET_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KERAS_RESNET_DATA_URL", f"http://127.0.0.1:{server.server_port}/mirror/")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.chdir(tmp_path)
+    archive, right = archives.PUBLISHED["cifar10"]
+    assert (archive, len(right)) == ("cifar-10-python.tar.gz", 64)
+    server.data, target = data, tmp_path / "home" / "data" / archive
+    with pytest.raises(DataError, match=r"sha256 begins with \w{8}, not with 6d958be0"):
+        opened("cifar10")
+    assert not target.exists()
+    known = {"cifar10": (archive, hashlib.sha256(data).hexdigest())}
+    monkeypatch.setattr(archives, "PUBLISHED", known)
+    target.with_name(f"{archive}.part").write_bytes(data[:1000])
+    source = opened("cifar10")
+    assert server.requests[-1] == "bytes=1000-" and target.read_bytes() == data
+    assert len(source.parts()["train"]) == 20 and source.place == str(target)
+    asked = len(server.requests)
+    words = ["train", "cifar10", "--model", "resnet_tiny", "--dry-run", "--weights", "none"]
+    assert cli.main([*words, "--output", str(tmp_path / "runs")]) == 0
+    assert cli.main(["scan", "cifar10"]) == 0 and len(server.requests) == asked
+    target.unlink()
+    server.status = 404
+    with pytest.raises(DataError, match=r"HTTP 404 .* by hand and put it at .*cifar-10-python"):
+        opened("cifar10")
+    (tmp_path / "cifar10").mkdir()
+    assert opened("cifar10") == "cifar10"  # a folder of that name is meant
 
 
 class Attack:
@@ -878,6 +1047,30 @@ def parquet_images(folder):
         table.replace_schema_metadata({"huggingface": said}), path, row_group_size=7
     )
     return path
+
+
+@once
+def test_a_dataset_gives_its_files_whatever_form_is_set_for_others(folder, tmp_path):
+    made = hub(folder)
+    plain = {"column_names": ["img"], "features": made.features}
+
+    class Tensors:  # as `datasets` has them: with_format("torch"), or streaming=True
+        column_names, features = made.column_names, made.features
+        __len__, __getitem__ = lambda _: 24, None
+        with_format = lambda self, kind: made  # noqa: E731
+
+    assert opened(Tensors()).labels.tolist() == opened(made).labels.tolist()
+    with pytest.raises(InputError, match=r"streamed .* streaming=True\. Received: Stream"):
+        opened(type("Stream", (), plain)())
+    pyarrow = pytest.importorskip("pyarrow")
+    (row := [{"bytes": pathlib.Path(folder / "ant" / "ant_0.png").read_bytes()}])
+    said = {"_type": "List", "feature": {"names": ["x", "y"], "_type": "ClassLabel"}}
+    table = pyarrow.table({"image": row * 2, "label": [[1, 0], [1]]}).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": {"label": said}}})}
+    )
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "t.parquet")
+    source = opened(tmp_path / "t.parquet")
+    assert source.class_names == ["x", "y"] and source.labels.tolist() == [(0, 1), (1,)]
 
 
 @once

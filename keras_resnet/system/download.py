@@ -1,0 +1,200 @@
+"""Published files: fetched once, checked, kept."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.client
+import os
+import pathlib
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import IO
+
+import filelock
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from keras_resnet.system.errors import DataError, KerasResNetError
+
+_CHUNK = 1 << 20
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """A file's sha256 in 64 hex digits; remembered until the file changes."""
+    facts = os.stat(path)
+    return _file_sha256(os.path.abspath(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+@functools.lru_cache(maxsize=256)
+def _file_sha256(path: str, size: int, modified: int, inode: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetched(
+    url: str,
+    target: pathlib.Path,
+    sha256: str,
+    *,
+    home: str | None = None,
+    error: type[KerasResNetError] = DataError,
+    progress: bool = True,
+    timeout: float = 30.0,
+    attempts: int = 5,
+) -> pathlib.Path:
+    """A published file, downloaded if it is not here yet; its place.
+
+    A download goes to a `.part` file, which a later call continues, and gets its final name when
+    it is whole and right. Processes that want the same file wait for the one that fetches it.
+
+    Args:
+        url: Where to fetch it.
+        target: Where to put it.
+        sha256: How the hexadecimal digits of its hash begin.
+        home: Where it can be had by hand; `url` by default.
+        error: What is raised.
+        progress: A progress bar on stderr, where that is a terminal.
+        timeout: Seconds without a byte after which a connection counts as dead.
+        attempts: Connections in a row that bring nothing, before it is given up.
+
+    Raises:
+        KerasResNetError: The network failed (the message says what to fetch by hand, and where to
+            put it), the bytes are not the published ones, or the disk refused.
+    """
+    if target.is_file() and file_sha256(target).startswith(sha256):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{target}.lock"):
+            # Whoever held the lock before may have fetched it.
+            if not (target.is_file() and file_sha256(target).startswith(sha256)):
+                _download(url, target, sha256, home or url, error, progress, timeout, attempts)
+    except OSError as failure:
+        raise error(
+            f"Cannot write {target.name} into {target.parent}: {failure.strerror or failure}. Set "
+            "KERAS_RESNET_HOME to a folder with room."
+        ) from failure
+    return target
+
+
+class _NetworkError(Exception):
+    """A connection that could not be made, or that ended too early."""
+
+
+def _download(
+    url: str,
+    target: pathlib.Path,
+    sha256: str,
+    home: str,
+    error: type[KerasResNetError],
+    progress: bool,
+    timeout: float,
+    attempts: int,
+) -> None:
+    part = target.with_name(f"{target.name}.part")
+    failures = 0
+    columns = (
+        TextColumn("{task.description}"), DownloadColumn(binary_units=True), BarColumn(20),
+        TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        task = bar.add_task(target.name, total=None)
+
+        def show(done: int, total: int | None) -> None:
+            bar.update(task, completed=done, total=total)
+
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                _fetch(url, part, show, timeout)
+                break
+            except _NetworkError as failure:
+                after = part.stat().st_size if part.exists() else 0
+                # Tries that brought something do not count: a bad line gets there in the end.
+                failures = failures + 1 if after <= before else 0
+                code = getattr(failure.__cause__, "code", 0)
+                permanent = 400 <= code < 500 and code not in (408, 416, 429)
+                if permanent or failures >= attempts:
+                    raise error(
+                        f"Cannot download {url}: {failure}. Fetch it by hand and put it at "
+                        f"{target}."
+                    ) from failure
+                time.sleep(min(0.1 * 2**failures, 2.0))
+    found = file_sha256(part)
+    if not found.startswith(sha256):
+        size = part.stat().st_size
+        part.unlink()
+        raise error(
+            f"{url} gave {size:,} bytes whose sha256 begins with {found[:8]}, not with "
+            f"{sha256[:8]}; they were deleted. Try again, or fetch the file from {home} by hand "
+            f"and put it at {target}."
+        )
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+
+
+def _fetch(url: str, part: pathlib.Path, show: Callable, timeout: float) -> None:
+    """Appends to the part file what is missing, or starts afresh where the server cannot."""
+    have = part.stat().st_size if part.exists() else 0
+    response = _open(url, part, have, timeout)
+    if response is None:
+        return
+    with response:
+        resumed = have and _continues(response, have)
+        have = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with open(part, "ab" if resumed else "wb") as file:
+            _copy(response, file, show, have, total)
+
+
+def _open(url: str, part: pathlib.Path, have: int, timeout: float):
+    """The server's answer, or None where the part file is whole already."""
+    request = urllib.request.Request(url, headers={"User-Agent": "keras3-resnet"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        return urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing behind our last byte: whole, or not this file
+            if (error.headers.get("Content-Range") or "").rpartition("/")[2] == str(have):
+                return None
+            part.unlink(missing_ok=True)
+        raise _NetworkError(f"HTTP {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        raise _NetworkError(str(reason)) from error
+
+
+def _continues(response, have: int) -> bool:
+    span = response.headers.get("Content-Range", "")
+    return response.status == 206 and span.startswith(f"bytes {have}-")
+
+
+def _copy(response, file: IO[bytes], show: Callable, done: int, total: int | None) -> None:
+    while True:
+        try:
+            block = response.read1(_CHUNK)
+        except (OSError, http.client.HTTPException) as error:  # the connection's, not the disk's
+            raise _NetworkError(f"the connection broke at {done:,} bytes: {error}") from error
+        if not block:
+            break
+        file.write(block)
+        done += len(block)
+        show(done, total)
+    if total is not None and done < total:
+        raise _NetworkError(f"the connection ended at {done:,} of {total:,} bytes")
