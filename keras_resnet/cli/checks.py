@@ -45,15 +45,24 @@ def source_first(command: str, arguments: dict[str, Any]) -> None:
 
 
 def apart(command: Command, arguments: dict[str, Any]) -> None:
-    """No option would write over a file that the command reads."""
+    """No option would write over a file that the command reads, or an image in such a folder."""
     read: list[str] = []
     for argument in command.arguments:
         value = arguments[argument.dest]
         if not argument.name.startswith("-") and value is not None:
             read += value if isinstance(value, list) else [value]
     for name in ("output", "csv", "json", "plot", "sheet", "exclude_list"):
-        if isinstance(arguments.get(name), str):
-            check_apart(arguments[name], read)
+        target = arguments.get(name)
+        if not isinstance(target, str):
+            continue
+        check_apart(target, read)
+        if os.path.isdir(target):
+            for result in ("evaluation.json", "predictions.csv", "confusion_matrix.png"):
+                check_apart(os.path.join(target, result), read)
+        for folder in map(Path, filter(os.path.isdir, read)):
+            file = Path(target).resolve()
+            if file.is_file() and is_picture(file.name) and folder.resolve() in file.parents:
+                raise InputError(f"{target!r} is an image in {str(folder)!r}: give another name.")
 
 
 def existing_file(path: str | os.PathLike) -> None:

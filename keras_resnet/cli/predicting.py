@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,7 +181,12 @@ def explain(
     from keras_resnet.inference.prediction_files import PredictionTable
     from keras_resnet.models.files import model_class_names
 
-    loaded, folder, written = kr.load_model(model), Path(output).expanduser(), 0
+    folder, written = Path(output).expanduser(), 0
+    read = {os.path.realpath(image) for image in images}
+    for name in overlay_names(images):
+        if os.path.realpath(folder / name) in read:
+            raise InputError(f"{str(folder / name)!r} is read: give another folder for the output.")
+    loaded = kr.load_model(model)
     table = PredictionTable(images, model_class_names(loaded), top)
     found = kr.iter_explanations(loaded, images, top=top, **options)
     print(table.header)

@@ -564,6 +564,18 @@ def test_no_table_of_the_user_is_written_over(file, tmp_path, capsys, monkeypatc
     ):
         assert cli.main(["predict", file, *words]) == 2
         assert message in capsys.readouterr().err
+    pixels = Path("a/000001.png").read_bytes()
+    Path("predictions.csv").write_text("path,label\na/000000.png,0\na/000001.png,1\n")
+    for words, message in (  # an image, or a table, in a folder that is read or written to
+        (["predict", file, "a", "--plot", "a/000001.png"], "is an image in 'a'"),
+        (["scan", ".", "--sheet", "./a/000001.png"], "is an image in '.'"),
+        (["explain", file, "a", "--output", "a"], "'a/000000.png' is read: give another folder"),
+        (["evaluate", file, "predictions.csv", "--output", "."], "written over what is read"),
+    ):
+        assert cli.main(words) == 2
+        assert message in capsys.readouterr().err
+    assert Path("a/000001.png").read_bytes() == pixels
+    os.unlink("predictions.csv")
     with pytest.raises(InputError, match="written over what is read"):  # its list of the unreadable
         predict(Brightness(), "a.errors.csv", output="a.csv")
     for ending in (".csv", ".jsonl", ".parquet"):
