@@ -155,3 +155,11 @@ def test_bench_knows_its_rows_and_what_they_need(benchmarks):
         check=False,
     )
     assert done.returncode == 2 and "no-such-row" in done.stderr
+
+
+@pytest.mark.long
+def test_many_images_are_made_and_measured(tmp_path):
+    found = run("many_images.py", str(tmp_path / "x"), "--images", "4000", "--folders", "4")
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [row["images"] for row in rows] == [4000, 4000, 40, 40]
+    assert rows[0]["fingerprint"] == rows[1]["fingerprint"] and rows[0]["megabytes_more"] > 0
