@@ -343,23 +343,6 @@ def split_of(name: str) -> str | None:
     return None
 
 
-def split_folder(directory: str | os.PathLike, split: str | None = None) -> str:
-    """The folder of class folders inside a dataset: `test`, `val` or `train` where it has them.
-
-    Raises:
-        NotFoundError: The split that was asked for is not there.
-    """
-    directory = existing_folder(directory)
-    found = split_folders(directory)
-    if split is not None:
-        if split not in found:
-            raise NotFoundError(
-                f"{directory!r} has no {split!r} folder; it has: {', '.join(found) or 'none'}."
-            )
-        return found[split]
-    return next((found[name] for name in ("test", "val", "train") if name in found), directory)
-
-
 def split_folders(directory: str | os.PathLike) -> dict[str, str]:
     """The parts of a dataset: `train`, `val` and `test`, by whatever usual names they are called.
 

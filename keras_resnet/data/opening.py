@@ -21,7 +21,6 @@ from keras_resnet.data.folders import (
     layout,
     listed,
     plain_name,
-    split_folder,
     split_folders,
     split_of,
     unlabelled,
@@ -115,7 +114,7 @@ def _part_of(data: Any, kind: str) -> Source:
     if is_rows(data):
         return Rows(data, f"{kind} row {{}}")
     if isinstance(data, (str, os.PathLike)) and os.path.isdir(data) and split_folders(data):
-        data = split_folder(data, kind)
+        data = _split_folder(data, kind)
     source = image_source(data)
     return source if source.splits is None else _part_called(source, kind)
 
@@ -288,7 +287,7 @@ def labelled_place(data: Any, split: str | None = None) -> str:
     if isinstance(source, Source):
         part = _part(source, split)
         return f"Images: {len(part):,} of {source.place}"
-    folder = split_folder(source, split)
+    folder = _split_folder(source, split)
     class_folders(folder)
     return f"Folder: {folder}"
 
@@ -306,7 +305,7 @@ def labelled(data: Any, split: str | None = None) -> tuple[Sequence[str], np.nda
     """
     source = opened(data)
     if not isinstance(source, Source):
-        return find_pictures(split_folder(source, split))
+        return find_pictures(_split_folder(source, split))
     part = _part(source, split)
     return part, part.labels, part.class_names  # type: ignore[return-value]
 
@@ -364,3 +363,20 @@ def _test_images(
     loose = len(paths) - len(inside)
     note = f"Not read: {loose:,} images of {folder!r} outside its class folders." if loose else ""
     return [paths[i] for i in inside], labels, note
+
+
+def _split_folder(directory: str | os.PathLike, split: str | None = None) -> str:
+    """The folder of class folders inside a dataset: `test`, `val` or `train` where it has them.
+
+    Raises:
+        NotFoundError: The split that was asked for is not there.
+    """
+    directory = existing_folder(directory)
+    found = split_folders(directory)
+    if split is not None:
+        if split not in found:
+            raise NotFoundError(
+                f"{directory!r} has no {split!r} folder; it has: {', '.join(found) or 'none'}."
+            )
+        return found[split]
+    return next((found[name] for name in ("test", "val", "train") if name in found), directory)

@@ -16,10 +16,10 @@ import numpy as np
 
 from keras_resnet.data import augment, transforms, warps
 from keras_resnet.data.dataset import ImageDataset
+from keras_resnet.data.depth import constant_line
 from keras_resnet.data.folders import listed, stratified_split
 from keras_resnet.data.items import Source, absolute, taken
 from keras_resnet.data.labels import check_classes, class_weights
-from keras_resnet.data.depth import constant_line
 from keras_resnet.data.listing import Listed
 from keras_resnet.data.opening import Parts, find_parts, opened, place
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
@@ -98,9 +98,8 @@ def prepare_data(
         exclude: Images to leave out.
         strict: Stop at an image that cannot be read.
         exif: Turn images as their EXIF orientation says.
-        look: Open images: decode the validation part once, to drop what cannot be read (of more
-            than 20,000 images it is skipped as it is met), and measure mean and deviation where
-            the recipe asks. `False` looks at names alone.
+        look: Open images: decode up to 20,000 validation images once, to drop what cannot be read,
+            and measure mean and deviation where the recipe asks. `False` looks at names alone.
 
     Raises:
         NotFoundError: The directory does not exist.
@@ -151,8 +150,7 @@ def prepare_data(
             # An unreadable last batch would end the first epoch; of many images there is none.
             if part is not None and (strict or part.num_samples <= _LOOK):
                 part.verify()
-        for paths in (training.file_paths, held_out):
-            notes.append(constant_line(paths, training.threads))
+        notes += [constant_line(p, training.threads) for p in (training.file_paths, held_out)]
     return Data(
         training,
         validation,
@@ -237,9 +235,9 @@ def _fingerprint(*lists: Sequence[str]) -> str:
         if isinstance(paths, Listed):
             for piece in paths.texts():
                 whole.update(piece)
-            continue
-        digest = paths.digest() if isinstance(paths, Source) else "\0".join(map(absolute, paths))
-        whole.update(digest.encode("utf-8", "surrogateescape"))
+        else:
+            text = paths.digest() if isinstance(paths, Source) else "\0".join(map(absolute, paths))
+            whole.update(text.encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
 
 
