@@ -18,6 +18,8 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import IO, Any
@@ -31,10 +33,20 @@ from keras_resnet.data.tar_entries import entries, read_at
 from keras_resnet.data.walk import extension, is_litter, is_picture
 from keras_resnet.system.errors import DataError, InputError, NotFoundError, meant_path
 from keras_resnet.system.files import cache_home, replace_file
+from keras_resnet.system.process import default_threads
 
 INDEX = ".index"  # behind a shard's name
 _MAGIC = b'{"keras_resnet": 1, '  # how an index begins; the number is that of its form
 _LABEL = 256  # bytes of a label, at most
+
+_MANY = 32  # shards without an index, from which on processes share the work: Python has one lock
+_CHILD = """
+import contextlib, json, sys
+from keras_resnet.data.shards import open_shard
+for path in json.load(sys.stdin.buffer):
+    with contextlib.suppress(Exception):
+        open_shard(path)
+"""
 
 _FIELDS = {"start": "<i8", "size": "<i4", "end": "<i4", "label": "<i4", "folder": "<i4"}
 
@@ -254,6 +266,37 @@ def open_shard(path: str) -> _Shard:
     return shard
 
 
+def _index_beside(paths: Sequence[str]) -> None:
+    """Has processes beside this one make the indexes that are missing, where those are many.
+
+    What they cannot make is made, or said, by `open_shard`.
+    """
+    new = [path for path in paths if not any(map(os.path.exists, _index_paths(path)))]
+    count = default_threads()
+    if len(new) < _MANY or count < 2 or not sys.executable:
+        return
+    ways = os.pathsep.join(way or os.getcwd() for way in sys.path)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": ways},
+        )
+        for _ in range(count)
+    ]
+    try:
+        for number, child in enumerate(children):
+            with contextlib.suppress(OSError), child.stdin as file:  # type: ignore[union-attr]
+                file.write(json.dumps(new[number::count]).encode())
+        for child in children:
+            child.wait()
+    finally:
+        for child in children:
+            child.kill()
+
+
 def _may_replace(place: str) -> bool:
     if not os.path.lexists(place):
         return True
@@ -320,6 +363,7 @@ class Shards(Source):
     """
 
     def __init__(self, paths: Sequence[str], place: str):
+        _index_beside(paths)
         self._shards = [open_shard(path) for path in paths]
         self._starts = list(itertools.accumulate(map(len, self._shards), initial=0))
         self.place = place

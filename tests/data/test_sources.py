@@ -837,6 +837,25 @@ def test_an_archive_is_looked_through_once(tmp_path, png, monkeypatch):
 
 
 @once
+def test_many_shards_are_looked_through_by_processes_beside(tmp_path, png, monkeypatch):
+    for number in range(4):
+        tar(tmp_path / f"{number}.tar", [(f"ant/{number}.png", png), ("bee/1.png", png)])
+    expected = [
+        f"{tmp_path}/{i}.tar/{name}" for i in range(4) for name in (f"ant/{i}.png", "bee/1.png")
+    ]
+    (tmp_path / "4.tar").write_bytes(b"no tar at all" * 100)
+    looks = []
+    look = shard_files._looked_through
+    monkeypatch.setattr(shard_files, "_looked_through", lambda p: looks.append(p) or look(p))
+    monkeypatch.setattr(shard_files, "_MANY", 4)
+    monkeypatch.setattr(shard_files, "default_threads", lambda: 2)
+    with pytest.raises(DataError, match=r"4\.tar' cannot be read: its entry at byte 0"):
+        opened(tmp_path)
+    (tmp_path / "4.tar").unlink()
+    assert list(opened(tmp_path)) == expected and looks == [str(tmp_path / "4.tar")]
+
+
+@once
 @pytest.mark.parametrize("kind", ["arrays", "rows", "images in parquet", "cifar"])
 def test_images_that_are_no_files_are_shown(kind, folder, tmp_path):
     """In the report of a run, in one that is written later, in a sheet, under a heat map."""
