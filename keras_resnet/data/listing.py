@@ -46,9 +46,8 @@ class Listed(Source):
     def __init__(self, directory: str, exclude: Any = None, others: Counter | None = None):
         directory = existing_folder(directory)
         self.place = os.path.abspath(directory)
-        facts, self._names = _kept(self.place) or _listed(self.place)
-        below = [os.path.relpath(path, self.place) for path in facts["folders"]]
-        self._folders = [os.path.join(directory, path) for path in below]
+        facts, self._names = _kept(directory) or _listed(directory)
+        self._folders = [os.path.join(directory, path) for path in facts["folders"]]
         self._starts = np.cumsum([0, *facts["counts"]])  # of the folders
         self._ends = np.flatnonzero(np.frombuffer(self._names, np.uint8) == 0)  # of the names
         self._at: np.ndarray | None = None  # which of them; all
@@ -102,14 +101,14 @@ class Listed(Source):
         return whole.hexdigest()
 
 
-def _listed(place: str) -> tuple[dict[str, Any], bytes]:
+def _listed(directory: str) -> tuple[dict[str, Any], bytes]:
     """What is in class folders, and the names of the images, each with a zero byte behind it."""
     began, others = time.time(), Counter[tuple[str, str]]()
-    classes, found = class_pictures(place, others=others)
+    classes, found = class_pictures(directory, others=others)
     facts: dict[str, Any] = {"folders": [], "counts": [], "labels": [], "classes": classes}
     pieces = []
     for label, folder, names in found:
-        facts["folders"].append(folder)
+        facts["folders"].append(os.path.relpath(folder, directory))
         facts["counts"].append(len(names))
         facts["labels"].append(label)
         pieces.append("".join([f"{name}\0" for name in names]).encode("utf-8", "surrogateescape"))
@@ -117,18 +116,18 @@ def _listed(place: str) -> tuple[dict[str, Any], bytes]:
     text = b"".join(pieces)
     if sum(facts["counts"]) >= _MANY:
         with contextlib.suppress(OSError, InputError, DataError):
-            facts["times"] = _times(place, facts["folders"])
+            facts["times"] = _times(directory, facts["folders"])
             if max(map(max, facts["times"])) < (began - _SETTLED) * 1e9:
-                _keep(place, facts, text)
+                _keep(os.path.abspath(directory), facts, text)
     return facts, text
 
 
 # --- the list that is kept ------------------------------------------------------------------------
 
 
-def _times(place: str, folders: list[str]) -> list[list[int]]:
+def _times(directory: str, folders: list[str]) -> list[list[int]]:
     """When each folder, and the one above, was changed last: whatever is added to it or taken."""
-    states = map(os.stat, (place, *folders))
+    states = (os.stat(os.path.join(directory, folder)) for folder in ("", *folders))
     return [[state.st_mtime_ns, state.st_ctime_ns] for state in states]
 
 
@@ -145,14 +144,15 @@ def _keep(place: str, facts: dict[str, Any], text: bytes) -> None:
     replace_file(path, lambda name: Path(name).write_bytes(content))
 
 
-def _kept(place: str) -> tuple[dict[str, Any], bytes] | None:
+def _kept(directory: str) -> tuple[dict[str, Any], bytes] | None:
     """The list of a folder that is still right: none of its folders has changed since."""
+    place = os.path.abspath(directory)
     try:
         with open(_path(place), "rb") as file:
             facts = json.loads(file.readline())
             if (facts["form"], facts["place"]) != (_FORM, place):
                 return None
-            if facts["times"] != _times(place, facts["folders"]):
+            if facts["times"] != _times(directory, facts["folders"]):
                 return None
             text = zlib.decompress(file.read())
         right = len(text) == facts["size"] and text.count(b"\0") == sum(facts["counts"])
