@@ -13,14 +13,14 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keras_resnet.data.folders import class_pictures, existing_folder, no_images
-from keras_resnet.data.items import Source
+from keras_resnet.data.items import Source, absolute
 from keras_resnet.data.walk import left_out
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.files import cache_home, replace_file
@@ -120,6 +120,20 @@ def _listed(directory: str) -> tuple[dict[str, Any], bytes]:
             if max(map(max, facts["times"])) < (began - _SETTLED) * 1e9:
                 _keep(os.path.abspath(directory), facts, text)
     return facts, text
+
+
+def fingerprint(*lists: Sequence[str]) -> str:
+    """A hash of which images these are: of files their absolute paths, as of a list of them."""
+    whole = hashlib.sha256()
+    for number, paths in enumerate(lists):
+        whole.update(b"\n" if number else b"")
+        if isinstance(paths, Listed):
+            for piece in paths.texts():
+                whole.update(piece)
+        else:
+            text = paths.digest() if isinstance(paths, Source) else "\0".join(map(absolute, paths))
+            whole.update(text.encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()
 
 
 # --- the list that is kept ------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,9 @@ from keras_resnet.data import augment, transforms, warps
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.depth import constant_line
 from keras_resnet.data.folders import listed, stratified_split
-from keras_resnet.data.items import Source, absolute, taken
+from keras_resnet.data.items import Source, taken
 from keras_resnet.data.labels import check_classes, class_weights
-from keras_resnet.data.listing import Listed
+from keras_resnet.data.listing import fingerprint
 from keras_resnet.data.opening import Parts, find_parts, opened, place
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
 from keras_resnet.data.statistics import measured_on
@@ -160,7 +159,7 @@ def prepare_data(
         size,
         task,
         {"task": task, "soft_labels": mode != "int", "focal": recipe.focal},
-        _fingerprint(training.file_paths, held_out),
+        fingerprint(training.file_paths, held_out),
         [line for line in notes if line],
     )
 
@@ -226,19 +225,6 @@ def _split(found: Parts, recipe: Recipe, seed: int) -> dict[str, tuple[Sequence[
         what = "calibrate=True" if recipe.calibrate else f"patience={recipe.patience}"
         raise InputError(f"{what} needs images to validate on: pass a val_split above 0.")
     return parts
-
-
-def _fingerprint(*lists: Sequence[str]) -> str:
-    whole = hashlib.sha256()
-    for number, paths in enumerate(lists):
-        whole.update(b"\n" if number else b"")
-        if isinstance(paths, Listed):
-            for piece in paths.texts():
-                whole.update(piece)
-        else:
-            text = paths.digest() if isinstance(paths, Source) else "\0".join(map(absolute, paths))
-            whole.update(text.encode("utf-8", "surrogateescape"))
-    return whole.hexdigest()
 
 
 def evaluation_preprocess(recipe: Recipe, size: int, **options: Any) -> Preprocess:

@@ -523,7 +523,7 @@ def test_a_folder_is_listed_in_little_memory_as_it_lies_there(folder, tmp_path):
     # As of 0.1, whose runs go on: one text of all paths, that of each part on lines of its own.
     text = "\n".join(["\0".join(map(os.path.abspath, part)) for part in (source, some)])
     expected = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    assert prepare._fingerprint(source, some) == prepare._fingerprint(paths, list(some)) == expected
+    assert listing.fingerprint(source, some) == listing.fingerprint(paths, list(some)) == expected
     with pytest.raises(DataError, match="No images found"):
         listing.Listed(str(tmp_path / "x"), paths)
 
