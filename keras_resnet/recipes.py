@@ -99,6 +99,7 @@ class Recipe:
         rotation: Images are turned by up to so many degrees, either way.
         grayscale: Probability of losing the colour.
         blur: Probability of a Gaussian blur, over a tenth of the side, sigma 0.1 to 2 pixels.
+        key: Which network of a file of weights, where it holds several: see `inspect`.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Recipe:
     rotation: float = 0.0
     grayscale: float = 0.0
     blur: float = 0.0
+    key: str | None = None
 
     def __post_init__(self):
         get_spec(self.model)

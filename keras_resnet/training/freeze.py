@@ -212,7 +212,10 @@ def starting_weights(variant: str, weights: str | None) -> tuple[str | None, str
 
 
 def load_pretrained(
-    model: keras.Model, source: str | os.PathLike, class_names: Sequence[str] | None = None
+    model: keras.Model,
+    source: str | os.PathLike,
+    class_names: Sequence[str] | None = None,
+    key: str | None = None,
 ) -> str:
     """Loads weights under a new head: those of every layer but the last.
 
@@ -221,6 +224,7 @@ def load_pretrained(
         source: A tag such as `"DEFAULT"`, a torch checkpoint, a `.keras` file of this package, or
             a run folder.
         class_names: The model's classes.
+        key: Which network of a checkpoint that holds several.
 
     Returns:
         One line that says what was loaded.
@@ -232,7 +236,7 @@ def load_pretrained(
     text = os.path.expanduser(os.fspath(source))
     if text.endswith(".keras") or os.path.isdir(text):
         return _load_from_keras(model, str(find_keras_file(text)), class_names)
-    report = load_torchvision(model, text, head="skip")
+    report = load_torchvision(model, text, head="skip", key=key)
     return f"{str(report).splitlines()[0]}; {model.layers[-1].name!r} is new."
 
 

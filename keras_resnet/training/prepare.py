@@ -331,7 +331,7 @@ def build_model(
     weights, why = starting_weights(recipe.model, recipe.weights) if start is None else start
     model = new_model(recipe, data)
     if weights is not None:
-        say(f"Weights: {load_pretrained(model, weights, data.names)}")
+        say(f"Weights: {load_pretrained(model, weights, data.names, recipe.key)}")
     elif why:
         say(f"Weights: random, for there are no others: {why}.")
     else:

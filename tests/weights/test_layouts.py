@@ -17,7 +17,9 @@ from test_load import randomise_statistics
 
 from keras_resnet.models.files import convert_file, load_model
 from keras_resnet.models.zoo import create_model
+from keras_resnet.recipes import get_recipe
 from keras_resnet.system.errors import InputError
+from keras_resnet.training.freeze import load_pretrained
 from keras_resnet.variants import SPECS
 from keras_resnet.weights.checkpoint import inspect_checkpoint
 from keras_resnet.weights.load import load_torchvision
@@ -371,6 +373,10 @@ def test_a_key_means_one_network_on_every_way_in(tiny, tmp_path, capsys):
     assert main(["convert", str(path), str(made), "--key", "teacher"]) == 0
     assert np.array_equal(to_torchvision(load_model(made))["bn1.bias"], tiny[1]["bn1.bias"])
     assert main(["verify", str(made), str(path), "--key", "state_dict.teacher.net"]) == 0
+    model = create_model("resnet_tiny", num_classes=3)
+    recipe = get_recipe("finetune").with_options(weights=str(path), key="teacher")
+    assert "38 of 38" not in load_pretrained(model, recipe.weights, key=recipe.key)
+    assert np.array_equal(to_torchvision(model)["bn1.bias"], tiny[1]["bn1.bias"])
     model = create_model("resnet_tiny", weights=path, key="student")
     assert np.array_equal(to_torchvision(model)["bn1.bias"], tiny[0]["bn1.bias"])
 
