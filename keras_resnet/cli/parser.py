@@ -40,7 +40,7 @@ RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe)[3:])
 # Where a recipe's fields stand in the help; `--help` shows the first three groups.
 _GROUPS = {
     "Data": "val_split",
-    "Model": "model weights key image_size unfreeze",
+    "Model": "model weights image_size unfreeze",
     "Training": "epochs batch_size learning_rate weight_decay optimizer schedule patience "
     "precision",
     "Sizes and crops": "crop crop_scale eval_size eval_resize resize_exact interpolation "
@@ -51,7 +51,7 @@ _GROUPS = {
     "Uneven classes": "class_weights sampler focal",
     "Optimizer": "momentum nesterov norm_decay bias_decay clip_norm accumulate",
     "Schedule": "schedule_per step_size milestones gamma warmup_epochs warmup_decay",
-    "Fine-tuning": "gradual backbone_rate freeze_norms dropout",
+    "Fine-tuning": "key gradual backbone_rate freeze_norms dropout",
     "Average of the weights": "ema ema_steps ema_decay",
 }
 
