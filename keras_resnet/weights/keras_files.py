@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -12,7 +11,7 @@ import mmap
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -25,6 +24,7 @@ from keras_resnet.system.errors import (
 )
 from keras_resnet.system.files import check_writable, printable, replace_file, to_json
 from keras_resnet.variants import list_models
+from keras_resnet.weights.h5_files import Window, each_dataset
 from keras_resnet.weights.loaded import Member
 from keras_resnet.weights.stand_ins import one_line
 from keras_resnet.weights.zip_files import unpacked, zip_members
@@ -38,7 +38,6 @@ _DESCRIPTION = 8 << 20  # bytes of config.json (500,000)
 _VALUES, _DEPTH = 500_000, 100  # of it (40,000, 12)
 _CALLS = 10_000  # layers, and calls of layers (1,100)
 _MEMBERS = 1_000  # files in the archive, which Keras unpacks (3)
-_LINKS = 100_000  # names in the weights (3,000)
 MAX_TENSOR = 1 << 27  # numbers in the output of a layer for one image, in float32 half a GB
 _REACH = 2_048  # pixels under a kernel, which are padded around an image
 
@@ -251,30 +250,7 @@ class _Parts:
         member = self.member(name)
         if member.method != zipfile.ZIP_STORED:
             return io.BytesIO(self.read(name))
-        return cast(IO[bytes], _Window(self.data, member.start, member.size))
-
-
-class _Window(io.RawIOBase):
-    """A part of a mapped file, as a file."""
-
-    def __init__(self, data: mmap.mmap, start: int, size: int):
-        self._data, self._start, self._size, self._at = data, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._at))
-        buffer[:count] = self._data[self._start + self._at : self._start + self._at + count]
-        self._at += count
-        return count
+        return cast(IO[bytes], Window(self.data, member.start, member.size))
 
 
 @contextlib.contextmanager
@@ -378,49 +354,15 @@ def _whole(value: Any) -> list[int]:
 
 def _numbers(parts: _Parts) -> tuple[int, int]:
     """How many numbers the layers have, batch-norm statistics included, and the whole file."""
-    import h5py  # a quarter of a second
+    own = every = 0
+    size = parts.member("model.weights.h5").size
 
-    own = every = held = links = 0
+    def look(name: str, item: Any, file: Any) -> None:
+        nonlocal own, every
+        count = math.prod(item.shape)
+        every += count
+        own += count if name.startswith("layers/") and "/seed_generator/" not in name else 0
 
-    def look(name: str, link: Any) -> None:
-        nonlocal own, every, held, links
-        links += 1
-        if links > _LINKS or not isinstance(link, h5py.HardLink):
-            raise InputError("its weights are too many, or links to other places.")
-        item = weights[name]
-        if isinstance(item, h5py.Dataset):
-            count = math.prod(item.shape)
-            held += count * item.dtype.itemsize
-            _check_stored(item, held, parts.member("model.weights.h5").size)
-            every += count
-            own += count if name.startswith("layers/") and "/seed_generator/" not in name else 0
-
-    with parts.file("model.weights.h5") as file, h5py.File(file, "r") as weights:
-        error = weights.visititems_links(functools.partial(_error_of, look))
-    if error is not None:
-        raise error
+    with parts.file("model.weights.h5") as file:
+        each_dataset(file, size, look)
     return own, every
-
-
-def _error_of(look: Callable[..., None], *arguments: Any) -> Exception | None:
-    """What a call raises, which h5py would lose on its way through HDF5; anything ends the walk."""
-    try:
-        look(*arguments)
-    except Exception as error:
-        return error
-    return None
-
-
-def _check_stored(item: Any, held: int, size: int) -> None:
-    """Weights are as Keras writes them, one after the other and as they are: no bytes twice.
-
-    What is packed may unpack to any size.
-    """
-    from h5py import h5d
-
-    how = item.id.get_create_plist()
-    plain = how.get_layout() in (h5d.COMPACT, h5d.CONTIGUOUS) and not how.get_external_count()
-    if not plain or item.dtype.hasobject:
-        raise InputError("its weights are packed or elsewhere: save the model again with Keras.")
-    if held > size:
-        raise InputError("its weights claim more bytes than are in the file.")

@@ -18,6 +18,7 @@ from keras_resnet.system.errors import (
     NotFoundError,
     meant_path,
 )
+from keras_resnet.weights.h5_files import SIGNATURE, load_h5
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.pickle_names import IDENTIFIER
 from keras_resnet.weights.pickles import Damaged, read_pickle
@@ -38,7 +39,6 @@ _SIGNATURES = (
     (b"BZh", "it is bzip2-compressed: unpack it first"),
     (b"\x28\xb5\x2f\xfd", "it is zstd-compressed: unpack it first"),
     (b"Rar!", "it is a RAR archive: unpack it first"),
-    (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file (Keras .h5 weights): use model.load_weights"),
     (b"\x93NUMPY", "it is a NumPy .npy file: open it with numpy.load"),
     (b"GGUF", "it is a GGUF file, which holds language models"),
     (b"\x89PNG", "it is a PNG image"),
@@ -142,6 +142,8 @@ def open_file(path: pathlib.Path) -> Loaded:
                 f"rename it to end in .safetensors"
             )
         return _no_stream(loaded)
+    if data[:8] == SIGNATURE:
+        return load_h5(data, size, path.name)
     other = _what_else(data, size, path.name)
     if other:
         raise CheckpointError(other)

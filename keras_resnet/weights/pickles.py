@@ -52,6 +52,7 @@ def read_pickle(
     budget: Budget,
     refused: dict[str, None],
     persistent: Callable[[Any], Any] | None = None,
+    most: int = MAX_PICKLE,
 ) -> tuple[Any, int]:
     """The object that a pickle describes, of stand-ins and plain values, and where it ended.
 
@@ -62,11 +63,12 @@ def read_pickle(
         budget: Shared by all pickles of a file.
         refused: Collects the names that are not harmless, in order, as a dict's keys.
         persistent: Called for a persistent id; makes storages.
+        most: Bytes that the pickle may have.
 
     Raises:
         CheckpointError: It is damaged, or more than a state dict needs.
     """
-    program = _Pass(data, start, end, budget)
+    program = _Pass(data, start, end, budget, most)
     try:
         program.run()
     except CheckpointError as error:
@@ -126,9 +128,9 @@ _ESCAPE = re.compile(rb"\\(?:[\\'\"abfnrtv]|x[0-9a-fA-F]{2})")
 class _Pass:
     """Checks a pickle's instructions and writes them anew, into `out`, up to `position`."""
 
-    def __init__(self, data: Any, start: int, end: int, budget: Budget):
-        self.data, self.position, self.budget = data, start, budget
-        self.file_end, self.end = end, min(end, start + MAX_PICKLE)
+    def __init__(self, data: Any, start: int, end: int, budget: Budget, most: int):
+        self.data, self.position, self.budget, self.most = data, start, budget, most
+        self.file_end, self.end = end, min(end, start + most)
         self.out, self.copied = bytearray(), start
         self.memo: set[int] = set()
         self.late: CheckpointError | None = None
@@ -221,7 +223,7 @@ class _Pass:
 
     def ended(self) -> CheckpointError:
         if self.end < self.file_end:
-            return CheckpointError(f"the pickle is longer than {MAX_PICKLE:,} bytes")
+            return CheckpointError(f"the pickle is longer than {self.most:,} bytes")
         return _Truncated(f"its pickle is cut off at byte {self.file_end:,}")
 
     def write(self, start: int, stop: int, instead: bytes) -> None:

@@ -1,4 +1,7 @@
-"""Weight files of PyTorch before 1.6: pickles one after the other, then the storages."""
+"""Weight files of PyTorch before 1.6: pickles one after the other, then the storages.
+
+And plain pickles of NumPy arrays by name, Detectron2's `.pkl`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from typing import Any
 from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.loaded import Loaded, Storages, cut_off
 from keras_resnet.weights.pickles import read_pickle
-from keras_resnet.weights.stand_ins import Budget, brief, one_line
+from keras_resnet.weights.stand_ins import MAX_PICKLE, Array, Budget, brief, one_line
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
+_MAX_ARRAYS = 1 << 30  # bytes of a pickle that has the arrays inside, as Detectron2 writes them
 
 
 def load_stream(data: Any, size: int, name: str) -> Loaded:
@@ -23,9 +27,13 @@ def load_stream(data: Any, size: int, name: str) -> Loaded:
         return read_pickle(data, start, size, budget, loaded.refused, persistent)
 
     try:
-        magic, position = pickle(0, storages)
+        most = max(MAX_PICKLE, min(size, _MAX_ARRAYS))
+        magic, position = read_pickle(data, 0, size, budget, loaded.refused, storages, most)
         loaded.root = magic
         if type(magic) is not int or magic != MAGIC:
+            if not loaded.refused and _has_arrays(magic):
+                loaded.format = "pickle"
+                return loaded
             loaded.kind = "pickle"
             loaded.problem = (
                 "it is a Python pickle, but no checkpoint: torch.save did not write it (it holds "
@@ -49,6 +57,12 @@ def load_stream(data: Any, size: int, name: str) -> Loaded:
         raise
     _place_storages(loaded, storages, keys, position)
     return loaded
+
+
+def _has_arrays(root: Any) -> bool:
+    """Whether it is a dict of NumPy arrays, or holds one: `{"model": {...}, "__author__": ...}`."""
+    dicts = [root, *root.values()] if isinstance(root, dict) else []
+    return any(type(v) is Array for d in dicts if isinstance(d, dict) for v in d.values())
 
 
 def _place_storages(loaded: Loaded, storages: Storages, keys: Any, position: int) -> None:
