@@ -36,7 +36,8 @@ $(VENV)/installed-$(BACKEND): pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing keras_resnet with all backends and the tests' needs into $(VENV) (once) ..."
 	$(PIP) --editable '.[test]'
-	$(PIP) --no-deps torchvision==0.28.0 grad-cam==1.5.7 timm==1.0.31
+	$(PIP) --no-deps torchvision==0.28.0 grad-cam==1.5.7 timm==1.0.31 transformers==5.24.0 \
+		tokenizers==0.23.3 regex==2026.11.19
 	@touch $@ $(addprefix $(VENV)/installed-,$(BACKENDS))
 
 demo: $(VENV)/installed-$(BACKEND)

@@ -29,6 +29,7 @@ from keras_resnet.reports.run_files import check_run
 from keras_resnet.runtimes.rows import check_engine, get_format
 from keras_resnet.system.errors import between
 from keras_resnet.variants import get_spec
+from keras_resnet.weights.dialects import WORDS
 from keras_resnet.weights.keras_files import find_keras_file, target_ending
 
 _TRAIN_FOLDER = arg("directory DIR", "class folders, train/ and val/, a table, shards")
@@ -204,7 +205,7 @@ COMMANDS = {
         _EXCLUDE, *_SOURCE,
     ], keras=False),
     "inspect": Command(files.inspect, "say what a weight file is, running nothing", [
-        arg("file FILE", ".pth, .pt, .th, .tar, .safetensors, .keras"),
+        arg("file FILE", ".pth, .pt, .th, .tar, .pkl, .safetensors, .h5, .keras"),
         _KEY,
         arg("--json OUT", "write the answer as JSON; - for stdout", written(pipe=True)),
         arg("--tensors", "list every tensor"),
@@ -214,6 +215,7 @@ COMMANDS = {
         arg("target DST", ".keras, .weights.h5, .pth or .safetensors", target_ending),
         arg("--model NAME", "the variant; found out where it can be", get_spec, dest="variant"),
         _KEY,
+        arg("--to NAMES", "of a checkpoint's entries", choices=WORDS),
         arg("--class-names FILE", "a name a line, or JSON"),
         arg("--image-size PIXELS", "side of the input", least=1),
         arg("--resize-size PIXELS", "short side before the crop", least=1),

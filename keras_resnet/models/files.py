@@ -30,6 +30,7 @@ from keras_resnet.system.errors import InputError, one_of, reason_of
 from keras_resnet.system.files import replace_file, to_json
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.checkpoint import read_checkpoint
+from keras_resnet.weights.dialects import WORDS
 from keras_resnet.weights.keras_files import (
     KERAS_WRITTEN,
     MAX_TENSOR,
@@ -39,7 +40,7 @@ from keras_resnet.weights.keras_files import (
     target_ending,
 )
 from keras_resnet.weights.load import load_torchvision
-from keras_resnet.weights.mapping import Head, save_torchvision
+from keras_resnet.weights.mapping import Head, renamed, save_torchvision
 from keras_resnet.weights.matching import fit, spec_shapes, variants_of
 from keras_resnet.weights.published import named_variant
 from keras_resnet.weights.sources import Source, read_source
@@ -91,6 +92,7 @@ def convert_file(
     include_preprocessing: bool = False,
     check: bool = True,
     allow_other_strides: bool = False,
+    to: str | None = None,
 ) -> Conversion:
     """Turns a weight file into another form, by the extensions of the two names.
 
@@ -108,6 +110,8 @@ def convert_file(
         include_preprocessing: The Keras model takes pixel values 0..255.
         check: Prove the result against the NumPy forward pass of the weights.
         allow_other_strides: Take weights whose origin does not say where the blocks stride.
+        to: Whose names the entries of a written checkpoint have, as for `to_torchvision`; by
+            default torchvision's where a model is written, and a checkpoint's own.
 
     Returns:
         The `Conversion`; its `passed` is the proof's verdict.
@@ -119,21 +123,29 @@ def convert_file(
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     goal = target_ending(target)
+    one_of("to", to, (None, *WORDS))
+    if to is not None and goal in KERAS_WRITTEN:
+        raise InputError(
+            f"to={to!r} names a checkpoint's entries; name a .pth or .safetensors. Received: "
+            f"{target.name}."
+        )
     if source.suffix == ".keras":
         model = load_model(source)
         if goal in KERAS_WRITTEN:
             raise InputError(
                 f"{source.name!r} is a Keras model already; name a .pth or .safetensors."
             )
-        save_torchvision(model, target)
+        save_torchvision(model, target, to or "torchvision")
         lines = [f"{source.name}: {model.name}, {model.count_params():,} parameters."]
         return Conversion(str(source), str(target), lines, verify(model, target) if check else None)
-    if goal in TORCH_WRITTEN:
+    if goal in TORCH_WRITTEN and to is None:
         tensors = read_checkpoint(source, key=key)
         write_checkpoint(target, tensors)
         return Conversion(str(source), str(target), [f"{source.name}: {len(tensors)} tensors."])
     lines: list[str] = []
     found = _network_in(source, variant, key)
+    if goal in TORCH_WRITTEN:
+        return _renamed(found, source, target, str(to))
     model = _model_for(found, variant, include_preprocessing, preprocess, lines)
     head: Head = "strict" if model.info["options"]["include_top"] else "skip"
     report = load_torchvision(model, found, head=head, allow_other_strides=allow_other_strides)
@@ -143,6 +155,20 @@ def convert_file(
     write = model.save if goal == ".keras" else model.save_weights
     replace_file(target, write)
     return Conversion(str(source), str(target), lines, proof)
+
+
+def _renamed(found: Source, source: Path, target: Path, to: str) -> Conversion:
+    """The network of a checkpoint, written under other names, with the same numbers."""
+    if not found.whole:
+        raise InputError(f"{found.label!r} cannot be converted: {fit(found.shapes)}.")
+    tensors = renamed({name: found.tensors[name] for name in found.network.names}, to)
+    about = {"format": "pt", "writer": "keras3-resnet"}
+    lines = [f"{source.name}: {len(tensors)} tensors in the names of {to}."]
+    if found.strides:
+        about["stride_on"] = found.strides
+        lines.append(f"Its bottlenecks stride on the {found.strides} ({found.strides_from}).")
+    write_checkpoint(target, tensors, metadata=about)
+    return Conversion(str(source), str(target), lines)
 
 
 def _network_in(source: Path, variant: str | None, key: str | None) -> Source:
@@ -159,6 +185,8 @@ def _model_for(
     """A model of the variant that the file fits, with as many classes as the file has."""
     fits = variants_of(found.shapes)
     classes = dict(fits)
+    own = [row for row in fits if getattr(SPECS[row[0]], "stride_on", None) == found.strides]
+    fits = tuple(own) if found.strides and own else fits
     if variant is None:
         if not fits:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Reads and writes weight files without PyTorch: `.pth`, `.pt`, `.th`, `.tar`, `.safetensors`.
+"""Reads and writes weight files without PyTorch: `.pth`, `.tar`, `.safetensors` and others.
 
 A `.pth` file is a pickle, and a pickle is a program. Here it is run with nothing to hold
 (`pickles.py`): a name in the file resolves to an inert stand-in, a call of a stand-in makes a
@@ -19,6 +19,7 @@ The formats, as `torch/serialization.py` (2.13) reads them:
 | stream      | before 1.6: pickles (magic, protocol, sys_info, object, storage keys), storages |
 | tar         | before 0.2: `sys_info`, `pickle`, `tensors`, `storages`                         |
 | safetensors | 8 bytes of length, a JSON header, the bytes                                     |
+| h5          | Keras' weights, kernels with torch's axes; `layer.kernel`, `layer.gamma`        |
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import numpy as np
 from keras_resnet.system.errors import CheckpointError
 from keras_resnet.system.files import to_json
 from keras_resnet.weights.arrays import dtype_name, to_array
+from keras_resnet.weights.h5_files import folded_biases
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.matching import Network, find_networks, grouped
 from keras_resnet.weights.opening import as_path, only_our_errors, open_file
@@ -51,7 +53,8 @@ class CheckpointInfo:
 
     Attributes:
         path: The file.
-        format: `"zip"`, `"stream"` (before PyTorch 1.6), `"tar"` (before 0.2), `"safetensors"`.
+        format: `"zip"`, `"stream"` (before PyTorch 1.6), `"tar"` (before 0.2), `"safetensors"`,
+            `"h5"` (Keras').
         size: In bytes.
         kind: `"state dict"`, or what stands in the way: `"quantised"`, `"sparse"`,
             `"TorchScript"`, `"pickled module"`, `"refused pickle"`, `"pickle"`, `"no tensors"`.
@@ -84,7 +87,9 @@ class CheckpointInfo:
     @functools.cached_property
     def networks(self) -> list[Network]:
         """The networks of the table among the tensors, in the file's order."""
-        found = find_networks({name: shape for name, (shape, _) in self.tensors.items()})
+        folded = set(folded_biases(self.tensors).values())
+        shapes = {name: shape for name, (shape, _) in self.tensors.items() if name not in folded}
+        found = find_networks(shapes)
         return [network for network in found if not network.strange]
 
     def key_of(self, network: Network) -> str:
@@ -128,8 +133,8 @@ class CheckpointInfo:
             for name, (shape, dtype) in self.tensors.items()
         }
         facts["networks"] = [
-            {"key": self.key_of(n), "names": n.dialect, "variants": [list(v) for v in n.variants],
-             "beside": [*n.near, *n.beside]}
+            {"key": self.key_of(n), "names": n.dialect.name,
+             "variants": [list(v) for v in n.variants], "beside": [*n.near, *n.beside]}
             for n in self.networks
         ]  # fmt: skip
         return to_json({**facts, "parameters": self.parameters}, indent=indent)
@@ -157,6 +162,7 @@ class CheckpointInfo:
             key = f", key={one_line(self.key_of(network), 600)!r}" if self.networks[1:] else ""
             lines.append(f"  network  {one_line(network)}{key}")
         others = {name for network in self.networks for name in network.names.values()}
+        others |= set(folded_biases(self.tensors).values())
         if self.networks and (rest := [name for name in self.tensors if name not in others]):
             lines.append(f"  left out {one_line(grouped(rest, 10), 300)}")
         for name, count in list(self.alternatives.items())[:10]:
@@ -249,7 +255,8 @@ def read_checkpoint(
     them. AveragedModel's counter `n_averaged` is left out.
 
     Args:
-        path: `.pth`, `.pt`, `.th`, `.tar` (any of PyTorch's three formats) or `.safetensors`.
+        path: `.pth`, `.pt`, `.th`, `.tar` (any of PyTorch's three formats), `.safetensors`, a
+            pickle of NumPy arrays (Detectron2's `.pkl`), or Keras' `.weights.h5` and `.h5`.
         key: The entry to read, such as `"model_ema"`; dots lead into nested dicts.
         keep_prefix: Leaves the names as they are in the file.
 

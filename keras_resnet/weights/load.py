@@ -45,6 +45,7 @@ class LoadReport:
         sha256: Of the file, 64 hex digits; `None` where there is no file.
         key: The entry that was read, where a file nests several.
         prefix: What was taken away from the front of every name.
+        names: Whose names its entries have, where that is not torchvision.
         head: As asked for.
         variants: Rows of the table that the source fits, with the number of classes.
         loaded: Key to shape.
@@ -66,6 +67,7 @@ class LoadReport:
     key: str = ""
     prefix: str = ""
     head: Head = "strict"
+    names: str = ""
     variants: tuple[tuple[str, int | None], ...] = ()
     loaded: dict[str, Shape] = dataclasses.field(default_factory=dict)
     missing: dict[str, Shape] = dataclasses.field(default_factory=dict)
@@ -99,7 +101,8 @@ class LoadReport:
             lines[0] += f", the head {how}"
         facts = [self.format, f"sha256 {self.sha256[:8]}..." if self.sha256 else "",
                  f"entry {printable(self.key)!r}" if self.key else "",
-                 f"prefix {printable(self.prefix)!r} removed" if self.prefix else ""]  # fmt: skip
+                 f"prefix {printable(self.prefix)!r} removed" if self.prefix else "",
+                 f"in the names of {self.names}" if self.names else ""]  # fmt: skip
         lines.append("  from         " + ", ".join(fact for fact in facts if fact))
         for (before, after), count in _counted(self.cast.values()):
             lines.append(f"  cast         {count} entries, {before} -> {after}")
@@ -274,7 +277,7 @@ def _plan(name, found: Source, entries: Mapping[str, Entry], own_head, head) -> 
             unexpected[key] = shapes[key]
     return LoadReport(
         name, found.label, found.kind, found.sha256, found.key, found.prefix, head,
-        variants_of(shapes), loaded, missing, unexpected, mismatched, skipped,
+        found.names, variants_of(shapes), loaded, missing, unexpected, mismatched, skipped,
         left_out, cast,
     )  # fmt: skip
 
@@ -338,6 +341,12 @@ def _stride_problem(model: keras.Model, found: Source) -> str | None:
     own = strides_of(convs_of(model))
     if own is None or own == found.strides:
         return None
+    if found.strides is None and found.network.dialect.name == "detectron2":
+        return (
+            f"{found.label} does not say where its bottlenecks stride: Detectron2's weights stride "
+            "on the 1x1 convolutions (MSRA's, its default) or on the 3x3 ones (torchvision's), and "
+            f"{model.name} on the {own}. If that is right, pass allow_other_strides=True."
+        )
     if found.strides is not None:
         said = f"strides on the {found.strides} convolutions ({found.strides_from})"
     elif own == "3x3" or not has_torchvisions_bottlenecks(found.tensors):
@@ -397,6 +406,7 @@ def _remember(model: keras.Model, report: LoadReport, found: Source, modules) ->
         "format": found.kind,
         "key": found.key,
         "prefix": found.prefix,
+        "names": found.names,
         "head": report.head,
         "loaded": len(report.loaded),
         "missing": sorted(report.missing),
@@ -406,7 +416,7 @@ def _remember(model: keras.Model, report: LoadReport, found: Source, modules) ->
         "published_as": found.named.label if found.named else row and f"{row.model} {row.tag}",
         COUNTER: (next(iter(counts.values())) if same else counts) if counts else None,
     }
-    preprocess, names = row and row.preprocess, row and hub.imagenet_class_names()
+    preprocess, names = found.preprocess, found.preprocess and hub.imagenet_class_names()
     if named := found.named:
         sides = {side for side in model.input_shape[1:] if side not in (None, 1, 3)}
         preprocess = named.preprocess(sides.pop() if len(sides) == 1 else None)

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from keras_resnet.system.errors import InputError
+from keras_resnet.system.errors import InputError, one_of
+from keras_resnet.weights import dialects
 from keras_resnet.weights.matching import COUNTER, Shape
 from keras_resnet.weights.writing import write_checkpoint
 
@@ -161,18 +162,21 @@ def expected_keys(model: keras.Model) -> dict[str, Shape]:
     return {e.key: e.shape for _, entries in modules_of(model).values() for e in entries}
 
 
-def to_torchvision(model: keras.Model) -> dict[str, np.ndarray]:
+def to_torchvision(model: keras.Model, to: str = "torchvision") -> dict[str, np.ndarray]:
     """The model's weights as a torch state dict.
 
     Args:
         model: A built Keras model; preprocessing layers and dropout are passed over.
+        to: Whose names the entries get: `"torchvision"`, `"huggingface"`, `"sequential"`,
+            `"detectron2"` or `"mmpretrain"`.
 
     Returns:
         Key to C-contiguous array (a copy), in torch's order, of the variable's dtype. Keras counts
         no batches: `num_batches_tracked` is what an import found in the file, else 0.
 
     Raises:
-        InputError: A layer has weights of an unknown kind.
+        InputError: A layer has weights of an unknown kind, or those whose names are asked for have
+            no such network.
 
     Examples:
         >>> x = keras.Input((8,))
@@ -189,10 +193,19 @@ def to_torchvision(model: keras.Model) -> dict[str, np.ndarray]:
                 state[entry.key] = np.array(count, np.int64)
             else:
                 state[entry.key] = entry.to_torch()
-    return state
+    return renamed(state, to)
 
 
-def save_torchvision(model: keras.Model, path: str | os.PathLike) -> None:
+def renamed(state: Mapping[str, np.ndarray], to: str) -> dict[str, np.ndarray]:
+    """A state dict in torchvision's names, in those of another dialect."""
+    one_of("to", to, dialects.WORDS)
+    if to == "torchvision":
+        return dict(state)
+    _, names = dialects.names_in(to, {key: tuple(array.shape) for key, array in state.items()})
+    return {theirs: state[ours] for ours, theirs in names.items()}
+
+
+def save_torchvision(model: keras.Model, path: str | os.PathLike, to: str = "torchvision") -> None:
     """Writes the model's weights as a file that torch loads; torch is not needed.
 
     A `.pth` loads with `torch.load(path, weights_only=True)`, and either kind with
@@ -201,9 +214,10 @@ def save_torchvision(model: keras.Model, path: str | os.PathLike) -> None:
     Args:
         model: A built Keras model.
         path: Ends in `.pth`, `.pt`, `.th` or `.safetensors`; written whole or not at all.
+        to: As for `to_torchvision`.
 
     Raises:
-        InputError: A layer has weights of an unknown kind.
+        InputError: As by `to_torchvision`.
         CheckpointError: Another ending, or the disk refused.
         NotFoundError: The folder does not exist.
 
@@ -217,16 +231,21 @@ def save_torchvision(model: keras.Model, path: str | os.PathLike) -> None:
         >>> load_torchvision(model, path).ok
         True
     """
-    state = to_torchvision(model)
+    state = to_torchvision(model, to)
     metadata = {"format": "pt", "writer": "keras3-resnet"}
     if variant := info_of(model).get("variant"):
         metadata["variant"] = variant
     if strides := strides_of(convs_of(model)):
         metadata["stride_on"] = strides
-    if strides == "1x1" and has_torchvisions_bottlenecks(state):
+    dialect = None if to == "torchvision" else dialects.names_in(to, expected_keys(model))[0]
+    known = dialect is not None or has_torchvisions_bottlenecks(state)
+    usual = dialect.strides if dialect else "3x3"
+    if strides and known and strides != usual:
+        whose = dialect.of if dialect else "torchvision's model of these shapes"
+        told = f" unless told otherwise ({dialect.told})" if dialect and dialect.told else ""
         warnings.warn(
-            f"{model.name} strides on the 1x1 convolutions (v1). torchvision's model of these "
-            "shapes strides on the 3x3 ones: it will load the file without a word and answer "
+            f"{model.name} strides on the {strides} convolutions. {whose} strides on the "
+            f"{usual or 'other'} ones{told}: it will load the file without a word and answer "
             "differently.",
             stacklevel=2,
         )

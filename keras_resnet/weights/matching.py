@@ -8,9 +8,10 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from keras_resnet.variants import COUNTER, SPECS, AlexNetSpec, ResNetSpec, Shape
+from keras_resnet.weights.dialects import FORMS, TORCHVISION, Dialect
 
 
 def spec_shapes(
@@ -62,11 +63,6 @@ def multiply_adds(spec: ResNetSpec | AlexNetSpec) -> int:
 
 # --- The networks in a file ---------------------------------------------------------------------
 
-# Who names the entries of a network how: torchvision's names, a head's among them, -> the others'.
-# A name that they do not have is left out.
-DIALECTS: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
-    "torchvision": lambda names: {name: name for name in names},
-}
 MAX_NETWORKS, MAX_PLACES = 32, 2000  # what a file can be made of to take long
 
 
@@ -76,7 +72,7 @@ class Network:
 
     Attributes:
         prefix: What stands in front of its names, such as `"module.encoder_q."`.
-        dialect: Whose names they are: a key of `DIALECTS`.
+        dialect: Whose names they are.
         names: torchvision's name -> the entry's.
         variants: Rows of the table that it is, each with its number of classes; `None` without a
             head.
@@ -87,7 +83,7 @@ class Network:
     """
 
     prefix: str
-    dialect: str
+    dialect: Dialect
     names: dict[str, str]
     variants: tuple[tuple[str, int | None], ...] = ()
     near: tuple[str, ...] = ()
@@ -96,7 +92,8 @@ class Network:
 
     def __str__(self) -> str:
         classes = dict.fromkeys(f"{n} classes" if n else "no head" for _, n in self.variants)
-        return f"{' or '.join(name for name, _ in self.variants)}, {' or '.join(classes)}"
+        whose = "" if self.dialect is TORCHVISION else f", named as in {self.dialect.of}"
+        return f"{' or '.join(name for name, _ in self.variants)}, {' or '.join(classes)}{whose}"
 
 
 def find_networks(shapes: Mapping[str, Shape]) -> list[Network]:
@@ -115,7 +112,7 @@ def find_networks(shapes: Mapping[str, Shape]) -> list[Network]:
         >>> [(network.prefix, str(network), network.beside) for network in found]
         [('encoder_q.', 'resnet50 or resnet50_v1, 1000 classes', ('queue',))]
     """
-    at: dict[tuple[str, str], list[tuple[str, int | None, dict[str, str]]]] = {}
+    at: dict[tuple[str, Dialect], list[tuple[str, int | None, dict[str, str]]]] = {}
     places = _Places(shapes)
     for spec in SPECS.values():
         body, dense = _body_and_head(spec.name)
@@ -131,15 +128,26 @@ def find_networks(shapes: Mapping[str, Shape]) -> list[Network]:
             (row, *beside(shapes, prefix, row[2], _body_and_head(row[0])[0], prefixes))
             for row in rows
         ]
-        least = min(len(strange) for _, _, strange, _ in parts)
-        parts = [part for part in parts if len(part[2]) == least]
+        # Nothing of another network, and as much of its own as can be: no part of a deeper one.
+        rank = [(len(strange), -len(row[2])) for row, _, strange, _ in parts]
+        parts = [part for part, own in zip(parts, rank, strict=True) if own == min(rank)]
         variants = tuple((name, classes) for (name, classes, _), _, _, _ in parts)
         (_, _, names), near, strange, others = parts[0]
         found.append(Network(prefix, dialect, names, variants, near, strange, others))
     order = {name: i for i, name in enumerate(shapes)}
     found.sort(key=lambda network: min(order[name] for name in network.names.values()))
-    whole = [network for network in found if not network.strange]
+    whole = _largest(network for network in found if not network.strange)
     return whole or [max(found, key=lambda n: len(n.names))] if found else []
+
+
+def _largest(networks: Iterable[Network]) -> list[Network]:
+    """Those that are no part of another: the same network without its head, by a longer prefix."""
+    entries = [(network, set(network.names.values())) for network in networks]
+    return [
+        network
+        for i, (network, own) in enumerate(entries)
+        if not any(own < other or (own == other and j < i) for j, (_, other) in enumerate(entries))
+    ]
 
 
 def locate(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], head: str | None):
@@ -150,7 +158,7 @@ def locate(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], head: str |
     for prefix, dialect, names in _Places(shapes).of(wanted, body):
         rest = beside(shapes, prefix, names, body, prefixes)
         found.append(Network(prefix, dialect, names, (), *rest))
-    return [network for network in found if not network.strange] or found[:1]
+    return _largest(network for network in found if not network.strange) or found[:1]
 
 
 @functools.cache
@@ -169,8 +177,8 @@ def head_modules() -> frozenset[str]:
 
 
 @functools.cache
-def _translated(dialect: str, names: tuple[str, ...]) -> dict[str, str]:
-    return DIALECTS[dialect](names)
+def _translated(dialect: Dialect, names: tuple[str, ...]) -> dict[str, str]:
+    return {name: theirs for name in names if (theirs := dialect(name))}
 
 
 class _Places:
@@ -179,6 +187,9 @@ class _Places:
     def __init__(self, shapes: Mapping[str, Shape]):
         self.shapes = {key: tuple(shape) for key, shape in shapes.items()}
         self.found: dict[tuple[str, Shape], list[str]] = {}
+        self.ends: dict[str, list[str]] = collections.defaultdict(list)
+        for key in self.shapes:
+            self.ends[_end(key)].append(key)
 
     def prefixes(self, name: str, shape: Shape | None = None) -> list[str]:
         """What stands in front of an entry, wherever it is and has this shape.
@@ -187,28 +198,40 @@ class _Places:
         """
         key = (name, (*shape[:1], *shape[2:]) if shape else ())
         if key not in self.found:
-            names = (k for k in self.shapes if k == name or k.endswith(f".{name}"))
+            names = (k for k in self.ends[_end(name)] if k == name or k.endswith(f".{name}"))
             fits = (k for k in names if not shape or (*(v := self.shapes[k])[:1], *v[2:]) == key[1])
             self.found[key] = [k[: -len(name)] for k in itertools.islice(fits, MAX_PLACES)]
         return self.found[key]
 
+    def spoken(
+        self, names: Iterable[str], first: str, shape: Shape | None = None
+    ) -> Iterator[tuple[Dialect, dict[str, str], list[str]]]:
+        """Dialects in whose words the first entry is there: those for all names, and where."""
+        for dialect in FORMS:
+            theirs = dialect(first)
+            if theirs and (prefixes := self.prefixes(theirs, shape)):
+                yield dialect, _translated(dialect, tuple(names)), prefixes
+
     def of(
         self, names: Iterable[str], body: Mapping[str, Shape]
-    ) -> Iterator[tuple[str, str, dict[str, str]]]:
+    ) -> Iterator[tuple[str, Dialect, dict[str, str]]]:
         """Prefix, dialect, and torchvision's name -> the entry's, wherever all of a body is.
 
         The input channels, the second axis of the first entry, may be others.
         """
         wanted = [(key, shape) for key, shape in body.items() if not key.endswith(COUNTER)]
         (first, stem), *rest = wanted
-        for dialect in DIALECTS:
-            theirs = _translated(dialect, tuple(names))
+        for dialect, theirs, prefixes in self.spoken(names, first, stem):
             if any(key not in theirs for key, _ in wanted):
                 continue
-            for prefix in self.prefixes(theirs[first], stem):
+            for prefix in prefixes:
                 if all(self.shapes.get(prefix + theirs[key]) == shape for key, shape in rest):
                     found = {key: prefix + name for key, name in theirs.items()}
                     yield prefix, dialect, {k: v for k, v in found.items() if v in self.shapes}
+
+
+def _end(name: str) -> str:
+    return ".".join(name.rsplit(".", 2)[-2:])
 
 
 def _classes(shapes: Mapping[str, Shape], names: Mapping[str, str], dense, weight) -> int | None:
@@ -261,7 +284,7 @@ def beside(
 
 def _kind(name: str) -> str:
     """The module of a network that an entry belongs to, without its number: `layer` of layer4."""
-    return re.sub(r"\d+$", "", name.partition(".")[0])
+    return re.sub(r"(?<=\D)\d+$", "", name.partition(".")[0])
 
 
 def grouped(names: Iterable[str], limit: int = 6) -> str:
@@ -325,17 +348,19 @@ def _nearest(shapes: Mapping[str, Shape]) -> str:
     places, best = _Places(shapes), (0.5, "")
     for spec in SPECS.values():
         body = {k: v for k, v in _body_and_head(spec.name)[0].items() if not k.endswith(COUNTER)}
-        for prefix in places.prefixes(next(iter(body)))[:MAX_NETWORKS]:
-            there = {k: places.shapes.get(prefix + k) for k in body}
+        spoken = places.spoken(body, next(iter(body)))
+        for prefix, words in ((p, words) for _, words, at in spoken for p in at[:MAX_NETWORKS]):
+            there = {k: places.shapes.get(prefix + words.get(k, k)) for k in body}
             lacking = [k for k, v in there.items() if v != body[k]]
             share = 1 - len(lacking) / len(body)
             if share <= best[0]:
                 continue
-            names = {k: prefix + k for k, v in there.items() if v is not None}
+            names = {k: prefix + words.get(k, k) for k, v in there.items() if v is not None}
             near, strange, _ = beside(shapes, prefix, names, body)
             what = [f"{grouped((*strange, *near), 3)} not its own"] if strange or near else []
             for key in lacking[:1]:
-                has = f"{prefix + key} is {there[key]}, not {body[key]}"
-                what.insert(0, has if there[key] else f"{prefix + key} is missing")
+                name = prefix + words.get(key, key)
+                has = f"{name} is {there[key]}, not {body[key]}"
+                what.insert(0, has if there[key] else f"{name} is missing")
             best = share, f", is nearest to {spec.name}: {'; '.join(what)}"
     return best[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.system.errors import CheckpointError, InputError, reason_of
 from keras_resnet.system.files import printable, to_json, write_text
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import download, published
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.dialects import TORCHVISION
+from keras_resnet.weights.h5_files import for_rgb, imagenet_preset, without_biases
 from keras_resnet.weights.mapping import convs_of_module, module_path, strides_of, weighted_layers
 from keras_resnet.weights.matching import Network, Shape, find_networks, locate
 from keras_resnet.weights.selection import find_entry
@@ -37,12 +41,20 @@ class Source:
     prefix: str = ""
     strides: str | None = None
     strides_from: str = ""
+    convs: dict[str, tuple[Shape, Shape]] = dataclasses.field(default_factory=dict)  # a module's
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # what stands beside the file
     published: published.TorchvisionWeights | None = None
     named: download.HubFile | None = None
-    network: Network = dataclasses.field(default_factory=lambda: Network("", "torchvision", {}))
+    preprocess: Preprocess | None = None  # of a published file
+    network: Network = dataclasses.field(default_factory=lambda: Network("", TORCHVISION, {}))
     whole: bool = False  # every entry of the network's body is there
     beside: dict[str, Shape] = dataclasses.field(default_factory=dict)
     rivals: tuple[str, ...] = ()  # other places that have as much of a network that is not whole
+
+    @property
+    def names(self) -> str:
+        """Whose names the entries had, where that is not torchvision."""
+        return "" if self.network.dialect is TORCHVISION else self.network.dialect.of
 
     @property
     def near(self) -> set[str]:
@@ -106,10 +118,16 @@ def read_source(
     if not found.tensors:
         raise InputError(f"{found.label} holds no tensors.")
     _take_network(found, wanted, head, key)
+    if found.kind == "h5" and not found.whole:
+        raise InputError(
+            f"{found.label} is a Keras model's weights, and no network of keras.applications that "
+            "fits: model.load_weights(path) reads those of a model like the one that wrote it."
+        )
     if named is not None:
         found.label, found.named = named.label, named
         if named.strides:
             found.strides, found.strides_from = named.strides, "its config.json"
+    _find_strides(found)
     return found
 
 
@@ -128,6 +146,9 @@ def _check_variant(named: download.HubFile, variant: str | None) -> None:
 def _from_file(path: Path, key: str | None) -> Source:
     about = inspect_checkpoint(path, key)
     tensors = read_checkpoint(path, key)
+    preset = imagenet_preset(path) if about.format == "h5" else None
+    if about.format == "h5":
+        tensors = without_biases(for_rgb(tensors) if preset else tensors)
     sha256 = download.file_sha256(path)
     row = published.published_by_torchvision(sha256)
     strides, known_from = about.metadata.get("stride_on"), "the file's metadata"
@@ -137,14 +158,27 @@ def _from_file(path: Path, key: str | None) -> Source:
         label=printable(path.name),
         tensors=tensors,
         kind=about.format,
-        dtypes={k: dtype for k, (_, dtype) in about.tensors.items()},
+        dtypes={k: about.tensors[k][1] for k in tensors},
         sha256=sha256,
         key=about.key,
         prefix=about.prefix,
         strides=strides if strides in ("1x1", "3x3") else None,
         strides_from=known_from,
+        config=_config_beside(path) | {"__author__": about.others.get("__author__")},
         published=row,
+        preprocess=row.preprocess if row else preset,
     )
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """The config of Hugging Face's ResNet in the file's folder; empty where there is none."""
+    beside = path.with_name("config.json")
+    try:
+        with open(beside if beside.is_file() else os.devnull, "rb") as file:
+            config = json.loads(file.read(1 << 20))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) and config.get("model_type") == "resnet" else {}
 
 
 def _from_mapping(source: Mapping[str, Any], key: str | None) -> Source:
@@ -161,8 +195,7 @@ def _from_mapping(source: Mapping[str, Any], key: str | None) -> Source:
 def _from_module(module, key: str | None) -> Source:
     found = _from_mapping(module.state_dict(), key)
     found.label, found.kind = f"the module {type(module).__name__}", "module"
-    convs = convs_of_module(module) if hasattr(module, "named_modules") else {}
-    found.strides, found.strides_from = strides_of(convs), "the module's convolutions"
+    found.convs = convs_of_module(module) if hasattr(module, "named_modules") else {}
     return found
 
 
@@ -205,7 +238,7 @@ def _take_network(found: Source, wanted, head: str | None, key: str | None) -> N
         prefix = like[0] if like else ""
         own = {k[len(prefix) :]: k for k in shapes if k.startswith(prefix)}
         others = tuple(k for k in shapes if not k.startswith(prefix))
-        network = Network(prefix, "torchvision", own, beside=others)
+        network = Network(prefix, TORCHVISION, own, beside=others)
         front = ".".join(part for part in (found.key, found.prefix[:-1]) if part)
         found.rivals = tuple(f"{front}.{p}".strip(".") for p in like) if like[1:] else ()
     names = network.names | {k[len(network.prefix) :]: k for k in network.near}
@@ -214,6 +247,37 @@ def _take_network(found: Source, wanted, head: str | None, key: str | None) -> N
     found.beside = {name: shapes[name] for name in network.beside}
     found.tensors = {ours: found.tensors[name] for ours, name in names.items()}
     found.dtypes = {ours: found.dtypes[name] for ours, name in names.items()}
+
+
+def _find_strides(found: Source) -> None:
+    """Where the bottlenecks stride: what the file, its folder, or else the dialect says.
+
+    Raises:
+        InputError: A config says that the network is one that no model here is.
+    """
+    dialect, config = found.network.dialect, found.config
+    if found.convs:
+        modules = {
+            k.rpartition(".")[0]: v.rpartition(".")[0] for k, v in found.network.names.items()
+        }
+        convs = {ours: found.convs[v] for ours, v in modules.items() if v in found.convs}
+        found.strides, found.strides_from = strides_of(convs), "the module's convolutions"
+    elif found.strides is None and dialect.name == "detectron2":
+        if "torchvision" in str(config.get("__author__")):
+            found.strides, found.strides_from = "3x3", "its author is torchvision"
+    elif found.strides is None and dialect is not TORCHVISION:
+        found.strides = dialect.strides
+        found.strides_from = f"as {dialect.of} does unless told otherwise"
+        if dialect.name == "huggingface" and config.get("downsample_in_bottleneck"):
+            found.strides, found.strides_from = "1x1", "its config.json"
+    if dialect.name != "huggingface":
+        return
+    for name, usual in (("hidden_act", "relu"), ("downsample_in_first_stage", False)):
+        if config.get(name, usual) != usual:
+            raise InputError(
+                f"{found.label} has {name} = {printable(repr(config[name])[:60])} in its "
+                f"config.json; the models here have {usual!r}."
+            )
 
 
 def _same_numbers(tensors: Mapping[str, np.ndarray], one: Network, other: Network) -> bool:

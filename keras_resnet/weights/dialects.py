@@ -1,0 +1,303 @@
+"""Other names of the same network: a table of rules from our names to theirs; needs no Keras.
+
+A hole in a rule stands for a number and shows what the first one is called:
+`layer<1>.<0>.conv<1>` and `res<2>_<0>_branch2<a>` are the same place. `<*>` is text that stays. The
+way back is the same table: the names of a whole network, turned round. Names decide which dialect a
+file speaks; shapes are compared as for torchvision's own names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+
+from keras_resnet.system.errors import InputError
+from keras_resnet.variants import COUNTER, Shape
+
+Rules = tuple[tuple[str, str], ...]
+_HOLE = re.compile(r"<(\*|a|\d+)>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """One way of naming the entries.
+
+    Attributes:
+        name: The word after `--to`.
+        of: Whose names these are, for messages.
+        rules: (ours, theirs), of whole names; the first that fits is taken.
+        trunk: What stands before all names but the head's.
+        head: The head's rules; all but the first are read and not written.
+        strides: Where its bottlenecks stride unless the file says otherwise; `None`: that is open.
+        told: How their class is told the other place.
+        stem: Side of the first kernel that their class has.
+        plain: Their class has no groups, and bottlenecks of a quarter of the width alone.
+        basic: It has the basic blocks of ResNet-18 and 34, too.
+        counted: It keeps torch's `num_batches_tracked`.
+    """
+
+    name: str
+    of: str
+    rules: Rules
+    trunk: str = ""
+    head: tuple[Rules, ...] = ()
+    strides: str | None = "3x3"
+    told: str = ""
+    stem: int = 7
+    plain: bool = False
+    basic: bool = True
+    counted: bool = True
+
+    def __call__(self, name: str) -> str | None:
+        """Their name of one of our entries, `None` where no rule has it."""
+        if not self.rules:
+            return name
+        found = _rewritten(name, self.rules)
+        return self.trunk + found if found else _rewritten(name, self.head[0])
+
+
+def _rewritten(name: str, rules: Rules) -> str | None:
+    for ours, theirs in rules:
+        pattern, holes = _compiled(ours)
+        if found := pattern.fullmatch(name):
+            parts = _HOLE.split(theirs)
+            values = zip(found.groups(), holes, parts[1::2], strict=True)
+            parts[1::2] = [_moved(*three) for three in values]
+            return "".join(parts)
+    return None
+
+
+@functools.cache
+def _compiled(template: str) -> tuple[re.Pattern[str], list[str]]:
+    parts = _HOLE.split(template)
+    holes = parts[1::2]
+    parts[::2] = map(re.escape, parts[::2])
+    parts[1::2] = [r"(\w+)" if hole == "*" else r"(\d+)" for hole in holes]
+    return re.compile("".join(parts)), holes
+
+
+def _moved(text: str, hole: str, other: str) -> str:
+    """A number counted from the first one on our side, as their side writes it."""
+    if hole == "*":
+        return text
+    index = int(text) - int(hole)
+    return chr(ord("a") + index) if other == "a" else str(int(other) + index)
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+
+def _torch(*rows: tuple[str, str]) -> Rules:
+    """Rules for modules whose entries are called as torch calls them."""
+    return tuple((f"{ours}.<*>", f"{theirs}.<*>") for ours, theirs in rows)
+
+
+def _children(first: int) -> Rules:
+    """`nn.Sequential(*resnet.children())`: modules are numbers, inside a stage as ever."""
+    return _torch(
+        ("conv1", "0"), ("bn1", "1"), ("conv1.<0>", "0.<0>"),
+        ("layer<1>.<0>.<*>.<0>", f"<{first}>.<0>.<*>.<0>"),
+        ("layer<1>.<0>.<*>", f"<{first}>.<0>.<*>"),
+    )  # fmt: skip
+
+
+def _keras(kind: str, *rows: tuple[str, str]) -> Rules:
+    """Rules for layers whose variables are called as Keras calls them."""
+    return tuple(
+        (f"{ours}.{mine}", f"{theirs}.{variable}")
+        for ours, theirs in rows
+        for mine, variable in zip(*_VARIABLES[kind], strict=True)
+    )
+
+
+_VARIABLES = {
+    "kernel": (("weight", "bias"), ("kernel", "bias")),
+    "norm": (
+        ("weight", "bias", "running_mean", "running_var"),
+        ("gamma", "beta", "moving_mean", "moving_variance"),
+    ),
+}
+
+_SAME = _torch(
+    ("conv1", "conv1"), ("bn1", "bn1"), ("layer<1>.<0>.<*>", "layer<1>.<0>.<*>"),
+    ("layer<1>.<0>.<*>.<0>", "layer<1>.<0>.<*>.<0>"),
+)  # fmt: skip
+
+# ResNet-D's blocks, where the first stage has no pooling in its list, since it would do nothing.
+_UNPOOLED = (
+    _torch(
+        ("layer1.0.downsample.1", "layer1.0.downsample.0"),
+        ("layer1.0.downsample.2", "layer1.0.downsample.1"),
+    )
+    + _SAME[2:]
+)
+
+TORCHVISION = Dialect("torchvision", "torchvision", ())
+DIALECTS = (
+    Dialect(
+        "huggingface",
+        "Hugging Face's ResNetForImageClassification",
+        _torch(
+            ("conv1", "embedder.embedder.convolution"),
+            ("bn1", "embedder.embedder.normalization"),
+            ("layer<1>.<0>.conv<1>", "encoder.stages.<0>.layers.<0>.layer.<0>.convolution"),
+            ("layer<1>.<0>.bn<1>", "encoder.stages.<0>.layers.<0>.layer.<0>.normalization"),
+            ("layer<1>.<0>.downsample.0", "encoder.stages.<0>.layers.<0>.shortcut.convolution"),
+            ("layer<1>.<0>.downsample.1", "encoder.stages.<0>.layers.<0>.shortcut.normalization"),
+        ),
+        trunk="resnet.",
+        head=(_torch(("fc", "classifier.1")),),
+        told="downsample_in_bottleneck in its config",
+        plain=True,
+    ),
+    # The children: conv1, bn1, relu, maxpool, layer1 ..., avgpool, fc; a Flatten before the last
+    # one makes it the tenth.
+    Dialect(
+        "sequential",
+        "nn.Sequential(*resnet.children())",
+        _children(4),
+        head=(_torch(("fc", "9")), _torch(("fc", "10"))),
+    ),
+    # Those of networks for small images: conv1, bn1, layer1 ..., linear; or ReLU and pooling too.
+    Dialect(
+        "sequential",
+        "nn.Sequential(*resnet.children())",
+        _children(2),
+        head=(_torch(("linear", "5")), _torch(("linear", "6")), _torch(("linear", "7"))),
+        stem=3,
+    ),
+    Dialect(
+        "sequential",
+        "nn.Sequential(*resnet.children())",
+        _children(3),
+        head=(_torch(("linear", "7")), _torch(("linear", "8"))),
+        stem=3,
+    ),
+    Dialect(
+        "sequential",
+        "nn.Sequential(*alexnet.children())",
+        _torch(("features.<0>", "0.<0>")),
+        head=(_torch(("classifier.<0>", "2.<0>")), _torch(("classifier.<0>", "3.<0>"))),
+        stem=11,
+    ),
+    Dialect(
+        "detectron2",
+        "Detectron2's ResNet",
+        _torch(
+            ("conv1", "stem.conv1"),
+            ("bn1", "stem.conv1.norm"),
+            ("layer<1>.<0>.conv<1>", "res<2>.<0>.conv<1>"),
+            ("layer<1>.<0>.bn<1>", "res<2>.<0>.conv<1>.norm"),
+            ("layer<1>.<0>.downsample.0", "res<2>.<0>.shortcut"),
+            ("layer<1>.<0>.downsample.1", "res<2>.<0>.shortcut.norm"),
+        ),
+        head=(_torch(("fc", "linear")), _torch(("fc", "stem.fc"))),  # the second: its converter
+        strides=None,
+        told="STRIDE_IN_1X1 in its config",
+        counted=False,
+    ),
+    Dialect(
+        "mmpretrain",
+        "mmpretrain's ResNet",
+        _SAME,
+        trunk="backbone.",
+        head=(_torch(("fc", "head.fc")),),
+        told="style='caffe' in its config",
+    ),
+    Dialect(
+        "mmpretrain",
+        "mmpretrain's ResNetV1d",
+        _torch(
+            *(("conv1.0", "stem.0.conv"), ("conv1.1", "stem.0.bn")),
+            *(("conv1.3", "stem.1.conv"), ("conv1.4", "stem.1.bn")),
+            *(("conv1.6", "stem.2.conv"), ("bn1", "stem.2.bn")),
+        )
+        + _UNPOOLED,
+        trunk="backbone.",
+        head=(_torch(("fc", "head.fc")),),
+        told="style='caffe' in its config",
+    ),
+    Dialect(
+        "mmpretrain",
+        "mmdetection's and mmsegmentation's ResNetV1d",
+        _torch(("bn1", "stem.7"), ("conv1.<0>", "stem.<0>")) + _UNPOOLED,
+        trunk="backbone.",
+        head=(_torch(("fc", "head.fc")),),
+        told="style='caffe' in its config",
+    ),
+    Dialect(
+        "keras",
+        "keras.applications' ResNet",
+        _keras(
+            "kernel",
+            ("conv1", "conv1_conv"),
+            ("layer<1>.<0>.downsample.0", "conv<2>_block<1>_0_conv"),
+            ("layer<1>.<0>.conv<1>", "conv<2>_block<1>_<1>_conv"),
+        )
+        + _keras(
+            "norm",
+            ("bn1", "conv1_bn"),
+            ("layer<1>.<0>.downsample.1", "conv<2>_block<1>_0_bn"),
+            ("layer<1>.<0>.bn<1>", "conv<2>_block<1>_<1>_bn"),
+        ),
+        head=(_keras("kernel", ("fc", "predictions")),),
+        strides="1x1",
+        plain=True,
+        basic=False,
+        counted=False,
+    ),
+)
+# Those that checkpoints are written in; keras.applications' files are none of torch's.
+WORDS = tuple(d for d in dict.fromkeys(d.name for d in (TORCHVISION, *DIALECTS)) if d != "keras")
+
+
+def _forms() -> tuple[Dialect, ...]:
+    """The dialects as files have them: with each of their heads, and without what is around."""
+    found = [TORCHVISION]
+    for dialect in DIALECTS:
+        found += [dataclasses.replace(dialect, head=(head,)) for head in dialect.head]
+        if dialect.trunk and dialect.rules != _SAME:
+            found.append(dataclasses.replace(dialect, trunk=""))
+    return tuple(found)
+
+
+FORMS = _forms()
+
+
+def names_in(to: str, shapes: Mapping[str, Shape]) -> tuple[Dialect, dict[str, str]]:
+    """Our names of a network's entries -> those of a dialect; what it does not keep is left out.
+
+    Args:
+        to: A name of `DIALECTS`.
+        shapes: The entries, in torchvision's names, and their shapes as torch has them.
+
+    Raises:
+        InputError: The dialect has no such network.
+    """
+    reasons = []
+    for dialect in (d for d in DIALECTS if d.name == to):
+        kept = [name for name in shapes if dialect.counted or not name.endswith(COUNTER)]
+        found = {name: theirs for name in kept if (theirs := dialect(name))}
+        strange = next((f"no name for {name!r}" for name in kept if name not in found), None)
+        reason = _unlike(dialect, shapes) or strange
+        if reason is None:
+            return dialect, found
+        reasons.append(f"{dialect.of} has {reason}")
+    nearest = max(reasons, key=lambda reason: "no name" in reason)
+    raise InputError(f"The network cannot be written for {to}: {nearest}.")
+
+
+def _unlike(dialect: Dialect, shapes: Mapping[str, Shape]) -> str | None:
+    """What of a network the dialect's class does not have."""
+    side = next((shape[2] for shape in shapes.values() if len(shape) == 4), dialect.stem)
+    if side != dialect.stem and "conv1.0.weight" not in shapes:
+        return f"no first kernel of {side}x{side}"
+    if not dialect.basic and "layer1.0.conv3.weight" not in shapes:
+        return "no basic blocks"
+    for name, shape in shapes.items() if dialect.plain else ():
+        middle = name.replace(".conv3.", ".conv2.")
+        if name != middle and not shape[0] == 4 * shape[1] == 4 * shapes[middle][1]:
+            return f"no groups and no wider bottlenecks ({middle!r})"
+    return None

@@ -1,0 +1,352 @@
+"""The same network under other names: read with the same numbers, and written back bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import keras
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from test_load import answers, randomise_statistics, relative
+
+from keras_resnet.cli.main import main
+from keras_resnet.models import resnet
+from keras_resnet.models.files import model_preprocess
+from keras_resnet.models.zoo import create_model
+from keras_resnet.system.errors import InputError
+from keras_resnet.variants import COUNTER, SPECS, ResNetSpec
+from keras_resnet.weights import h5_files
+from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
+from keras_resnet.weights.dialects import DIALECTS, WORDS, names_in
+from keras_resnet.weights.load import load_torchvision
+from keras_resnet.weights.mapping import save_torchvision, to_torchvision
+from keras_resnet.weights.matching import find_networks, spec_shapes
+from keras_resnet.weights.sources import read_source
+from keras_resnet.weights.verify import verify
+
+pytestmark = pytest.mark.once
+
+# Facts, each out of a state dict that the class itself gave, or its project's own converter.
+STAGES = "resnet.encoder.stages"
+FACTS = {
+    "huggingface": {
+        "conv1.weight": "resnet.embedder.embedder.convolution.weight",
+        "bn1.running_var": "resnet.embedder.embedder.normalization.running_var",
+        "layer1.0.downsample.0.weight": f"{STAGES}.0.layers.0.shortcut.convolution.weight",
+        "layer1.0.downsample.1.bias": f"{STAGES}.0.layers.0.shortcut.normalization.bias",
+        "layer4.2.conv3.weight": f"{STAGES}.3.layers.2.layer.2.convolution.weight",
+        "layer2.1.bn1.weight": f"{STAGES}.1.layers.1.layer.0.normalization.weight",
+        "fc.bias": "classifier.1.bias",
+    },
+    "sequential": {
+        "conv1.weight": "0.weight",
+        "bn1.running_mean": "1.running_mean",
+        "layer1.0.downsample.0.weight": "4.0.downsample.0.weight",
+        "layer4.2.bn3.num_batches_tracked": "7.2.bn3.num_batches_tracked",
+        "fc.weight": "9.weight",
+    },
+    "detectron2": {
+        "conv1.weight": "stem.conv1.weight",
+        "bn1.weight": "stem.conv1.norm.weight",
+        "layer1.0.downsample.0.weight": "res2.0.shortcut.weight",
+        "layer1.0.downsample.1.running_mean": "res2.0.shortcut.norm.running_mean",
+        "layer4.2.bn3.bias": "res5.2.conv3.norm.bias",
+        "fc.weight": "linear.weight",
+    },
+    "mmpretrain": {
+        "conv1.weight": "backbone.conv1.weight",
+        "layer1.0.downsample.1.bias": "backbone.layer1.0.downsample.1.bias",
+        "fc.weight": "head.fc.weight",
+    },
+    "keras": {
+        "conv1.weight": "conv1_conv.kernel",
+        "bn1.running_var": "conv1_bn.moving_variance",
+        "layer1.0.downsample.0.weight": "conv2_block1_0_conv.kernel",
+        "layer4.2.conv3.weight": "conv5_block3_3_conv.kernel",
+        "layer2.1.bn1.weight": "conv3_block2_1_bn.gamma",
+        "fc.bias": "predictions.bias",
+    },
+}
+
+
+def test_every_dialect_has_its_facts():
+    assert ("torchvision", *FACTS) == (*WORDS, "keras")
+    assert {dialect.name for dialect in DIALECTS} == FACTS.keys()
+
+
+@pytest.mark.parametrize("to", FACTS)
+def test_names_are_those_of_the_class(to):
+    names = names_in(to, spec_shapes(SPECS["resnet50_v1"]))[1]
+    assert {ours: names[ours] for ours in FACTS[to]} == FACTS[to]
+
+
+def test_the_stem_of_openmmlabs_d_variant_is_a_list_of_modules():
+    names = names_in("mmpretrain", spec_shapes(SPECS["resnet50d"]))[1]
+    facts = {
+        "conv1.3.weight": "backbone.stem.1.conv.weight",
+        "bn1.weight": "backbone.stem.2.bn.weight",
+        "layer1.0.downsample.1.weight": "backbone.layer1.0.downsample.0.weight",
+        "layer2.0.downsample.1.weight": "backbone.layer2.0.downsample.1.weight",
+    }
+    assert {ours: names[ours] for ours in facts} == facts
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet50d", "resnet20", "alexnet"])
+def test_a_network_is_found_by_its_names_in_each_dialect_that_has_it(name):
+    shapes = spec_shapes(SPECS[name])
+    spoken = []
+    for to in FACTS:
+        try:
+            dialect, names = names_in(to, shapes)
+        except InputError:
+            continue
+        spoken.append(to)
+        there = {f"model.{theirs}": shapes[ours] for ours, theirs in names.items()}
+        (found,) = find_networks(there | {"loss.weight": (1000,)})
+        assert (found.prefix, found.dialect.name) == ("model.", to)
+        assert {ours: theirs for ours, theirs in found.names.items()} == {
+            ours: f"model.{theirs}" for ours, theirs in names.items()
+        }
+        assert (name, SPECS[name].num_classes) in found.variants
+        assert found.beside == ("loss.weight",) and not found.near
+        if dialect.trunk:  # the body alone, without what is around it
+            body = {names[k].removeprefix(dialect.trunk): v for k, v in shapes.items()
+                    if k in names and not k.startswith("fc")}  # fmt: skip
+            (found,) = find_networks(body)
+            assert (name, None) in found.variants and len(found.names) == len(body)
+    both = ["sequential", "mmpretrain"]
+    assert spoken == {
+        "resnet34": [*FACTS][:-1], "resnet50": [*FACTS], "resnet50d": both,
+        "resnet20": both[:1], "alexnet": both[:1],
+    }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "words"),
+    [
+        ("resnext50_32x4d", "huggingface", "no groups"),
+        ("wide_resnet50_2", "huggingface", "no wider bottlenecks"),
+        ("resnet20", "detectron2", "no first kernel of 3x3"),
+        ("resnet50_v1_relu", "sequential", "no name for 'stage1.0.conv1.weight'"),
+    ],
+)
+def test_a_class_that_has_no_such_network_is_not_written_for(name, to, words):
+    with pytest.raises(InputError, match=words):
+        names_in(to, spec_shapes(SPECS[name]))
+
+
+# --- Against the real classes --------------------------------------------------------------------
+
+NARROW = ResNetSpec("narrow", (1, 2), widths=(8, 16))
+BOTTLENECKS = ResNetSpec("bottlenecks", (1, 2), bottleneck=True, widths=(8, 16))
+
+
+def network(spec: ResNetSpec, num_classes: int = 10):
+    x = keras.Input((64, 64, 3))
+    return keras.Model(x, resnet.head(resnet.features(x, spec), spec, num_classes, 0, None))
+
+
+def pictures(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((2, 3, 64, 64)).astype(np.float32)
+
+
+def assert_same_both_ways(model, module, state, to: str, file, key=lambda name: name) -> float:
+    """The model answers as the module whose state it took, and gives the state back."""
+    report = load_torchvision(model, state)
+    assert report.ok and report.names == next(d.of for d in DIALECTS if d.name == to)
+    theirs = module(pictures())
+    error = relative(answers(model, pictures()), theirs)
+    assert error < 1e-5
+    assert verify(model, state).passed
+    back = to_torchvision(model, to)
+    wanted = {k: np.asarray(v) for k, v in state.items() if k in back or not k.endswith(COUNTER)}
+    assert back.keys() == wanted.keys()
+    same = (back[k].tobytes() == v.tobytes() for k, v in wanted.items() if not k.endswith(COUNTER))
+    assert all(same)  # a plain Keras model counts no batches
+    save_torchvision(model, file, to)
+    assert load_torchvision(model, file).ok and verify(model, file).passed
+    return error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [NARROW, BOTTLENECKS], ids=lambda spec: spec.name)
+def test_hugging_faces(spec, torchvision, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=8, depths=list(spec.blocks), num_labels=10,
+        hidden_sizes=[32, 64] if spec.bottleneck else [8, 16],
+        layer_type="bottleneck" if spec.bottleneck else "basic",
+    )  # fmt: skip
+    module = randomise_statistics(transformers.ResNetForImageClassification(config))
+
+    def logits(images):
+        with torch.no_grad():
+            return module(torch.from_numpy(images)).logits.numpy()
+
+    model = network(spec)
+    assert_same_both_ways(model, logits, module.state_dict(), "huggingface", tmp_path / "a.pth")
+    # as a folder: safetensors, and the config that says where it strides
+    module.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    assert load_torchvision(model, file).ok
+    save_torchvision(model, file, "huggingface")
+    back = transformers.ResNetForImageClassification.from_pretrained(tmp_path / "hf")
+    before = module.state_dict()
+    same = (torch.equal(v, before[k]) for k, v in back.state_dict().items() if COUNTER not in k)
+    assert all(same)
+    module.config.downsample_in_bottleneck = True
+    module.save_pretrained(tmp_path / "hf")
+    if spec.bottleneck:
+        with pytest.raises(InputError, match=r"strides on the 1x1 convolutions \(its config.json"):
+            load_torchvision(model, file)
+    module.config.downsample_in_first_stage = True
+    module.config.save_pretrained(tmp_path / "hf")
+    with pytest.raises(InputError, match="downsample_in_first_stage = True"):
+        load_torchvision(model, file)
+
+
+@pytest.mark.slow
+def test_sequential_children_and_a_fastai_learner(torchvision, tmp_path):
+    block = torchvision.models.resnet.BasicBlock
+    module = randomise_statistics(torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=10))
+    *body, head = module.children()
+    model = network(ResNetSpec("four", (1, 1, 1, 1)))
+
+    def logits(images):
+        with torch.no_grad():
+            return module(torch.from_numpy(images)).numpy()
+
+    children = torch.nn.Sequential(*body, head).state_dict()
+    assert_same_both_ways(model, logits, children, "sequential", tmp_path / "a.safetensors")
+    before = to_torchvision(model)
+    flattened = torch.nn.Sequential(*body, torch.nn.Flatten(), head)
+    assert load_torchvision(network(ResNetSpec("four", (1, 1, 1, 1))), flattened).ok
+    # a learner: the body under 0, and a head of fastai's own under 1
+    norm, linear = torch.nn.BatchNorm1d(1024), torch.nn.Linear(1024, 10)
+    learner = torch.nn.Sequential(
+        torch.nn.Sequential(*body[:-1]), torch.nn.Sequential(norm, linear)
+    )
+    torch.save({"model": learner.state_dict(), "opt": {}}, tmp_path / "learner.pth")
+    with pytest.raises(InputError, match="has no 'fc' as"):
+        load_torchvision(model, tmp_path / "learner.pth")
+    report = load_torchvision(model, tmp_path / "learner.pth", head="skip")
+    assert report.prefix == "0." and all(name.startswith("1.") for name in report.left_out)
+    assert len(report.left_out) == 7 and "left out     1." in str(report)
+    after = to_torchvision(model)
+    assert all(before[k].tobytes() == after[k].tobytes() for k in before)
+
+
+def converted_by_detectron2(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What tools/convert-torchvision-to-d2.py does to the names, step by step."""
+    out = {}
+    for name, array in state.items():
+        name = name if "layer" in name else f"stem.{name}"
+        for i in (1, 2, 3, 4):
+            name = name.replace(f"layer{i}", f"res{i + 1}").replace(f"bn{i}", f"conv{i}.norm")
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        out[name] = array
+    return out
+
+
+def test_detectron2s_pickles(tmp_path):
+    state = to_torchvision(network(BOTTLENECKS))
+    named = converted_by_detectron2(state)
+    file = tmp_path / "r50.pkl"
+    # above the size that a state dict's own pickle may have
+    content = {"model": named, "__author__": "torchvision", "large": np.zeros(5_000_000, "f4")}
+    file.write_bytes(pickle.dumps(content))
+    about = inspect_checkpoint(file)
+    assert about.safe and about.format == "pickle" and about.problem is None
+    model = network(BOTTLENECKS)
+    report = load_torchvision(model, file)
+    assert report.ok and report.names == "Detectron2's ResNet"
+    assert all(v.tobytes() == state[k].tobytes() for k, v in to_torchvision(model).items())
+    with pytest.raises(InputError, match="does not say where its bottlenecks stride"):
+        load_torchvision(model, named)
+    # a detector: what is beside the backbone is named
+    zoo = {f"backbone.bottom_up.{k}": v for k, v in named.items() if not k.startswith("stem.fc")}
+    zoo["roi_heads.box_head.fc1.weight"] = np.zeros((4, 4), np.float32)
+    report = load_torchvision(model, zoo, head="skip", allow_other_strides=True)
+    assert report.prefix == "backbone.bottom_up." and len(report.left_out) == 1
+    # what is no dict of arrays, or wants to run something, is refused as ever
+    file.write_bytes(pickle.dumps({"model": {"stem.conv1.weight": np.array([print])}}))
+    assert not inspect_checkpoint(file).safe
+
+
+def test_keras_files_have_torchs_axes_and_the_layers_names(tmp_path):
+    inside = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(4, (3, 2), name="conv1_conv"),
+            keras.layers.BatchNormalization(name="conv1_bn"),
+        ],
+        name="resnet50",
+    )
+    x = keras.Input((8, 8, 3))
+    top = keras.layers.Dense(2, name="top")
+    model = keras.Model(x, top(keras.layers.GlobalAveragePooling2D()(inside(x))))
+    model.save_weights(tmp_path / "a.weights.h5")
+    model.save(tmp_path / "a.h5")
+    kernel = keras.ops.convert_to_numpy(inside.layers[0].kernel)
+    for name in ("a.weights.h5", "a.h5"):
+        found = read_checkpoint(tmp_path / name)
+        norms = ("gamma", "beta", "moving_mean", "moving_variance")
+        assert found.keys() == {
+            *("resnet50.conv1_conv.kernel", "resnet50.conv1_conv.bias", "top.kernel", "top.bias"),
+            *(f"resnet50.conv1_bn.{norm}" for norm in norms),
+        }
+        assert np.array_equal(found["resnet50.conv1_conv.kernel"], kernel.transpose(3, 2, 0, 1))
+        assert found["top.kernel"].shape == (2, 4)
+
+
+@pytest.mark.slow
+def test_keras_applications(tmp_path, rng, monkeypatch):
+    theirs = keras.applications.ResNet50(
+        weights=None, classes=10, input_shape=(64, 64, 3), classifier_activation=None
+    )
+    for layer in theirs.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            shape = layer.gamma.shape
+            ranges = ((0.5, 1.5), (-0.3, 0.3), (-0.3, 0.3), (1e-4, 1.5))
+            layer.set_weights([rng.uniform(*ends, shape) for ends in ranges])
+        elif isinstance(layer, keras.layers.Conv2D):
+            layer.bias.assign(rng.uniform(-0.3, 0.3, layer.bias.shape))
+    theirs.save_weights(tmp_path / "a.weights.h5")
+    model = create_model("resnet50_v1", num_classes=10, input_shape=(64, 64, 3))
+    report = load_torchvision(model, tmp_path / "a.weights.h5")
+    assert report.ok and report.names == "keras.applications' ResNet"
+    assert report.variants == (("resnet50", 10), ("resnet50_v1", 10))
+    images = pictures().transpose(0, 2, 3, 1)
+    assert relative(model.predict_on_batch(images), theirs.predict_on_batch(images)) < 1e-4
+    about = inspect_checkpoint(tmp_path / "a.weights.h5")
+    assert "resnet50_v1, 10 classes, named as in keras.applications'" in str(about)
+    assert "left out" not in str(about)
+    assert read_source(tmp_path / "a.weights.h5", None).strides == "1x1"
+    # one of its own ImageNet files, which take BGR pixels: here RGB, and as `preprocess_input` does
+    digest = hashlib.md5((tmp_path / "a.weights.h5").read_bytes()).hexdigest()
+    monkeypatch.setattr(h5_files, "_IMAGENET", {digest})
+    load_torchvision(model, tmp_path / "a.weights.h5", head="skip")
+    pixels = rng.integers(0, 256, (2, 64, 64, 3))
+    prepared = keras.applications.resnet.preprocess_input(pixels.astype("float32"))
+    found = model_preprocess(model)
+    own = ((pixels / 255 - found.mean) / found.std).astype("float32")
+    assert relative(model.predict_on_batch(own), theirs.predict_on_batch(prepared)) < 1e-4
+
+
+def test_a_file_is_written_in_the_names_of_a_dialect(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = create_model("resnet20")
+    model.save("a.keras")
+    assert main(["convert", "a.keras", "b.pth", "--to", "sequential"]) == 0
+    assert "4.2.bn2.weight" in read_checkpoint("b.pth")
+    assert main(["convert", "b.pth", "c.safetensors", "--to", "torchvision"]) == 0
+    found, state = read_checkpoint("c.safetensors"), to_torchvision(model)
+    assert all(found[k].tobytes() == v.tobytes() for k, v in state.items())
+    assert main(["convert", "a.keras", "d.pth", "--to", "huggingface"]) == 2
+    assert "has no first kernel of 3x3" in capsys.readouterr().err
+    assert main(["convert", "b.pth", "e.keras", "--to", "sequential"]) == 2
+    assert "names a checkpoint's entries" in capsys.readouterr().err
