@@ -18,7 +18,7 @@ from .data.mixing import Mix as Mix
 from .data.opening import image_source as image_source
 from .data.packing import Packed as Packed, pack as pack
 from .data.preprocess import Preprocess as Preprocess
-from .data.scan import ScanReport as ScanReport, scan as scan
+from .data.scan import ScanReport as ScanReport
 from .data.statistics import dataset_statistics as dataset_statistics
 from .data.transforms import (
     ColorJitter as ColorJitter,
@@ -56,6 +56,7 @@ from .inference.prediction_files import Prediction as Prediction
 from .inference.saving import save_predictions as save_predictions
 from .inference.serve import build_app as build_app, serve as serve
 from .inference.service import Limits as Limits
+from .inference.suspects import scan as scan
 from .models.blocks import conv_block as conv_block, identity_block as identity_block
 from .models.features import feature_extractor as feature_extractor
 from .models.files import (

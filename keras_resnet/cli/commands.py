@@ -196,6 +196,8 @@ COMMANDS = {
         arg("--json FILE", "write the report as JSON; - for stdout", written(pipe=True)),
         arg("--sheet FILE", "write an image of the worst", written(".png", ".jpg", ".jpeg")),
         arg("--exclude-list FILE", "write what `train` should leave out", written()),
+        arg("--model MODEL", "also finds what is alike to it in two splits, and suspected labels",
+            keras_model),
         _WORKERS, *_SOURCE,
     ], keras=False),
     "pack": Command(files.pack, "write images into tar shards, to train on", [

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from keras_resnet.data.alike import difference_hash, near_pairs
 from keras_resnet.data.depth import constant_images
 from keras_resnet.data.folders import existing_folder, layout, plain_name, split_folders
 from keras_resnet.data.items import Source, content_hash
@@ -47,6 +48,10 @@ class ScanReport(Shown):
         near_duplicates: (path, path, distance): perceptual hashes that differ in few of 128 bits.
         across_splits: (path, path, "exact" or "near"): the same image in two splits.
         label_conflicts: (path, path, "exact" or "near"): the same image in two classes.
+        alike_splits: (path, path, distance): images in two splits that are alike to a model.
+        label_errors: (path, label, likely label, probability of it): suspected by a model.
+        out_of_fold: Fraction of the labels that the model's vectors say right; below 0.8 the
+            suspects are more likely its own errors, and no label is left out for them.
         constant: (path, mode) of 16-bit gray or float images whose values all become one in 8 bits.
         other_files: {extension: files} that are not read.
         not_read: the same in one line, with the reasons.
@@ -71,6 +76,9 @@ class ScanReport(Shown):
     near_duplicates: list[tuple[str, str, int]] = field(default_factory=list)
     across_splits: list[tuple[str, str, str]] = field(default_factory=list)
     label_conflicts: list[tuple[str, str, str]] = field(default_factory=list)
+    alike_splits: list[tuple[str, str, float]] = field(default_factory=list)
+    label_errors: list[tuple[str, str, str, float]] = field(default_factory=list)
+    out_of_fold: float = 0.0
     constant: list[tuple[str, str]] = field(default_factory=list)
     other_files: dict[str, int] = field(default_factory=dict)
     not_read: str = ""
@@ -151,6 +159,8 @@ class ScanReport(Shown):
             ("pairs that look alike", self.near_duplicates),
             ("the same image in two splits", self.across_splits),
             ("the same image in two classes", self.label_conflicts),
+            ("alike to the model in two splits", self.alike_splits),
+            (f"suspected labels (others right: {self.out_of_fold:.0%})", self.label_errors),
         ]
 
     def _short(self, part: Any) -> str:
@@ -163,9 +173,13 @@ class ScanReport(Shown):
 
         Unreadable ones; of equal files all but one; of files equal across splits the training
         copies, so that the validation set stays as it is; every copy of a file that lies in two
-        classes of the training split. Images that merely look alike stay.
+        classes of the training split. Images that merely look alike stay. What a model suspects of
+        the training split: labels, and images that are alike to it in another split.
         """
-        out = {path for path, _ in self.unreadable}
+        labels = self.label_errors if self.out_of_fold >= 0.8 else []
+        suspects = [path for path, *_ in (*labels, *self.alike_splits)]
+        out = {path for path in suspects if self.split_of(path) in ("", "train")}
+        out |= {path for path, _ in self.unreadable}
         for group in self.exact_duplicates:
             training = [p for p in group if self.split_of(p) in ("", "train")]
             elsewhere = len(training) < len(group)
@@ -219,6 +233,8 @@ class ScanReport(Shown):
             ("alike", [item[:2] for item in self.near_duplicates]),
             ("extension", [item[:1] for item in self.wrong_extensions]),
             ("one constant", [item[:1] for item in self.constant]),
+            ("alike in two splits", [item[:2] for item in self.alike_splits]),
+            *((f"{true}: {likely}?", [(path,)]) for path, true, likely, _ in self.label_errors),
         ]
         groups = [(title, items) for title, items in groups if items]
         share = max(2, limit // max(len(groups), 1))
@@ -344,7 +360,7 @@ def _look(path: str) -> dict[str, Any] | str:
         image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
         return {
             "sha256": content_hash(data),
-            "hash": _difference_hash(image),
+            "hash": difference_hash(image),
             "format": kind,
             "mode": mode,
             "turned": turn in range(2, 9),
@@ -355,17 +371,6 @@ def _look(path: str) -> dict[str, Any] | str:
         return str(error)
     except Exception as error:  # a file that changed since, or EXIF data that Pillow cannot read
         return f"{path!r} cannot be read: {type(error).__name__}: {error}"
-
-
-def _difference_hash(image: Image.Image) -> np.ndarray:
-    """128 bits: whether brightness rises to the right and downwards, on a grid of 9 x 9.
-
-    The gradient hash of Krawetz ("Kind of Like That", hackerfactor.com, 2013), in both directions.
-    """
-    grid = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BOX), np.int16)
-    right = grid[:8, 1:] > grid[:8, :-1]
-    down = grid[1:, :8] > grid[:-1, :8]
-    return np.concatenate([right.ravel(), down.ravel()])
 
 
 def _counted(items: Iterable[str]) -> dict[str, int]:
@@ -447,34 +452,3 @@ def _find_duplicates(
             report.across_splits.append((a, b, kind))
         if len({report.class_of(a), report.class_of(b)} - {""}) == 2:  # no label is no other
             report.label_conflicts.append((a, b, kind))
-
-
-def near_pairs(bits: np.ndarray, threshold: int) -> list[tuple[int, int, int]]:
-    """All pairs of rows that differ in at most `threshold` bits.
-
-    Cut into threshold + 1 bands, two such rows agree in one band at least (pigeonhole), so only
-    rows that share a band are compared: no pair is missed, and few are compared in vain.
-
-    Args:
-        bits: bool, (rows, bits).
-        threshold: at least 0, less than the number of bits.
-
-    Returns:
-        (row, row, distance), sorted.
-    """
-    found: dict[tuple[int, int], int] = {}
-    packed = np.packbits(bits, axis=1)
-    ones = np.array([bin(i).count("1") for i in range(256)], np.uint8)
-    for band in np.array_split(np.arange(bits.shape[1]), threshold + 1):
-        keys = np.packbits(bits[:, band], axis=1)
-        _, group = np.unique(keys, axis=0, return_inverse=True)
-        order = np.argsort(group.ravel(), kind="stable")
-        starts = np.flatnonzero(np.diff(group.ravel()[order], prepend=-1))
-        for members in np.split(order, starts[1:]):
-            for place, row in enumerate(members[:-1]):
-                rest = members[place + 1 :]
-                distance = ones[packed[rest] ^ packed[row]].sum(1, dtype=np.int64)
-                for near in np.flatnonzero(distance <= threshold):
-                    pair = (int(row), int(rest[near]))
-                    found[min(pair), max(pair)] = int(distance[near])
-    return sorted((a, b, distance) for (a, b), distance in found.items())
