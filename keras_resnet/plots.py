@@ -256,7 +256,7 @@ def picture_grid(
     """Draws images in a grid, each under its title.
 
     Args:
-        images: uint8 `(n, height, width, channels)`, 1, 3 or 4 channels.
+        images: `(n, height, width, channels)`, as `displayed` takes them.
         titles: One text an image.
         path: The image to write.
         columns: Images in a row.
@@ -392,7 +392,7 @@ def explanation(
     """Draws where a model looked: the image, the heat map over it, its scale, the prediction.
 
     Args:
-        image: uint8 `(height, width, channels)`, as the model saw it.
+        image: `(height, width, channels)`, as the model saw it.
         overlay: uint8 `(height, width, 3)`, the image under the heat map of a class.
         predicted: The most probable class and its probability.
         explained: The class that the heat map speaks for, and its probability.
@@ -417,9 +417,21 @@ def explanation(
     return _save(figure, path)
 
 
+def displayed(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of any channels as people see them: uint8, the first three channels or the first.
+
+    Examples:
+        >>> displayed(np.zeros((4, 4, 5), np.float32)).shape
+        (4, 4, 3)
+    """
+    shown = pixels[..., : 3 if pixels.shape[-1] >= 3 else 1]
+    return shown if shown.dtype == np.uint8 else np.rint(shown).astype(np.uint8)
+
+
 def _show(axes: Axes, image: np.ndarray) -> None:
-    """An image of 1, 3 or 4 channels, small ones with their pixels as squares."""
+    """An image, small ones with their pixels as squares."""
     axes.axis("off")
+    image = displayed(image)
     gray = image.shape[-1] == 1
     axes.imshow(
         image[..., 0] if gray else image,

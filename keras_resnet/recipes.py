@@ -100,6 +100,7 @@ class Recipe:
         grayscale: Probability of losing the colour.
         blur: Probability of a Gaussian blur, over a tenth of the side, sigma 0.1 to 2 pixels.
         key: Which network of a file of weights, where it holds several: see `inspect`.
+        channels: 1 (gray), 3, 4 (RGBA) or more (TIFF, `.npy`); 16 bits are kept but of 3.
     """
 
     name: str
@@ -163,12 +164,14 @@ class Recipe:
     grayscale: float = 0.0
     blur: float = 0.0
     key: str | None = None
+    channels: int = 3
 
     def __post_init__(self):
         get_spec(self.model)
         for name, allowed in _CHOICES.items():
             one_of(name, getattr(self, name), allowed)
-        for name in ("epochs", "batch_size", "accumulate", "repeats", "ema_steps", "step_size"):
+        for name in ("epochs", "batch_size", "accumulate", "repeats", "ema_steps", "step_size",
+                     "channels"):  # fmt: skip
             if getattr(self, name) != "auto" or name != "batch_size":
                 whole(name, getattr(self, name), 1)
         for name in ("image_size", "eval_size", "eval_resize", "patience"):

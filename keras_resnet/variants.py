@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from keras_resnet.system.errors import InputError, did_you_mean, one_of
 
@@ -51,9 +52,19 @@ def _weight_and_bias(*shape: int, bias: bool = True) -> dict[str, Shape]:
     return {"weight": shape, "bias": shape[:1]} if bias else {"weight": shape}
 
 
-def _norm(n: int) -> dict[str, Shape]:
+def _norm(n: int, kind: str = "batch") -> dict[str, Shape]:
+    if kind == "group":
+        return dict.fromkeys(("weight", "bias"), (n,))
     names = ("weight", "bias", "running_mean", "running_var")
     return dict.fromkeys(names, (n,)) | {COUNTER: ()}
+
+
+def squeezed(channels: int) -> int:
+    """Channels between the two layers of squeeze and excitation: a 16th, in eights.
+
+    timm/layers/squeeze_excite.py `SEModule`, layers/helpers.py `make_divisible`.
+    """
+    return max(8, int(channels / 16 + 4) // 8 * 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +79,7 @@ class ResNetSpec:
         width_per_group: Channels of a group in the first stage, torchvision's parameter.
         widths: Filters of each stage before the bottleneck's expansion by 4.
         stem: `"imagenet"` is 7x7 stride 2 and a 3x3 stride 2 max pooling, `"deep"` three 3x3 in
-            place of the 7x7, `"cifar"` one 3x3.
+            place of the 7x7, `"tiered"` the same with fewer filters, `"cifar"` one 3x3.
         stride_on: Which convolution of a bottleneck strides: `"1x1"` (v1) or `"3x3"` (v1.5).
         shortcut: `"projection"` (1x1 and batch norm), `"pooled_projection"` (average pooling
             strides, then 1x1 and batch norm), `"zero_padding"` (He et al. option A) or
@@ -76,6 +87,8 @@ class ResNetSpec:
         project_first: A projection at the start of every stage, needed or not.
         use_bias: Biases on the convolutions.
         relu_before_add: A ReLU at the end of the residual branch, before the addition as well.
+        squeeze: Squeeze and excitation at the end of the branch (Hu et al. 2017).
+        norm: `"batch"`, or `"group"` for groups of channels in 32 (Wu and He 2018).
         stage_name: Prefix of the stages' names.
         layout: Module paths inside stem and blocks: `"torchvision"` or `"sequential"`.
         head: Name of the classification layer.
@@ -95,7 +108,7 @@ class ResNetSpec:
     groups: int = 1
     width_per_group: int = 64
     widths: tuple[int, ...] = (64, 128, 256, 512)
-    stem: Literal["imagenet", "deep", "cifar"] = "imagenet"
+    stem: Literal["imagenet", "deep", "tiered", "cifar"] = "imagenet"
     stride_on: Literal["1x1", "3x3"] = "3x3"
     shortcut: Literal["projection", "pooled_projection", "zero_padding", "bare_projection"] = (
         "projection"
@@ -103,6 +116,8 @@ class ResNetSpec:
     project_first: bool = False
     use_bias: bool = False
     relu_before_add: bool = False
+    squeeze: bool = False
+    norm: Literal["batch", "group"] = "batch"
     stage_name: str = "layer"
     layout: Literal["torchvision", "sequential"] = "torchvision"
     head: str = "fc"
@@ -124,6 +139,13 @@ class ResNetSpec:
         inner = int(width * self.width_per_group / 64) * self.groups
         return (inner, inner, 4 * width)
 
+    @property
+    def stem_filters(self) -> tuple[int, ...]:
+        """Filters of the 3x3 convolutions of a deep stem before its last."""
+        # timm/models/resnet.py, ResNet.__init__: stem_chs.
+        half = self.widths[0] // 2
+        return {"deep": (half, half), "tiered": (3 * (half // 4), half)}.get(self.stem, ())
+
     def weighted_layers(
         self, num_classes: int, channels: int = 3
     ) -> Iterator[tuple[str, dict[str, Shape], int]]:
@@ -136,16 +158,15 @@ class ResNetSpec:
         kernel, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
         first, last = ("conv1", "bn1") if self.layout == "torchvision" else ("conv1_0", "conv1_1")
         bias, width, side = self.use_bias, self.widths[0], self.input_size
-        if self.stem == "deep":
-            for i, strides in ((0, 2), (3, 1)):
-                side = conv_output_size(side, 3, strides, 1)
-                yield f"conv1_{i}", _weight_and_bias(width // 2, channels, 3, 3, bias=bias), side
-                yield f"conv1_{i + 1}", _norm(width // 2), 0
-                channels = width // 2
-            first = "conv1_6"
+        norm = functools.partial(_norm, kind=self.norm)
+        for i, filters in enumerate(self.stem_filters):
+            side = conv_output_size(side, 3, 1 if i else 2, 1)
+            yield f"conv1_{3 * i}", _weight_and_bias(filters, channels, 3, 3, bias=bias), side
+            yield f"conv1_{3 * i + 1}", norm(filters), 0
+            channels, strides, first = filters, 1, "conv1_6"
         side = conv_output_size(side, kernel, strides, kernel // 2)
         yield first, _weight_and_bias(width, channels, kernel, kernel, bias=bias), side
-        yield last, _norm(width), 0
+        yield last, norm(width), 0
         if self.stem != "cifar":
             side = conv_output_size(side, 3, 2, 1)  # the max pooling
         striding = 1 if self.bottleneck and self.stride_on == "3x3" else 0
@@ -165,15 +186,19 @@ class ResNetSpec:
                         side = conv_output_size(side, kernel, 2, kernel // 2)
                     weights = _weight_and_bias(out, fed // grouped, kernel, kernel, bias=bias)
                     yield convs[i], weights, side
-                    yield norms[i], _norm(out), 0
+                    yield norms[i], norm(out), 0
                     fed = out
+                if self.squeeze:
+                    inner = squeezed(fed)
+                    yield f"{prefix}_se_fc1", _weight_and_bias(inner, fed, 1, 1), 1
+                    yield f"{prefix}_se_fc2", _weight_and_bias(fed, inner, 1, 1), 1
                 if projects and self.shortcut != "zero_padding":
                     bare = self.shortcut == "bare_projection"
                     weights = _weight_and_bias(filters[-1], width, 1, 1, bias=bias or bare)
                     at = 1 if self.shortcut == "pooled_projection" else 0  # behind the pooling
                     yield shortcut[at], weights, side
                     if not bare:
-                        yield shortcut[at + 1], _norm(filters[-1]), 0
+                        yield shortcut[at + 1], norm(filters[-1]), 0
                 width = filters[-1]
         yield self.head, _weight_and_bias(num_classes, width), 1
 
@@ -270,6 +295,13 @@ def _cifar(depth: int) -> ResNetSpec:
     )
 
 
+def _resnet_d(name: str, blocks: tuple[int, ...], **fields: Any) -> ResNetSpec:
+    fields = {"bottleneck": True, "stem": "deep", **fields}
+    source = "He et al. 2018, arXiv:1812.01187, figure 2 (ResNet-D); timm/models/resnet.py"
+    return ResNetSpec(name, blocks, shortcut="pooled_projection", source=source, **fields)
+
+
+_SE = "Hu et al. 2017, arXiv:1709.01507; timm/models/resnet.py"
 _V1 = "He et al. 2015, arXiv:1512.03385, table 1 (stride on the first 1x1 of a bottleneck)"
 _BOTTLENECK_50, _BOTTLENECK_101, _BOTTLENECK_152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
 
@@ -292,13 +324,31 @@ SPECS: dict[str, ResNetSpec | AlexNetSpec] = {
         ),
         ResNetSpec("wide_resnet50_2", _BOTTLENECK_50, bottleneck=True, width_per_group=128),
         ResNetSpec("wide_resnet101_2", _BOTTLENECK_101, bottleneck=True, width_per_group=128),
+        _resnet_d("resnet50d", _BOTTLENECK_50),
+        _resnet_d("resnet18d", (2, 2, 2, 2), bottleneck=False),
+        _resnet_d("resnet34d", (3, 4, 6, 3), bottleneck=False),
+        _resnet_d("resnet26d", (2, 2, 2, 2)),
+        _resnet_d("resnet101d", _BOTTLENECK_101),
+        _resnet_d("resnet152d", _BOTTLENECK_152),
+        _resnet_d("resnet10t", (1, 1, 1, 1), bottleneck=False, stem="tiered"),
+        _resnet_d("resnet14t", (1, 1, 1, 1), stem="tiered"),
+        _resnet_d("resnet26t", (2, 2, 2, 2), stem="tiered"),
+        ResNetSpec("seresnet50", _BOTTLENECK_50, bottleneck=True, squeeze=True, source=_SE),
         ResNetSpec(
-            "resnet50d",
+            "seresnext50_32x4d",
             _BOTTLENECK_50,
             bottleneck=True,
-            stem="deep",
-            shortcut="pooled_projection",
-            source="He et al. 2018, arXiv:1812.01187, figure 2 (ResNet-D); timm/models/resnet.py",
+            groups=32,
+            width_per_group=4,
+            squeeze=True,
+            source=_SE,
+        ),
+        ResNetSpec(
+            "resnet50_gn",
+            _BOTTLENECK_50,
+            bottleneck=True,
+            norm="group",
+            source="Wu and He 2018, arXiv:1803.08494; timm/models/resnet.py",
         ),
         ResNetSpec("resnet50_v1", _BOTTLENECK_50, bottleneck=True, stride_on="1x1", source=_V1),
         ResNetSpec("resnet101_v1", _BOTTLENECK_101, bottleneck=True, stride_on="1x1", source=_V1),

@@ -39,7 +39,7 @@ RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe)[3:])
 
 # Where a recipe's fields stand in the help; `--help` shows the first three groups.
 _GROUPS = {
-    "Data": "val_split",
+    "Data": "val_split channels",
     "Model": "model weights image_size unfreeze",
     "Training": "epochs batch_size learning_rate weight_decay optimizer schedule patience "
     "precision",

@@ -34,12 +34,12 @@ def is_array(source: Any) -> bool:
 
 
 def whole_pixels(image: np.ndarray) -> np.ndarray:
-    """An array of pixel values as uint8.
+    """An array of pixel values as uint8, or uint16 where such a one needs 16 bits.
 
     Raises:
         InputError: Its numbers are not whole ones of 0..255: nobody knows what they are.
     """
-    if image.dtype == np.uint8:
+    if image.dtype == np.uint8 or (image.dtype == np.uint16 and image.size and image.max() > 255):
         return image
     known = image.dtype.kind in "iuf" and image.size > 0
     # 0 and 1 alone may be black and white of 0..1.
@@ -56,8 +56,8 @@ class Arrays(Source):
     """Images of one size in memory.
 
     Args:
-        images: `(n, height, width)` or `(n, height, width, 1, 3 or 4)` of whole numbers 0..255;
-            `(n, 3, height, width)` is turned.
+        images: `(n, height, width)` or `(n, height, width, channels)` of whole numbers 0..255, or
+            uint16; `(n, 3, height, width)` is turned.
         labels: A number or a name an image, or rows of 0 and 1, which is one for each class that
             the image shows; or lists of numbers or names.
         class_names: The name of each number.

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from keras_resnet.data.bands import fill_of, in_eight_bits, to_array
+from keras_resnet.data.items import as_image
 from keras_resnet.data.transforms import (
     AnyImage,
     RandomErasing,
@@ -26,7 +28,6 @@ from keras_resnet.data.transforms import (
     adjust_contrast,
     adjust_saturation,
     adjust_sharpness,
-    as_image,
     resample_filter,
 )
 from keras_resnet.data.warps import affine
@@ -47,9 +48,7 @@ def apply_operation(
         resample: a Pillow resampling filter for the geometric operations.
         fill: the value of pixels from outside the image; None is 0.
     """
-    bands = len(image.getbands())
-    value = int(fill or 0)
-    fill = value if bands == 1 else (value,) * bands
+    fill = fill_of(image, fill)
     # torchvision goes by degrees and back, and so do the last bits of the angle.
     angle = math.radians(math.degrees(math.atan(magnitude)))
     centre = (image.width * 0.5, image.height * 0.5)
@@ -76,15 +75,15 @@ def apply_operation(
         case "Sharpness":
             return adjust_sharpness(image, 1.0 + magnitude)
         case "Posterize":
-            return ImageOps.posterize(image, int(magnitude))
+            return in_eight_bits(ImageOps.posterize)(image, int(magnitude))
         case "Solarize":
-            return ImageOps.solarize(image, magnitude)
+            return in_eight_bits(ImageOps.solarize)(image, magnitude)
         case "AutoContrast":
-            return ImageOps.autocontrast(image)
+            return in_eight_bits(ImageOps.autocontrast)(image)
         case "Equalize":
-            return ImageOps.equalize(image)
+            return in_eight_bits(ImageOps.equalize)(image)
         case "Invert":
-            return ImageOps.invert(image)
+            return in_eight_bits(ImageOps.invert)(image)
     raise InputError(f"There is no operation {name!r}.")
 
 
@@ -333,7 +332,7 @@ class AugMix(Transform):
         self, image: AnyImage, parameters: tuple[Sequence[float], Sequence[Iterable]]
     ) -> Image.Image:
         """Mixes the image and its changed copies, in float32, and cuts the fraction off."""
-        image = as_image(image)
+        image = in_eight_bits(lambda one: one)(as_image(image))
         (own, *shares), chains = parameters
         mixed = np.float32(own) * np.asarray(image, np.float32)
         for share, chain in zip(shares, chains, strict=True):
@@ -402,11 +401,10 @@ class Augment:
         self.steps = tuple(built[: len(built) - len(erasing)])
 
     def __call__(self, image: AnyImage, rng: np.random.Generator) -> np.ndarray:
-        """Returns the changed image, uint8 (height, width, channels), without the erasing."""
+        """Returns the changed image, (height, width, channels), as `Preprocess.pixels` does."""
         for step in self.steps:
             image = step.in_chain(image, rng)
-        pixels = np.asarray(image)
-        return pixels[..., None] if pixels.ndim == 2 else pixels
+        return to_array(image)
 
     @property
     def output_size(self) -> tuple[int, int] | None:

@@ -40,7 +40,7 @@ def constant_line(paths: Sequence[str], threads: int) -> str:
     of = f" of {len(some):,} looked at" if len(some) < count else ""
     return (
         f"{len(found):,} images{of} of 16-bit gray or float values become one constant in 8 bits, "
-        f"and teach nothing: convert them first, such as {path!r} ({mode})."
+        f"and teach nothing, such as {path!r} ({mode}): channels=1 (--channels 1) keeps 16 bits."
     )
 
 

@@ -32,7 +32,7 @@ def image_dataset_from_directory(
     labels: str | Sequence[int] | None = "inferred",
     label_mode: str | None = "int",
     class_names: Sequence[str] | None = None,
-    color_mode: str = "rgb",
+    color_mode: str | int = "rgb",
     batch_size: int | None = 32,
     image_size: int | tuple[int, int] | None = None,
     shuffle: bool = True,
@@ -73,7 +73,7 @@ def image_dataset_from_directory(
         label_mode: `"int"`, `"categorical"` (one-hot), `"binary"` or None.
         class_names: the class folders to take, in the order of their labels; all, sorted as text
             ('1', '10', '2'), by default.
-        color_mode: `"rgb"`, `"grayscale"` or `"rgba"`.
+        color_mode: `"rgb"`, `"grayscale"`, `"rgba"` or a number of channels: see `Preprocess`.
         batch_size: images a batch; None gives one image after the other, without a batch's axis.
         image_size: (height, width), or one int for both, to resize to; exclusive with
             `preprocess`. Without either, images are resized to 256 and cropped to 224.
@@ -289,7 +289,7 @@ def _as_tf_data(dataset: ImageDataset) -> Any:
 def _preprocess_of(
     image_size: int | tuple[int, int] | None,
     interpolation: str,
-    color_mode: str,
+    color_mode: str | int,
     crop_to_aspect_ratio: bool,
     pad_to_aspect_ratio: bool,
     exif: bool,
@@ -314,7 +314,7 @@ def _preprocess_of(
 def _check_no_conflict(
     preprocess: Preprocess,
     image_size: Any,
-    color_mode: str,
+    color_mode: str | int,
     crop_to_aspect_ratio: bool,
     pad_to_aspect_ratio: bool,
     exif: bool,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from keras_resnet.data.bands import COLOR_MODES, Bands, bands_of
 from keras_resnet.data.folders import labels_by_name, unlabelled
 from keras_resnet.system.errors import InputError, NotFoundError
 
@@ -275,19 +276,32 @@ def stamp_of(path: str) -> tuple:
     return state.st_size, state.st_mtime_ns
 
 
-def image_from_array(pixels: np.ndarray) -> Image.Image:
-    """Returns a Pillow image of a uint8 array (height, width), or with 1, 3 or 4 channels."""
-    if pixels.dtype != np.uint8:
+def image_from_array(pixels: np.ndarray, channels: int = 3) -> Image.Image | Bands:
+    """Returns a Pillow image of a uint8 array (height, width), or with 1, 3 or 4 channels.
+
+    Of uint16, and of as many other `channels`, it is `Bands`.
+    """
+    if pixels.dtype not in (np.uint8, np.uint16):
         raise InputError(
-            f"An image given as an array must be uint8 with values 0 to 255. "
+            f"An image given as an array must be uint8 with values 0 to 255, or uint16. "
             f"Received: {pixels.dtype}."
         )
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    gray, coloured = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[-1] in (3, 4)
-    if 0 in pixels.shape or not (gray or coloured):
+    named = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in COLOR_MODES.values())
+    if 0 in pixels.shape or not (named or (pixels.ndim == 3 and pixels.shape[-1] == channels)):
+        more = "" if channels in COLOR_MODES.values() else f", or with {channels} channels"
         raise InputError(
-            f"An image given as an array is (height, width) or (height, width, 1, 3 or 4). "
+            f"An image given as an array is (height, width) or (height, width, 1, 3 or 4){more}. "
             f"Received: shape {pixels.shape}."
         )
+    if pixels.dtype == np.uint16 or not named:
+        return bands_of(pixels)
+    if pixels.shape[-1] == 1 and pixels.ndim == 3:
+        pixels = pixels[..., 0]
     return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def as_image(image: Image.Image | Bands | np.ndarray) -> Image.Image | Bands:
+    """A Pillow image, or `Bands`, of what may be an array of any channels."""
+    if isinstance(image, np.ndarray):
+        return image_from_array(image, image.shape[-1] if image.ndim == 3 else 3)
+    return image

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from keras_resnet.data.items import image_from_array
+from keras_resnet.data.bands import Bands
+from keras_resnet.data.items import as_image
+from keras_resnet.data.looking import file_head
 from keras_resnet.data.opening import find_parts, opened, place
-from keras_resnet.data.reading import in_flight, open_image, read
+from keras_resnet.data.reading import in_flight, read
 from keras_resnet.data.shards import open_shard
 from keras_resnet.data.walk import FORMATS, IMG_EXTENSIONS, holds_picture
 from keras_resnet.system.errors import DataError, InputError, NotFoundError, between, reason_of
@@ -160,10 +162,12 @@ def _file(path: str) -> tuple[bytes, str]:
     _, data = read(path)
     try:
         if isinstance(data, bytes):
-            kind = str(open_image(io.BytesIO(data)).format)
-            return data, _split_ending(path)[1] or FORMATS[kind][0]
-        image = data if isinstance(data, Image.Image) else image_from_array(data)
+            return data, _split_ending(path)[1] or FORMATS[file_head(data).format][0]
+        image = data if isinstance(data, Image.Image) else as_image(data)
         stream = io.BytesIO()
+        if isinstance(image, Bands):
+            np.save(stream, np.asarray(image))
+            return stream.getvalue(), ".npy"
         image.save(stream, "PNG")
         return stream.getvalue(), ".png"
     except UnidentifiedImageError:

@@ -13,22 +13,22 @@ import itertools
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from keras_resnet.data.items import image_from_array
-from keras_resnet.data.reading import (
-    PILLOW_MODES,
-    Source,
-    converted,
-    in_flight,
-    load,
+from keras_resnet.data.bands import (
+    COLOR_MODES,
+    AnyPicture,
+    bordered,
+    checked_color_mode,
     to_array,
 )
+from keras_resnet.data.items import image_from_array
+from keras_resnet.data.reading import Source, converted, in_flight, load
 from keras_resnet.system.errors import DataError, InputError, did_you_mean
 
 logger = logging.getLogger("keras_resnet")
@@ -36,6 +36,25 @@ logger = logging.getLogger("keras_resnet")
 # torchvision/transforms/_presets.py, `ImageClassification`.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def imagenet_colors(channels: int) -> dict[str, tuple[float, ...]]:
+    """ImageNet's mean and deviation for as many channels, as the weights are adapted to them.
+
+    One gray channel has the mean of the three; of others the three are repeated.
+
+    Examples:
+        >>> [round(v, 3) for values in imagenet_colors(1).values() for v in values]
+        [0.449, 0.226]
+    """
+    return {"mean": _repeated(IMAGENET_MEAN, channels), "std": _repeated(IMAGENET_STD, channels)}
+
+
+def _repeated(values: tuple[float, ...] | None, channels: int) -> Any:
+    if values is None or channels == 1:
+        return values and (sum(values) / 3,)
+    return tuple(values[i % 3] for i in range(channels))
+
 
 # Of an image when it is prepared, and of all images that are predicted at a time.
 MAX_PIXELS = 1 << 24
@@ -72,7 +91,8 @@ class Preprocess:
         mean: per channel, for pixels in 0..1; None subtracts nothing.
         std: per channel; None divides by nothing. With both None values are pixels / 255.
         exif: turn images as their EXIF orientation says; torchvision does not.
-        color_mode: `"rgb"`, `"grayscale"` or `"rgba"`: 3, 1 or 4 channels.
+        color_mode: `"rgb"`, `"grayscale"` or `"rgba"`: 3, 1 or 4 channels; or another number of
+            channels, of TIFF files and `.npy` arrays. Of all but RGB 16 bits a value are kept.
         crop_to_aspect_ratio: before a (height, width) resize cut the largest centred window of
             that shape, so that nothing is distorted.
         pad_to_aspect_ratio: resize to fit into (height, width), centred on black instead.
@@ -95,7 +115,7 @@ class Preprocess:
     mean: tuple[float, ...] | None = IMAGENET_MEAN
     std: tuple[float, ...] | None = IMAGENET_STD
     exif: bool = False
-    color_mode: str = "rgb"
+    color_mode: str | int = "rgb"
     crop_to_aspect_ratio: bool = False
     pad_to_aspect_ratio: bool = False
 
@@ -117,14 +137,22 @@ class Preprocess:
             return cls((size, size), None, **options)
         return cls(resize or round(size * 256 / 224), size, **options)
 
+    def for_channels(self, channels: int) -> Preprocess:
+        """For as many channels, where this is for RGB: see `imagenet_colors`.
+
+        Examples:
+            >>> Preprocess().for_channels(1).color_mode
+            'grayscale'
+        """
+        if self.color_mode != "rgb" or channels == 3:
+            return self
+        colors = {name: _repeated(getattr(self, name), channels) for name in ("mean", "std")}
+        return replace(self, color_mode=channels, **colors)
+
     def __post_init__(self) -> None:
         """Checks every field, and stores each in one form, so that equal means equal."""
         store = object.__setattr__
-        if self.color_mode not in tuple(PILLOW_MODES):  # a file may say a list
-            raise InputError(
-                f"`color_mode` must be one of {sorted(PILLOW_MODES)}. "
-                f"Received: {self.color_mode!r}."
-            )
+        store(self, "color_mode", checked_color_mode(self.color_mode))
         store(self, "resize_size", _size("resize_size", self.resize_size))
         crop = _size("crop_size", self.crop_size)
         store(self, "crop_size", (crop, crop) if isinstance(crop, int) else crop)
@@ -168,8 +196,8 @@ class Preprocess:
 
     @property
     def channels(self) -> int:
-        """Channels of the output: 3, or 1 for grayscale, or 4 for rgba."""
-        return {"rgb": 3, "grayscale": 1, "rgba": 4}[self.color_mode]
+        """Channels of the output: 3, or 1 for grayscale, or 4 for rgba, or another number."""
+        return COLOR_MODES.get(self.color_mode, self.color_mode)
 
     @property
     def output_shape(self) -> tuple[int | None, int | None, int]:
@@ -197,10 +225,11 @@ class Preprocess:
         """Returns the resized and cropped image before normalisation.
 
         Returns:
-            uint8, (height, width, channels), equal to torchvision's to the bit.
+            uint8, (height, width, channels), equal to torchvision's to the bit; of 16 bits a value
+            float32 in 0..255, the same `/ 65535 * 255`.
         """
         loaded = load(image, exif=self.exif, color_mode=self.color_mode)
-        if not isinstance(loaded, Image.Image):
+        if isinstance(loaded, np.ndarray):
             made = self._compiled(loaded)
             if made is not None:
                 return made
@@ -358,7 +387,7 @@ def resized_size(width: int, height: int, size: int | tuple[int, int]) -> tuple[
     return new_height, new_width
 
 
-def resize_image(image: Image.Image, size: int | tuple[int, int], resample: int) -> Image.Image:
+def resize_image(image: AnyPicture, size: int | tuple[int, int], resample: int) -> AnyPicture:
     """Resizes to `resized_size`."""
     height, width = resized_size(*image.size, size)
     return image if (width, height) == image.size else image.resize((width, height), resample)
@@ -369,14 +398,14 @@ def _centre(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
     return round((size[0] - crop[0]) / 2.0), round((size[1] - crop[1]) / 2.0)
 
 
-def crop_centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def crop_centre(image: AnyPicture, size: tuple[int, int]) -> AnyPicture:
     """torchvision/transforms/functional.py `center_crop`: the offset is rounded, half to even."""
     crop_height, crop_width = size
     width, height = image.size
     if crop_width > width or crop_height > height:
         wide, high = max(crop_width - width, 0), max(crop_height - height, 0)
         border = (wide // 2, high // 2, (wide + 1) // 2, (high + 1) // 2)
-        image = ImageOps.expand(image, border=border, fill=0)
+        image = bordered(image, border, 0)
         width, height = image.size
         if (width, height) == (crop_width, crop_height):
             return image
@@ -392,7 +421,7 @@ def _fitted(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return most_high, max(1, width * most_high // height)
 
 
-def _crop_to_ratio(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _crop_to_ratio(image: AnyPicture, size: tuple[int, int]) -> AnyPicture:
     """The largest centred window with the shape of (height, width), as Keras cuts it."""
     width, height = image.size
     crop_height = max(1, min(height, int(width * size[0] / size[1])))

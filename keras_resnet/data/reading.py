@@ -21,6 +21,18 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from keras_resnet.data.bands import (
+    COLOR_MODES,
+    NPY,
+    Bands,
+    bands_of,
+    checked_color_mode,
+    eight_bit,
+    in_bands,
+    read_npy,
+    samples,
+    to_array,
+)
 from keras_resnet.data.in_flight import files_read, in_flight, most_pixels
 from keras_resnet.data.items import Item, absolute, image_from_array, stamp_of
 from keras_resnet.data.walk import FORMATS
@@ -42,24 +54,24 @@ Source = str | os.PathLike | bytes | IO[bytes] | Image.Image | np.ndarray
 # Of one file: an image of as many pixels as Pillow takes, with four channels of 16 bits, is less.
 _MOST_BYTES = 2**31
 
-_ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112  # the EXIF tag
 
 # Images of 90 to 180 million pixels are read, as torchvision reads them; Pillow's warning about
 # each would tear the progress bar. A filter, because warnings.catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np.ndarray:
+def decode(source: Source, *, exif: bool = False, color_mode: str | int = "rgb") -> np.ndarray:
     """Decodes an image to the pixels of torchvision's `Image.open(f).convert("RGB")`.
 
     Args:
         source: a path, the file's bytes, a binary file object, or an `Item` of a source.
         exif: turn the image as its EXIF orientation says; torchvision does not.
-        color_mode: `"rgb"`, `"grayscale"` or `"rgba"`.
+        color_mode: As of `Preprocess`.
 
     Returns:
-        uint8, (height, width, 3), RGB; 1 channel for grayscale and 4 for rgba. Of an animation
-        the first frame.
+        uint8, (height, width, 3), RGB; 1 channel for grayscale, 4 for rgba, n for n. Of an
+        animation the first frame. 16 bits a value are kept but for RGB, as float32 in 0..255.
 
     Raises:
         DataError: the file is no image, or an unreadable one; the message names it and says why.
@@ -79,25 +91,24 @@ def decode(source: Source, *, exif: bool = False, color_mode: str = "rgb") -> np
 @files_read
 @in_flight
 def load(
-    source: Source, *, exif: bool = False, color_mode: str = "rgb"
-) -> np.ndarray | Image.Image:
+    source: Source, *, exif: bool = False, color_mode: str | int = "rgb"
+) -> np.ndarray | Image.Image | Bands:
     """Decodes as `decode` does, but returns whichever form the decoder made, without a copy.
 
     Returns:
-        A uint8 array (height, width, 3) from simplejpeg, or a loaded Pillow image whose mode is
-        that of `color_mode`. Its pixels count as being in flight until the caller's own block of
-        `in_flight` ends.
+        A uint8 array (height, width, 3) from simplejpeg, a loaded Pillow image whose mode is that
+        of `color_mode`, or `Bands`. Its pixels count as being in flight until the caller's own
+        block of `in_flight` ends.
     """
-    if color_mode not in PILLOW_MODES:
-        raise InputError(
-            f"color_mode must be one of {sorted(PILLOW_MODES)}. Received: {color_mode!r}."
-        )
+    color_mode = checked_color_mode(color_mode)
+    channels = COLOR_MODES.get(color_mode, color_mode)
     name, data = read(source)
     if isinstance(data, np.ndarray):
-        in_flight.take(math.prod(data.shape[:2]))
-        return converted(image_from_array(data), False, color_mode)
-    if isinstance(data, Image.Image):
+        in_flight.take(math.prod(data.shape[:2]) * max(1, channels // 4))
+        data = image_from_array(data, channels)
+    elif isinstance(data, Image.Image):
         in_flight.take(data.width * data.height)
+    if isinstance(data, Image.Image | Bands):
         try:
             return converted(data, exif, color_mode)
         except Exception as error:  # as below: one that was opened may be cut off
@@ -109,6 +120,13 @@ def load(
         if pixels is not None:
             return pixels
     try:
+        if data.startswith(NPY):
+            in_flight.take(len(data) // 4)
+            return converted(bands_of(read_npy(data, channels)), False, color_mode)
+        if channels not in (1, 3):
+            in_flight.take(len(data) // 4)
+            if (found := samples(data, channels, 4 * most_pixels())) is not None:
+                return found
         with open_image(io.BytesIO(data)) as image:
             # An icon of macOS holds an image of a size that it does not say.
             count = most_pixels() if image.format == "ICNS" else image.width * image.height
@@ -120,14 +138,18 @@ def load(
             "MAX_IMAGE_PIXELS, and may be a decompression bomb. Make it smaller, or raise that."
         ) from None
     except UnidentifiedImageError:
+        hint = ", or it has many channels: --channels N" if data[:2] in (b"II", b"MM") else ""
         raise DataError(
             f"{name} cannot be read as an image: its first bytes {data[:8]!r} belong to no "
-            f"format that is read here."
+            f"format that is read here{hint}."
         ) from None
+    except DataError as error:  # of what is in it
+        raise DataError(f"{name} cannot be read as an image: {error}.") from error
     except MemoryError:
         raise DataError(f"{name} cannot be read as an image: not enough memory.") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        said = " ".join(str(error).split())  # tifffile's have several lines
+        reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
         raise DataError(f"{name} cannot be read as an image: {reason}") from error
 
 
@@ -231,7 +253,7 @@ def _decode_jpeg(data: bytes, exif: bool) -> np.ndarray | None:
             return None
         if exif:
             with open_image(io.BytesIO(data)) as image:
-                if image.getexif().get(_ORIENTATION, 1) != 1:
+                if image.getexif().get(ORIENTATION, 1) != 1:
                     return None
         in_flight.take(height * width)
         return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
@@ -239,17 +261,29 @@ def _decode_jpeg(data: bytes, exif: bool) -> np.ndarray | None:
         return None
 
 
-def converted(image: Image.Image, exif: bool, color_mode: str = "rgb") -> Image.Image:
-    """A Pillow image turned as EXIF says, if wanted, and in the mode of `color_mode`.
+def converted(
+    image: Image.Image | Bands, exif: bool, color_mode: str | int = "rgb"
+) -> Image.Image | Bands:
+    """An image turned as EXIF says, if wanted, and in the mode of `color_mode`.
 
     The image itself where it is so already, for a copy would cost as much memory again.
+
+    Raises:
+        DataError: It has another number of channels; the message is the reason alone.
     """
-    image.load()
-    if exif and image.getexif().get(_ORIENTATION) in range(2, 9):
-        image = ImageOps.exif_transpose(image)
-    mode = PILLOW_MODES[color_mode]
-    if image.mode == mode:
-        return image
+    mode = PILLOW_MODES.get(str(color_mode))
+    if isinstance(image, Image.Image):
+        image.load()
+        if exif and image.getexif().get(ORIENTATION) in range(2, 9):
+            image = ImageOps.exif_transpose(image)
+        if image.mode == mode:
+            return image
+        if mode != "RGB":
+            image = in_bands(image, COLOR_MODES.get(color_mode, color_mode))
+    if isinstance(image, Bands):
+        if len(image.bands) == COLOR_MODES.get(color_mode, color_mode) and mode != "RGB":
+            return image
+        image = eight_bit(image, COLOR_MODES.get(color_mode, color_mode))
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes) and mode == "RGB":
         # The pixels are the same without it; with it Pillow warns about every such file.
         image = image.copy()
@@ -272,18 +306,12 @@ def head(path: str) -> Iterator[Image.Image]:
     yield data if isinstance(data, Image.Image) else image_from_array(data)
 
 
-def to_array(image: Image.Image) -> np.ndarray:
-    """A Pillow image as a uint8 array (height, width, channels) of its own."""
-    pixels = np.array(image)  # a copy: what Pillow lends is read-only
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
 def stacked(
     pixels: Sequence[np.ndarray],
     paths: Sequence[str],
     empty: Callable[..., np.ndarray] = np.empty,
 ) -> np.ndarray:
-    """The images of a batch as one uint8 array, which `empty` makes.
+    """The images of a batch as one array, which `empty` makes: uint8, of 16 bits float32.
 
     Raises:
         InputError: they have different sizes; the message names the first that differs.
@@ -295,7 +323,7 @@ def stacked(
                 f"Images of one batch have different sizes: {one.shape} of {path!r} and {shape} "
                 f"before it. Give image_size, or a Preprocess with a crop_size."
             )
-    batch = empty((len(pixels), *shape), np.uint8)
+    batch = empty((len(pixels), *shape), np.result_type(*{one.dtype for one in pixels}))
     return np.stack(pixels, out=batch, casting="unsafe")
 
 

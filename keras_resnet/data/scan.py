@@ -6,7 +6,6 @@ sheet of the worst images, and a list of files for `exclude=` of `image_dataset_
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter, defaultdict
@@ -22,8 +21,9 @@ from keras_resnet.data.alike import difference_hash, near_pairs
 from keras_resnet.data.depth import constant_images
 from keras_resnet.data.folders import existing_folder, layout, plain_name, split_folders
 from keras_resnet.data.items import Source, content_hash
+from keras_resnet.data.looking import file_head, load_shown
 from keras_resnet.data.opening import opened
-from keras_resnet.data.reading import in_flight, load, open_image, read
+from keras_resnet.data.reading import in_flight, read
 from keras_resnet.data.walk import ENDINGS, FORMATS, extension, unread, unread_line, walk_pictures
 from keras_resnet.system.errors import DataError, KerasResNetError
 from keras_resnet.system.files import column, replace_file, write_text
@@ -252,7 +252,7 @@ class ScanReport(Shown):
         for number, (title, name) in enumerate(tiles):
             left, top = number % columns * side, number // columns * (side + caption)
             try:
-                thumbnail = load(name)
+                thumbnail = load_shown(name)
                 if isinstance(thumbnail, np.ndarray):
                     thumbnail = Image.fromarray(thumbnail)
                 thumbnail.thumbnail((side - 6, side - 6))
@@ -351,12 +351,11 @@ def _places(source: Source) -> dict[str, tuple[str, tuple[str, ...]]]:
 def _look(path: str) -> dict[str, Any] | str:
     """Everything to know about one image; the reason where it cannot be read."""
     try:
-        pixels = load(path)
+        pixels = load_shown(path)
         _, data = read(path)
         kind, mode, turn = "array", "RGB" if np.ndim(data) == 3 else "L", 1
         if isinstance(data, bytes):
-            with open_image(io.BytesIO(data)) as header:
-                kind, mode, turn = header.format, header.mode, header.getexif().get(0x0112, 1)
+            kind, mode, _, turn = file_head(data)
         image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
         return {
             "sha256": content_hash(data),

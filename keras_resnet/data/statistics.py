@@ -10,14 +10,15 @@ from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.system.errors import DataError
 
 _AT_ONCE = 4096
+_VALUES = np.arange(256)
 
 
 def dataset_statistics(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of every channel over all pixels of a dataset.
 
     Each pixel of each image counts once, as the dataset feeds them (resized, augmented), before
-    normalisation; the sums are whole numbers, so the result is exact to float64. Averaging the
-    means of batches would weigh a smaller last batch wrongly, and averaging their standard
+    normalisation; sums of 8 bits are whole numbers, so the result is exact to float64. Averaging
+    the means of batches would weigh a smaller last batch wrongly, and averaging their standard
     deviations is wrong in itself.
 
     Returns:
@@ -26,25 +27,27 @@ def dataset_statistics(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     channels = dataset.preprocess.channels
     epoch, order = dataset._epoch_order()
 
-    def histogram(position: int) -> np.ndarray | None:
+    def sums(position: int) -> np.ndarray:
+        """The number of values of each channel, their sum and that of their squares."""
         read = dataset._one(epoch, order, position)
         if read is None:
-            return None
+            return np.zeros((3, channels), np.int64)
         planes = read[0].reshape(-1, channels).T
-        return np.stack([np.bincount(plane, minlength=256) for plane in planes])
+        if planes.dtype != np.uint8:  # of 16 bits
+            wide = planes.astype(np.float64)
+            return np.stack([np.full(channels, wide.shape[1]), wide.sum(1), (wide**2).sum(1)])
+        counts = np.stack([np.bincount(plane, minlength=256) for plane in planes])
+        return np.stack([counts.sum(1), counts @ _VALUES, counts @ _VALUES**2])  # whole numbers
 
-    # Counts of the 256 values of each channel hold all that is needed, in integers.
-    counts = np.zeros((channels, 256), np.int64)
     with ThreadPoolExecutor(dataset.threads or 1) as pool:
-        for first in range(0, len(order), _AT_ONCE):  # the pool notes all that it is given
-            for one in pool.map(histogram, range(len(order))[first : first + _AT_ONCE]):
-                counts += 0 if one is None else one
-    total = counts.sum(1)
+        total = np.zeros((3, channels))
+        for start in range(0, len(order), _AT_ONCE):  # the pool notes all that it is given
+            total = total + sum(pool.map(sums, range(len(order))[start : start + _AT_ONCE]))
+    total, first, second = total
     if not total.all():
         raise DataError(f"None of the {dataset.num_samples} images can be read.")
-    values = np.arange(256)
-    mean = (counts @ values) / total / 255
-    variance = (counts @ values**2) / total / 255**2 - mean**2
+    mean = first / total / 255
+    variance = second / total / 255**2 - mean**2
     return mean, np.sqrt(np.maximum(variance, 0))
 
 

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
 
-from keras_resnet.data.items import image_from_array
+from keras_resnet.data.bands import AnyPicture, bordered, fill_of, in_eight_bits
+from keras_resnet.data.items import as_image
 from keras_resnet.data.preprocess import (
     INTERPOLATIONS,
     compiled,
@@ -19,7 +20,7 @@ from keras_resnet.data.preprocess import (
 )
 from keras_resnet.system.errors import InputError, did_you_mean
 
-AnyImage = Image.Image | np.ndarray
+AnyImage = AnyPicture | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class RandomResizedCrop(Transform):
         """Cuts (top, left, height, width) out and resizes it."""
         top, left, height, width = parameters
         if isinstance(image, np.ndarray):  # only what is used is handed to Pillow
-            part = image_from_array(image[top : top + height, left : left + width])
+            part = as_image(image[top : top + height, left : left + width])
         else:
             part = image.crop((left, top, left + width, top + height))
         return resize_image(part, self.size, resample_filter(self.interpolation))
@@ -269,10 +270,9 @@ class RandomCrop(Transform):
         """Pads, and cuts the window at (top, left)."""
         image = as_image(image)
         padding, more_height, more_width = self._border(image.height, image.width)
-        fill = self.fill if len(image.getbands()) == 1 else (self.fill,) * len(image.getbands())
         border = (padding + more_width, padding + more_height)
         if any(border):
-            image = ImageOps.expand(image, border=border, fill=fill)
+            image = bordered(image, border, fill_of(image, self.fill))
         top, left = parameters
         return image.crop((left, top, left + self.size[1], top + self.size[0]))
 
@@ -328,26 +328,31 @@ class ColorJitter(Transform):
         return image
 
 
+@in_eight_bits
 def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
     """Blends an image with black; 1 leaves it as it is."""
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
+@in_eight_bits
 def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
     """Blends an image with its mean gray; 1 leaves it as it is."""
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
+@in_eight_bits
 def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
     """Blends an image with its gray version; 1 leaves it as it is."""
     return ImageEnhance.Color(image).enhance(factor)
 
 
+@in_eight_bits
 def adjust_sharpness(image: Image.Image, factor: float) -> Image.Image:
     """Blends an image with its smoothed version; 1 leaves it as it is."""
     return ImageEnhance.Sharpness(image).enhance(factor)
 
 
+@in_eight_bits
 def _hue(image: Image.Image, shift: float) -> Image.Image:
     """torchvision/transforms/_functional_pil.py `adjust_hue`: the hue byte wraps around."""
     if image.mode == "L":
@@ -434,11 +439,6 @@ def _height_width(image: AnyImage) -> tuple[int, int]:
     if isinstance(image, np.ndarray):
         return image.shape[0], image.shape[1]
     return image.height, image.width
-
-
-def as_image(image: AnyImage) -> Image.Image:
-    """A Pillow image of what may be an array."""
-    return image_from_array(image) if isinstance(image, np.ndarray) else image
 
 
 def resample_filter(name: str) -> int:

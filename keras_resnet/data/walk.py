@@ -41,6 +41,7 @@ FORMATS = {
     "XBM": (".xbm",),
     "XPM": (".xpm",),
     "TGA": (".tga", ".icb", ".vda", ".vst"),
+    "NPY": (".npy",),  # not Pillow's: an array of `np.save`
 }
 if importlib.util.find_spec("pillow_heif") is None:
     del FORMATS["HEIF"]
@@ -150,13 +151,25 @@ def walk(folder: str, follow_links: bool = True) -> Iterator[tuple[str, list[str
             linked.extend(os.path.join(root, name) for name in links)
 
 
+def images_of(names: Iterable[str]) -> list[str]:
+    """The images among the names of a folder: arrays count where there is nothing else.
+
+    Examples:
+        >>> images_of(["a.png", "a.npy", "a.txt"]), images_of(["a.npy"])
+        (['a.png'], ['a.npy'])
+    """
+    found = [name for name in names if is_picture(name)]
+    return [name for name in found if not name.lower().endswith(".npy")] or found
+
+
 def walk_pictures(folder: str, follow_links: bool = True) -> tuple[list[str], list[str]]:
     """Images and other files below a folder, in torchvision's order, without hidden ones."""
     pictures: list[str] = []
     other: list[str] = []
     for root, names in sorted(walk(folder, follow_links)):
+        images = set(images_of(names))
         for name in names:
-            (pictures if is_picture(name) else other).append(os.path.join(root, name))
+            (pictures if name in images else other).append(os.path.join(root, name))
     return pictures, other
 
 
@@ -170,17 +183,17 @@ def picture_folders(folder: str) -> tuple[list[str], Counter]:
     """
     found, others = [], Counter()
     for root, names in walk(folder):
-        images = [name for name in names if is_picture(name)]
+        images = set(images_of(names))
         if images:
             found.append(root)
         if len(images) < len(names):
-            others += unread(name for name in names if not is_picture(name))
+            others += unread(name for name in names if name not in images)
     return sorted(found), others
 
 
 def pictures_in(folder: str) -> list[str]:
     """Names of the images in a folder itself, sorted."""
-    return [name for name in entries(folder)[0] if is_picture(name)]
+    return images_of(entries(folder)[0])
 
 
 def holds_picture(folder: str) -> bool:

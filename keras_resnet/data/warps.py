@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from keras_resnet.data.bands import Bands, fill_of, in_eight_bits
+from keras_resnet.data.items import as_image
 from keras_resnet.data.transforms import (
     AnyImage,
     Transform,
     _limits,
     _probability,
-    as_image,
     resample_filter,
 )
 from keras_resnet.system.errors import InputError, whole
@@ -58,12 +59,6 @@ def affine(
     matrix[2] += cx
     matrix[5] += cy
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
-
-
-def fill_of(image: Image.Image, fill: float | None) -> Any:
-    """A pixel of that value in every band; None is 0."""
-    bands, value = len(image.getbands()), int(fill or 0)
-    return value if bands == 1 else (value,) * bands
 
 
 @dataclass(frozen=True)
@@ -237,7 +232,7 @@ class GaussianBlur(Transform):
         pixels = np.asarray(image, np.float64)
         for axis in (0, 1):
             pixels = correlate1d(pixels, weights, axis, mode="mirror")
-        return as_image(np.round(pixels).astype(np.uint8))
+        return as_image(np.round(pixels).astype(np.asarray(image).dtype))
 
 
 @dataclass(frozen=True)
@@ -257,7 +252,9 @@ class RandomGrayscale(Transform):
     def apply(self, image: AnyImage, parameters: bool) -> Image.Image:
         """Makes it gray if told so."""
         image = as_image(image)
-        return image.convert("L").convert(image.mode) if parameters else image
+        if not parameters or isinstance(image, Bands):  # whose channels are no colours
+            return image
+        return in_eight_bits(lambda one: one.convert("L").convert(one.mode))(image)
 
 
 def _both_ways(name: str, value: Any) -> tuple[float, float]:

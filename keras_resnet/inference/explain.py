@@ -34,7 +34,7 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
     """An image in gray under a heat map in colour: all colour is heat.
 
     Args:
-        image: uint8 `(height, width, channels)`, 1, 3 or 4 channels (the fourth is dropped).
+        image: `(height, width, channels)` in 0..255; of more than three channels the first three.
         heatmap: `(height, width)` in 0..1, as of `grad_cam`; of another size it is resized.
         alpha: Opacity of the colour where the map is 1; elsewhere in proportion.
 
@@ -50,11 +50,12 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
         [128, 128, 128]
     """
     image, heatmap = np.asarray(image), np.asarray(heatmap, np.float32)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+    if image.dtype not in (np.uint8, np.float32) or image.ndim != 3 or 0 in image.shape:
         raise InputError(
-            "overlay draws on uint8 images (height, width, 1, 3 or 4 channels). Received: "
-            f"{image.dtype}, {image.shape}."
+            "overlay draws on uint8 images (height, width, channels), or float32 ones of 0..255. "
+            f"Received: {image.dtype}, {image.shape}."
         )
+    image = plots.displayed(image)
     if heatmap.ndim != 2:
         raise InputError(f"A heat map is (height, width). Received: {heatmap.shape}.")
     between("alpha", alpha, 0, 1)
@@ -82,7 +83,8 @@ class Explanation:
     Attributes:
         prediction: The most probable classes; its `error` is set where it cannot be read.
         class_name: The class that the heat map speaks for; `None` where it cannot be read.
-        pixels: uint8 `(height, width, channels)`, the image as the model saw it, or `None`.
+        pixels: `(height, width, channels)`, the image as the model saw it, or `None`; uint8, or
+            float32 of 16 bits.
         heatmap: float32 `(height, width)` in 0..1, or `None`.
         probability: Of the class that the heat map speaks for.
     """

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_resnet.data.looking import load_shown
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.inference.prediction_files import Prediction, csv_lines
 from keras_resnet.system.errors import DataError, InputError
@@ -40,7 +41,9 @@ def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike)
         titles = [p.said for p in readable]
         from keras_resnet import plots  # matplotlib takes half a second
 
-        plots.picture_grid(np.stack([square.pixels(p.path) for p in readable]), titles, path)
+        plots.picture_grid(
+            np.stack([square.pixels(load_shown(p.path)) for p in readable]), titles, path
+        )
     else:
         raise InputError(
             f"Predictions are written as .csv, .json or .png. Received: {path.name!r}."

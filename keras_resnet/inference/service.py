@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import os
 import threading
@@ -15,14 +14,15 @@ import keras
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from keras_resnet.data.looking import file_head
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.reading import open_image
 from keras_resnet.data.walk import FORMATS
 from keras_resnet.inference.calibration import answer_of
 from keras_resnet.inference.explain import enlarged, overlay
 from keras_resnet.inference.grad_cam import grad_cam
 from keras_resnet.inference.prediction_files import most_probable
 from keras_resnet.models.files import load_model, model_class_names, model_input
+from keras_resnet.plots import displayed
 from keras_resnet.runtimes.rows import format_of_file
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner
@@ -136,8 +136,7 @@ def check_image(data: bytes, name: str, limits: Limits, preprocess: Preprocess) 
         size = len(data) / 2**20
         raise DataError(f"The file has {size:.1f} MB; at most {limits.megabytes:g} are taken.")
     try:
-        with open_image(io.BytesIO(data)) as image:
-            kind, (width, height) = image.format, image.size
+        kind, _, (width, height), _ = file_head(data)
     except UnidentifiedImageError:
         raise DataError(
             f"This is no image of a kind that is read here ({', '.join(_KINDS)})."
@@ -308,8 +307,8 @@ def open_service(
 
 def _shown(pixels: np.ndarray) -> np.ndarray:
     """The image as it is shown: three channels, and large enough to see something."""
-    rgb = pixels[..., :3] if pixels.shape[-1] > 1 else np.repeat(pixels, 3, axis=-1)
-    return enlarged(rgb, 224)
+    shown = displayed(pixels)
+    return enlarged(np.repeat(shown, 3, axis=-1) if shown.shape[-1] == 1 else shown, 224)
 
 
 def _weights_text(weights: dict[str, Any], training: dict[str, Any]) -> str:
@@ -344,4 +343,5 @@ def preprocess_text(preprocess: Preprocess) -> str:
         parts.append(f"{crop[0]} x {crop[1]} cut from the centre")
     if preprocess.exif:
         parts.append("turned by EXIF")
-    return ", ".join([*parts, preprocess.color_mode])
+    mode = preprocess.color_mode
+    return ", ".join([*parts, mode if isinstance(mode, str) else f"{mode} channels"])

@@ -13,7 +13,7 @@ from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.layers.pool import ZeroPaddedShortcut
 from keras_resnet.system.errors import InputError, one_of
-from keras_resnet.variants import layer_names
+from keras_resnet.variants import layer_names, squeezed
 
 # torchvision/models/resnet.py: kaiming_normal_(mode="fan_out", nonlinearity="relu"); He et al.
 # 2015b (arXiv:1502.01852) use the fan in; torch's own default for Conv2d and Linear is
@@ -111,9 +111,28 @@ def conv(
     return apply_drawn(layer, x)
 
 
-def norm(x, *, name: str, activation: str | None = None):
-    """Batch norm over the channels; `[x, shortcut]` adds the shortcut before the activation."""
-    return BatchNormalization(axis=channel_axis(), activation=activation, name=name)(x)
+def norm(x, *, name: str, activation: str | None = None, kind: str = "batch"):
+    """Batch or group norm; `[x, shortcut]` adds the shortcut before the activation."""
+    if kind == "batch":
+        return BatchNormalization(axis=channel_axis(), activation=activation, name=name)(x)
+    one_of("norm_kind", kind, ("batch", "group"))
+    x, *shortcut = x if isinstance(x, list) else [x]
+    layer = keras.layers.GroupNormalization(32, axis=channel_axis(), epsilon=1e-5, name=name)
+    x = layer(x)
+    if shortcut:
+        x = keras.layers.Add(name=f"{name}_add")([x, *shortcut])
+    return keras.layers.ReLU(name=f"{name}_relu")(x) if activation == "relu" else x
+
+
+def squeeze_and_excite(x, prefix: str, init: str):
+    """Channels weighted by what their means say (Hu et al. 2017, figure 2); timm's `SEModule`."""
+    channels = x.shape[channel_axis()]
+    y = keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"{prefix}_se_pool")(x)
+    y = conv(y, squeezed(channels), 1, use_bias=True, init=init, name=f"{prefix}_se_fc1")
+    y = keras.layers.ReLU(name=f"{prefix}_se_relu")(y)
+    y = conv(y, channels, 1, use_bias=True, init=init, name=f"{prefix}_se_fc2")
+    y = keras.layers.Activation("sigmoid", name=f"{prefix}_se_gate")(y)
+    return keras.layers.Multiply(name=f"{prefix}_se_scale")([x, y])
 
 
 def block_name(stage: int | str, block: int | str) -> str:
@@ -144,6 +163,8 @@ def identity_block(
     groups: int = 1,
     use_bias: bool = False,
     relu_before_add: bool = False,
+    squeeze: bool = False,
+    norm_kind: Literal["batch", "group"] = "batch",
     layout: Literal["torchvision", "sequential"] = "torchvision",
     init: str = "fan_out",
     name: str | None = None,
@@ -160,6 +181,8 @@ def identity_block(
         groups: Groups of a bottleneck's middle convolution.
         use_bias: Biases on the convolutions.
         relu_before_add: A ReLU at the end of the branch, before the addition as well.
+        squeeze: Squeeze and excitation at the end of the branch.
+        norm_kind: `"batch"` or `"group"`.
         layout: Names of the layers: torchvision's (`conv1`, `bn1`, ...) or those of one
             `nn.Sequential` (`longway_0`, `longway_1`, ...).
         init: `"fan_out"` (torchvision's), `"fan_in"` (He's) or `"torch"` (its default).
@@ -185,7 +208,7 @@ def identity_block(
         )
     return _residual(
         x, x, kernel_size, filters, prefix, (1, 1), "3x3", groups, use_bias, relu_before_add,
-        layout, init,
+        squeeze, norm_kind, layout, init,
     )  # fmt: skip
 
 
@@ -204,6 +227,8 @@ def conv_block(
     ] = "projection",
     use_bias: bool = False,
     relu_before_add: bool = False,
+    squeeze: bool = False,
+    norm_kind: Literal["batch", "group"] = "batch",
     layout: Literal["torchvision", "sequential"] = "torchvision",
     init: str = "fan_out",
     name: str | None = None,
@@ -226,6 +251,8 @@ def conv_block(
             (option A) or `"bare_projection"` (a biased 1x1 alone).
         use_bias: Biases on the convolutions.
         relu_before_add: A ReLU at the end of the branch, before the addition as well.
+        squeeze: Squeeze and excitation at the end of the branch.
+        norm_kind: `"batch"` or `"group"`.
         layout: Names of the layers: torchvision's (`conv1`, `bn1`, `downsample_0`, ...) or those
             of one `nn.Sequential` (`longway_0`, ..., `shortway_0`).
         init: `"fan_out"` (torchvision's), `"fan_in"` (He's) or `"torch"` (its default).
@@ -252,23 +279,23 @@ def conv_block(
         pooling = keras.layers.AveragePooling2D(strides, padding="same", name=first)
         side = pooling(x) if max(strides) > 1 else x
         side = conv(side, filters[-1], 1, use_bias=use_bias, init=init, name=second)
-        side = norm(side, name=third)
+        side = norm(side, name=third, kind=norm_kind)
     elif shortcut == "projection":
         side = conv(x, filters[-1], 1, strides=strides, use_bias=use_bias, init=init, name=first)
-        side = norm(side, name=second)
+        side = norm(side, name=second, kind=norm_kind)
     elif shortcut == "zero_padding":
         side = ZeroPaddedShortcut(filters[-1], strides, name=f"{prefix}_shortcut")(x)
     else:  # "bare_projection"
         side = conv(x, filters[-1], 1, strides=strides, use_bias=True, init=init, name=first)
     return _residual(
         x, side, kernel_size, filters, prefix, strides, stride_on, groups, use_bias,
-        relu_before_add, layout, init,
+        relu_before_add, squeeze, norm_kind, layout, init,
     )  # fmt: skip
 
 
 def _residual(
     x, shortcut, kernel_size, filters, prefix, strides, stride_on, groups, use_bias,
-    relu_before_add, layout, init,
+    relu_before_add, squeeze, norm_kind, layout, init,
 ):  # fmt: skip
     """The branch, the addition, and the ReLU behind it."""
     if len(filters) not in (2, 3):
@@ -296,10 +323,12 @@ def _residual(
             name=convs[i],
         )
         if i < last:
-            y = norm(y, activation="relu", name=norms[i])
-    if relu_before_add:
-        y = norm(y, activation="relu", name=norms[last])
+            y = norm(y, activation="relu", name=norms[i], kind=norm_kind)
+    if relu_before_add or squeeze:
+        last_relu = "relu" if relu_before_add else None
+        y = norm(y, activation=last_relu, name=norms[last], kind=norm_kind)
+        y = squeeze_and_excite(y, prefix, init) if squeeze else y
         y = keras.layers.Add(name=f"{prefix}_add")([y, shortcut])
         return keras.layers.ReLU(name=f"{prefix}_relu")(y)
     # Normalise, add the shortcut, ReLU: one layer, so that a backend can do it in one pass.
-    return norm([y, shortcut], activation="relu", name=norms[last])
+    return norm([y, shortcut], activation="relu", name=norms[last], kind=norm_kind)

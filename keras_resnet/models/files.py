@@ -15,8 +15,6 @@ from typing import Any
 import keras
 
 from keras_resnet.data.preprocess import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     MAX_PIXELS,
     Preprocess,
 )
@@ -205,6 +203,7 @@ def _model_for(
     size = spec.input_size
     options = {"include_preprocessing": inside}
     if inside and preprocess is not None:
+        preprocess = preprocess.for_channels(channels)
         options |= {"mean": preprocess.mean, "std": preprocess.std}
     return create_model(
         variant,
@@ -224,13 +223,14 @@ def _describe(model: keras.Model, class_names, preprocess, lines: list[str]) -> 
         model.info["class_names"] = list(class_names)
     if preprocess is None and "preprocess" not in model.info:
         size = SPECS[model.info["variant"]].input_size
-        preprocess = Preprocess.for_size(size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        preprocess = Preprocess.for_size(size)
         lines.append(
             "Preprocessing: the file does not say; assumed "
             f"{size}x{size} and ImageNet's mean and deviation (--image-size, --mean, --std)."
         )
     if preprocess is not None:
-        model.info["preprocess"] = preprocess.get_config()
+        channels = model.input_shape[channel_axis()]
+        model.info["preprocess"] = preprocess.for_channels(channels).get_config()
 
 
 def load_model(path: str | os.PathLike) -> keras.Model:
@@ -404,8 +404,11 @@ def model_input(
         InputError: The model names no preprocessing, or it is unclear which pixels it takes.
     """
     one_of("pixels", pixels, (None, *PIXELS))
-    preprocess = preprocess or model_preprocess(model)
     given = getattr(model, "given", model)  # of a Runner of Keras'
+    if preprocess is None:
+        preprocess = model_preprocess(model)
+    elif isinstance(given, keras.Model) and len(shape := as_functional(given).inputs[0].shape) == 4:
+        preprocess = preprocess.for_channels(shape[channel_axis()] or 3)
     if isinstance(given, keras.Model):
         _check_channels(given, preprocess)
     if pixels is None:

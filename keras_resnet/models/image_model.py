@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from keras_resnet.data.preprocess import imagenet_colors
 from keras_resnet.layers.norm import Normalize
 from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.torch_graph import DirectGraph
@@ -211,15 +211,13 @@ def image_input(
     if not include_preprocessing:
         return inputs, inputs
     channels = inputs.shape[channel_axis()]
-    mean = _per_channel("mean", mean, IMAGENET_MEAN, channels)
-    std = _per_channel("std", std, IMAGENET_STD, channels)
+    colors = imagenet_colors(channels)
+    mean = _per_channel("mean", colors["mean"] if mean is None else mean, channels)
+    std = _per_channel("std", colors["std"] if std is None else std, channels)
     return inputs, Normalize(mean, std, name="preprocessing")(inputs)
 
 
-def _per_channel(name: str, values, default, channels: int) -> list[float]:
-    if values is None:
-        # One gray channel gets the mean of the three; other counts have no natural default.
-        values = default if channels == 3 else [sum(default) / 3] * channels
+def _per_channel(name: str, values, channels: int) -> list[float]:
     values = [float(v) for v in values]
     if len(values) != channels:
         raise InputError(f"{name} has {len(values)} values for {channels} channels: {values}.")

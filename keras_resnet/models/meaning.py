@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_resnet.layers.norm import Normalize
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.recipes import TASKS
 from keras_resnet.system.errors import InputError, KerasResNetError, one_of, reason_of
@@ -397,6 +398,8 @@ def pixels_of(model: keras.Model) -> str:
         '0..255'
     """
     model = as_functional(model)
+    if isinstance(model.layers[min(1, len(model.layers) - 1)], Normalize):
+        return "0..255"  # however little 16-bit images differ, and it divides by
     front, known = _front(model)
     found = _range_of(model, front) if front else ("normalized" if known else None)
     if found is None or (found == "normalized" and not known):

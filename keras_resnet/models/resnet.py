@@ -23,14 +23,13 @@ def stem(x, spec: ResNetSpec):
     first, second = ("conv1", "bn1") if spec.layout == "torchvision" else ("conv1_0", "conv1_1")
     kernel, strides = (7, 2) if spec.stem == "imagenet" else (3, 1)
     options = {"use_bias": spec.use_bias, "init": spec.init}
-    if spec.stem == "deep":
+    for i, filters in enumerate(spec.stem_filters):
         # timm's names: conv1 is a Sequential, its last batch norm is bn1.
-        for i, strides in ((0, 2), (3, 1)):
-            x = conv(x, spec.widths[0] // 2, 3, strides=strides, name=f"conv1_{i}", **options)
-            x = norm(x, activation="relu", name=f"conv1_{i + 1}")
+        x = conv(x, filters, 3, strides=1 if i else 2, name=f"conv1_{3 * i}", **options)
+        x = norm(x, activation="relu", name=f"conv1_{3 * i + 1}", kind=spec.norm)
         first = "conv1_6"
     x = conv(x, spec.widths[0], kernel, strides=strides, name=first, **options)
-    x = norm(x, activation="relu", name=second)
+    x = norm(x, activation="relu", name=second, kind=spec.norm)
     if spec.stem != "cifar":
         x = MaxPooling2D(3, strides=2, pad=1, name="maxpool")(x)
     return x
@@ -51,6 +50,8 @@ def stages(x, spec: ResNetSpec):
             "groups": spec.groups,
             "use_bias": spec.use_bias,
             "relu_before_add": spec.relu_before_add,
+            "squeeze": spec.squeeze,
+            "norm_kind": spec.norm,
             "layout": spec.layout,
             "init": spec.init,
         }

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.plots import displayed
 from keras_resnet.reports.run_facts import RunFacts
 from keras_resnet.system.errors import reason_of
 
@@ -107,6 +108,7 @@ def _view(
     pixels: np.ndarray, path: str, seen: bool = False, label: str | None = None
 ) -> dict[str, Any]:
     """One JPEG of an image: as it is, as the model saw it, or under the heat map of a class."""
+    pixels = displayed(pixels)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
     image.thumbnail((_SIDES[1],) * 2)
     stream = io.BytesIO()

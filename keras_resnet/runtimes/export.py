@@ -13,7 +13,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.data.preprocess import Preprocess, imagenet_colors
 from keras_resnet.data.sources import image_paths
 from keras_resnet.models.files import load_model, model_input, model_preprocess
 from keras_resnet.models.image_model import as_functional, require_finite_weights
@@ -272,15 +272,12 @@ def _preprocess_for(model: keras.Model, notes: list[str]) -> Preprocess:
     if getattr(model, "info", {}).get("preprocess"):
         return model_preprocess(model)
     height, width, channels = formats.input_size(model)
-    modes = {1: "grayscale", 3: "rgb", 4: "rgba"}
-    if channels not in modes:
-        return Preprocess((height, width), None)  # pictures= must be a batch
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (None, None)
     notes.append(
         f"The model does not say how its images are prepared: compared on {height}x{width} with "
         "ImageNet's normalisation. Set model.info['preprocess'] so that predict knows."
     )
-    return Preprocess((height, width), None, mean=mean, std=std, color_mode=modes[channels])
+    colors = imagenet_colors(channels)
+    return Preprocess((height, width), None, color_mode=channels, **colors)
 
 
 def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndarray, str]:

@@ -136,7 +136,8 @@ def _outputs(model: keras.Model) -> dict[str, Any]:
 
 def _steps(preprocess: Preprocess, pixels: str) -> list[str]:
     """What is to be done to an image before the model gets it, in words."""
-    steps = [f"decode to {preprocess.color_mode}"]
+    mode = preprocess.color_mode
+    steps = [f"decode to {mode if isinstance(mode, str) else f'{mode} channels'}"]
     if preprocess.exif:
         steps.append("turn as EXIF says")
     size = preprocess.resize_size

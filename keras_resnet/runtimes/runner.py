@@ -213,8 +213,8 @@ class KerasRunner(Runner):
 
     def fed(self, preprocess: Preprocess, fed: str) -> str:  # noqa: D102 (of the base)
         self._normal = None
-        if not self._apart or fed == "uint8":
-            return fed
+        if not self._apart or fed == "uint8" or preprocess.color_mode != "rgb":
+            return fed  # of other channels values may have 16 bits
         channels = preprocess.channels
         mean, std = preprocess.mean or (0.0,) * channels, preprocess.std or (1.0,) * channels
         self._normal = Normalize(mean, std, dtype="float32")

@@ -101,7 +101,7 @@ def _trial(recipe: Recipe, data: Data) -> Callable[[int], None]:
     label = (model.output_shape[-1],) if data.objective["soft_labels"] else ()
 
     def step(count: int) -> None:
-        images = in_data_format(np.zeros((count, side, side, 3), np.uint8))
+        images = in_data_format(np.zeros((count, side, side, recipe.channels), np.uint8))
         model.train_on_batch(images, np.zeros((count, *label), "float32" if label else "int64"))
 
     if devices()[0] != "cpu":

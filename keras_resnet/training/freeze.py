@@ -19,6 +19,7 @@ from keras_resnet.weights.keras_files import find_keras_file
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import weighted_layers
 from keras_resnet.weights.published import resolve_weights
+from keras_resnet.weights.sources import adapted_to, how_adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +244,15 @@ def load_pretrained(
 def _load_from_keras(model: keras.Model, path: str, class_names: Sequence[str] | None) -> str:
     other = load_model(path)
     theirs, ours = list(weighted_layers(other)), list(weighted_layers(model))
-    head = ours[-1]
-    expected = {layer.name: _kind(layer) for layer in theirs[:-1]}
+    head, adapted = ours[-1], ""
+    weights = {layer.name: layer.get_weights() for layer in theirs}
+    stem, first = weights[theirs[0].name], ours[0].get_weights()
+    if stem[0].ndim == first[0].ndim == 4 and stem[0].shape[2] == 3 != first[0].shape[2]:
+        channels = first[0].shape[2]
+        turned = adapted_to(stem[0].transpose(3, 2, 0, 1), channels)
+        stem[0] = turned.transpose(2, 3, 1, 0)
+        adapted = f"; {how_adapted(theirs[0].name, channels)}"
+    expected = {layer.name: _kind(layer, weights[layer.name]) for layer in theirs[:-1]}
     wanted = {layer.name: _kind(layer) for layer in ours[:-1]}
     problems = [n for n in {**wanted, **expected} if wanted.get(n) != expected.get(n)]
     if problems:
@@ -252,9 +260,8 @@ def _load_from_keras(model: keras.Model, path: str, class_names: Sequence[str] |
             f"The weights of {path!r} ({other.name}) do not fit {model.name}: "
             f"{len(problems)} layers differ, the first is {problems[0]!r}."
         )
-    sources = {layer.name: layer for layer in theirs}
     for layer in ours[:-1]:
-        layer.set_weights(sources[layer.name].get_weights())
+        layer.set_weights(weights[layer.name])
     before = [plain_name(str(n)) for n in getattr(other, "info", {}).get("class_names") or ()]
     now = [plain_name(name) for name in class_names or ()]
     kept = now and sorted(before) == sorted(now) and _kind(theirs[-1]) == _kind(head)
@@ -262,13 +269,13 @@ def _load_from_keras(model: keras.Model, path: str, class_names: Sequence[str] |
         order = [before.index(name) for name in now]  # the last axis of kernel and bias
         head.set_weights([weight[..., order] for weight in theirs[-1].get_weights()])
     told = "stays, for the classes are the same" if kept else "is new"
-    return f"{len(ours) - 1} layers from {path!r}; {head.name!r} {told}."
+    return f"{len(ours) - 1} layers from {path!r}; {head.name!r} {told}{adapted}."
 
 
-def _kind(layer: keras.layers.Layer) -> tuple:
+def _kind(layer: keras.layers.Layer, weights: Sequence[Any] | None = None) -> tuple:
     """What two layers must share to mean the same by the same weights.
 
     The strides as well: resnet50 and resnet50_v1 have weights of equal shapes.
     """
-    shapes = [tuple(w.shape) for w in layer.weights]
+    shapes = [tuple(w.shape) for w in weights or layer.weights]
     return type(layer).__name__, shapes, getattr(layer, "strides", None)

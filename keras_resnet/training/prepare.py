@@ -21,7 +21,7 @@ from keras_resnet.data.items import Source, taken
 from keras_resnet.data.labels import check_classes, class_weights
 from keras_resnet.data.listing import fingerprint
 from keras_resnet.data.opening import Parts, find_parts, opened, place
-from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, SMALL, Preprocess
+from keras_resnet.data.preprocess import SMALL, Preprocess, imagenet_colors
 from keras_resnet.data.statistics import measured_on
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import Recipe
@@ -34,10 +34,10 @@ from keras_resnet.variants import get_spec
 
 logger = logging.getLogger("keras_resnet")
 
-_NORMALIZATIONS = {
-    "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-    "half": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
-    "dataset": {"mean": None, "std": None},  # measured, on the training images
+_NORMALIZATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "imagenet": imagenet_colors,
+    "half": lambda channels: {"mean": (0.5,) * channels, "std": (0.5,) * channels},
+    "dataset": lambda channels: {"mean": None, "std": None},  # measured, on the training images
 }
 
 _LOOK = 20_000  # images to validate on, up to which all are decoded before the first step
@@ -108,7 +108,8 @@ def prepare_data(
     size = recipe.image_size or get_spec(recipe.model).input_size
     eval_size = recipe.eval_size or size
     _check_sizes(recipe.model, image_size=size, eval_size=eval_size)
-    options = {"exif": exif, **_NORMALIZATIONS[recipe.normalization]}
+    options = {"exif": exif, "color_mode": recipe.channels}
+    options |= _NORMALIZATIONS[recipe.normalization](recipe.channels)
     source = opened(directory)
     found = find_parts(source, exclude)
     parts, names, notes = _split(found, recipe, seed), found.names, list(found.notes)
@@ -149,13 +150,10 @@ def prepare_data(
             # An unreadable last batch would end the first epoch; of many images there is none.
             if part is not None and (strict or part.num_samples <= _LOOK):
                 part.verify()
-        notes += [constant_line(p, training.threads) for p in (training.file_paths, held_out)]
+        if recipe.channels == 3:
+            notes += [constant_line(p, training.threads) for p in (training.file_paths, held_out)]
     return Data(
-        training,
-        validation,
-        test,
-        names,
-        preprocess,
+        *(training, validation, test, names, preprocess),
         size,
         task,
         {"task": task, "soft_labels": mode != "int", "focal": recipe.focal},
@@ -198,7 +196,7 @@ def _check_sizes(variant: str, **sizes: int) -> None:
     spec = get_spec(variant)
     least, side = spec.min_size, min(sizes.values())
     maps = [at for _, shapes, at in spec.weighted_layers(2) if len(shapes["weight"]) == 4]
-    stride = spec.input_size // maps[-1]
+    stride = spec.input_size // min(at for at in maps if at > 1)  # 1: squeeze and excitation
     if least <= side < min(2 * stride, spec.input_size):
         logger.warning(
             "Images of %dx%d are tiny for %s, whose last feature map has one value for %dx%d "
@@ -348,7 +346,7 @@ def new_model(recipe: Recipe, data: Data) -> keras.Model:
         model = create_model(
             recipe.model,
             num_classes=1 if data.task == "binary" else len(data.names),
-            input_shape=image_shape(*sides, 3),
+            input_shape=image_shape(*sides, recipe.channels),
             include_preprocessing=True,
             mean=data.preprocess.mean,
             std=data.preprocess.std,

@@ -58,6 +58,7 @@ class LoadReport:
         cast: Key to (the source's dtype, the model's).
         done: Whether anything was assigned; if not, `loaded` is what would have fitted.
         verification: The proof, where it was asked for.
+        adapted: What was made of an RGB file's first convolution, for images of other channels.
     """
 
     model: str
@@ -78,6 +79,7 @@ class LoadReport:
     cast: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     done: bool = False
     verification: VerifyReport | None = None
+    adapted: str = ""
 
     @property
     def ok(self) -> bool:
@@ -99,6 +101,7 @@ class LoadReport:
         if self.done and self.head != "strict" and self.skipped:
             how = "drawn anew" if self.head == "replace" else "left as it was"
             lines[0] += f", the head {how}"
+        lines[0] += f"; {self.adapted}" if self.adapted else ""
         facts = [self.format, f"sha256 {self.sha256[:8]}..." if self.sha256 else "",
                  f"entry {printable(self.key)!r}" if self.key else "",
                  f"prefix {printable(self.prefix)!r} removed" if self.prefix else "",
@@ -278,7 +281,7 @@ def _plan(name, found: Source, entries: Mapping[str, Entry], own_head, head) -> 
     return LoadReport(
         name, found.label, found.kind, found.sha256, found.key, found.prefix, head,
         found.names, variants_of(shapes), loaded, missing, unexpected, mismatched, skipped,
-        left_out, cast,
+        left_out, cast, adapted=found.adapted,
     )  # fmt: skip
 
 
@@ -413,15 +416,17 @@ def _remember(model: keras.Model, report: LoadReport, found: Source, modules) ->
         "unexpected": sorted(report.unexpected),
         "left_out": grouped(report.left_out, 20),
         "cast": {f"{a} -> {b}": n for (a, b), n in _counted(report.cast.values())},
+        "adapted": report.adapted or None,
         "published_as": found.named.label if found.named else row and f"{row.model} {row.tag}",
         COUNTER: (next(iter(counts.values())) if same else counts) if counts else None,
     }
     preprocess, names = found.preprocess, found.preprocess and hub.imagenet_class_names()
+    channels = next((array.shape[1] for array in found.tensors.values() if array.ndim == 4), 3)
     if named := found.named:
-        sides = {side for side in model.input_shape[1:] if side not in (None, 1, 3)}
+        sides = {side for side in model.input_shape[1:] if side not in (None, channels)}
         preprocess = named.preprocess(sides.pop() if len(sides) == 1 else None)
         names = named.class_names
     if preprocess is not None:
-        model.info["preprocess"] = preprocess.get_config()
+        model.info["preprocess"] = preprocess.for_channels(channels).get_config()
     if names and report.head == "strict" and own_head_of(model) is not None:
         model.info["class_names"] = names

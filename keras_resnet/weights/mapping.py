@@ -49,6 +49,11 @@ _RULES: tuple[tuple[type, str, tuple[tuple[str, str, tuple[int, ...]], ...]], ..
             ("running_var", "moving_variance", (0,)),
         ),
     ),
+    (
+        keras.layers.GroupNormalization,
+        "group norm",
+        (("weight", "gamma", (0,)), ("bias", "beta", (0,))),
+    ),
 )
 KINDS = {0: "a number", 1: "a vector", 2: "a fully connected layer's", 4: "a convolution's"}
 
@@ -119,7 +124,8 @@ def _entries(path: str, layer: keras.layers.Layer) -> tuple[Entry, ...]:
     if strange:
         raise InputError(
             f"Layer {layer.name!r} ({type(layer).__name__}) has weights without a counterpart in "
-            f"torch: {', '.join(strange)}. Conv2D, Dense and BatchNormalization can be mapped."
+            f"torch: {', '.join(strange)}. Conv2D, Dense, BatchNormalization and "
+            "GroupNormalization can be mapped."
         )
     if isinstance(layer, keras.layers.BatchNormalization):
         entries.append(Entry(f"{path}.{COUNTER}", ()))
@@ -145,7 +151,8 @@ def expected_keys(model: keras.Model) -> dict[str, Shape]:
     """The state dict that belongs to a model: keys and shapes, in torch's order.
 
     Args:
-        model: A built Keras model of Conv2D, Dense, BatchNormalization and layers without weights.
+        model: A built Keras model of Conv2D, Dense, norms of batches and groups, and layers without
+            weights.
 
     Returns:
         Key to shape as torch has it: kernels (out, in / groups, height, width), Linear (out, in).

@@ -261,6 +261,7 @@ def beside(
         others: Prefixes of other networks, whose entries do not count as near.
     """
     own = set(names.values())
+    modules = {name.rpartition(".")[0] for name in own}  # a batch norm is no group norm
     kinds = {_kind(names[key][len(prefix) :]) for key in body if key in names}
     inside = tuple(p for p in others if p != prefix and p.startswith(prefix))
     near, strange, rest = [], [], []
@@ -269,7 +270,7 @@ def beside(
             continue
         if not name.startswith(prefix) or (inside and name.startswith(inside)):
             rest.append(name)
-        elif _kind(name[len(prefix) :]) in kinds:
+        elif _kind(name[len(prefix) :]) in kinds or name.rpartition(".")[0] in modules:
             if not name.endswith(COUNTER):
                 strange.append(name)
         elif len(shape) > 2:

@@ -31,6 +31,7 @@ class Architecture:
     Attributes:
         family: `"resnet"` (torchvision's names), `"resnet_cifar"` (the same with a 3x3 stem),
             `"resnet_d"` (timm's names: three 3x3 in the stem, a pooled shortcut),
+            any of these with squeeze and excitation (`se`) or group norms,
             `"resnet_stage"` (stages named `stage1` ..., a ReLU before the addition as well),
             `"resnet_sequential"` (`longway`, `shortway`, biased convolutions), `"alexnet"`
             (torchvision's), `"alexnet_paper"` or `"alexnet_cifar10"`.
@@ -70,13 +71,15 @@ class Conv:
 class Block:
     """One residual block; a shortcut is a convolution, `"zero_padding"` or `None` (identity).
 
-    `pooled` is the stride of an average pooling before the shortcut's convolution.
+    `pooled` is the stride of an average pooling before the shortcut's convolution, `squeeze` the
+    two layers of squeeze and excitation.
     """
 
     branch: tuple[Conv, ...]
     shortcut: Conv | Literal["zero_padding"] | None
     relu_before_add: bool
     pooled: int = 1
+    squeeze: tuple[Conv, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +89,13 @@ class Plan:
     convs: tuple[Conv, ...]
     stages: dict[str, tuple[Block, ...]]
     linears: tuple[str, ...]
+    norm_groups: int = 0  # of group norms; 0 is batch norm
 
     def every_conv(self) -> Iterator[Conv]:
         """All convolutions, those of the shortcuts behind their branches."""
         yield from self.convs
         for block in (block for stage in self.stages.values() for block in stage):
-            yield from block.branch
+            yield from (*block.branch, *block.squeeze)
             if isinstance(block.shortcut, Conv):
                 yield block.shortcut
 
@@ -176,15 +180,18 @@ def forward(
     def weight(name: str) -> np.ndarray:
         return entries[name].astype(dtype, copy=False)
 
+    def run(x: np.ndarray, conv: Conv) -> np.ndarray:
+        return _conv_norm(x, conv, weight, plan.norm_groups)
+
     outputs = {}
     for conv in plan.convs:
-        x = relu(_conv_norm(x, conv, weight))
+        x = relu(run(x, conv))
         if conv.pool:
             x = max_pool(x, *conv.pool, where=f"{conv.name}'s pooling")
     outputs["stem" if plan.stages else "features"] = x
     for name, blocks in plan.stages.items():
         for block in blocks:
-            x = _residual(x, block, weight)
+            x = _residual(x, block, run)
         outputs[name] = x
     if plan.stages:
         x = outputs["pool"] = x.mean(axis=(2, 3))
@@ -319,7 +326,9 @@ def _resnet(found: Architecture, entries: dict[str, np.ndarray], stride_on: str 
             else _block(f"{name}.{j}", stride if j == 0 else 1, found, entries, on_first)
             for j in range(depth)
         )
-    return Plan(stem, stages, (_head(entries),))
+    # Of 32 groups, torch's and timm's default: the entries do not tell.
+    groups = 0 if any(key.endswith(".running_mean") for key in entries) else 32
+    return Plan(stem, stages, (_head(entries),), groups)
 
 
 def _block(name, stride: int, found: Architecture, entries, stride_on_first: bool) -> Block:
@@ -336,6 +345,9 @@ def _block(name, stride: int, found: Architecture, entries, stride_on_first: boo
     shortcut: Conv | str | None = None
     # The channels change where the last convolution writes others than the first one reads; a
     # convolution that is missing or of a wrong rank is reported by check.
+    squeeze: tuple[Conv, ...] = ()
+    if f"{name}.se.fc1.weight" in entries:
+        squeeze = tuple(Conv(f"{name}.se.fc{i}", 1, bias=True) for i in (1, 2))
     first, last = (entries.get(f"{conv.name}.weight") for conv in (branch[0], branch[-1]))
     whole = first is not None and last is not None and first.ndim == last.ndim == 4
     if stride > 1 or (whole and first.shape[1] != last.shape[0]):
@@ -344,10 +356,10 @@ def _block(name, stride: int, found: Architecture, entries, stride_on_first: boo
             shortcut = "zero_padding"
         elif found.family == "resnet_d":  # downsample.0 is the pooling, or an identity
             shortcut = Conv(f"{name}.downsample.1", 1, norm=f"{name}.downsample.2")
-            return Block(branch, shortcut, relu_before_add=False, pooled=stride)
+            return Block(branch, shortcut, False, pooled=stride, squeeze=squeeze)
         else:
             shortcut = Conv(f"{name}.downsample.0", 1, stride, norm=f"{name}.downsample.1")
-    return Block(branch, shortcut, relu_before_add=found.family == "resnet_stage")
+    return Block(branch, shortcut, found.family == "resnet_stage", squeeze=squeeze)
 
 
 def _sequential_block(stage: str, index: int, stride: int) -> Block:
@@ -381,15 +393,19 @@ def _check_images(images: np.ndarray, found: Architecture) -> np.ndarray:
 # --- Arithmetic ----------------------------------------------------------------------------------
 
 
-def _residual(x: np.ndarray, block: Block, weight) -> np.ndarray:
+def _residual(x: np.ndarray, block: Block, run) -> np.ndarray:
     y = x
     for i, conv in enumerate(block.branch):
-        y = _conv_norm(y, conv, weight)
+        y = run(y, conv)
         if i < len(block.branch) - 1 or block.relu_before_add:
             y = relu(y)
+    if block.squeeze:
+        first, second = block.squeeze
+        gate = run(relu(run(y.mean(axis=(2, 3), keepdims=True), first)), second)
+        y = y / (1 + np.exp(-gate))
     if isinstance(block.shortcut, Conv):
         x = _average_pool(x, block.pooled) if block.pooled > 1 else x
-        x = _conv_norm(x, block.shortcut, weight)
+        x = run(x, block.shortcut)
     elif block.shortcut == "zero_padding":
         # Every second pixel, and zero channels on both sides of the old ones (option A).
         side = (y.shape[1] - x.shape[1]) // 2
@@ -398,11 +414,17 @@ def _residual(x: np.ndarray, block: Block, weight) -> np.ndarray:
     return relu(y)
 
 
-def _conv_norm(x: np.ndarray, conv: Conv, weight) -> np.ndarray:
+def _conv_norm(x: np.ndarray, conv: Conv, weight, norm_groups: int) -> np.ndarray:
     kernel = weight(f"{conv.name}.weight")
     y = conv2d(x, kernel, conv.stride, conv.padding, conv.groups, conv.name)
     if conv.bias:
         y += weight(f"{conv.name}.bias")[:, None, None]
+    if conv.norm and norm_groups:
+        gamma, beta = (weight(f"{conv.norm}.{e}")[:, None, None] for e in NORM_ENTRIES[:2])
+        parts = y.reshape(len(y), norm_groups, -1)
+        mean, variance = (f(axis=2, keepdims=True) for f in (parts.mean, parts.var))
+        parts = (parts - mean) / np.sqrt(variance + np.asarray(_EPSILON, y.dtype))
+        return parts.reshape(y.shape) * gamma + beta
     if conv.norm:
         gamma, beta, mean, variance = (weight(f"{conv.norm}.{e}") for e in NORM_ENTRIES)
         scale = gamma / np.sqrt(variance + np.asarray(_EPSILON, variance.dtype))

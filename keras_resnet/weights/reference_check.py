@@ -14,12 +14,13 @@ NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
 def check(plan: Any, found: Any, entries: dict[str, np.ndarray]) -> None:
     """Raises InputError unless the entries are the plan's, all of them, in shapes that fit."""
     kinds: dict[str, str] = {}
+    kind, norm = ("group", NORM_ENTRIES[:2]) if plan.norm_groups else ("batch", NORM_ENTRIES)
     for conv in plan.every_conv():
         kinds[f"{conv.name}.weight"] = "convolution"
         if conv.bias:
             kinds[f"{conv.name}.bias"] = "bias"
         if conv.norm:
-            kinds |= {f"{conv.norm}.{entry}": "batch norm" for entry in NORM_ENTRIES}
+            kinds |= {f"{conv.norm}.{entry}": f"{kind} norm" for entry in norm}
     for name in plan.linears:
         kinds |= {f"{name}.weight": "linear layer", f"{name}.bias": "bias"}
     counters = {f"{conv.norm}.num_batches_tracked" for conv in plan.every_conv() if conv.norm}
@@ -41,13 +42,13 @@ def check(plan: Any, found: Any, entries: dict[str, np.ndarray]) -> None:
 
     channels = found.in_channels
     for conv in plan.convs:
-        channels = _check_conv(conv, channels, entries)
+        channels = _check_conv(conv, channels, entries, norm)
     for block in (block for stage in plan.stages.values() for block in stage):
         out = channels
-        for conv in block.branch:
-            out = _check_conv(conv, out, entries)
+        for conv in (*block.branch, *block.squeeze):
+            out = _check_conv(conv, out, entries, norm)
         if hasattr(block.shortcut, "kernel"):
-            channels = _check_conv(block.shortcut, channels, entries)
+            channels = _check_conv(block.shortcut, channels, entries, norm)
         elif block.shortcut == "zero_padding" and out >= channels and (out - channels) % 2 == 0:
             channels = out
         if channels != out:
@@ -66,7 +67,9 @@ def check(plan: Any, found: Any, entries: dict[str, np.ndarray]) -> None:
         features = rows
 
 
-def _check_conv(conv: Any, channels: int, entries: dict[str, np.ndarray]) -> int:
+def _check_conv(
+    conv: Any, channels: int, entries: dict[str, np.ndarray], norm: tuple[str, ...]
+) -> int:
     """The convolution's output channels, its shapes having been compared with what it reads."""
     shape = shape_of(entries, f"{conv.name}.weight", 4)
     fits = shape[1] * conv.groups == channels and shape[0] % conv.groups == 0
@@ -77,7 +80,7 @@ def _check_conv(conv: Any, channels: int, entries: dict[str, np.ndarray]) -> int
             f"convolution of {channels} channels{groups} (out, in / groups, height, width)."
         )
     vectors = [f"{conv.name}.bias"] if conv.bias else []
-    vectors += [f"{conv.norm}.{entry}" for entry in NORM_ENTRIES] if conv.norm else []
+    vectors += [f"{conv.norm}.{entry}" for entry in norm] if conv.norm else []
     for key in vectors:
         if shape_of(entries, key, 1) != (shape[0],):
             raise InputError(f"{key!r} has {len(entries[key])} values for {shape[0]} channels.")

@@ -46,6 +46,7 @@ class Source:
     published: published.TorchvisionWeights | None = None
     named: download.HubFile | None = None
     preprocess: Preprocess | None = None  # of a published file
+    adapted: str = ""
     network: Network = dataclasses.field(default_factory=lambda: Network("", TORCHVISION, {}))
     whole: bool = False  # every entry of the network's body is there
     beside: dict[str, Shape] = dataclasses.field(default_factory=dict)
@@ -128,6 +129,8 @@ def read_source(
         if named.strides:
             found.strides, found.strides_from = named.strides, "its config.json"
     _find_strides(found)
+    if wanted is not None:
+        _adapt_channels(found, wanted)
     return found
 
 
@@ -308,6 +311,42 @@ def several(label: str, key: str, prefix: str, networks: Iterable[Network]) -> s
         listed.append(f"key={printable(front)!r}{what}")
     shown = ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
     return f"{label} holds {len(listed)} networks that fit; name one of {shown}."
+
+
+def adapted_to(weight: np.ndarray, channels: int) -> np.ndarray:
+    """A first convolution of three channels for others, as timm's `adapt_input_conv` makes it.
+
+    Summed for one channel, which answers as for three equal ones; else repeated, and scaled to the
+    same sum.
+
+    Args:
+        weight: As torch has it, (out, 3, height, width).
+        channels: How many instead.
+
+    Examples:
+        >>> [adapted_to(np.ones((1, 3, 1, 1)), n).ravel().tolist() for n in (1, 4)]
+        [[3.0], [0.75, 0.75, 0.75, 0.75]]
+    """
+    if channels == 1:
+        return weight.sum(axis=1, keepdims=True, dtype=weight.dtype)
+    repeated = np.tile(weight, (1, -(-channels // 3), 1, 1))[:, :channels]
+    return repeated * weight.dtype.type(3 / channels)
+
+
+def how_adapted(key: str, channels: int) -> str:
+    """What `adapted_to` did, for a person."""
+    how = "summed for 1" if channels == 1 else f"repeated and scaled for {channels}"
+    return f"{key} of 3 channels {how}"
+
+
+def _adapt_channels(found: Source, expected: Mapping[str, Shape]) -> None:
+    key = next((key for key, shape in expected.items() if len(shape) == 4), None)
+    weight, shape = found.tensors.get(key), expected.get(key)
+    if weight is None or weight.ndim != 4 or weight.shape[1] != 3 or weight.dtype.kind != "f":
+        return
+    if shape[1] != 3 and (*weight.shape[:1], *weight.shape[2:]) == (*shape[:1], *shape[2:]):
+        found.tensors[key] = adapted_to(weight, shape[1])
+        found.adapted = how_adapted(key, shape[1])
 
 
 def to_json_text(value: dict[str, Any], path) -> str:

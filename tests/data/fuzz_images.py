@@ -108,6 +108,9 @@ def samples() -> dict[str, bytes]:
         stream = io.BytesIO()
         image.save(stream, kind, **options)
         files[name] = stream.getvalue()
+    stream = io.BytesIO()
+    np.save(stream, np.asarray(alpha)[..., [0, 1, 2, 3, 0]])
+    files["many.npy"] = stream.getvalue()
     numbers = " ".join(map(str, np.asarray(rgb.resize((8, 6))).ravel()))
     files["words.ppm"] = f"P3 # made by hand\n8 6\n255\n{numbers}\n".encode()
     return files
@@ -291,14 +294,15 @@ def read(path: pathlib.Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for mode, channels in (("rgb", 3), ("grayscale", 1), ("rgba", 4)):
+            for mode, channels in (("rgb", 3), ("grayscale", 1), ("rgba", 4), (5, 5)):
                 try:
                     pixels = decode(path, exif=mode != "rgb", color_mode=mode)
                 except DataError as error:
                     assert path.name in str(error) and "\n" not in str(error), str(error)
                     told.append("refused")
                 else:
-                    assert pixels.dtype == np.uint8 and pixels.ndim == 3, pixels.shape
+                    deep = pixels.dtype == np.float32 and mode != "rgb"
+                    assert (pixels.dtype == np.uint8 or deep) and pixels.ndim == 3, pixels.shape
                     assert pixels.shape[-1] == channels and 0 < pixels.size <= 8 * PIXELS
                     told.append("read")
             seen = _look(str(path))

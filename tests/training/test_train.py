@@ -21,12 +21,17 @@ from PIL import Image
 
 from keras_resnet.cli import main as cli
 from keras_resnet.inference.evaluate import evaluate
+from keras_resnet.inference.explain import iter_explanations
 from keras_resnet.inference.predict import predict
+from keras_resnet.inference.service import Service
 from keras_resnet.models.files import load_model
+from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import get_recipe
+from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.progress import shows_bars
 from keras_resnet.training import callbacks as run_callbacks, train as training
+from keras_resnet.training.freeze import load_pretrained
 from keras_resnet.training.prepare import prepare_data
 from keras_resnet.training.schedules import make_schedule
 from keras_resnet.training.train import train
@@ -794,3 +799,36 @@ def test_a_runs_config_says_it_all_again_and_what_is_given_changes_it(
     for wrong, said in ((tmp_path, "is no record of a run"), ("nix", "'nix' does not exist")):
         code, _, err = run_cli("train", "--config", wrong, capsys=capsys)
         assert code == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_five_channels_of_16_bits_from_the_folder_to_the_report(tmp_path):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("low", "high")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(8):  # told apart by what 8 bits do not keep
+            pixels = rng.integers(0, 60, (20, 20, 5)) + 180 * k
+            np.save(tmp_path / "data" / name / f"{i}.npy", pixels.astype(np.uint16))
+    options = {**TINY, "epochs": 4, "normalization": "dataset", "crop": "none", "report": True}
+    result = train(tmp_path / "data", output=tmp_path, channels=5, learning_rate=0.05, **options)
+    assert result.model.input_shape[-1] == 5 and result.evaluation.top1 == 1.0
+    assert result.model.info["preprocess"]["color_mode"] == 5
+    file = str(tmp_path / "data" / "high" / "0.npy")
+    model = load_model(result.folder)
+    assert predict(model, file)[0].classes[0][0] == "high"
+    rgb = create_model("resnet_tiny", num_classes=2)
+    rgb.save(tmp_path / "rgb.keras")
+    line = load_pretrained(model, tmp_path / "rgb.keras")
+    assert line.endswith("conv1 of 3 channels repeated and scaled for 5.")
+    stem = rgb.get_layer("conv1").get_weights()[0]
+    adapted = model.get_layer("conv1").get_weights()[0]
+    np.testing.assert_allclose(adapted, stem[:, :, [0, 1, 2, 0, 1]] * 0.6, rtol=1e-6)
+    model = load_model(result.folder)
+    assert evaluate(model, tmp_path / "data", engine="keras").top1 == 1.0
+    explanation = next(iter_explanations(model, [file]))
+    assert explanation.overlay().shape[-1] == 3
+    assert (result.folder / "report.html").stat().st_size > 10_000
+    service = Service(open_runner(model), model)
+    [answer] = service.results([(file, pathlib.Path(file).read_bytes)], heat=True)
+    assert answer.classes[0][0] == "high" and answer.heat is not None

@@ -53,10 +53,11 @@ def randomise_statistics(module, seed: int = 0):
     """Batch norms as after training: fresh ones (mean 0, variance 1) hide what is swapped."""
     generator = torch.Generator().manual_seed(seed)
     for child in module.modules():
-        if isinstance(child, torch.nn.BatchNorm2d):
+        if isinstance(child, torch.nn.BatchNorm2d | torch.nn.GroupNorm):
             with torch.no_grad():
                 child.weight.uniform_(0.5, 1.5, generator=generator)
                 child.bias.uniform_(-0.3, 0.3, generator=generator)
+        if isinstance(child, torch.nn.BatchNorm2d):
             child.running_mean.uniform_(-0.3, 0.3, generator=generator)
             child.running_var.uniform_(0.5, 1.5, generator=generator)
             child.num_batches_tracked.fill_(1234)
@@ -197,29 +198,39 @@ def test_shapes_from_the_table_are_the_built_models(name):
     assert matching_variants(expected_keys(model)) == [(name, 7)]
 
 
-@pytest.fixture(scope="module")
-def timm_resnet50d(torchvision):
+TIMMS = [name for name, spec in SPECS.items() if "timm" in spec.source]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", TIMMS)
+def test_shapes_from_the_table_are_timms(torchvision, name):
     timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    return randomise_statistics(timm.create_model("resnet50d", num_classes=10))
+    with torch.device("meta"):
+        state = timm.create_model(name, num_classes=7).state_dict()
+    theirs = [(key, tuple(tensor.shape)) for key, tensor in state.items()]
+    assert list(spec_shapes(SPECS[name], num_classes=7).items()) == theirs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "side",
-    [pytest.param(64, marks=pytest.mark.once), 75],  # an odd map: a window over its edge
-)
-def test_resnet50d_is_timms(timm_resnet50d, side, rng):
-    module = timm_resnet50d
+    "name",
+    ["resnet14t", *(pytest.param(name, marks=pytest.mark.once)
+                    for name in ("resnet10t", "resnet50d", "seresnet50", "resnet50_gn"))],
+)  # fmt: skip
+def test_timms_rows_answer_as_timm(torchvision, name, rng):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    module, side = randomise_statistics(timm.create_model(name, num_classes=10)), 75
     state = {key: tensor.numpy() for key, tensor in module.state_dict().items()}
-    model = create_model("resnet50d", num_classes=10, input_shape=(side, side, 3))
+    model = create_model(name, num_classes=10, input_shape=(side, side, 3))
     assert list(expected_keys(model).items()) == [(k, v.shape) for k, v in state.items()]
     assert load_torchvision(model, state).ok
     images = rng.standard_normal((2, side, side, 3)).astype("float32")
     with torch.no_grad():
         theirs = module(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
-    ours = keras.ops.convert_to_numpy(model(images, training=False))
-    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+    for ours in (model(images, training=False), model.predict_on_batch(images)):
+        ours = keras.ops.convert_to_numpy(ours)
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
     assert verify(model, state, images=images).passed
     assert all(np.array_equal(value, state[key]) for key, value in to_torchvision(model).items()
                if not key.endswith("num_batches_tracked"))  # fmt: skip
@@ -825,3 +836,25 @@ def test_planning_needs_no_torch(monkeypatch, resnet20):
     state = {key: tensor.numpy() for key, tensor in torch_resnet20().items()}
     monkeypatch.setattr(torch.Tensor, "detach", None)
     assert sources.read_source(state, None, expected_keys(resnet20), None).shapes
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("channels, how", [(1, "summed for 1"), (5, "repeated and scaled for 5")])
+def test_rgb_weights_fit_other_channels_as_timm_adapts_them(channels, how, tmp_path):
+    rgb = create_model("resnet_tiny")
+    path = tmp_path / "rgb.pth"
+    save_torchvision(rgb, path)
+    model = create_model("resnet_tiny", weights=path, input_shape=(16, 16, channels))
+    stem, theirs = (m.get_layer("conv1").get_weights()[0] for m in (model, rgb))
+    expected = (
+        theirs.sum(2, keepdims=True) if channels == 1 else theirs[:, :, [0, 1, 2, 0, 1]] * 0.6
+    )
+    np.testing.assert_allclose(stem, expected, rtol=1e-6)
+    timm = pytest.importorskip("timm.models._manipulate")
+    torch = pytest.importorskip("torch")
+    torch_stem = timm.adapt_input_conv(channels, torch.tensor(theirs.transpose(3, 2, 0, 1)))
+    np.testing.assert_allclose(stem.transpose(3, 2, 0, 1), torch_stem.numpy(), rtol=1e-6)
+    assert verify(model, path).passed
+    report = load_torchvision(model, path)
+    assert str(report).splitlines()[0].endswith(f"; conv1.weight of 3 channels {how}")
+    assert how in model.info["weights"]["adapted"]
