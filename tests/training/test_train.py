@@ -23,7 +23,7 @@ from keras_resnet.cli import main as cli
 from keras_resnet.inference.evaluate import evaluate
 from keras_resnet.inference.explain import iter_explanations
 from keras_resnet.inference.predict import predict
-from keras_resnet.inference.service import Service
+from keras_resnet.inference.service import Limits, Service
 from keras_resnet.models.files import load_model
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import get_recipe
@@ -829,6 +829,6 @@ def test_five_channels_of_16_bits_from_the_folder_to_the_report(tmp_path):
     explanation = next(iter_explanations(model, [file]))
     assert explanation.overlay().shape[-1] == 3
     assert (result.folder / "report.html").stat().st_size > 10_000
-    service = Service(open_runner(model), model)
+    service = Service(open_runner(model), model, Limits(), None)
     [answer] = service.results([(file, pathlib.Path(file).read_bytes)], heat=True)
     assert answer.classes[0][0] == "high" and answer.heat is not None
