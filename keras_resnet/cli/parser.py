@@ -39,11 +39,11 @@ RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe)[3:])
 
 # Where a recipe's fields stand in the help; `--help` shows the first three groups.
 _GROUPS = {
-    "Data": "val_split channels",
+    "Data": "val_split",
     "Model": "model weights image_size unfreeze",
     "Training": "epochs batch_size learning_rate weight_decay optimizer schedule patience "
     "precision",
-    "Sizes and crops": "crop crop_scale eval_size eval_resize resize_exact interpolation "
+    "Sizes and crops": "channels crop crop_scale eval_size eval_resize resize_exact interpolation "
     "normalization",
     "Augmentation": "flip vertical_flip rotation policy color_jitter grayscale blur random_erasing "
     "mixup cutmix label_smoothing repeats",

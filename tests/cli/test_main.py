@@ -114,7 +114,7 @@ def test_help_models_scan_and_inspect_import_no_keras(world):
     assert [(code, err, modules) for code, _, err, modules in found] == [(0, "", [])] * len(lines)
     for (_, out, *_), told in zip(
         found,
-        ["COMMAND", "resnet50_v1_relu   25,557,032   3.858  224x224  -", "68,883,240  11.398",
+        ["COMMAND", "resnet50_v1_relu    25,557,032   3.858  224x224  -", "68,883,240  11.398",
          "3 images", "weights for resnet20, 10 classes", "resnet_tiny: ", "Recipe cifar"],
         strict=False,
     ):  # fmt: skip
@@ -293,7 +293,7 @@ HABITS = [
     ("report runs/a --output x.pdf", "must end in .html or .htm. Received: 'x.pdf'."),
     ("report runs/a --output /proc/x.html", "Cannot write '/proc/x.html'"),
     ("scan photos --sheet x.doc", "must end in .png, .jpg or .jpeg. Received: 'x.doc'."),
-    ("scan photos --exclude-list photos/ants/1.png", "is an image or a model: give another name."),
+    ("scan photos --exclude-list photos/ants/1.png", "is an image in 'photos': give another name."),
     ("scan photos --json /dev/null", "'/dev/null' is a device or a pipe; a file is needed."),
     ("inspect https://example.org/x.pth", "It is an address: download it"),
     ("convert x.keras r20.pth", "comes first: keras-resnet convert r20.pth x.keras"),

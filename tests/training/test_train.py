@@ -557,7 +557,7 @@ def test_weights_with_another_number_of_classes_go_under_a_new_head(finished, tm
 def test_two_processes_do_not_train_in_one_folder(pictures, tmp_path):
     from keras_resnet.training.run_folder import Run
 
-    first = Run.find(tmp_path, "x", {}, False)
+    first = Run.find(tmp_path, "x", {"recipe": {}}, False)
     first.open()
     with pytest.raises(InputError, match="Another process"):
         Run(first.folder, {}).open()
