@@ -64,6 +64,9 @@ _PIXELS = arg("--pixels RANGE", "what the model takes, where its layers do not t
 _ENGINES = "keras, openvino, onnxruntime, torch; auto"
 _ENGINE = arg("--engine NAME=auto", f"{_ENGINES} takes one where it pays", check_engine)
 
+_TTA = arg("--tta NAME", "flip: the mean of the image's and its mirror image's probabilities",
+           choices=("flip",))  # fmt: skip
+
 _TF32 = arg("--tf32", "let a GPU compute float32 on 10 bits; as the backend has it by default",
             action=argparse.BooleanOptionalAction, default=None, rare=True)  # fmt: skip
 
@@ -133,7 +136,7 @@ COMMANDS = {
             check_images),
         arg("--split", "which of them", choices=("test", "val", "train")),
         arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
-        _BATCH, _WORKERS, _DEVICES, _STRICT, _ENGINE, _PIXELS, _TF32, *_SOURCE,
+        _BATCH, _WORKERS, _DEVICES, _STRICT, _ENGINE, _PIXELS, _TTA, _TF32, *_SOURCE,
     ], order=model_first),
     "calibrate": Command(predicting.calibrate, "measure how sure a model may be, and keep it", [
         arg("model MODEL", "a .keras file or a run folder", keras_model),
@@ -147,7 +150,9 @@ COMMANDS = {
         _BATCH, _WORKERS, _PIXELS, *_SOURCE,
     ]),
     "predict": Command(predicting.predict, "classify images", [
-        _MODEL, _IMAGES, _TOP,
+        arg("model MODEL", "a .keras file, a run folder, or resnet18: published weights; the mean "
+            "of several", model),
+        _IMAGES, _TOP,
         arg("--output FILE", "write .csv, .jsonl or .parquet as answers come, and print none; for "
             "any number of images: an interrupted run goes on"),
         arg("--restart", "never go on from an interrupted --output"),
@@ -156,7 +161,7 @@ COMMANDS = {
         arg("--plot FILE", "draw the images with their titles", written(*_FIGURE)),
         arg("--min-confidence X=0", "answer 'unknown' where it is less sure",
             functools.partial(between, "min_confidence", low=0, high=1)),
-        _BATCH, _WORKERS, _DEVICES, _ENGINE, _PIXELS, _TF32, _COLUMNS,
+        _BATCH, _WORKERS, _DEVICES, _ENGINE, _PIXELS, _TTA, _TF32, _COLUMNS,
     ], order=model_first),
     "explain": Command(predicting.explain, "draw where a model looked, by Grad-CAM", [
         _KERAS_MODEL, _IMAGES,

@@ -19,6 +19,7 @@ from keras_resnet.system.errors import InputError, require
 from keras_resnet.system.files import printable
 from keras_resnet.system.process import restarted, several, threads_each
 from keras_resnet.weights.keras_files import find_keras_file, write_info
+from keras_resnet.weights.published import named_variant
 
 
 def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,13 +52,17 @@ def _say_backend() -> None:
     print(f"Backend: {backend_line()}", flush=True)
 
 
-def _open(model: str, engine: str, images: Sequence[str] | Images, begun: Path | None = None):
-    """A model ready to run; says which backend and engine do, and why."""
-    checks.runtime(model, engine)
+def _open(
+    model: str | list[str], engine: str, images: Sequence[str] | Images, tta: str | None,
+    begun: Path | None = None,
+):  # fmt: skip
+    """A model, or several, ready to run; says which backend and engine do, and why."""
+    for one in [model] if isinstance(model, str) else model:
+        checks.runtime(one, engine)
     _say_backend()
     from keras_resnet.inference.predict import runner_for
 
-    runner = runner_for(model, images, engine, begun=begun)
+    runner = runner_for(model, images, engine, begun=begun, tta=tta)
     print(f"Engine: {runner}", flush=True)
     return runner
 
@@ -70,13 +75,13 @@ def _say_unreadable(count: int, images: Sequence[str] | Images) -> None:
 @_shared
 def evaluate(
     model: str, directory: str, split: str | None, engine: str, columns: str | None,
-    label_regex: str | None, **options: Any,
+    label_regex: str | None, tta: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Measures a model on a labelled folder."""
     images = checks.images(directory, columns, label_regex)
     print(printable(labelled_place(images, split)), flush=True)
     paths, labels, names = _found(lambda: labelled(images, split))
-    runner = _open(model, engine, paths)
+    runner = _open(model, engine, paths, tta)
     # Not the folder, which would be walked again.
     print(kr.evaluate(runner, Files(paths, labels=labels, class_names=names), **options))
 
@@ -84,9 +89,14 @@ def evaluate(
 @_shared
 def predict(
     model: str, paths: list[str], output: str | None, restart: bool, engine: str,
-    csv: str | None, json: str | None, plot: str | None, columns: str | None, **options: Any,
+    csv: str | None, json: str | None, plot: str | None, columns: str | None, tta: str | None,
+    **options: Any,
 ) -> int:  # fmt: skip
     """Classifies images; 2 where none could be read."""
+    models = [model]
+    while len(paths) > 1 and (checks.is_model(paths[0]) or named_variant(paths[0])):
+        checks.model(paths[0])
+        models.append(paths.pop(0))
     wanted = [path for path in (csv, json, plot) if path is not None]
     if output is not None:
         if output == STDOUT:
@@ -95,7 +105,7 @@ def predict(
         if wanted:
             raise InputError("--output stands alone: leave out --csv, --json and --plot.")
         images = checks.pictures(paths, columns)
-        return _predict_to_file(model, images, output, engine=engine, restart=restart, **options)
+        return _predict_to_file(models, images, output, tta, engine, restart, **options)
     from keras_resnet.inference.prediction_files import check_replaceable
 
     for path in (csv, json):
@@ -103,7 +113,7 @@ def predict(
             check_replaceable(Path(path).expanduser())
     images = checks.pictures(paths, columns)
     with piped(csv, json) as stdout:
-        runner = _open(model, engine, images)
+        runner = _open(models, engine, images, tta)
         from keras_resnet.inference.calibration import gives_answers
         from keras_resnet.inference.prediction_files import PredictionTable
         from keras_resnet.inference.saving import predictions_text
@@ -137,14 +147,15 @@ def predict(
 
 
 def _predict_to_file(
-    model: str, images: Images, name: str, engine: str, restart: bool, **options: Any
-) -> int:
+    model: list[str], images: Images, name: str, tta: str | None, engine: str, restart: bool,
+    **options: Any,
+) -> int:  # fmt: skip
     from keras_resnet.inference.prediction_files import check_output
     from keras_resnet.system.progress import Progress, ProgressLine
 
     output, last = check_output(name), Progress(0, 0)
     restart = restart and not restarted()  # torchrun gives all the same words again
-    runner = _open(model, engine, images, None if restart else output)
+    runner = _open(model, engine, images, tta, None if restart else output)
 
     def progress(now: Progress) -> None:
         nonlocal last

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images, Sources
-from keras_resnet.inference.predict import computed_rows, found_images
+from keras_resnet.inference.stream import computed_rows, found_images
 from keras_resnet.models.features import embedding_model
 from keras_resnet.models.files import images_at_a_time, load_model, model_input
 from keras_resnet.runtimes.runner import KerasRunner

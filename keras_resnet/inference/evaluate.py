@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_resnet import plots
@@ -22,8 +21,8 @@ from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.inference.calibration import calibration
 from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.models.meaning import Meaning
+from keras_resnet.runtimes.averaged import Models, open_averaged
 from keras_resnet.runtimes.runner import Runner
-from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.files import (
     column,
@@ -191,7 +190,7 @@ class Evaluation(Shown):
 
 
 def evaluate(
-    model: keras.Model | Runner | str | os.PathLike,
+    model: Models,
     data: str | os.PathLike | Source | ImageDataset,
     *,
     batch_size: int = 32,
@@ -202,11 +201,13 @@ def evaluate(
     output: str | os.PathLike | None = None,
     engine: str = "auto",
     pixels: str | None = None,
+    tta: str | None = None,
 ) -> Evaluation:
     """Measures a model on labelled images.
 
     Args:
-        model: A model, a `.keras` file or a run folder, or a `Runner`.
+        model: A model, a `.keras` file or a run folder, or a `Runner`; or several in a list, as for
+            `predict`.
         data: A folder with a folder a class, or one that holds such folders as `test`, `val` and
             `train`; or an unshuffled `ImageDataset`; or a table, shards or arrays. Classes go by
             their names: the folder may lack some of the model's, but has none that the model does
@@ -221,6 +222,7 @@ def evaluate(
         output: A folder for `evaluation.json`, `predictions.csv` and `confusion_matrix.png`.
         engine: What runs the model, as for `predict`.
         pixels: As for `predict`.
+        tta: As for `predict`.
 
     Returns:
         The `Evaluation`.
@@ -232,7 +234,7 @@ def evaluate(
         NotFoundError: A path does not exist.
     """
     answers = answers_of(
-        model, data, batch_size, workers, split, preprocess, strict, engine, pixels
+        model, data, batch_size, workers, split, preprocess, strict, engine, pixels, tta
     )
 
     def made() -> Evaluation:
@@ -244,14 +246,16 @@ def evaluate(
     return sharers().from_first(made)
 
 
-def answers_of(model, data, batch_size, workers, split, preprocess, strict, engine, pixels):
+def answers_of(
+    model, data, batch_size, workers, split, preprocess, strict, engine, pixels, tta=None
+):
     """What `measured` takes, in the first process; arguments are those of `evaluate`."""
     if isinstance(data, ImageDataset):
         paths, labels, found = data.file_paths, data.labels, data.class_names
         preprocess = data.preprocess
     else:
         paths, labels, found = labelled(data, split)
-    runner = open_runner(model, engine, images=len(paths), preprocess=preprocess)
+    runner = open_averaged(model, engine, tta, images=len(paths), preprocess=preprocess)
     logger.info("Engine: %s", runner)
     names, group = model_class_names(runner), sharers()
     mine = np.arange(len(paths))

@@ -13,18 +13,14 @@ import json
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, overload
 
-import keras
 import numpy as np
 
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images, Sources
-from keras_resnet.data.walk import unread_line
 from keras_resnet.inference.calibration import answer_of, gives_answers
 from keras_resnet.inference.prediction_files import (
     Prediction,
@@ -35,125 +31,16 @@ from keras_resnet.inference.prediction_files import (
     errors_path,
     most_probable,
 )
+from keras_resnet.inference.stream import computed_rows, found_images
 from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
+from keras_resnet.runtimes.averaged import Models, open_averaged
 from keras_resnet.runtimes.runner import Runner
-from keras_resnet.runtimes.select import open_runner
-from keras_resnet.system.errors import DataError, InputError, NotFoundError, between, whole
+from keras_resnet.system.errors import between, whole
 from keras_resnet.system.files import check_apart, printable
-from keras_resnet.system.group import Alone, sharers
-from keras_resnet.system.process import default_threads
+from keras_resnet.system.group import sharers
 from keras_resnet.system.progress import Progress
 
 logger = logging.getLogger("keras_resnet")
-
-_AHEAD_BYTES = 256 * 2**20  # images that wait for the model, at most (a batch always may)
-
-
-# --- reading ahead, running ----------------------------------------------------------------------
-
-# Of a batch: each path, and its pixels or why it cannot be read.
-_Read = list[tuple[str, np.ndarray | str]]
-
-
-def _read_ahead(
-    paths: Iterable[str], read: Callable[[str], Any], batch_size: int, threads: int, size: int
-) -> Iterator[_Read]:
-    """Reads images in threads, a bounded number of them ahead; `size` is bytes an image."""
-    paths = iter(paths)
-    if threads == 0:
-        while batch := [(path, read(path)) for path in itertools.islice(paths, batch_size)]:
-            yield batch
-        return
-    window = max(batch_size, min(2 * batch_size + threads, _AHEAD_BYTES // size))
-    pool = ThreadPoolExecutor(threads, "keras_resnet-predict")
-
-    def begin(count: int) -> list:
-        return [(path, pool.submit(read, path)) for path in itertools.islice(paths, count)]
-
-    try:
-        waiting = deque(begin(window))
-        while waiting:
-            batch = []
-            while waiting and len(batch) < batch_size:
-                path, future = waiting.popleft()
-                batch.append((path, future.result()))
-                waiting.extend(begin(1))  # one by one: the threads never stand still
-            yield batch
-    finally:  # also where the reader of this generator stops early
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _computed(compute: Callable[[np.ndarray], np.ndarray], batch: _Read) -> _Read:
-    """A row of what is computed of the images of a batch, in place of each image's pixels."""
-    found = [(path, one) for path, one in batch if not isinstance(one, str)]
-    if not found:
-        return batch
-    blank = np.zeros_like(found[0][1])
-    for path, pixels in found:
-        if pixels.shape != blank.shape:
-            raise InputError(
-                "Images of one batch must be of one size; give a Preprocess with a crop_size, or "
-                f"batch_size=1. Received: {blank.shape}, and {pixels.shape} of {path!r}."
-            )
-    # An image that cannot be read leaves a black one, whose row is thrown away: batches of every
-    # size would each be compiled anew on jax.
-    images = np.stack([blank if isinstance(one, str) else one for _, one in batch])
-    rows = zip(batch, compute(images), strict=True)
-    return [(path, one if isinstance(one, str) else row) for (path, one), row in rows]
-
-
-def computed_rows(
-    runner: Runner,
-    paths: Iterable[str],
-    compute: Callable[[np.ndarray], np.ndarray],
-    *,
-    batch_size: int,
-    workers: int | None,
-    prepared: tuple[Preprocess, str],
-) -> Iterator[_Read]:
-    """What is computed of images, a batch at a time: each path, and its row or why there is none.
-
-    Args:
-        runner: Which takes the images.
-        paths: Of the images.
-        compute: A row an image of a batch of them.
-        batch_size: Images at a time.
-        workers: Threads that read images.
-        prepared: What `model_input` gives.
-    """
-    preprocess = prepared[0]
-    raw = runner.fed(*prepared) == "uint8"
-
-    def read(path: str) -> np.ndarray | str:
-        try:
-            pixels = preprocess.pixels(path)
-        except (DataError, NotFoundError) as error:
-            return str(error)
-        return pixels if raw else preprocess.normalize(pixels)
-
-    height, width, channels = preprocess.output_shape
-    size = (height or 256) * (width or 256) * channels * (1 if raw else 4)
-    threads, group = default_threads() if workers is None else workers, sharers()
-    paths, known = itertools.tee(paths) if group.size > 1 else (paths, ())
-    batches = _read_ahead(group.share(paths, batch_size), read, batch_size, threads, size)
-    found = runner.in_turn(lambda batch: _computed(compute, batch), batches, batch_size)
-    return found if group.size == 1 else _joined(group, found, known)
-
-
-def _joined(group: Alone, batches: Iterator[_Read], paths: Iterable[str]) -> Iterator[_Read]:
-    """The rows of all processes, each of which has found the images by itself."""
-    paths = iter(paths if group.first else ())
-    # Names alone travel: some can read their image, which may lie in them.
-    sent = ([(str(path), row) for path, row in batch] for batch in batches)
-    for batch in group.in_order(sent):
-        names = list(itertools.islice(paths, len(batch)))
-        if [path for path, _ in batch] != names:
-            break
-        yield [(path, row) for path, (_, row) in zip(names, batch, strict=True)]
-    else:
-        if next(paths, None) is None:
-            return
-    raise DataError("Images have come or gone since the processes began: give the command again.")
 
 
 def _batches(
@@ -172,30 +59,24 @@ def _batches(
         ]
 
 
-def found_images(sources: Sources | Images) -> Images:
-    """The images, with a line about other files in their folders."""
-    images = sources if isinstance(sources, Images) else Images(sources)
-    if images.unread and sharers().first:
-        logger.warning("%s", unread_line(images.unread))
-    return images
-
-
 def runner_for(
-    model: keras.Model | Runner | str | os.PathLike,
+    model: Models,
     images: Sequence[str] | Images,
     engine: str = "auto",
     preprocess: Preprocess | None = None,
     begun: Path | None = None,
+    tta: str | None = None,
 ) -> Runner:
-    """`open_runner` for some images; for an output that was begun, what it was begun with."""
-    if isinstance(model, Runner):
-        return model
+    """`open_averaged` for some images; for an output that was begun, what it was begun with."""
     if engine == "auto" and begun is not None:
         engine = begun_engine(begun)
+    if isinstance(model, Runner) and tta is None:
+        return model
+    count = 0 if isinstance(model, Runner) else len(images)  # which may have to be read for it
     made: list[Runner] = []
 
     def make(engine: str) -> str:
-        made.append(open_runner(model, engine, images=len(images), preprocess=preprocess))
+        made.append(open_averaged(model, engine, tta, images=count, preprocess=preprocess))
         return engine_called(made[0].name)
 
     chosen = sharers().from_first(lambda: make(engine))
@@ -213,7 +94,7 @@ def _check(top: int, batch_size: int, workers: int | None) -> None:
 
 
 def iter_predictions(
-    model: keras.Model | Runner | str | os.PathLike,
+    model: Models,
     sources: Sources | Images,
     *,
     top: int = 5,
@@ -223,11 +104,12 @@ def iter_predictions(
     engine: str = "auto",
     pixels: str | None = None,
     min_confidence: float = 0.0,
+    tta: str | None = None,
 ) -> Iterator[Prediction]:
     """As `predict`, one `Prediction` at a time in the order of the files, in flat memory."""
     _check(top, batch_size, workers)
     images = found_images(sources)
-    runner = runner_for(model, images, engine, preprocess)
+    runner = runner_for(model, images, engine, preprocess, tta=tta)
     prepared = model_input(runner, preprocess, pixels)
     batches = _batches(
         runner,
@@ -243,21 +125,22 @@ def iter_predictions(
 
 @overload
 def predict(
-    model: keras.Model | Runner | str | os.PathLike,
+    model: Models,
     sources: Sources,
     *,
     top: int = ..., batch_size: int = ..., workers: int | None = ...,
     preprocess: Preprocess | None = ..., engine: str = ..., pixels: str | None = ...,
-    output: None = ..., restart: bool = ..., min_confidence: float = ...,
+    output: None = ..., restart: bool = ..., min_confidence: float = ..., tta: str | None = ...,
 ) -> list[Prediction]: ...  # fmt: skip
 @overload
 def predict(
-    model: keras.Model | Runner | str | os.PathLike,
+    model: Models,
     sources: Sources,
     *,
     top: int = ..., batch_size: int = ..., workers: int | None = ...,
     preprocess: Preprocess | None = ..., engine: str = ..., pixels: str | None = ...,
     output: str | os.PathLike, restart: bool = ..., min_confidence: float = ...,
+    tta: str | None = ...,
 ) -> PredictionFile: ...  # fmt: skip
 def predict(
     model,
@@ -272,12 +155,14 @@ def predict(
     output=None,
     restart=False,
     min_confidence=0.0,
+    tta=None,
 ):
     """Classifies images.
 
     Args:
         model: A model, a `.keras` file or a run folder, or a `Runner`; the file is all that is
             needed. The name of a variant, `"resnet18"`, stands for torchvision's weights of it.
+            Of several in a list, with the same classes, the mean of their probabilities counts.
         sources: An image, a folder (searched through), a shell pattern, or several of these. An
             image is a path, an array of 0..255 (uint8, or a batch of such), a Pillow image, the
             bytes of a file or an open one; those in memory are called `"image 1"` and so on.
@@ -295,6 +180,7 @@ def predict(
             `write_predictions`.
         restart: With `output`: begin anew where an interrupted run could be gone on with.
         min_confidence: Answer `"unknown"` where the answer's probability is below.
+        tta: `"flip"`: the mean of the probabilities of the image and its mirror image.
 
     Returns:
         A `Prediction` an image, in order; those of unreadable images hold an error. With
@@ -308,6 +194,7 @@ def predict(
     """
     options = {
         "min_confidence": min_confidence,
+        "tta": tta,
         "top": top,
         "batch_size": batch_size,
         "workers": workers,
@@ -356,7 +243,7 @@ class PredictionFile:
 
 
 def write_predictions(
-    model: keras.Model | Runner | str | os.PathLike,
+    model: Models,
     sources: Sources | Images,
     output: str | os.PathLike,
     *,
@@ -368,6 +255,7 @@ def write_predictions(
     pixels: str | None = None,
     restart: bool = False,
     min_confidence: float = 0.0,
+    tta: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> PredictionFile:
     """Classifies images into a file, however many there are.
@@ -391,6 +279,7 @@ def write_predictions(
         pixels: As for `predict`.
         restart: Begin anew where an interrupted run could be gone on with.
         min_confidence: As for `predict`.
+        tta: As for `predict`.
         progress: Called after each batch.
 
     Returns:
@@ -409,7 +298,7 @@ def write_predictions(
     for written in (path, errors_path(path)):
         check_apart(written, images.given)
     total = len(images)
-    runner = runner_for(model, images, engine, preprocess, None if restart else path)
+    runner = runner_for(model, images, engine, preprocess, None if restart else path, tta)
     prepared = model_input(runner, preprocess, pixels)
     top, batch_size = min(top, runner.num_classes), images_at_a_time(prepared[0], batch_size)
     started, group = time.monotonic(), sharers()
