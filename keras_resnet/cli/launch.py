@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_resnet.system import process
-from keras_resnet.system.errors import InputError
+from keras_resnet.system.errors import InputError, require
 from keras_resnet.system.files import take_lock
 from keras_resnet.system.process import MEETING, chosen_backend, settled_code
 
@@ -67,6 +67,7 @@ def launch(
     count = _count(devices)
     if dry_run or (count == 1 and not restarts):
         return None
+    require("torch", "torch", "--max-restarts")
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

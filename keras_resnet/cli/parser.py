@@ -195,11 +195,14 @@ class Parser(argparse.ArgumentParser):
         """What a run's `config.json` says is the default of every option that is not given."""
         if "--config" not in self._option_string_actions:
             return
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = argparse.ArgumentParser(add_help=False)  # abbreviations are taken as elsewhere
         first.add_argument("--config", nargs="?")
-        path = first.parse_known_args(words)[0].config
-        if path is not None:
-            known = run_options(path)
+        first.add_argument("--recipe", nargs="?")
+        given = first.parse_known_args(words)[0]
+        if given.config is not None:
+            if given.recipe is not None:
+                self.error("the record of a run has its recipe: give --config or --recipe")
+            known = run_options(given.config)
             own = {action.dest: action for action in self._actions}
             self.set_defaults(**{name: known[name] for name in own.keys() & known.keys()})
             own["directory"].nargs, own["directory"].required = "?", False
@@ -290,9 +293,13 @@ def run_options(path: str) -> dict[str, Any]:
         raise InputError(
             f"{str(file)!r} is no record of a run, as train writes config.json: {reason_of(error)}"
         ) from error
-    name = recipe.get("name")
+    name = recipe.get("name") if recipe.get("name") in RECIPES else "finetune"
     fields = {field: recipe[field] for field in RECIPE_FIELDS if field in recipe}
-    return {**fields, **arguments, "recipe": name if name in RECIPES else "finetune"}
+    if RECIPES[name].warmup_epochs >= fields.get("epochs", 1) > fields.get("warmup_epochs", 1):
+        del fields["warmup_epochs"]  # cut for a short run: see `Recipe`
+    if config.get("tf32") is False:
+        fields["tf32"] = False
+    return {**fields, **arguments, **(arguments.get("source") or {}), "recipe": name}
 
 
 def _usage_word(options: dict[str, Any]) -> str:

@@ -117,7 +117,7 @@ HINTS = _pairs({
     "Give --schedule cosine.": "--cos-lr --cosine --cosine-annealing",
     "Give --log tensorboard, wandb or mlflow.":
         "--tensorboard --wandb --mlflow --log-wandb --use-wandb",
-    "Every image gets its --top classes with probabilities; there is no threshold.":
+    "Every image gets its --top classes; below --min-confidence P the answer is 'unknown'.":
         "--conf --threshold --conf-thres --confidence",
     "Folders are searched through by themselves.": "--recursive",
     "What is printed can be sent elsewhere by the shell: > FILE.":

@@ -28,9 +28,8 @@ from keras_resnet.data.transforms import (
     adjust_contrast,
     adjust_saturation,
     adjust_sharpness,
-    resample_filter,
 )
-from keras_resnet.data.warps import affine
+from keras_resnet.data.warps import affine, turning_filter
 from keras_resnet.system.errors import InputError, between, one_of, whole
 
 # --- the operations of TrivialAugment and RandAugment --------------------------------------------
@@ -136,7 +135,7 @@ class TrivialAugmentWide(Transform):
     def __post_init__(self) -> None:
         """Checks the arguments."""
         _bins(self.num_magnitude_bins)
-        resample_filter(self.interpolation)
+        turning_filter(self.interpolation)
 
     def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
         """Operations, their magnitudes, and whether their sign is drawn."""
@@ -172,7 +171,7 @@ class RandAugment(Transform):
     def __post_init__(self) -> None:
         """Checks the arguments."""
         _bins(self.num_magnitude_bins)
-        resample_filter(self.interpolation)
+        turning_filter(self.interpolation)
         if not 0 <= self.magnitude < self.num_magnitude_bins:
             raise InputError(
                 f"magnitude must lie in 0..{self.num_magnitude_bins - 1}. "
@@ -250,7 +249,7 @@ class AutoAugment(Transform):
     def __post_init__(self) -> None:
         """Checks the arguments."""
         one_of("policy", self.policy, tuple(_POLICIES))
-        resample_filter(self.interpolation)
+        turning_filter(self.interpolation)
 
     def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
         """Operations, their magnitudes, and whether their sign is drawn."""
@@ -306,7 +305,7 @@ class AugMix(Transform):
         whole("mixture_width", self.mixture_width, 1)
         whole("chain_depth", self.chain_depth, -1)
         between("alpha", self.alpha, 0, ends="(]")
-        resample_filter(self.interpolation)
+        turning_filter(self.interpolation)
 
     def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
         """Operations, their magnitudes, and whether their sign is drawn."""
@@ -362,7 +361,7 @@ def _apply_all(
     operations: Iterable[tuple[str, float]],
 ) -> Image.Image:
     image = as_image(image)
-    resample = resample_filter(transform.interpolation)
+    resample = turning_filter(transform.interpolation)
     for name, magnitude in operations:
         image = apply_operation(image, name, magnitude, resample, transform.fill)
     return image

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ class Source(Sequence[str]):
         splits: `"train"`, `"val"` or `"test"`, one an image; None where there is no split.
         notes: Lines about what was taken as what.
         place: What says in a run's record where the images come from, and which they are.
+        asked: What `image_source` was asked for beside it, for the record: `directory`, `columns`
+            and `label_regex` as the command line has them; empty where nothing was.
     """
 
     labels: np.ndarray | None = None
@@ -77,6 +80,7 @@ class Source(Sequence[str]):
     splits: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     place: str = "images"
+    asked: Mapping[str, Any] = MappingProxyType({})
 
     def name(self, index: int) -> str:
         """What an image is called in messages and results; no two alike."""

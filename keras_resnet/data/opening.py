@@ -150,6 +150,15 @@ def image_source(
         >>> len(source), source[1], source.class_names
         (2, 'image 2', ['ant', 'bee'])
     """
+    source = _source(data, columns, label_regex)
+    if isinstance(data, str | os.PathLike) and (columns or label_regex):
+        text = ",".join(f"{key}={value}" for key, value in (columns or {}).items())
+        asked = {"directory": os.path.abspath(data), "columns": text, "label_regex": label_regex}
+        source.asked = {key: value for key, value in asked.items() if value}
+    return source
+
+
+def _source(data: Any, columns: Mapping[str, str] | None, label_regex: str | None) -> Source:
     source = opened(data, columns)
     if not isinstance(source, Source):
         if label_regex is None:

@@ -21,6 +21,17 @@ from keras_resnet.data.transforms import (
 from keras_resnet.system.errors import InputError, whole
 
 
+def turning_filter(name: str) -> int:
+    """The same for what turns or shears an image, or InputError: Pillow has three for that."""
+    if name not in ("nearest", "bilinear", "bicubic"):
+        resample_filter(name)  # which names what there is
+        raise InputError(
+            "An image is turned with interpolation 'nearest', 'bilinear' or 'bicubic'. "
+            f"Received: {name!r}."
+        )
+    return resample_filter(name)
+
+
 def affine(
     image: Image.Image,
     translate: tuple[float, float],
@@ -104,7 +115,7 @@ class RandomRotation(Transform):
     def __post_init__(self) -> None:
         """Turns a single number into limits."""
         self._store(degrees=_both_ways("degrees", self.degrees))
-        resample_filter(self.interpolation)
+        turning_filter(self.interpolation)
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> float:
         """Draws the angle."""
@@ -113,7 +124,7 @@ class RandomRotation(Transform):
     def apply(self, image: AnyImage, parameters: float) -> Image.Image:
         """Turns it by so many degrees."""
         image = as_image(image)
-        resample = resample_filter(self.interpolation)
+        resample = turning_filter(self.interpolation)
         return image.rotate(parameters, resample, fillcolor=fill_of(image, self.fill))
 
 
@@ -155,7 +166,7 @@ class RandomAffine(Transform):
             both = isinstance(given, list | tuple) and len(given) == 4
             pairs = (given[:2], given[2:]) if both else (given,)
             self._store(shear=tuple(v for pair in pairs for v in _both_ways("shear", pair)))
-        resample_filter(self.interpolation)
+        turning_filter(self.interpolation)
 
     def sample(
         self, height: int, width: int, rng: np.random.Generator
@@ -181,7 +192,7 @@ class RandomAffine(Transform):
             shift,
             tuple(map(math.radians, shear)),
             (image.width * 0.5, image.height * 0.5),
-            resample_filter(self.interpolation),
+            turning_filter(self.interpolation),
             fill_of(image, self.fill),
             math.radians(angle),
             scale,

@@ -183,10 +183,11 @@ class Evaluation(Shown):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{prefix}evaluation.json", self.to_dict())
         write_text(folder / f"{prefix}predictions.csv", self.to_csv())
+        figure = folder / f"{prefix}confusion_matrix.png"
         if self.confusion is not None:
-            plots.confusion_matrix(
-                self.confusion, self.class_names, folder / f"{prefix}confusion_matrix.png"
-            )
+            plots.confusion_matrix(self.confusion, self.class_names, figure)
+        else:
+            figure.unlink(missing_ok=True)  # of what was measured here before
 
 
 def evaluate(

@@ -156,8 +156,8 @@ def _fetch(url: str, part: pathlib.Path, show: Callable, timeout: float) -> None
     with response:
         resumed = have and _continues(response, have)
         have = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        length = response.headers.get("Content-Length") or ""
+        total = have + int(length) if length.isdecimal() else None
         with open(part, "ab" if resumed else "wb") as file:
             _copy(response, file, show, have, total)
 

@@ -255,17 +255,18 @@ def recipe_augment(recipe: Recipe, size: int) -> augment.Augment | None:
     changes: list[transforms.Transform] = []
     if recipe.flip:
         changes.append(transforms.RandomHorizontalFlip(recipe.flip))
+    turned = how if how in ("nearest", "bilinear", "bicubic") else "bicubic"  # Pillow has no other
     if recipe.vertical_flip:
         changes.append(warps.RandomVerticalFlip(recipe.vertical_flip))
     if recipe.rotation:
-        changes.append(warps.RandomRotation(recipe.rotation, how))
+        changes.append(warps.RandomRotation(recipe.rotation, turned))
     if recipe.policy is not None:
         kind = {
             "ta_wide": augment.TrivialAugmentWide,
             "ra": augment.RandAugment,
             "augmix": augment.AugMix,
         }.get(recipe.policy, functools.partial(augment.AutoAugment, recipe.policy))
-        changes.append(kind(interpolation=how))
+        changes.append(kind(interpolation=turned))
     if recipe.color_jitter:
         changes.append(transforms.ColorJitter(*(recipe.color_jitter,) * 3))
     if recipe.grayscale:

@@ -30,8 +30,9 @@ def augment_sheet(
 ) -> Path:
     """Draws training images, a row each: as they are evaluated, and as the first epochs see them.
 
-    A run with the same seed trains on just these. What is done to whole batches, mixup and cutmix,
-    is not shown; a run's `batch.png` has it.
+    A run with the same seed trains on just these (but with `sampler="balanced"` or `repeats`, where
+    copies of an image are changed apart). What is done to whole batches, mixup and cutmix, is not
+    shown; a run's `batch.png` has it.
 
     Args:
         directory: What is trained on, as `train` takes it.

@@ -189,6 +189,8 @@ def train(
         "checkpoint_seconds": between("checkpoint_seconds", checkpoint_seconds, 0),
         "keep": whole("keep", keep, 0),
         "log": [log] if isinstance(log, str) else list(log),
+        "sync_bn": sync_bn,
+        **({"source": dict(directory.asked)} if getattr(directory, "asked", None) else {}),
     }
     whole("checkpoint_steps", 1 if checkpoint_steps is None else checkpoint_steps, 1)
     tune_process()

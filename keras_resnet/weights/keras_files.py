@@ -186,6 +186,7 @@ def write_info(path: Path, key: str, value: Any, output: str | os.PathLike | Non
     Raises:
         InputError: It is another class of model, which has no `info`.
     """
+    check_keras_file(path)  # before its members are unpacked
     with zipfile.ZipFile(path) as archive:
         parts = [(entry, archive.read(entry)) for entry in archive.infolist()]
     for i, (entry, data) in enumerate(parts):

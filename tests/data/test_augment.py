@@ -371,6 +371,17 @@ def test_a_recipes_further_changes_and_policies_are_steps():
         assert type(steps[4]) is kind
 
 
+def test_what_turns_images_has_three_interpolations():
+    for make in (RandomAffine, AutoAugment, AugMix, RandAugment, TrivialAugmentWide):
+        with pytest.raises(InputError, match="Received: 'lanczos'"):
+            make(interpolation="lanczos")
+    recipe = get_recipe("resnet_v1").with_options(interpolation="lanczos", rotation=10, policy="ra")
+    steps = recipe_augment(recipe, 32).steps
+    assert [step.interpolation for step in steps if hasattr(step, "interpolation")] == [
+        "lanczos", "bicubic", "bicubic",
+    ]  # fmt: skip
+
+
 def test_a_sheet_shows_what_the_first_epochs_train_on(tmp_path, monkeypatch, rng):
     for name in ("ant", "bee"):
         (tmp_path / "images" / name).mkdir(parents=True)

@@ -795,6 +795,15 @@ def test_a_runs_config_says_it_all_again_and_what_is_given_changes_it(
     code, out, err = run_cli("train", pictures.parent / "nowhere", "--config", given[0],
                              capsys=capsys)  # fmt: skip
     assert code == 2 and "nowhere" in err
+    for words, said in (
+        (("--confi", finished.folder, "--show"), "epochs           4"),
+        (("--config", finished.folder, "--epochs", "15", "--show"), "epochs           15"),
+    ):
+        code, out, err = run_cli("train", *words, capsys=capsys)
+        assert code == 0 and said in out
+    with pytest.raises(SystemExit):
+        run_cli("train", "--config", finished.folder, "--recipe", "cifar", capsys=capsys)
+    assert "give --config or --recipe" in one_line(capsys.readouterr().err)
     (tmp_path / "config.json").write_text("[]")
     for wrong, said in ((tmp_path, "is no record of a run"), ("nix", "'nix' does not exist")):
         code, _, err = run_cli("train", "--config", wrong, capsys=capsys)
@@ -832,3 +841,22 @@ def test_five_channels_of_16_bits_from_the_folder_to_the_report(tmp_path):
     service = Service(open_runner(model), model, Limits(), None)
     [answer] = service.results([(file, pathlib.Path(file).read_bytes)], heat=True)
     assert answer.classes[0][0] == "high" and answer.heat is not None
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_a_runs_config_has_how_labels_were_found_and_a_trials_warm_up(pictures, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted(pictures.glob("*/*.png")):
+        (flat / f"{path.parent.name}_{path.name}").write_bytes(path.read_bytes())
+    code, out, err = run_cli("train", flat, *FLAGS, "--epochs", 1, "--label-regex", "^([a-z]+)_",
+                             "--output", tmp_path / "runs", capsys=capsys)  # fmt: skip
+    assert code == 0, out + err
+    [run] = (tmp_path / "runs").iterdir()
+    recipe = json.loads((run / "config.json").read_text())["recipe"]
+    assert recipe["warmup_epochs"] == 0  # of the one epoch
+    code, out, err = run_cli("train", "--config", run, "--dry-run", capsys=capsys)
+    assert code == 0 and "3 classes" in out, out + err
+    code, out, _ = run_cli("train", "--config", run, "--epochs", 15, "--show", capsys=capsys)
+    assert code == 0 and "warmup_epochs    1" in out
