@@ -271,8 +271,14 @@ def _parts_of(source: Source, exclude: Any) -> Parts:
 
 def _labelled(source: Source) -> Source:
     labels = source.labels
-    if labels is None or source.class_names is None or unlabelled(labels).any():
+    missing = [] if labels is None else np.flatnonzero(unlabelled(labels))
+    if labels is None or source.class_names is None or len(missing) == len(labels):
         raise DataError(f"{source.place!r} says no labels: the images' classes are not known.")
+    if len(missing):
+        raise DataError(
+            f"{source.place!r} says no label of {len(missing):,} of its {len(labels):,} images, "
+            f"such as {source.name(missing[0])!r}."
+        )
     return source
 
 

@@ -36,8 +36,8 @@ from keras_resnet.system.files import cache_home, replace_file
 from keras_resnet.system.process import default_threads
 
 INDEX = ".index"  # behind a shard's name
-_MAGIC = b'{"keras_resnet": 1, '  # how an index begins; the number is that of its form
-_LABEL = 256  # bytes of a label, at most
+_MAGIC = b'{"keras_resnet": 2, '  # how an index begins; the number is that of its form
+_LABEL = 2**16  # bytes of a label, at most
 
 _MANY = 32  # shards without an index, from which on processes share the work: Python has one lock
 _CHILD = """
@@ -180,7 +180,9 @@ def _looked_through(path: str) -> _Shard:
             for name, start, size in entries(file, state[0], skipped):
                 base = name.rpartition("/")[2]
                 if base.endswith(".cls"):
-                    text = read_at(file, start, min(size, _LABEL))
+                    if size > _LABEL:
+                        raise ValueError(f"{name!r} has {size:,} bytes, a label {_LABEL:,} at most")
+                    text = read_at(file, start, size)
                     labels[name[:-4]] = text.decode("utf-8", "replace").strip()
                 elif not is_picture(base):
                     skipped[extension(name)] += not is_litter(base)

@@ -71,8 +71,9 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
     elif hot:
         rows = list(zip(*hot.values(), strict=True))
         found = [None if None in row else tuple(np.flatnonzero(row).tolist()) for row in rows]
-        one = all(of is not None and len(of) == 1 for of in found)
-        labels = np.ravel(found).astype(np.int32) if one else np.fromiter(found, object)
+        one = all(of is None or len(of) == 1 for of in found)  # None: images to test on, say
+        labels = np.fromiter([of[0] if of else -1 for of in found] if one else found,
+                             np.int32 if one else object)  # fmt: skip
         facts |= {"labels": labels, "class_names": list(hot)}
     if "weight" in values:
         facts["weights"] = _weights(path, values["weight"])

@@ -291,6 +291,7 @@ def test_several_labels_are_rows_of_ones_and_lists_and_may_be_unknown_in_a_test(
         (("1,0,1", "0,1,0", "0,0,0"), [(0, 2), (1,), ()]),
         (("1.0,0.0,True", "0,1,False", ",,"), [(0, 2), (1,), None]),
         (("1,0,0", "0,1,0", "0,0,1"), [0, 1, 2]),
+        (("1,0,0", "0,1,0", ",,"), [0, 1, -1]),  # to test on
         (("1,0,2", "0,1,0", "0,0,1"), [(0,), (1,), ()]),  # the third is no label's
     ],
 )
@@ -304,6 +305,9 @@ def test_a_column_of_0_and_1_a_label_is_a_table_of_labels(rows, labels, tmp_path
     assert source.labels.tolist() == labels
     names = ["dog", "cat", "bird"][: 3 - ("2" in rows[0])]
     assert source.class_names == names and f"{len(names)} columns of 0 and 1" in source.notes[0]
+    if labels[2] in (-1, None):
+        with pytest.raises(DataError, match=r"no label of 1 of its 3 images, such as '.*2\.png'"):
+            find_parts(source)
     (tmp_path / "t.csv").write_text("path,good\n0.png,1\n1.png,0\n")  # it may be anything
     assert opened(tmp_path / "t.csv").labels is None
 
@@ -725,6 +729,11 @@ def test_webdatasets_shards_are_read_by_any_of_their_layouts(tmp_path, png):
     assert source.labels is None and "for 1 have none" in source.notes[0]
     with pytest.raises(NotFoundError, match=r"no shard '.*a-002\.tar'"):
         opened(tmp_path / "a-{000..002}.tar")
+    names = [letter * 30 for letter in "abcdefghijk"]
+    source = opened(tar(tmp_path / "f.tar", [("1.png", png), ("1.cls", "|".join(names).encode())]))
+    assert source.class_names == names and source.labels.tolist() == [(*range(11),)]
+    with pytest.raises(DataError, match=r"'1.cls' has 65,537 bytes, a label 65,536 at most"):
+        opened(tar(tmp_path / "g.tar", [("1.png", png), ("1.cls", b"a" * 65_537)]))
     with pytest.raises(DataError, match=r"holds no image\. It holds: 1 \.txt"):
         opened(tar(tmp_path / "d.tar", [("1.txt", b"")]))
     (tmp_path / "e.tar").write_bytes(gzip.compress(png))
