@@ -126,6 +126,7 @@ from .system.errors import (
 )
 from .training import ema as ema, optimizers as optimizers, schedules as schedules
 from .training.ema import ModelEMA as ModelEMA
+from .training.folds import FoldsResult as FoldsResult, cross_validate as cross_validate
 from .training.freeze import FreezeReport as FreezeReport, freeze as freeze
 from .training.lr_finder import LrFinderResult as LrFinderResult, lr_find as lr_find
 from .training.sheet import augment_sheet as augment_sheet

@@ -44,6 +44,16 @@ def source_first(command: str, arguments: dict[str, Any]) -> None:
     check_apart(target, [source])
 
 
+def one_after_the_other(command: str, arguments: dict[str, Any]) -> None:
+    """Folds are trained in one process."""
+    devices = arguments["devices"]
+    if arguments["folds"] and (devices not in (None, "1") or arguments["max_restarts"]):
+        raise InputError(
+            "--folds trains one model after the other on one device: leave out --devices and "
+            f"--max-restarts. Received: --folds {arguments['folds']} --devices {devices or 1}."
+        )
+
+
 def apart(command: Command, arguments: dict[str, Any]) -> None:
     """No option would write over a file that the command reads, or an image in such a folder."""
     read: list[str] = []

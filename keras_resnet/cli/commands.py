@@ -14,6 +14,7 @@ from keras_resnet.cli.checks import (
     logger,
     model,
     model_first,
+    one_after_the_other,
     output_folder,
     port,
     source_first,
@@ -91,6 +92,8 @@ COMMANDS = {
             group="Data"),
         arg("--config FILE", "again as a run was made, by its config.json; what else is given "
             "changes it", rare=True),
+        arg("--folds N", "a run a fold, each validated on other images, and their mean accuracy",
+            least=2, group="Data", rare=True),
         _RECIPE, _SEED,
         arg("--output DIR=runs", "where the run folder is made", output_folder, group="Output"),
         arg("--name NAME", "the run folder's name, else of model and DIR", group="Output"),
@@ -113,7 +116,7 @@ COMMANDS = {
         arg("--restart", "never go on from an unfinished run"),
         arg("--dry-run", "say what would happen, and stop"),
         arg("--show", "print the recipe in full, and stop"),
-    ], recipe=True),
+    ], order=one_after_the_other, recipe=True),
     "lr-find": Command(training.lr_find, "find a learning rate by a sweep", [
         _TRAIN_FOLDER,
         arg("--plot FILE=lr_find.png", "the image to write", written(*_FIGURE)),

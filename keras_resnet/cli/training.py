@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras_resnet as kr
@@ -20,7 +21,7 @@ def _recipe(name: str, options: dict[str, Any]) -> Recipe:
 
 def train(
     directory: str, recipe: str, show: bool, columns: str | None, label_regex: str | None,
-    config: str | None, **options: Any,
+    config: str | None, folds: int | None, **options: Any,
 ) -> int:  # fmt: skip
     """Fits a model; 130 where it was interrupted."""
     changed = _recipe(recipe, options)
@@ -28,7 +29,8 @@ def train(
         print(changed)
         return 0
     images = checks.training(directory, changed, columns, label_regex)
-    return 130 if kr.train(images, recipe=recipe, **options).interrupted else 0
+    fit = kr.train if folds is None else functools.partial(kr.cross_validate, folds=folds)
+    return 130 if fit(images, recipe=recipe, **options).interrupted else 0
 
 
 def lr_find(

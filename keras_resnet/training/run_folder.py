@@ -396,10 +396,11 @@ def _changes(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, tupl
         one |= {k: v for k, v in one.pop("recipe").items() if k not in ("source", "aim")}
     if "start" not in before and after["weights"] == "auto" and before.get("weights") is None:
         before["weights"] = "auto"
-    names = {name for name in after if name != "fingerprint" and before.get(name) != after[name]}
+    keys = {*after, "folds"} - {"fingerprint"}  # an older run has fewer; "folds" most have not
+    names = {name for name in keys if before.get(name) != after.get(name)}
     if "epochs" in names and after["warmup_epochs"] >= before.get("epochs", 0):
         names.discard("warmup_epochs")  # cut by a short trial; it is over
-    return {name: (before.get(name), after[name]) for name in sorted(names)}
+    return {name: (before.get(name), after.get(name)) for name in sorted(names)}
 
 
 def _goes_on(
@@ -438,6 +439,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = read_json(folder / "config.json")
         return config if isinstance(config, dict) else {}
     return {}
+
+
+def results_of(folder: Path) -> dict[str, Any] | None:
+    """The figures of a run that is through; `None` of any other."""
+    config = _read_config(folder)
+    if config.get("status") != "finished" or (folder / _STATE).is_file():
+        return None
+    results = config.get("results") or {}
+    return {**results, **results.pop("val_scores", {})} if results else None
 
 
 def _variables(model: keras.Model) -> dict[str, list[keras.Variable]]:

@@ -205,7 +205,9 @@ def train(
     title = directory.title() if isinstance(directory, Source) else Path(place(directory)).name
     called = name or f"{recipe.model}-{title}"
     restart = restart and not group.any(restarted())  # torchrun gives all the same words again
-    run = group.from_first(lambda: Run.find(output, called, _identity(recipe, arguments), restart))
+    run = group.from_first(
+        lambda: Run.find(output, called, identity_of(recipe, arguments), restart)
+    )
     run.writes, known = group.first, run.config.get("batch_size")
     recipe = group.from_first(lambda: settle_batch_size(recipe, data, known, group.devices))
     for dataset in filter(None, (data.train, data.val)):
@@ -233,7 +235,7 @@ def train(
         return _train(run, recipe, data, settings, arguments, report, group)
 
 
-def _identity(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def identity_of(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What makes two calls the same run."""
     return {
         "directory": arguments["directory"],
