@@ -28,7 +28,7 @@ from keras_resnet.system.errors import InputError, one_of, reason_of
 from keras_resnet.system.files import replace_file, to_json
 from keras_resnet.variants import SPECS, get_spec
 from keras_resnet.weights.checkpoint import read_checkpoint
-from keras_resnet.weights.dialects import WORDS
+from keras_resnet.weights.dialects import WORDS, has_group_norms
 from keras_resnet.weights.keras_files import (
     KERAS_WRITTEN,
     MAX_TENSOR,
@@ -192,6 +192,12 @@ def _model_for(
                 f"{len(found.tensors)} tensors, the first {list(found.tensors)[:3]}."
             )
         variant = fits[0][0]
+        if has_group_norms(found.shapes):
+            raise InputError(
+                f"{found.label!r} has no statistics of batch norms: either its norms are group "
+                f"norms, and --model {variant} (variant={variant!r}) says so, or a batch-norm "
+                "network was saved without its buffers, which cannot be converted."
+            )
         if len(fits) > 1:
             others = ", ".join(name for name, _ in fits[1:])
             lines.append(f"Taken for {variant}; {others} would fit as well: --model says which.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from keras_resnet.system.errors import InputError
 from keras_resnet.variants import COUNTER, Shape
@@ -49,6 +49,11 @@ class Dialect:
     plain: bool = False
     basic: bool = True
     counted: bool = True
+
+    @property
+    def grouped(self) -> bool:
+        """Theirs may have group norms: those are no batch norms that lost their statistics."""
+        return self.name in ("torchvision", "sequential")
 
     def __call__(self, name: str) -> str | None:
         """Their name of one of our entries, `None` where no rule has it."""
@@ -289,8 +294,17 @@ def names_in(to: str, shapes: Mapping[str, Shape]) -> tuple[Dialect, dict[str, s
     raise InputError(f"The network cannot be written for {to}: {nearest}.")
 
 
+def has_group_norms(names: Iterable[str]) -> bool:
+    """Whether a network's norms have no statistics, by torchvision's names."""
+    names = set(names)
+    norms = [name.removesuffix("weight") for name in names if re.search(r"\bbn\d\.weight$", name)]
+    return any(f"{norm}running_mean" not in names for norm in norms)
+
+
 def _unlike(dialect: Dialect, shapes: Mapping[str, Shape]) -> str | None:
     """What of a network the dialect's class does not have."""
+    if not dialect.grouped and has_group_norms(shapes):
+        return "no group norms"
     side = next((shape[2] for shape in shapes.values() if len(shape) == 4), dialect.stem)
     if side != dialect.stem and "conv1.0.weight" not in shapes:
         return f"no first kernel of {side}x{side}"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from keras_resnet.variants import COUNTER, SPECS, AlexNetSpec, ResNetSpec, Shape
-from keras_resnet.weights.dialects import FORMS, TORCHVISION, Dialect
+from keras_resnet.weights.dialects import FORMS, TORCHVISION, Dialect, has_group_norms
 
 
 def spec_shapes(
@@ -221,8 +221,9 @@ class _Places:
         """
         wanted = [(key, shape) for key, shape in body.items() if not key.endswith(COUNTER)]
         (first, stem), *rest = wanted
+        grouped = has_group_norms(body)
         for dialect, theirs, prefixes in self.spoken(names, first, stem):
-            if any(key not in theirs for key, _ in wanted):
+            if any(key not in theirs for key, _ in wanted) or (grouped and not dialect.grouped):
                 continue
             for prefix in prefixes:
                 if all(self.shapes.get(prefix + theirs[key]) == shape for key, shape in rest):

@@ -15,7 +15,7 @@ from test_load import answers, randomise_statistics, relative
 
 from keras_resnet.cli.main import main
 from keras_resnet.models import resnet
-from keras_resnet.models.files import model_preprocess
+from keras_resnet.models.files import convert_file, model_preprocess
 from keras_resnet.models.zoo import create_model
 from keras_resnet.system.errors import InputError
 from keras_resnet.variants import COUNTER, SPECS, ResNetSpec
@@ -27,6 +27,7 @@ from keras_resnet.weights.mapping import save_torchvision, to_torchvision
 from keras_resnet.weights.matching import find_networks, spec_shapes
 from keras_resnet.weights.sources import read_source
 from keras_resnet.weights.verify import verify
+from keras_resnet.weights.writing import write_checkpoint
 
 pytestmark = pytest.mark.once
 
@@ -137,6 +138,20 @@ def test_a_network_is_found_by_its_names_in_each_dialect_that_has_it(name):
 def test_a_class_that_has_no_such_network_is_not_written_for(name, to, words):
     with pytest.raises(InputError, match=words):
         names_in(to, spec_shapes(SPECS[name]))
+
+
+def test_batch_norms_without_statistics_are_no_group_norms(tmp_path):
+    shapes = spec_shapes(SPECS["resnet50"])
+    bare = {k: v for k, v in shapes.items() if not k.endswith(("mean", "var", COUNTER))}
+    for to in ("huggingface", "mmpretrain", "detectron2"):
+        with pytest.raises(InputError, match="no group norms"):
+            names_in(to, bare)
+        if to != "mmpretrain":  # whose body has torchvision's names
+            names = names_in(to, shapes)[1]
+            assert not find_networks({names[k]: v for k, v in bare.items()})
+    write_checkpoint(tmp_path / "a.pth", {k: np.zeros(v, "f4") for k, v in bare.items()})
+    with pytest.raises(InputError, match=r"no statistics of batch norms: .*--model resnet50_gn"):
+        convert_file(tmp_path / "a.pth", tmp_path / "a.keras")
 
 
 # --- Against the real classes --------------------------------------------------------------------
