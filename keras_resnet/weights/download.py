@@ -154,7 +154,7 @@ def hub_file(text: str) -> HubFile:
     """
     require("huggingface_hub", "hub", f"weights={text!r}")
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repo, revision = published.hub_name(text) or (text, None)
     fetch = functools.partial(huggingface_hub.hf_hub_download, repo)
@@ -176,11 +176,17 @@ def hub_file(text: str) -> HubFile:
         commit = path.parent.name
         try:
             config = _read_config(pathlib.Path(fetch("config.json", revision=commit)))
+        except LocalEntryNotFoundError:  # not reached, which is an EntryNotFoundError too
+            kept = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=commit)
+            if kept is not huggingface_hub._CACHED_NO_EXIST:
+                raise
+            config = {}
         except EntryNotFoundError:
             config = {}
     except (OSError, ValueError) as error:
         if isinstance(error, KerasResNetError):
             raise
+        text = f"{text}, config.json" if path else text
         raise CheckpointError(f"Cannot fetch {text!r}: {reason_of(error)}") from error
     return HubFile(path, f"{repo}@{commit[:12]}", **_told(config, repo))
 

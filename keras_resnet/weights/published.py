@@ -16,7 +16,8 @@ from keras_resnet.variants import SPECS
 
 _HERE = pathlib.Path(__file__).parent
 _TAG = re.compile(r"(default|imagenet|imagenet1k\w*)", re.IGNORECASE)
-_HUB = re.compile(r"(?:hf://)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+# No part of a revision is empty or begins with a point: the client puts it into a path.
+_HUB = re.compile(r"(?:hf://)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/[\w-][\w.-]*)*))?", re.ASCII)
 _FILES = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin", ".safetensors", ".keras", ".h5", ".npz")
 
 

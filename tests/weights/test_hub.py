@@ -64,8 +64,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         error = "RepoNotFound" if files is None else "RevisionNotFound" if not commit else None
         if error is None and (commit, file) not in files:
             error = "EntryNotFound"
+        error = "Busy" if file == self.server.busy else error
         data = b"" if error else files[commit, file]
-        self.send_response(404 if error else 200)
+        self.send_response(404 if error else 503 if error else 200)
         if error:
             self.send_header("X-Error-Code", error)
         if commit:
@@ -81,7 +82,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path):
     """A server without repositories, and an empty cache."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.repos, server.requests = {}, []
+    server.repos, server.requests, server.busy = {}, [], None
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.cache = tmp_path / "hf" / "hub"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -177,7 +178,8 @@ def test_what_is_not_there_is_said_in_a_line(hub, tiny, tmp_path):
         with pytest.raises(CheckpointError, match=message) as caught:
             create_model("resnet_tiny", weights=text)
         assert "\n" not in str(caught.value)
-    for text in ("hf://mine", "hf://", "hf://me/mine/x", "hf://me/mine@"):
+    out = ("hf://me/mine@a/../../../../y", "hf://me/mine@a//b", "hf://me/mine@a/")
+    for text in ("hf://mine", "hf://", "hf://me/mine/x", "hf://me/mine@", *out):
         with pytest.raises(InputError, match=r"hf://ORG/NAME@REVISION is needed\. Received"):
             create_model("resnet_tiny", weights=text)
 
@@ -210,6 +212,17 @@ def test_transformers_say_where_they_stride_and_what_classes_are_called():
         {"model_type": "resnet", "downsample_in_bottleneck": True, "id2label": {"0": "a"}}, "x/y"
     )
     assert told == {"variant": None, "strides": "1x1", "class_names": ["a"]}
+
+
+def test_a_config_that_cannot_be_reached_is_not_one_that_is_not_there(hub, tiny, tmp_path):
+    hub.repos["me/mine"] = {(COMMIT, "model.safetensors"): stored(tiny, tmp_path)}
+    hub.busy = "config.json"
+    with pytest.raises(CheckpointError, match=r"Cannot fetch 'hf://me/mine, config\.json': "):
+        download.hub_file("hf://me/mine")
+    hub.busy = None
+    assert download.hub_file("hf://me/mine").variant is None  # asked, and not there
+    hub.busy = "config.json"
+    assert download.hub_file("hf://me/mine").variant is None
 
 
 def test_offline_reads_the_cache_and_says_what_it_lacks(hub, tiny, tmp_path):
