@@ -70,7 +70,21 @@ def test_metrics_are_scikit_learns_and_take_smoothed_labels_for_what_they_were()
             precision.update_state(labels[part], logits[part])
         assert float(accuracy.result()) == pytest.approx(((logits > 0) == true).mean())
         expected = metrics.average_precision_score(true, logits)
-        assert float(precision.result()) == pytest.approx(expected, abs=0.01)  # 200 thresholds
+        assert float(precision.result()) == pytest.approx(expected, abs=0.01)  # 1,000 thresholds
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("no, yes", [(-8, -6), (-60, -30), (-3.6, -3.4)])
+def test_average_precision_of_rare_labels_is_that_of_their_ranks(no, yes):
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    true = rng.random((400, 5)) < 0.03
+    logits = np.where(true, yes, no) + rng.normal(0, (yes - no) / 10, true.shape).astype("f4")
+    score = AveragePrecision(5)
+    score.update_state(true.astype("f4"), logits)
+    assert float(score.result()) == pytest.approx(
+        metrics.average_precision_score(true, logits), abs=0.02
+    )
 
 
 @pytest.mark.once
