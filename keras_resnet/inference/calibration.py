@@ -185,8 +185,8 @@ def coverage_curve(confidence, correct) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def gives_answers(meaning: Meaning, min_confidence: float = 0.0) -> bool:
     """Whether the most probable class is not all that a model answers."""
-    several = meaning.task == "multi-label" or bool(meaning.thresholds)
-    return several or between("min_confidence", min_confidence, 0, 1) > 0
+    sure = between("min_confidence", min_confidence, 0, 1) > 0
+    return sure or meaning.task == "multi-label" or bool(meaning.thresholds)
 
 
 def answer_of(

@@ -306,7 +306,8 @@ def write_predictions(
     restart = restart or bool(images.in_memory)
     identity = _identity(runner, prepared, top, min(batch_size, total)) if group.first else {}
     if gives_answers(runner.meaning(), min_confidence):
-        identity["answers"] = [*runner.meaning().thresholds, float(min_confidence)]
+        limits = [*runner.meaning().thresholds, float(min_confidence)]
+        identity["min_confidence or thresholds"] = repr(limits)  # text is compared exactly
     writer = PredictionWriter(path, top, identity, batch_size, restart)
 
     def report() -> int:

@@ -384,9 +384,9 @@ class PredictionWriter:
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(self._note.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(self._identity))
-        changed = [k for k in now if not _alike(before.get(k), now[k])]
+        changed = [k for k in before | now if not _alike(before.get(k), now.get(k))]
         if changed:
-            said = ", ".join(_change(k, before.get(k), now[k]) for k in changed)
+            said = ", ".join(_change(k, before.get(k), now.get(k)) for k in changed)
             raise InputError(
                 f"{str(self._work)!r} was begun otherwise: {said}. Give the same model and "
                 "options to go on, or --restart (restart=True) to begin anew."

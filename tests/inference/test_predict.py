@@ -305,7 +305,7 @@ def whole(folder, tmp_path):
     return make
 
 
-def begin(folder, output, after, monkeypatch=None):
+def begin(folder, output, after, **options):
     """Runs until `after` pictures are done, then dies."""
 
     def progress(now):
@@ -313,7 +313,7 @@ def begin(folder, output, after, monkeypatch=None):
             raise Killed
 
     with pytest.raises(Killed):
-        write_predictions(Brightness(), folder, output, batch_size=4, progress=progress)
+        write_predictions(Brightness(), folder, output, batch_size=4, progress=progress, **options)
 
 
 @pytest.mark.once
@@ -392,6 +392,11 @@ def test_what_was_begun_otherwise_is_said_and_kept(folder, tmp_path, capsys):
     # Another number of pictures a batch is no other answer.
     begin(folder, output, 20)
     assert again(batch_size=7).resumed == 14
+    for before, now in ((0.99, 0.0), (0.5, 0.5004), (0.0, 0.99)):
+        begin(folder, output, 20, min_confidence=before, restart=True)
+        with pytest.raises(InputError, match="begun otherwise: min_confidence or thresholds"):
+            again(min_confidence=now)
+        assert again(min_confidence=before).resumed == 20
 
 
 @pytest.mark.once

@@ -13,7 +13,12 @@ import keras_resnet as kr
 from keras_resnet.data.folders import rarest, stratified_split
 from keras_resnet.data.opening import opened
 from keras_resnet.data.order import balanced_order
-from keras_resnet.inference.calibration import best_temperature, best_thresholds, coverage_curve
+from keras_resnet.inference.calibration import (
+    best_temperature,
+    best_thresholds,
+    coverage_curve,
+    gives_answers,
+)
 from keras_resnet.inference.evaluate import measured
 from keras_resnet.inference.prediction_files import Prediction
 from keras_resnet.inference.service import Limits, open_service
@@ -329,4 +334,6 @@ def test_below_the_least_confidence_the_answer_is_unknown(tmp_path):
             assert [line.split(",")[1] for line in lines[1:]] == [of for [of] in expected]
     with pytest.raises(InputError, match="min_confidence"):
         kr.predict(model, images, min_confidence=1.5)
+    with pytest.raises(InputError, match="min_confidence"):  # of several labels too
+        gives_answers(Meaning("multi-label"), 50)
     assert str(Prediction("a.png", [("bee", 0.5)], None, ["unknown"])) == "a.png: unknown"
