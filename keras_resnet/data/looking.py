@@ -41,22 +41,28 @@ class Head(NamedTuple):
     format: str
     mode: str
     size: tuple[int, int]
-    turn: int
+    turn: int = 1
 
 
-def file_head(data: bytes) -> Head:
-    """What the file of an image is.
+def file_head(data: bytes, orientation: bool = False) -> Head:
+    """What the file of an image is; its pixels are not decoded.
+
+    Args:
+        data: The file.
+        orientation: Also look for the EXIF tag, for which Pillow decodes the whole of a PNG.
 
     Raises:
         UnidentifiedImageError: It is of no format that is read; Pillow raises others.
     """
     try:
         with open_image(io.BytesIO(data)) as image:
-            turn = image.getexif().get(ORIENTATION, 1)
-            return Head(str(image.format), image.mode, image.size, turn)
+            head = Head(str(image.format), image.mode, image.size)
+            if orientation:
+                head = head._replace(turn=image.getexif().get(ORIENTATION, 1))
+            return head
     except UnidentifiedImageError:
         found = of_any_channels(data, 4 * most_pixels())
         if found is None:
             raise
         kind = "NPY" if data.startswith(NPY) else "TIFF"
-        return Head(kind, f"{len(found.bands)} channels", found.size, 1)
+        return Head(kind, f"{len(found.bands)} channels", found.size)

@@ -162,7 +162,8 @@ def _file(path: str) -> tuple[bytes, str]:
     _, data = read(path)
     try:
         if isinstance(data, bytes):
-            return data, _split_ending(path)[1] or FORMATS[file_head(data).format][0]
+            kind = file_head(data).format  # of every file: what is no image is left out
+            return data, _split_ending(path)[1] or FORMATS[kind][0]
         image = data if isinstance(data, Image.Image) else as_image(data)
         stream = io.BytesIO()
         if isinstance(image, Bands):

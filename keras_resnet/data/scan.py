@@ -355,7 +355,7 @@ def _look(path: str) -> dict[str, Any] | str:
         _, data = read(path)
         kind, mode, turn = "array", "RGB" if np.ndim(data) == 3 else "L", 1
         if isinstance(data, bytes):
-            kind, mode, _, turn = file_head(data)
+            kind, mode, _, turn = file_head(data, orientation=True)
         image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
         return {
             "sha256": content_hash(data),

@@ -34,7 +34,7 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
     """An image in gray under a heat map in colour: all colour is heat.
 
     Args:
-        image: `(height, width, channels)` in 0..255; of more than three channels the first three.
+        image: uint8 `(height, width, channels)`; of more than three channels the first three.
         heatmap: `(height, width)` in 0..1, as of `grad_cam`; of another size it is resized.
         alpha: Opacity of the colour where the map is 1; elsewhere in proportion.
 
@@ -50,9 +50,9 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
         [128, 128, 128]
     """
     image, heatmap = np.asarray(image), np.asarray(heatmap, np.float32)
-    if image.dtype not in (np.uint8, np.float32) or image.ndim != 3 or 0 in image.shape:
+    if image.dtype != np.uint8 or image.ndim != 3 or 0 in image.shape:
         raise InputError(
-            "overlay draws on uint8 images (height, width, channels), or float32 ones of 0..255. "
+            "overlay draws on uint8 images (height, width, channels). "
             f"Received: {image.dtype}, {image.shape}."
         )
     image = plots.displayed(image)
@@ -107,7 +107,7 @@ class Explanation:
         """
         if self.pixels is None or self.heatmap is None:
             raise DataError(f"There is nothing to draw: {self.prediction.error}")
-        return overlay(enlarged(self.pixels, least), self.heatmap, alpha)
+        return overlay(enlarged(plots.displayed(self.pixels), least), self.heatmap, alpha)
 
 
 def iter_explanations(
