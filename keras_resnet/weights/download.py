@@ -21,7 +21,7 @@ from keras_resnet.system.errors import (
     require,
     whole,
 )
-from keras_resnet.system.files import cache_home
+from keras_resnet.system.files import cache_home, printable
 from keras_resnet.weights import published
 from keras_resnet.weights.published import TorchvisionWeights
 
@@ -203,24 +203,28 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 def _told(config: dict[str, Any], repo: str) -> dict[str, Any]:
     """What a config.json of timm or transformers says, as `HubFile` has it."""
-    if config.get("model_args"):
+    if options := config.get("model_args"):
+        options = list(options)[:5] if isinstance(options, dict) else options
         raise CheckpointError(
-            f"{repo} was built with options of its own, {list(config['model_args'])[:5]}: timm's "
+            f"{repo} was built with options of its own, {printable(str(options)[:100])}: timm's "
             "model of that name would answer differently."
         )
     cfg = config.get("pretrained_cfg")
     cfg = cfg if isinstance(cfg, dict) else config  # timm before 0.9
-    told: dict[str, Any] = {"variant": config.get("architecture")}
-    if "input_size" in cfg and cfg.get("crop_mode", "center") == "center":
+    variant = config.get("architecture")
+    told: dict[str, Any] = {"variant": variant if isinstance(variant, str) else None}
+    if "input_size" in cfg:
         try:
             options = {name: cfg[name] for name in ("interpolation", "mean", "std")}
             side = whole("input_size", cfg["input_size"][-1], 1)
             fraction = between("crop_pct", cfg.get("crop_pct", 0.875), 0.1, 1)
+            if cfg.get("crop_mode", "center") != "center":  # squashed, or with a border
+                fraction = 1.0
             told["images"] = {"side": side, "crop_pct": fraction, **options}
             HubFile(pathlib.Path(), repo, images=told["images"]).preprocess(None)
             if cfg.get("test_input_size") and cfg.get("test_crop_pct") == 1:
                 told["test_side"] = whole("test_input_size", cfg["test_input_size"][-1], 1)
-        except (LookupError, TypeError, InputError) as error:
+        except (LookupError, TypeError, OverflowError, InputError) as error:
             raise CheckpointError(f"{repo}'s config.json: {reason_of(error)}") from error
     names = config.get("label_names") or cfg.get("label_names")
     labels = config.get("id2label")
@@ -230,7 +234,7 @@ def _told(config: dict[str, Any], repo: str) -> dict[str, Any]:
         told["class_names"] = names
     elif repo.startswith("timm/") and repo.endswith("_in1k"):
         told["class_names"] = published.imagenet_class_names()
-    if isinstance(told["variant"], str):
+    if told["variant"]:
         told["strides"] = "3x3"
     elif config.get("model_type") == "resnet":  # of transformers
         told["strides"] = "1x1" if config.get("downsample_in_bottleneck") else "3x3"

@@ -21,6 +21,7 @@ from keras_resnet.weights.stand_ins import Storage, Tensor, Unreadable, one_line
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _LINKS = 100_000  # names in a model's weights (3,000)
+_DEPTH = 16  # groups around an array: two for each model around a layer
 
 # A layer's variables, which `.weights.h5` files number, by the start of the layer's class.
 _VARIABLES = {
@@ -74,6 +75,8 @@ def each_dataset(file: IO[bytes], size: int, look: Callable[[str, Any, Any], Non
         links += 1
         if links > _LINKS or not isinstance(link, h5py.HardLink):
             raise InputError("its weights are too many, or links to other places.")
+        if name.count("/") > _DEPTH:  # each is looked up from the file's root on
+            raise InputError(f"its weights lie in more than {_DEPTH} groups.")
         item = weights[name]
         if isinstance(item, h5py.Dataset):
             held += math.prod(item.shape) * item.dtype.itemsize

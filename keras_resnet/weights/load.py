@@ -428,5 +428,6 @@ def _remember(model: keras.Model, report: LoadReport, found: Source, modules) ->
         names = named.class_names
     if preprocess is not None:
         model.info["preprocess"] = preprocess.for_channels(channels).get_config()
-    if names and report.head == "strict" and own_head_of(model) is not None:
+    head = own_head_of(model) if report.head == "strict" else None
+    if names and head is not None and len(names) == modules[head][0].units:
         model.info["class_names"] = names

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -297,12 +298,12 @@ def grouped(names: Iterable[str], limit: int = 6) -> str:
         'encoder_k.* (2), queue'
     """
     names = sorted(names)
-    depth = 0
-    while len(names) > 1 and len({tuple(n.split(".")[: depth + 1]) for n in names}) == 1:
-        depth += 1
+    common = os.path.commonprefix(names)  # noqa: RUF071 (of text, not of paths)
+    start = common.rfind(".") + 1 if len(names) > 1 else 0
     counts: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
-        counts[".".join(name.split(".")[: depth + 1])].append(name)
+        end = name.find(".", start)
+        counts[name if end < 0 else name[:end]].append(name)
     shown = [n[0] if len(n) == 1 else f"{part}.* ({len(n)})" for part, n in counts.items()]
     more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
     return ", ".join(shown[:limit]) + more

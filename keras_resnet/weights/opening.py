@@ -31,6 +31,7 @@ from keras_resnet.weights.zip_files import load_zip
 # Endings under which people call torch.load, which takes the bytes of a safetensors header's length
 # for instructions of a pickle.
 PICKLE_ENDINGS = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin")
+H5_ENDINGS = (".h5", ".hdf5")
 
 _SIGNATURES = (
     (b"\x1f\x8b", "it is gzip-compressed: unpack it with gunzip, and read what comes out"),
@@ -143,6 +144,10 @@ def open_file(path: pathlib.Path) -> Loaded:
             )
         return _no_stream(loaded)
     if data[:8] == SIGNATURE:
+        if ending not in H5_ENDINGS:  # libhdf5 is C that parses: it gets what is meant for it
+            raise CheckpointError(
+                "it is an HDF5 file, Keras' weights perhaps: rename it to end in .weights.h5 or .h5"
+            )
         return load_h5(data, size, path.name)
     other = _what_else(data, size, path.name)
     if other:

@@ -293,11 +293,15 @@ def _same_numbers(tensors: Mapping[str, np.ndarray], one: Network, other: Networ
 def _most_like(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> list[str]:
     """The prefixes under which most of the wanted names stand."""
     counts: collections.Counter[str] = collections.Counter()
+    parts = 1 + max((name.count(".") for name in wanted), default=-1)
     for name in shapes:
-        at = 0
-        while at >= 0:
-            counts[name[:at]] += name[at:] in wanted
-            at = name.find(".", at) + 1 or -1
+        at = len(name) + 1
+        for _ in range(parts):  # from behind: a stranger's names may have a million parts
+            at = name.rfind(".", 0, at - 1) + 1
+            if name[at:] in wanted:
+                counts[name[:at]] += 1
+            if at == 0:
+                break
     most = max(counts.values(), default=0)
     return [prefix for prefix, count in counts.items() if count == most > 0]
 

@@ -15,7 +15,9 @@ from keras_resnet.weights.stand_ins import MAX_PICKLE, Array, Budget, brief, one
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
-_MAX_ARRAYS = 1 << 30  # bytes of a pickle that has the arrays inside, as Detectron2 writes them
+# Bytes of a pickle that has the arrays inside, as Detectron2 writes them: they are copied twice.
+_MAX_ARRAYS = 1 << 29
+_ARRAYS_ENDINGS = (".pkl", ".pickle")
 
 
 def load_stream(data: Any, size: int, name: str) -> Loaded:
@@ -27,7 +29,8 @@ def load_stream(data: Any, size: int, name: str) -> Loaded:
         return read_pickle(data, start, size, budget, loaded.refused, persistent)
 
     try:
-        most = max(MAX_PICKLE, min(size, _MAX_ARRAYS))
+        arrays = name.lower().endswith(_ARRAYS_ENDINGS)
+        most = max(MAX_PICKLE, min(size, _MAX_ARRAYS)) if arrays else MAX_PICKLE
         magic, position = read_pickle(data, 0, size, budget, loaded.refused, storages, most)
         loaded.root = magic
         if type(magic) is not int or magic != MAGIC:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import tracemalloc
 
 import keras
 import numpy as np
@@ -17,15 +18,14 @@ from keras_resnet.cli.main import main
 from keras_resnet.models import resnet
 from keras_resnet.models.files import convert_file, model_preprocess
 from keras_resnet.models.zoo import create_model
-from keras_resnet.system.errors import InputError
+from keras_resnet.system.errors import CheckpointError, InputError
 from keras_resnet.variants import COUNTER, SPECS, ResNetSpec
-from keras_resnet.weights import h5_files
+from keras_resnet.weights import h5_files, sources
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.dialects import DIALECTS, WORDS, names_in
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import save_torchvision, to_torchvision
-from keras_resnet.weights.matching import find_networks, spec_shapes
-from keras_resnet.weights.sources import read_source
+from keras_resnet.weights.matching import find_networks, grouped, spec_shapes
 from keras_resnet.weights.verify import verify
 from keras_resnet.weights.writing import write_checkpoint
 
@@ -280,6 +280,9 @@ def test_detectron2s_pickles(tmp_path):
     report = load_torchvision(model, file)
     assert report.ok and report.names == "Detectron2's ResNet"
     assert all(v.tobytes() == state[k].tobytes() for k, v in to_torchvision(model).items())
+    large = file.rename(tmp_path / "r50.pth")  # no name for arrays in a pickle
+    with pytest.raises(CheckpointError, match="a length of 20,000,000 bytes"):
+        inspect_checkpoint(large)
     with pytest.raises(InputError, match="does not say where its bottlenecks stride"):
         load_torchvision(model, named)
     # a detector: what is beside the backbone is named
@@ -290,6 +293,31 @@ def test_detectron2s_pickles(tmp_path):
     # what is no dict of arrays, or wants to run something, is refused as ever
     file.write_bytes(pickle.dumps({"model": {"stem.conv1.weight": np.array([print])}}))
     assert not inspect_checkpoint(file).safe
+
+
+def test_hdf5_goes_to_its_library_by_its_name_and_not_deep(tmp_path):
+    import h5py
+
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["/".join(["a"] * 17)] = np.zeros(2, "f4")
+    assert len(read_checkpoint(tmp_path / "a.h5")) == 1
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["/".join(["a"] * 16 + ["b", "c"])] = np.zeros(2, "f4")
+    with pytest.raises(CheckpointError, match="in more than 16 groups"):
+        read_checkpoint(tmp_path / "a.h5")
+    with pytest.raises(CheckpointError, match=r"it is an HDF5 file, .* rename it to end in"):
+        read_checkpoint((tmp_path / "a.h5").rename(tmp_path / "a.pth"))
+
+
+def test_names_of_thousands_of_parts_are_passed_over():
+    deep = dict.fromkeys([f"{'a.' * 5_000}{i}" for i in range(2)], ())
+    tracemalloc.start()
+    assert sources._most_like(deep | {"m.a.b": (), "m.c": ()}, {"a.b": (), "c": ()}) == ["m."]
+    assert sources._most_like(deep, {}) == []
+    assert tracemalloc.get_traced_memory()[1] < 1e6  # not each name's beginnings, 50 MB
+    tracemalloc.stop()
+    assert grouped(deep) == ", ".join(deep)
+    assert grouped(["a.b.c", "a.b.d.e", "a.b.d.f"]) == "a.b.c, a.b.d.* (2)"
 
 
 def test_keras_files_have_torchs_axes_and_the_layers_names(tmp_path):
@@ -340,7 +368,7 @@ def test_keras_applications(tmp_path, rng, monkeypatch):
     about = inspect_checkpoint(tmp_path / "a.weights.h5")
     assert "resnet50_v1, 10 classes, named as in keras.applications'" in str(about)
     assert "left out" not in str(about)
-    assert read_source(tmp_path / "a.weights.h5", None).strides == "1x1"
+    assert sources.read_source(tmp_path / "a.weights.h5", None).strides == "1x1"
     # one of its own ImageNet files, which take BGR pixels: here RGB, and as `preprocess_input` does
     digest = hashlib.md5((tmp_path / "a.weights.h5").read_bytes()).hexdigest()
     monkeypatch.setattr(h5_files, "_IMAGENET", {digest})

@@ -190,6 +190,8 @@ def test_what_is_not_there_is_said_in_a_line(hub, tiny, tmp_path):
         ({"architecture": "resnetblur18"}, "weights for resnetblur18, not for resnet_tiny: no mod"),
         ({"architecture": "resnet18"}, r"not for resnet_tiny: use kr.create_model\('resnet18'\)"),
         ({"model_args": {"aa_layer": "avg"}}, r"options of its own, \['aa_layer'\]"),
+        ({"model_args": 5}, "options of its own, 5"),
+        ({"pretrained_cfg": CONFIG["pretrained_cfg"] | {"input_size": [10**400]}}, "config.json"),
         ({"pretrained_cfg": {"input_size": [3, 10**9, 10**9]}}, "config.json"),
         ({"pretrained_cfg": CONFIG["pretrained_cfg"] | {"crop_pct": 0}}, "crop_pct must"),
         ({"pretrained_cfg": CONFIG["pretrained_cfg"] | {"input_size": [3, 10**9]}}, "config.json"),
@@ -205,6 +207,26 @@ def test_a_config_of_another_network_or_of_nonsense_is_refused(
     }
     with pytest.raises((InputError, CheckpointError), match=message):
         create_model("resnet_tiny", weights="hf://me/mine")
+
+
+def test_what_a_config_cannot_say_is_not_taken(hub, tiny, tmp_path):
+    pretrained = CONFIG["pretrained_cfg"] | {"crop_mode": "squash"}
+    hub.repos["me/mine"] = {
+        (COMMIT, "model.safetensors"): stored(tiny, tmp_path),
+        (COMMIT, "config.json"): as_json(
+            {"architecture": [], "label_names": ["a", "b", "c"], "pretrained_cfg": pretrained}
+        ),
+    }
+    model = create_model("resnet_tiny", input_shape=(96, 96, 3), weights="hf://me/mine")
+    assert "class_names" not in model.info  # 3 for 10 classes
+    # Images of timm's other crop modes lose the crop alone.
+    assert Preprocess.from_config(model.info["preprocess"]) == Preprocess(
+        resize_size=96,
+        crop_size=(96, 96),
+        interpolation="bicubic",
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
 
 
 def test_transformers_say_where_they_stride_and_what_classes_are_called():
