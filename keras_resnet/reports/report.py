@@ -44,7 +44,7 @@ def report(
     or was made by an older version gets a report of what there is.
 
     Args:
-        run_or_runs: A run folder, or several.
+        run_or_runs: A run folder, or several; or a folder of folds.
         output: The file to write; by default `report.html` in the run folder, and of several runs
             `comparison.html` beside the first.
         model: The run's model where it is loaded already; else `best.keras` is loaded.
@@ -60,6 +60,8 @@ def report(
     """
     single = isinstance(run_or_runs, str | os.PathLike)
     folders = [run_or_runs] if single else list(run_or_runs)
+    if single and (folds := Path(run_or_runs).expanduser() / "folds.json").is_file():
+        folders = sorted(folds.parent.glob("fold-*"))
     if not folders:
         raise InputError("report needs a run folder, or several.")
     if output is not None:

@@ -83,7 +83,7 @@ def cross_validate(
         seed: Of the folds, and of each training.
         exclude: As for `train`.
         restart: Start anew even where an unfinished one could go on.
-        dry_run: Say what the first fold would do, and do nothing.
+        dry_run: Say what the next fold would do, and do nothing.
         verbose: Print the progress.
         **options: As `train` takes them.
 
@@ -105,7 +105,8 @@ def cross_validate(
     run = Run.find(output, called, {**identity_of(recipe, arguments), "folds": folds}, restart)
     common = {"recipe": recipe, "seed": seed, "output": run.folder, "verbose": verbose, **options}
     if dry_run:
-        train(parts[0], name="fold-1", dry_run=True, **common)
+        left = [i for i in range(folds) if results_of(run.path(f"fold-{i + 1}")) is None] or [0]
+        train(parts[left[0]], name=f"fold-{left[0] + 1}", dry_run=True, **common)
         return FoldsResult(run.folder, [], {})
     run.check_files(run.config.get("files"), fingerprint(images))
     run.open()

@@ -51,8 +51,8 @@ def test_folds_validate_on_each_image_once_and_go_on(pictures, tmp_path, monkeyp
 
     monkeypatch.setattr(module, "train", train)
     assert main(words) == 130
-    assert main(words) == 0
-    assert calls == ["fold-1", "fold-2", "fold-2"]
+    assert main([*words, "--dry-run"]) == main(words) == 0
+    assert calls == ["fold-1", "fold-2", "fold-2", "fold-2"]
     folder = tmp_path / "runs" / "resnet_tiny-photos-folds"
     parts = [validated(folder / f"fold-{i}") for i in (1, 2)]
     expected = [str(p) for p in pictures.rglob("*.png") if "test" not in p.parts]
@@ -68,6 +68,7 @@ def test_folds_validate_on_each_image_once_and_go_on(pictures, tmp_path, monkeyp
     np.testing.assert_allclose(found["summary"]["val_loss"], [np.mean(losses), half], rtol=1e-4)
     assert found["summary"]["test_accuracy"][0] >= 0
     assert "val_accuracy" in capsys.readouterr().out
+    assert main(["report", str(folder)]) == 0 and (folder / "comparison.html").is_file()
     assert main([*words, "--devices", "2"]) == 2
     assert "leave out --devices" in capsys.readouterr().err
 
