@@ -16,7 +16,7 @@ from keras_resnet.models.features import embedding_model
 from keras_resnet.models.files import images_at_a_time, load_model, model_input
 from keras_resnet.runtimes.runner import KerasRunner
 from keras_resnet.system.errors import DataError, InputError, require, whole
-from keras_resnet.system.files import printable, replace_file, valid_text
+from keras_resnet.system.files import check_apart, printable, replace_file, valid_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,8 @@ def embed(
     if output is not None:
         check_embeddings(output)
     images = found_images(sources)
+    if output is not None:
+        check_apart(output, images.given)
     loaded = model if isinstance(model, keras.Model) else load_model(model)
     runner = KerasRunner(embedding_model(loaded))
     prepared = model_input(runner, preprocess, pixels)

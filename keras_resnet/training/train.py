@@ -383,8 +383,11 @@ def _finish(
         model = load_model(best)
         if data.val is not None:
             if recipe.calibrate or data.task != "single-label":
-                result = calibrate(model, data.val, temperature=recipe.calibrate).after
+                found = calibrate(model, data.val, temperature=recipe.calibrate)
+                result = found.after
                 run.guard(write_info, best, "calibration", model.info["calibration"])
+                if recipe.calibrate:
+                    say(f"\nCalibrated on the validation images:\n{found}")
             else:
                 result = evaluate(model, data.val, engine="keras")
             run.guard(result.save, run.folder)

@@ -93,3 +93,6 @@ def test_vectors_are_written_as_they_are(folder, tmp_path, capsys):
         kr.embed(model, folder, output="x.csv")
     with pytest.raises(DataError, match="None of the 1 images can be read"):
         kr.embed(model, folder / "2.png")
+    pyarrow.parquet.write_table(pyarrow.table({"path": found.paths}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="written over what is read"):
+        kr.embed(model, tmp_path / "t.parquet", output=tmp_path / "t.parquet")

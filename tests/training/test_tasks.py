@@ -251,6 +251,7 @@ def test_what_is_measured_is_kept_in_the_file_and_followed_everywhere(tmp_path):
     best = run.folder / "best.keras"
     kept = kr.load_model(best).info["calibration"]
     assert len(kept["thresholds"]) == 3 and kept == run.model.info["calibration"]
+    assert " Temperature: " in (run.folder / "train.log").read_text()  # also where it is none
     assert [row["threshold"] for row in run.evaluation.per_class] == kept["thresholds"]
     kr.calibrate(best, (x, labels, names), output=tmp_path / "again.keras", temperature=False)
     info = {"temperature": 2.5, "thresholds": [0.9, 0.5, 0.1]}
