@@ -28,8 +28,16 @@ _CALLED = {
             "image_name image_file picture",
     "label": LABEL_COLUMNS,
     "split": "split subset set partition part",
-    "weight": "weight weights sample_weight sample_weights",
+    "weight": "sample_weight sample_weights",  # a `weight` may be that of what is shown
 }  # fmt: skip
+
+# Columns of 0 and 1 about a row and not about what its image shows.
+_ASIDE = (
+    "fold kfold k_fold split subset index idx id unnamed:_0 weight weights sample_weight "
+    "sample_weights valid val validation is_valid is_val is_validation is_train is_training "
+    "is_test is_holdout holdout verified is_verified checked is_checked reviewed is_reviewed "
+    "duplicate is_duplicate"
+)
 
 
 def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
@@ -38,7 +46,8 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
     Args:
         path: Of the table.
         columns: What its columns `"path"`, `"label"`, `"split"` and `"weight"` are called; guessed
-            by default. `"separator"` is what stands between several labels of an image; `|` always.
+            by default, `""` is none. Labels may be columns of 0 and 1: `"cat+dog"`. `"separator"`
+            is what stands between several labels of an image; `|` always.
 
     Raises:
         NotFoundError: There is no such file, or none of the first images that it names.
@@ -53,11 +62,21 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
         raise DataError(f"The table {path!r} cannot be read: {error}") from error
     if not table:
         raise DataError(f"The table {path!r} is empty.")
-    used = _columns(path, table, {k: v for k, v in (columns or {}).items() if k != "separator"})
+    given = {k: v for k, v in (columns or {}).items() if k != "separator"}
+    several = given.get("label", "").split("+")
+    if len(several) > 1 and given["label"] not in table and set(several) <= set(table):
+        given["label"] = ""
+    else:
+        several = []
+    used = _columns(path, table, given)
     note = ", ".join(f"{part} from {column!r}" for part, column in used.items())
-    hot = {} if "label" in used else _hot_columns(table, set(used.values()))
-    note += f", labels from {len(hot)} columns of 0 and 1" if hot else ""
-    unused = [name for name in table if str(name).lower() == "fold" and name not in hot]
+    hot = {} if "label" in used else _hot_columns(table, set(used.values()), several)
+    if several and list(hot) != several:
+        wrong = next(name for name in several if name not in hot)
+        raise DataError(f"The column {wrong!r} of {path!r} holds more than 0 and 1.")
+    note += f", labels from {len(hot)} columns of 0 and 1: {listed(list(hot))}" if hot else ""
+    aside = {"fold", "weight", "weights"} - {_plain(name) for name in (*used.values(), *hot)}
+    unused = [name for name in table if _plain(name) in aside]
     notes = [f"Columns: {note}{f'; not used: {listed(unused)}' if unused else ''}."]
     values = {part: table[column] for part, column in used.items()}
     if not values["path"]:
@@ -125,16 +144,23 @@ def _labels(
     return {"labels": labels, "class_names": names}
 
 
-def _hot_columns(table: Mapping[str, Any], used: Set[str]) -> dict[str, list[int | None]]:
+def _plain(name: Any) -> str:
+    return str(name).strip().lower().replace(" ", "_")
+
+
+def _hot_columns(
+    table: Mapping[str, Any], used: Set[str], given: Sequence[str]
+) -> dict[str, list[int | None]]:
     """The columns of 0 and 1, one a label; none where it is one alone, which may be anything."""
     cells = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1}
     found = {}
-    for name, column in table.items():
+    for name in given or [name for name in table if name and _plain(name) not in _ASIDE.split()]:
+        column = table[name]
         if name not in used and not isinstance(column, Source):
             texts = ["" if cell is None or cell != cell else str(cell).strip() for cell in column]
             if set(texts) & {*cells} and set(texts) <= {*cells, ""}:
                 found[str(name)] = [cells.get(text) for text in texts]
-    return found if len(found) > 1 else {}
+    return found if given or len(found) > 1 else {}
 
 
 def _label(path: str, row: int, value: Any, apart: str) -> Any:
@@ -195,12 +221,12 @@ def _columns(path: str, table: Mapping[str, Any], given: Mapping[str, str]) -> d
     for part, column in given.items():
         if part not in _CALLED:
             raise InputError(f"A column is for path, label, split or weight. Received: {part!r}.")
-        if column not in there:
+        if column not in there and (column or part == "path"):
             raise InputError(
                 f"The table {path!r} has no column {column!r}.{did_you_mean(column, there)} It "
                 f"has: {listed(list(there))}."
             )
-    plain = {str(name).strip().lower().replace(" ", "_"): name for name in reversed(there)}
+    plain = {_plain(name): name for name in reversed(there)}
     guessed = {
         part: next((plain[name] for name in names.split() if name in plain), None)
         for part, names in _CALLED.items()
@@ -211,7 +237,7 @@ def _columns(path: str, table: Mapping[str, Any], given: Mapping[str, str]) -> d
             f"The table {path!r} has no column of paths that is known. It has: "
             f"{listed(list(there))}. Say which: columns={{'path': NAME}} (--columns path=NAME)."
         )
-    return {part: name for part, name in used.items() if name is not None}
+    return {part: name for part, name in used.items() if name}
 
 
 # What rows call the images that lie in them, as datasets and shards do.

@@ -186,7 +186,7 @@ def test_a_table_says_splits_and_what_it_takes_as_what(folder, tmp_path):
     }  # fmt: skip
     assert parts.names == ["ant", "bee", "cat"] and parts.of["test"][1] is None
     assert parts.notes == [
-        "Columns: path from 'Image', label from 'Class', split from 'set', weight from 'weight'."
+        "Columns: path from 'Image', label from 'Class', split from 'set'; not used: 'weight'."
     ]
     assert parts.of["val"][1].tolist() == [0, 1, 2]
     out = [os.path.abspath(parts.of["train"][0][0])]
@@ -213,8 +213,8 @@ def test_a_table_says_splits_and_what_it_takes_as_what(folder, tmp_path):
         ("t.jsonl", '{"path": "a"}\n{', DataError, "line 2, column 2"),
         ("t.jsonl", '{"path": 3}', DataError, "has no path. Received: 3"),
         ("t.jsonl", '{"path": "here.png", "label": [{}, "b"]}', DataError, "Row 1 .* no label. R"),
-        ("t.csv", "path,label,weight\nhere.png,a,-1\n", DataError, "Row 1 .* weight .*: '-1'"),
-        ("t.csv", "path,label,weight\nhere.png,a,much\n", DataError, "no number from 0 on"),
+        ("t.csv", "path,y,sample_weight\nhere.png,a,-1\n", DataError, "Row 1 .* weight .*: '-1'"),
+        ("t.csv", "path,y,sample_weight\nhere.png,a,much\n", DataError, "no number from 0 on"),
         ("t.parquet", "no table", DataError, "cannot be read"),
     ],
 )
@@ -310,6 +310,28 @@ def test_a_column_of_0_and_1_a_label_is_a_table_of_labels(rows, labels, tmp_path
             find_parts(source)
     (tmp_path / "t.csv").write_text("path,good\n0.png,1\n1.png,0\n")  # it may be anything
     assert opened(tmp_path / "t.csv").labels is None
+
+
+@once
+def test_what_a_table_says_of_its_rows_is_neither_a_label_nor_a_weight(tmp_path, png):
+    (tmp_path / "0.png").write_bytes(png)
+    (tmp_path / "1.png").write_bytes(png)
+    path = tmp_path / "t.csv"
+    path.write_text("path,cat,dog,fold,Is Valid,weight\n0.png,1,0,0,1,12 kg\n1.png,1,1,1,0,3\n")
+    source = opened(path)
+    assert source.class_names == ["cat", "dog"] and source.labels.tolist() == [(0,), (0, 1)]
+    assert source.weights is None
+    assert "0 and 1: 'cat', 'dog'; not used: 'fold', 'weight'." in source.notes[0]
+    source = image_source(path, columns={"label": "fold+dog"})
+    assert source.class_names == ["fold", "dog"] and source.labels.tolist() == [(), (0, 1)]
+    with pytest.raises(DataError, match=r"column 'weight' .* more than 0 and 1"):
+        image_source(path, columns={"label": "dog+weight"})
+    with pytest.raises(InputError, match=r"no column 'dog\+bird'"):
+        image_source(path, columns={"label": "dog+bird"})
+    with pytest.raises(DataError, match="a weight that is no number"):
+        image_source(path, columns={"weight": "weight"})
+    path.write_text(path.read_text().replace("weight", "sample_weight"))
+    assert image_source(path, columns={"weight": ""}).weights is None
 
 
 @once

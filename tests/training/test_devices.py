@@ -161,7 +161,7 @@ def test_two_processes_train_and_predict_as_one(pictures, tmp_path):
     table = tmp_path / "t.csv"
     found = sorted(pictures.rglob("*.png"))
     lines = [f"{path},{path.parent.name},{i % 4}" for i, path in enumerate(found)]
-    table.write_text("\n".join(["path,label,weight", *lines]))
+    table.write_text("\n".join(["path,label,sample_weight", *lines]))
     options = {**EVERYTHING, "name": "run"}
     alone, _ = train_in(1, table, tmp_path / "1", then=then("a"), **options)
     together, ended = train_in(2, table, tmp_path / "2", then=then("b"), **options)
