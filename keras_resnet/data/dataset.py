@@ -57,7 +57,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
     `shuffle=False`; give that: the images are shuffled here, and runs can be repeated.
 
     Attributes:
-        file_paths: all paths, in the order of the labels; or a `Source`, such as shards are.
+        file_paths: all paths, in the order of the labels; or a `Source`, without its weights.
         labels: int32, aligned with `file_paths`, or tuples of several; None where there are none.
         class_names: the name of each label; None where there are none.
         class_counts: images of each class.

@@ -33,6 +33,9 @@ class Stream(enum.IntEnum):
     ORDER, IMAGE, MIX, SPLIT = range(4)
 
 
+UNREADABLE = "it cannot be read"  # of a folder, among what is not read
+
+
 # --- finding the files ---------------------------------------------------------------------------
 
 
@@ -106,11 +109,11 @@ def class_pictures(
         )
 
     def visit() -> Iterator[tuple[int, str, list[str]]]:
-        empty, rest = [], Counter[tuple[str, str]]()
+        empty, rest, failed = [], Counter[tuple[str, str]](), list[str]()
         for label, name in enumerate(names):
             count = 0
             folder = os.path.join(directory, folder_of[plain_name(name)])
-            for root, files in sorted(walk(folder, follow_links)):
+            for root, files in sorted(walk(folder, follow_links, failed)):
                 pictures = [file for file in files if has_image_ending(file)]
                 if len(pictures) < len(files):
                     rest.update(unread(file for file in files if not has_image_ending(file)))
@@ -127,6 +130,7 @@ def class_pictures(
             )
         if others is not None:
             others.update(rest)
+            others.update({("folder", UNREADABLE): len(failed)} if failed else {})
             loose = filter(is_picture, entries(directory)[0])
             others.update(unread(loose, "outside the class folders"))
 

@@ -19,9 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.data.folders import class_pictures, existing_folder, no_images
+from keras_resnet.data.folders import (
+    UNREADABLE,
+    class_pictures,
+    existing_folder,
+    no_images,
+    split_folders,
+)
 from keras_resnet.data.items import Source, absolute
-from keras_resnet.data.walk import left_out
+from keras_resnet.data.walk import IMG_EXTENSIONS, left_out
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.system.files import cache_home, replace_file
 
@@ -46,7 +52,12 @@ class Listed(Source):
     def __init__(self, directory: str, exclude: Any = None, others: Counter | None = None):
         directory = existing_folder(directory)
         self.place = os.path.abspath(directory)
-        facts, self._names = _kept(directory) or _listed(directory)
+        kept = _kept(directory)
+        facts, self._names = kept or _listed(directory)
+        if kept:  # shared disks may not tell every change
+            count = sum(facts["counts"])
+            made = f"by the list of {facts['made']}, which train --restart makes anew"
+            self.notes = (f"{self.place}: {count:,} images, {made}.",)
         self._folders = [os.path.join(directory, path) for path in facts["folders"]]
         self._starts = np.cumsum([0, *facts["counts"]])  # of the folders
         self._ends = np.flatnonzero(np.frombuffer(self._names, np.uint8) == 0)  # of the names
@@ -117,7 +128,9 @@ def _listed(directory: str) -> tuple[dict[str, Any], bytes]:
     if sum(facts["counts"]) >= _MANY:
         with contextlib.suppress(OSError, InputError, DataError):
             facts["times"] = _times(directory, facts["folders"])
-            if max(map(max, facts["times"])) < (began - _SETTLED) * 1e9:
+            settled = max(map(max, facts["times"])) < (began - _SETTLED) * 1e9
+            # A folder that cannot be read for a moment has the same times when it can.
+            if settled and all(why != UNREADABLE for _, why in others):
                 _keep(os.path.abspath(directory), facts, text)
     return facts, text
 
@@ -153,9 +166,19 @@ def _path(place: str) -> Path:
 def _keep(place: str, facts: dict[str, Any], text: bytes) -> None:
     path = _path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps({"form": _FORM, "place": place, "size": len(text), **facts}).encode()
+    about = {"form": _FORM, "place": place, "size": len(text), "kinds": list(IMG_EXTENSIONS)}
+    head = json.dumps({**about, "made": time.strftime("%Y-%m-%d %H:%M"), **facts}).encode()
     content = head + b"\n" + zlib.compress(text, 1)
     replace_file(path, lambda name: Path(name).write_bytes(content))
+
+
+def forget(directory: str | os.PathLike) -> None:
+    """Has a folder of images, or of parts, listed anew."""
+    directory = os.path.expanduser(os.fspath(directory))
+    parts = split_folders(directory) if os.path.isdir(directory) else {}
+    for folder in (directory, *parts.values()):
+        with contextlib.suppress(OSError):
+            _path(os.path.abspath(folder)).unlink()
 
 
 def _kept(directory: str) -> tuple[dict[str, Any], bytes] | None:
@@ -165,6 +188,9 @@ def _kept(directory: str) -> tuple[dict[str, Any], bytes] | None:
         with open(_path(place), "rb") as file:
             facts = json.loads(file.readline())
             if (facts["form"], facts["place"]) != (_FORM, place):
+                return None
+            # With another plug-in or version there are more kinds of images.
+            if facts["kinds"] != list(IMG_EXTENSIONS) or not isinstance(facts["made"], str):
                 return None
             if facts["times"] != _times(directory, facts["folders"]):
                 return None

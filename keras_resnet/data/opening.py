@@ -245,10 +245,12 @@ def find_parts(data: str | Source, exclude: Any = None) -> Parts:
     notes, others = [layout(data, folders)], Counter[tuple[str, str]]()
     class_folders(folders.setdefault("train", data), least=2)
     training = Listed(folders["train"], exclude, others)
+    notes += training.notes
     names = training.class_names or []
     parts: dict[str, tuple[Sequence[str], Any]] = {"train": (training, training.labels)}
     if "val" in folders:
         held_out = Listed(folders["val"], exclude, others)
+        notes += held_out.notes
         who = "The validation folder", "the training folder"
         labels = labels_by_name(held_out.labels, held_out.class_names, names, *who)
         parts["val"] = held_out, labels

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from keras_resnet.data.bands import Bands
-from keras_resnet.data.items import as_image
+from keras_resnet.data.items import Source, as_image
 from keras_resnet.data.looking import file_head
 from keras_resnet.data.opening import find_parts, opened, place
 from keras_resnet.data.reading import in_flight, read
@@ -92,6 +92,8 @@ def pack(
         what = "lies in the folder that is packed" if inside else "holds images"
         raise InputError(f"{str(target)!r} {what}: give a new folder beside it for the shards.")
     parts = find_parts(source, exclude)
+    if isinstance(source, Source) and source.weights is not None:
+        logger.warning("Shards hold no weights: training on them counts all images alike.")
     shards: list[Path] = []
     skipped: list[tuple[str, str]] = []
     count = 0

@@ -126,8 +126,12 @@ def _is_empty(folder: str) -> bool:
         return True
 
 
-def walk(folder: str, follow_links: bool = True) -> Iterator[tuple[str, list[str]]]:
+def walk(
+    folder: str, follow_links: bool = True, failed: list[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Gives the folders below a folder and itself, each with the names of its files.
+
+    Folders that cannot be read are added to `failed`.
 
     Each real folder comes once, so links may lead in circles; one that several paths lead to
     comes under a path without links, where there is one.
@@ -144,6 +148,8 @@ def walk(folder: str, follow_links: bool = True) -> Iterator[tuple[str, list[str
             files, folders, links = entries(root)
         except OSError as error:
             logger.warning("The folder %r cannot be read: %s.", root, error.strerror)
+            if failed is not None:
+                failed.append(root)
             continue
         yield root, files
         waiting.extend(os.path.join(root, name) for name in folders)

@@ -17,6 +17,7 @@ from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.items import Source
 from keras_resnet.data.labels import joined, multi_hot
+from keras_resnet.data.listing import forget
 from keras_resnet.data.opening import opened, place
 from keras_resnet.inference.calibrate import calibrate
 from keras_resnet.inference.evaluate import Evaluation, evaluate
@@ -201,6 +202,8 @@ def train(
     loggers = Loggers(arguments["log"] if group.first else [])
     given = {n: arguments[n] for n in ("seed", "workers", "cache", "exclude", "strict", "exif")}
     given["workers"] = threads_each(workers)
+    if restart and group.first and isinstance(directory, (str, os.PathLike)):
+        forget(directory)
     data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
     title = directory.title() if isinstance(directory, Source) else Path(place(directory)).name
     called = name or f"{recipe.model}-{title}"

@@ -21,7 +21,14 @@ from PIL import Image
 
 from keras_resnet.cli import main as cli
 from keras_resnet.cli.demo import write_digits
-from keras_resnet.data import cifar as archives, depth, listing, opening, shards as shard_files
+from keras_resnet.data import (
+    cifar as archives,
+    depth,
+    listing,
+    opening,
+    shards as shard_files,
+    walk,
+)
 from keras_resnet.data.arrays import Arrays
 from keras_resnet.data.folders import find_pictures
 from keras_resnet.data.items import Item, Source
@@ -358,7 +365,7 @@ def test_a_pipe_that_is_called_as_a_source_is_an_error(name, tmp_path):
 
 
 @once
-def test_a_tables_weights_are_those_of_the_training_loss(folder, history, tmp_path, rng):
+def test_a_tables_weights_are_those_of_the_training_loss(folder, history, tmp_path, rng, caplog):
     path, weights = folder.parent / "weighed.csv", []
     for w in ("0", "", "2"):
         lines = [
@@ -372,6 +379,8 @@ def test_a_tables_weights_are_those_of_the_training_loss(folder, history, tmp_pa
         assert source.weights.tolist() == [float(w or 1) if i % 3 else 1 for i in range(24)]
         weights.append(source.take(np.arange(3)).digest())
     assert len(set(weights)) == 3
+    pack(path, tmp_path / "shards")
+    assert "Shards hold no weights" in caplog.text
     data = prepare.prepare_data(
         path, dataclasses.replace(get_recipe("cifar"), model="resnet_tiny", image_size=16)
     )
@@ -588,6 +597,24 @@ def test_many_images_are_listed_once(folder, tmp_path, monkeypatch):
     ):
         change()
         assert [found(), found()] == [1, 0]
+    assert "by the list of 20" in find_parts(str(place)).notes[0]
+    listing.forget(place)
+    assert [found(), found()] == [1, 0]
+    monkeypatch.setattr(listing, "IMG_EXTENSIONS", (".new", *listing.IMG_EXTENSIONS))
+    assert [found(), found()] == [1, 0]  # there is a plug-in now
+    # A folder that cannot be read for a moment is looked at again.
+    (place / "wasp" / "more" / "2.png").touch()
+    entries = walk.entries
+
+    def failing(folder):
+        if folder.endswith("more"):
+            raise PermissionError(13, "Permission denied")
+        return entries(folder)
+
+    monkeypatch.setattr(walk, "entries", failing)
+    assert "1 folder: it cannot be read" in find_parts(str(place)).notes[-1]
+    monkeypatch.setattr(walk, "entries", entries)
+    assert [found(), found()] == [1, 0]
     monkeypatch.chdir(tmp_path)
     assert list(listing.Listed("x")) == find_pictures("x")[0]  # from elsewhere by other words
     assert looks == []
