@@ -598,8 +598,10 @@ def test_many_images_are_listed_once(folder, tmp_path, monkeypatch):
         change()
         assert [found(), found()] == [1, 0]
     assert "by the list of 20" in find_parts(str(place)).notes[0]
-    listing.forget(place)
-    assert [found(), found()] == [1, 0]
+    looks.clear()
+    for restart in (False, True):
+        train(place, output=tmp_path / "runs", dry_run=True, restart=restart, **TINY)
+        assert looks == [str(place)] * restart
     monkeypatch.setattr(listing, "IMG_EXTENSIONS", (".new", *listing.IMG_EXTENSIONS))
     assert [found(), found()] == [1, 0]  # there is a plug-in now
     # A folder that cannot be read for a moment is looked at again.
