@@ -44,17 +44,21 @@ def comparison(runs: list[RunFacts], path: Path) -> dict[str, Any]:
         for run, label, *found in zip(runs, labels, results, best, strict=True)
     ]
     known = [row for row in rows if row.results]
-    highest = max((row.results.top1 for row in known), default=None)
-    winners = [row for row in known if row.results.top1 == highest]
+    measures = list(dict.fromkeys(row.results.headline[0] for row in known))
+    highest = max((row.results.headline[1] for row in known), default=None)
+    winners = [row for row in known if row.results.headline[1] == highest]
+    winners = winners if len(measures) == 1 else []  # one does not outdo another task's
     same = part is not None and same_images(runs, part)
     return {
         "part": part,
         "rows": rows,
         "winners": winners,
+        "measures": measures,
+        "words": list(dict.fromkeys(row.results.word for row in known)),
         "same": same,
         "single_images": all(row.results.rows for row in known),
         "charts": _overlaid(rows),
-        "pairs": _paired(rows, winners[0]) if same else [],
+        "pairs": _paired(rows, winners[0]) if same and winners else [],
         "classes": _classes(results),
         **_differences(runs),
     }
@@ -77,14 +81,17 @@ def _link(run: RunFacts, path: Path) -> str | None:
 
 
 def _best_columns(results: list[Results | None]) -> list[set[str]]:
-    """By run: the columns whose best value is its own; none where all are equal."""
+    """By run: the columns whose best value is its own; none where all are equal or tasks differ."""
+    found: list[set[str]] = [set() for _ in results]
+    if len({r.headline[0] for r in results if r}) > 1:
+        return found
     columns = {
+        "headline": [r and r.headline[1] for r in results],
         "top1": [r and r.top1 for r in results],
         "loss": [None if r is None or r.loss is None else -r.loss for r in results],
         "f1": [r and r.macro_f1 for r in results],
         "calibration": [r and r.calibration and -r.calibration.error for r in results],
     }
-    found: list[set[str]] = [set() for _ in results]
     for column, values in columns.items():
         known = [value for value in values if value is not None]
         for i, value in enumerate(values):
@@ -97,6 +104,7 @@ def _overlaid(rows: list[Row]) -> list[dict[str, Any]]:
     """By chart: the drawing, its legend, and where each line ends."""
     charts = []
     for key, title in (
+        ("val_average_precision", "Validation average precision"),
         ("val_accuracy", "Validation accuracy"), ("val_loss", "Validation loss"),
         ("accuracy", "Training accuracy"), ("loss", "Training loss"),
     ):  # fmt: skip
@@ -111,7 +119,7 @@ def _overlaid(rows: list[Row]) -> list[dict[str, Any]]:
             legend.append(("line", f"s{i % 8 + 1}", pattern, row.label))
             ends.append((row.label, values[-1]))
         if series:
-            percent = key.endswith("accuracy")
+            percent = not key.endswith("loss")
             svg = plots.lines_svg(series, key, percent=percent)
             charts.append(
                 {"title": title, "percent": percent, "svg": svg, "legend": legend, "ends": ends}

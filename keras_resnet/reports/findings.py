@@ -27,8 +27,8 @@ def findings(run: RunFacts) -> list[Finding]:
     """What stands out in a run, the most telling first."""
     found = [*_of_results(run.main)] if run.main else []
     if len(run.results) == 2:
-        facts = {part: results.top1 for part, results in run.results.items()}
-        found.append(Finding("info", "both_parts", facts))
+        facts = {part: results.headline[1] for part, results in run.results.items()}
+        found.append(Finding("info", "both_parts", {**facts, "word": run.main.headline[0]}))
     found += _of_training(run)
     counts = [n for n in run.training_counts.values() if n]
     if counts and max(counts) > 3 * min(counts):
@@ -67,9 +67,9 @@ def _of_training(run: RunFacts) -> Iterator[Finding]:
     if best is not None and run.epochs > 1:
         if best == run.epochs:
             yield Finding("info", "last_epoch_best", {})
-        train = run.history["accuracy"][best - 1] if "accuracy" in run.history else math.nan
-        val = run.history["val_accuracy"][best - 1]
+        train = run.history[run.score][best - 1] if run.score in run.history else math.nan
+        val = run.history[f"val_{run.score}"][best - 1]
         if train - val > 0.15:
-            yield Finding("warn", "overfits", {"train": train, "val": val})
+            yield Finding("warn", "overfits", {"train": train, "val": val, "score": run.score})
     if isinstance(wanted, int) and 0 < run.epochs < wanted:
         yield Finding("info", "stopped_early", {"run": run.epochs, "wanted": wanted})

@@ -66,6 +66,13 @@ class Results:
         return "All labels right" if self.task == "multi-label" else "Accuracy"
 
     @property
+    def headline(self) -> tuple[str, float]:
+        """What the task is measured by first, and the number; as of `Evaluation`."""
+        if self.task == "multi-label" and "average_precision" in self.scores:
+            return "Mean average precision", self.scores["average_precision"]
+        return self.word, self.top1
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The 95% interval of the accuracy."""
         return accuracy_interval(round(self.top1 * self.count), self.count)

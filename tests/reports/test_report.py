@@ -523,6 +523,37 @@ def test_equal_runs_are_called_equal(tmp_path):
 
 
 @pytest.mark.once
+def test_runs_of_several_labels_are_compared_by_their_average_precision(tmp_path):
+    runs = [make_run(tmp_path / name, seed=i) for i, name in enumerate(["one", "two", "three"])]
+
+    def several(run, precision, top1):
+        path = run / "evaluation.json"
+        more = {"task": "multi-label", "scores": {"average_precision": precision, "auc": 0.9}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more, "top1": top1}))
+
+    several(runs[0], 0.81, 0.2)
+    found = page_of(kr.report(runs))  # of two tasks none is best
+    assert "mean average precision and accuracy are not comparable" in found.text
+    assert "All labels right / Accuracy" in found.text and "81.0%" in found.text
+    assert "best" not in found.values("class") and "McNemar" not in found.text
+    several(runs[1], 0.62, 0.4)
+    found = assert_harmless(kr.report(runs[:2]))
+    assert "one has the highest mean average precision on the validation images: 81.0%" in (
+        found.text
+    )
+    assert "the one with the highest mean average precision, on the same images. An" in found.text
+    assert "Mean average precision All labels right 95% interval" in found.text
+    assert "Accuracy" not in found.text.replace("Validation accuracy", "").replace(
+        "Training accuracy", ""
+    )
+    history = {"average_precision": [0.9] * 3, "val_average_precision": [0.4, 0.5, 0.6]}
+    facts = read_run(runs[0])
+    facts.history |= history
+    [warning] = [found for found in rules.findings(facts) if found.rule == "overfits"]
+    assert warning.facts == {"train": 0.9, "val": 0.6, "score": "average_precision"}
+
+
+@pytest.mark.once
 def test_runs_on_other_images_are_not_compared_image_by_image(tmp_path):
     one = make_run(tmp_path / "one")
     two = make_run(tmp_path / "two", names=("x", "y"))
