@@ -25,9 +25,9 @@ from keras_resnet.models.summary import summary
 from keras_resnet.models.zoo import create_model
 from keras_resnet.system.device import image_shape
 from keras_resnet.system.errors import InputError, one_of, reason_of
-from keras_resnet.system.files import replace_file, to_json
+from keras_resnet.system.files import printable, replace_file, to_json
 from keras_resnet.variants import SPECS, get_spec
-from keras_resnet.weights.checkpoint import read_checkpoint
+from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.dialects import WORDS, has_group_norms
 from keras_resnet.weights.keras_files import (
     KERAS_WRITTEN,
@@ -39,9 +39,9 @@ from keras_resnet.weights.keras_files import (
 )
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import Head, renamed, save_torchvision
-from keras_resnet.weights.matching import fit, spec_shapes, variants_of
+from keras_resnet.weights.matching import fit, grouped, spec_shapes, variants_of
 from keras_resnet.weights.published import named_variant
-from keras_resnet.weights.sources import Source, read_source
+from keras_resnet.weights.sources import Source, normalise_as_told, read_source
 from keras_resnet.weights.stand_ins import one_line
 from keras_resnet.weights.verify import VerifyReport, verify
 from keras_resnet.weights.writing import write_checkpoint
@@ -138,17 +138,24 @@ def convert_file(
         return Conversion(str(source), str(target), lines, verify(model, target) if check else None)
     if goal in TORCH_WRITTEN and to is None:
         tensors = read_checkpoint(source, key=key)
-        write_checkpoint(target, tensors)
+        about = inspect_checkpoint(source, key)
+        write_checkpoint(target, tensors, metadata=about.metadata)
         return Conversion(str(source), str(target), [f"{source.name}: {len(tensors)} tensors."])
     lines: list[str] = []
     found = _network_in(source, variant, key)
+    if variant is None and found.named and found.named.variant:
+        variant = get_spec(found.named.variant).name
     if goal in TORCH_WRITTEN:
         return _renamed(found, source, target, str(to))
     model = _model_for(found, variant, include_preprocessing, preprocess, lines)
+    if preprocess is None:
+        normalise_as_told(model, found)
+    else:
+        found.told = True
     head: Head = "strict" if model.info["options"]["include_top"] else "skip"
     report = load_torchvision(model, found, head=head, allow_other_strides=allow_other_strides)
     lines.append(str(report))
-    _describe(model, class_names, preprocess, lines)
+    _describe(model, class_names, preprocess, lines, found.bgr)
     proof = verify(model, found) if check else None
     write = model.save if goal == ".keras" else model.save_weights
     replace_file(target, write)
@@ -165,6 +172,15 @@ def _renamed(found: Source, source: Path, target: Path, to: str) -> Conversion:
     if found.strides:
         about["stride_on"] = found.strides
         lines.append(f"Its bottlenecks stride on the {found.strides} ({found.strides_from}).")
+    elif "layer1.0.conv3.weight" in tensors or to != "torchvision":
+        lines.append("The file does not say where bottlenecks stride, and nor does this one.")
+    dropped = sorted({*found.network.near, *found.beside})
+    if dropped:
+        lines.append(f"Left out: {printable(grouped(dropped))}.")
+    if found.bgr:
+        lines.append(found.bgr)
+    elif found.preprocess or found.named:
+        lines.append("How images are prepared is not written: the form has no place for it.")
     write_checkpoint(target, tensors, metadata=about)
     return Conversion(str(source), str(target), lines)
 
@@ -183,8 +199,10 @@ def _model_for(
     """A model of the variant that the file fits, with as many classes as the file has."""
     fits = variants_of(found.shapes)
     classes = dict(fits)
-    own = [row for row in fits if getattr(SPECS[row[0]], "stride_on", None) == found.strides]
-    fits = tuple(own) if found.strides and own else fits
+    # Detectron2's stride on the 1x1 unless told otherwise.
+    strides = found.strides or ("1x1" if found.network.dialect.name == "detectron2" else None)
+    own = [row for row in fits if getattr(SPECS[row[0]], "stride_on", None) == strides]
+    fits = tuple(own) if strides and own else fits
     if variant is None:
         if not fits:
             raise InputError(
@@ -220,14 +238,21 @@ def _model_for(
     )
 
 
-def _describe(model: keras.Model, class_names, preprocess, lines: list[str]) -> None:
+def _describe(
+    model: keras.Model, class_names, preprocess, lines: list[str], open_question: str
+) -> None:
     """Class names and preprocessing into the model's info."""
     if class_names is not None:
         count = model.output_shape[-1]
         if len(class_names) != count:
             raise InputError(f"{len(class_names)} class names for {count} classes.")
         model.info["class_names"] = list(class_names)
-    if preprocess is None and "preprocess" not in model.info:
+    if preprocess is None and open_question:
+        lines.append(
+            "Preprocessing: not assumed, the model names none. If images were RGB, give --mean and "
+            "--std; predict and the rest ask for it."
+        )
+    elif preprocess is None and "preprocess" not in model.info:
         size = SPECS[model.info["variant"]].input_size
         preprocess = Preprocess.for_size(size)
         lines.append(

@@ -55,8 +55,9 @@ def create_model(
         classifier_activation: `None` gives logits, `"softmax"` probabilities; as all that is the
             head's, it counts with `include_top` alone.
         include_preprocessing: Take pixel values 0..255 and normalise inside the model.
-        mean: Means for that, one a channel, in 0..1; ImageNet's by default.
-        std: Standard deviations for that, one a channel, in 0..1; ImageNet's by default.
+        mean: Means for that, one a channel, in 0..1; those of the weights by
+            default, else ImageNet's.
+        std: Standard deviations for that, one a channel, in 0..1; the same by default.
         input_tensor: A Keras tensor to build on, in place of `input_shape`.
         dropout: Rate of the dropout in the head: 0 for ResNets, 0.5 for AlexNets by default.
         name: Name of the model; the variant's by default.
@@ -87,12 +88,6 @@ def create_model(
     if not include_top:
         classifier_activation = None
 
-    if isinstance(weights, str) and weights.startswith(("hf://", "timm/")):
-        weights = _from_hub(weights)
-        said = getattr(weights, "images", None) or {}
-        if input_tensor is None and 3 in (input_shape or (3,)):
-            mean = said.get("mean") if mean is None else mean
-            std = said.get("std") if std is None else std
     family = importlib.import_module(f"keras_resnet.models.{spec.family}")
     inputs, x = image_input(spec, input_shape, input_tensor, include_preprocessing, mean, std)
     x = family.features(x, spec)
@@ -109,18 +104,14 @@ def create_model(
     }
     model = finish(spec, inputs, x, name, options)
     if weights is not None:
-        _load_weights(model, spec, weights, key, new_head=asked is not None)
+        colors = (mean, std) if include_preprocessing else None
+        _load_weights(model, spec, weights, key, asked is not None, colors)
     return model
 
 
-def _from_hub(text: str) -> Any:
-    """Weights by their name on the hub, which may say how a model normalises; a file's stay."""
-    from keras_resnet.weights import download, published
-
-    return download.hub_file(text) if published.hub_name(text) else text
-
-
-def _load_weights(model: ImageModel, spec, weights, key: str | None, new_head: bool) -> None:
+def _load_weights(
+    model: ImageModel, spec, weights, key: str | None, new_head: bool, colors: tuple | None
+) -> None:
     """Loads a published file by its tag, a checkpoint or a state dict into a fresh model."""
     # Not at the top: most models need no files.
     from keras_resnet.weights import download, load, mapping, published, sources
@@ -145,6 +136,8 @@ def _load_weights(model: ImageModel, spec, weights, key: str | None, new_head: b
             f"{found.label} has no {own_head!r} as {model.name} has it: num_classes=N makes a new "
             "one, include_top=False none."
         )
+    if colors is not None:
+        sources.normalise_as_told(model, found, *colors)
     report = load.load_torchvision(
         model, found, head="skip" if headless or not with_head else "strict"
     )

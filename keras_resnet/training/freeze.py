@@ -17,9 +17,15 @@ from keras_resnet.system.errors import CheckpointError, InputError, did_you_mean
 from keras_resnet.weights import download
 from keras_resnet.weights.keras_files import find_keras_file
 from keras_resnet.weights.load import load_torchvision
-from keras_resnet.weights.mapping import weighted_layers
+from keras_resnet.weights.mapping import expected_keys, info_of, weighted_layers
 from keras_resnet.weights.published import resolve_weights
-from keras_resnet.weights.sources import adapted_to, how_adapted
+from keras_resnet.weights.sources import (
+    adapted_to,
+    how_adapted,
+    own_head_of,
+    pixel_problem,
+    read_source,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,8 +243,13 @@ def load_pretrained(
     text = os.path.expanduser(os.fspath(source))
     if text.endswith(".keras") or os.path.isdir(text):
         return _load_from_keras(model, str(find_keras_file(text)), class_names)
-    report = load_torchvision(model, text, head="skip", key=key)
-    return f"{str(report).splitlines()[0]}; {model.layers[-1].name!r} is new."
+    variant = info_of(model).get("variant")
+    found = read_source(text, key, expected_keys(model), own_head_of(model), variant)
+    found.told = True  # the run's own normalisation stays
+    report = load_torchvision(model, found, head="skip")
+    line = f"{str(report).splitlines()[0]}; {model.layers[-1].name!r} is new."
+    problem = pixel_problem(model, found)
+    return f"{line} {problem.partition(': give')[0]} (--normalization)." if problem else line
 
 
 def _load_from_keras(model: keras.Model, path: str, class_names: Sequence[str] | None) -> str:

@@ -31,7 +31,8 @@ import itertools
 import math
 import os
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,9 @@ def _describe(
         }
         others = itertools.islice(selection.others.items(), 1000)
         notes |= {name: brief(value) for name, value in others if name not in notes}
+        notes.pop("meta.style", None)
+        if style := _openmmlabs_style(selection.others):
+            notes["meta.style"] = style
     info = CheckpointInfo(
         path=file,
         format="pickle" if loaded.kind == "pickle" else loaded.format,
@@ -240,6 +244,15 @@ def _describe(
         **facts,
     )
     return info, selection
+
+
+def _openmmlabs_style(others: Mapping[str, Any]) -> str:
+    """Where bottlenecks stride by the config in an OpenMMLab checkpoint, a text of Python."""
+    metas = (others.get("meta"), *(others.get(f"meta.{name}") for name in ("config", "cfg")))
+    texts = [t for m in metas for t in (m.values() if isinstance(m, dict) else [m])]
+    pattern = r"""\bstyle['"]? ?[=:] ?['"](caffe|pytorch)\b"""
+    found = {s for text in texts if isinstance(text, str) for s in re.findall(pattern, text)}
+    return " and ".join(sorted(found))
 
 
 def read_checkpoint(

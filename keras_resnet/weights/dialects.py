@@ -17,6 +17,7 @@ from keras_resnet.system.errors import InputError
 from keras_resnet.variants import COUNTER, Shape
 
 Rules = tuple[tuple[str, str], ...]
+CAFFE = "[103.53, 116.28, 123.675]"  # MSRA's networks, which Detectron2 and OpenMMLab took over
 _HOLE = re.compile(r"<(\*|a|\d+)>")
 
 
@@ -36,6 +37,7 @@ class Dialect:
         plain: Their class has no groups, and bottlenecks of a quarter of the width alone.
         basic: It has the basic blocks of ResNet-18 and 34, too.
         counted: It keeps torch's `num_batches_tracked`.
+        bgr: What its networks subtract from BGR pixels of 0..255, unless told otherwise.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Dialect:
     plain: bool = False
     basic: bool = True
     counted: bool = True
+    bgr: str = ""
 
     @property
     def grouped(self) -> bool:
@@ -202,6 +205,7 @@ DIALECTS = (
         strides=None,
         told="STRIDE_IN_1X1 in its config",
         counted=False,
+        bgr=CAFFE,
     ),
     Dialect(
         "mmpretrain",
@@ -252,6 +256,7 @@ DIALECTS = (
         plain=True,
         basic=False,
         counted=False,
+        bgr="[103.939, 116.779, 123.68]",
     ),
 )
 # Those that checkpoints are written in; keras.applications' files are none of torch's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,15 @@ from keras_resnet.weights.mapping import (
     strides_of,
 )
 from keras_resnet.weights.matching import COUNTER, Shape, fit, grouped, variants_of
-from keras_resnet.weights.sources import Source, few, own_head_of, read_source, to_json_text
+from keras_resnet.weights.sources import (
+    Source,
+    few,
+    own_head_of,
+    pixel_problem,
+    read_source,
+    to_json_text,
+    told_preprocess,
+)
 from keras_resnet.weights.verify import VerifyReport, verify_source
 
 # --- The report ---------------------------------------------------------------------------------
@@ -59,6 +68,7 @@ class LoadReport:
         done: Whether anything was assigned; if not, `loaded` is what would have fitted.
         verification: The proof, where it was asked for.
         adapted: What was made of an RGB file's first convolution, for images of other channels.
+        note: What the file leaves open, in a sentence.
     """
 
     model: str
@@ -80,6 +90,7 @@ class LoadReport:
     done: bool = False
     verification: VerifyReport | None = None
     adapted: str = ""
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -113,6 +124,8 @@ class LoadReport:
             lines += _listed(name, getattr(self, name))
         if self.left_out:
             lines.append(f"  left out     {printable(grouped(self.left_out))}")
+        if self.note:
+            lines.append(f"  open         {self.note}")
         if self.verification is not None:
             lines += str(self.verification).split("\n")
         return "\n".join(lines)
@@ -212,6 +225,8 @@ def load_torchvision(
     problem = _problem(report, found, own_head, entries, strict)
     if problem is None and not allow_other_strides:
         problem = _stride_problem(model, found)
+    if problem is None and not found.told:
+        problem = pixel_problem(model, found)
     if problem is not None:
         error = InputError(problem)
         error.report = report
@@ -243,6 +258,8 @@ def load_torchvision(
         raise
     report = dataclasses.replace(report, done=True)
     _remember(model, report, found, modules)
+    if found.bgr:
+        warnings.warn(report.note, stacklevel=2)
     return report
 
 
@@ -278,10 +295,13 @@ def _plan(name, found: Source, entries: Mapping[str, Entry], own_head, head) -> 
             left_out[key] = shapes[key]
         elif suffix != COUNTER:
             unexpected[key] = shapes[key]
+    note = found.bgr
+    if not note and found.network.dialect.name == "mmpretrain" and not found.config.get("style"):
+        note = "Without its config, it is taken for style='pytorch', strides on the 3x3."
     return LoadReport(
         name, found.label, found.kind, found.sha256, found.key, found.prefix, head,
         found.names, variants_of(shapes), loaded, missing, unexpected, mismatched, skipped,
-        left_out, cast, adapted=found.adapted,
+        left_out, cast, adapted=found.adapted, note=note,
     )  # fmt: skip
 
 
@@ -347,7 +367,8 @@ def _stride_problem(model: keras.Model, found: Source) -> str | None:
     if found.strides is None and found.network.dialect.name == "detectron2":
         return (
             f"{found.label} does not say where its bottlenecks stride: Detectron2's weights stride "
-            "on the 1x1 convolutions (MSRA's, its default) or on the 3x3 ones (torchvision's), and "
+            "on the 1x1 convolutions (MSRA's, its default: resnet50_v1 and the like) or, where "
+            "STRIDE_IN_1X1 is false in its config, on the 3x3 ones (resnet50), and "
             f"{model.name} on the {own}. If that is right, pass allow_other_strides=True."
         )
     if found.strides is not None:
@@ -420,14 +441,12 @@ def _remember(model: keras.Model, report: LoadReport, found: Source, modules) ->
         "published_as": found.named.label if found.named else row and f"{row.model} {row.tag}",
         COUNTER: (next(iter(counts.values())) if same else counts) if counts else None,
     }
-    preprocess, names = found.preprocess, found.preprocess and hub.imagenet_class_names()
-    channels = next((array.shape[1] for array in found.tensors.values() if array.ndim == 4), 3)
-    if named := found.named:
-        sides = {side for side in model.input_shape[1:] if side not in (None, channels)}
-        preprocess = named.preprocess(sides.pop() if len(sides) == 1 else None)
-        names = named.class_names
+    preprocess = told_preprocess(model, found)
+    names = found.preprocess and hub.imagenet_class_names()
+    if found.named:
+        names = found.named.class_names
     if preprocess is not None:
-        model.info["preprocess"] = preprocess.for_channels(channels).get_config()
+        model.info["preprocess"] = preprocess.get_config()
     head = own_head_of(model) if report.head == "strict" else None
     if names and head is not None and len(names) == modules[head][0].units:
         model.info["class_names"] = names

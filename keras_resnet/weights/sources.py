@@ -14,12 +14,13 @@ import keras
 import numpy as np
 
 from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.layers.norm import Normalize
 from keras_resnet.system.errors import CheckpointError, InputError, reason_of
 from keras_resnet.system.files import printable, to_json, write_text
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import download, published
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
-from keras_resnet.weights.dialects import TORCHVISION
+from keras_resnet.weights.dialects import CAFFE, TORCHVISION
 from keras_resnet.weights.h5_files import for_rgb, imagenet_preset, without_biases
 from keras_resnet.weights.mapping import convs_of_module, module_path, strides_of, weighted_layers
 from keras_resnet.weights.matching import Network, Shape, find_networks, locate
@@ -50,12 +51,28 @@ class Source:
     network: Network = dataclasses.field(default_factory=lambda: Network("", TORCHVISION, {}))
     whole: bool = False  # every entry of the network's body is there
     beside: dict[str, Shape] = dataclasses.field(default_factory=dict)
+    told: bool = False  # the caller knows how images are prepared
     rivals: tuple[str, ...] = ()  # other places that have as much of a network that is not whole
 
     @property
     def names(self) -> str:
         """Whose names the entries had, where that is not torchvision."""
         return "" if self.network.dialect is TORCHVISION else self.network.dialect.of
+
+    @property
+    def bgr(self) -> str:
+        """That its images may have been BGR pixels, where nothing says how they were prepared."""
+        dialect = self.network.dialect
+        unknown = self.strides is None or dialect.name == "keras"
+        whose, means = dialect.of, dialect.bgr if unknown else ""
+        if self.config.get("style") not in (None, "pytorch"):
+            whose, means = "OpenMMLab's style='caffe'", CAFFE
+        if not means or self.preprocess or (self.named and self.named.images):
+            return ""
+        return (
+            f"{self.label} does not say how its images were prepared; {whose} takes BGR pixels of "
+            f"0..255 less {means} unless told otherwise, and answers wrongly for other images."
+        )
 
     @property
     def near(self) -> set[str]:
@@ -106,7 +123,12 @@ def read_source(
                 f"{Path(source).name} is one of torchvision's files quantised to 8 bits, which "
                 "cannot be imported. Use the float weights, such as weights='DEFAULT'."
             )
-        found = _from_file(Path(source).expanduser(), key)
+        path = Path(source).expanduser()
+        found = _from_file(path, key)
+        if named is None and "architecture" in found.config:  # timm's folder, as on the hub
+            told = download._told(found.config, found.label)
+            named = download.HubFile(path, found.label, **told)
+            _check_variant(named, variant)
     elif isinstance(source, Mapping):
         found = _from_mapping(source, key)
     elif callable(getattr(source, "state_dict", None)):
@@ -167,21 +189,28 @@ def _from_file(path: Path, key: str | None) -> Source:
         prefix=about.prefix,
         strides=strides if strides in ("1x1", "3x3") else None,
         strides_from=known_from,
-        config=_config_beside(path) | {"__author__": about.others.get("__author__")},
+        config=_config_beside(path)
+        | {"__author__": about.others.get("__author__"), "style": about.others.get("meta.style")},
         published=row,
         preprocess=row.preprocess if row else preset,
     )
 
 
+_TIMMS = ("model", "pytorch_model")  # as its files are called beside a config.json
+
+
 def _config_beside(path: Path) -> dict[str, Any]:
-    """The config of Hugging Face's ResNet in the file's folder; empty where there is none."""
+    """The config of Hugging Face's ResNet, or timm's, in the file's folder; empty without one."""
     beside = path.with_name("config.json")
     try:
         with open(beside if beside.is_file() else os.devnull, "rb") as file:
             config = json.loads(file.read(1 << 20))
     except (OSError, ValueError, RecursionError):
         return {}
-    return config if isinstance(config, dict) and config.get("model_type") == "resnet" else {}
+    if not isinstance(config, dict):
+        return {}
+    timms = isinstance(config.get("architecture"), str) and path.stem in _TIMMS
+    return config if timms or config.get("model_type") == "resnet" else {}
 
 
 def _from_mapping(source: Mapping[str, Any], key: str | None) -> Source:
@@ -268,6 +297,9 @@ def _find_strides(found: Source) -> None:
     elif found.strides is None and dialect.name == "detectron2":
         if "torchvision" in str(config.get("__author__")):
             found.strides, found.strides_from = "3x3", "its author is torchvision"
+    elif found.strides is None and config.get("style"):
+        found.strides = {"caffe": "1x1", "pytorch": "3x3"}.get(config["style"], "1x1 or 3x3")
+        found.strides_from = f"style={config['style']!r} in its config"
     elif found.strides is None and dialect is not TORCHVISION:
         found.strides = dialect.strides
         found.strides_from = f"as {dialect.of} does unless told otherwise"
@@ -351,6 +383,54 @@ def _adapt_channels(found: Source, expected: Mapping[str, Shape]) -> None:
     if shape[1] != 3 and (*weight.shape[:1], *weight.shape[2:]) == (*shape[:1], *shape[2:]):
         found.tensors[key] = adapted_to(weight, shape[1])
         found.adapted = how_adapted(key, shape[1])
+
+
+def told_preprocess(model: keras.Model, found: Source) -> Preprocess | None:
+    """How a source says that images are prepared, for the model's side and channels."""
+    preprocess = found.preprocess
+    channels = next((array.shape[1] for array in found.tensors.values() if array.ndim == 4), 3)
+    if found.named:
+        sides = {side for side in model.input_shape[1:] if side not in (None, channels)}
+        preprocess = found.named.preprocess(sides.pop() if len(sides) == 1 else None)
+    return None if preprocess is None else preprocess.for_channels(channels)
+
+
+def pixel_problem(model: keras.Model, found: Source) -> str | None:
+    """Where a model that normalises inside does it otherwise than its weights were trained."""
+    layer = next((x for x in model.layers if isinstance(x, Normalize)), None)
+    told = None if layer is None else told_preprocess(model, found)
+    if layer is None or (told is None and not found.bgr):
+        return None
+    if told is None:
+        known = "build it without that, or with the mean= and std= that you know"
+        return f"{found.bgr} {model.name} normalises inside: {known}."
+    theirs, own = [
+        [np.round(values or (default,), 4).tolist() for values, default in pair]
+        for pair in (((told.mean, 0), (told.std, 1)), ((layer.mean, 0), (layer.std, 1)))
+    ]
+    if all(np.allclose(a, b, atol=2e-4) for a, b in zip(theirs, own, strict=True)):
+        return None
+    return (
+        f"{found.label} was trained with mean {theirs[0]} and deviation {theirs[1]}; {model.name} "
+        f"normalises inside with {own[0]} and {own[1]}: give it the former, mean= and std=."
+    )
+
+
+def normalise_as_told(model: keras.Model, found: Source, mean=None, std=None) -> None:
+    """Gives a new model that normalises inside the mean and deviation of its weights.
+
+    Args:
+        model: The model, not yet called.
+        found: The weights.
+        mean: Means that the caller wants, which stay; both say that the pixels are known.
+        std: The same of deviations.
+    """
+    told = told_preprocess(model, found)
+    layer = next((x for x in model.layers if isinstance(x, Normalize)), None)
+    if layer is not None and told is not None:
+        layer.mean = layer.mean if mean is not None else told.mean
+        layer.std = layer.std if std is not None else told.std
+    found.told = told is None and mean is not None and std is not None
 
 
 def to_json_text(value: dict[str, Any], path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pickle
 import tracemalloc
@@ -16,7 +17,7 @@ from test_load import answers, randomise_statistics, relative
 
 from keras_resnet.cli.main import main
 from keras_resnet.models import resnet
-from keras_resnet.models.files import convert_file, model_preprocess
+from keras_resnet.models.files import convert_file, load_model, model_preprocess
 from keras_resnet.models.zoo import create_model
 from keras_resnet.system.errors import CheckpointError, InputError
 from keras_resnet.variants import COUNTER, SPECS, ResNetSpec
@@ -24,8 +25,9 @@ from keras_resnet.weights import h5_files, sources
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.dialects import DIALECTS, WORDS, names_in
 from keras_resnet.weights.load import load_torchvision
-from keras_resnet.weights.mapping import save_torchvision, to_torchvision
+from keras_resnet.weights.mapping import expected_keys, save_torchvision, to_torchvision
 from keras_resnet.weights.matching import find_networks, grouped, spec_shapes
+from keras_resnet.weights.sources import read_source
 from keras_resnet.weights.verify import verify
 from keras_resnet.weights.writing import write_checkpoint
 
@@ -152,6 +154,52 @@ def test_batch_norms_without_statistics_are_no_group_norms(tmp_path):
     write_checkpoint(tmp_path / "a.pth", {k: np.zeros(v, "f4") for k, v in bare.items()})
     with pytest.raises(InputError, match=r"no statistics of batch norms: .*--model resnet50_gn"):
         convert_file(tmp_path / "a.pth", tmp_path / "a.keras")
+
+
+def test_openmmlabs_caffe_style_strides_elsewhere_and_takes_bgr(tmp_path):
+    arrays = to_torchvision(network(BOTTLENECKS)).items()
+    state = {f"backbone.{k}": torch.tensor(v) for k, v in arrays if "fc." not in k}
+    for style, field in (("caffe", "config"), ("caffe", "cfg"), ("pytorch", "config")):
+        text = f"model = dict(\n    backbone=dict(depth=50, style='{style}'))" + " " * 100
+        file = tmp_path / f"{style}.pth"
+        torch.save({"meta": {field: text, "CLASSES": ("a",)}, "state_dict": state}, file)
+        found = read_source(file, None, expected_keys(network(BOTTLENECKS)), "fc")
+        assert found.strides == {"caffe": "1x1", "pytorch": "3x3"}[style]
+        assert ("BGR" in found.bgr) == (style == "caffe")
+    with pytest.raises(InputError, match=r"strides on the 1x1 convolutions .style='caffe' in its"):
+        load_torchvision(network(BOTTLENECKS), tmp_path / "caffe.pth", head="skip")
+
+
+def test_a_file_written_again_keeps_what_it_said_and_names_what_it_lacks(tmp_path):
+    state = {f"backbone.{k}": v for k, v in to_torchvision(create_model("resnet20")).items()}
+    state["projector.0.weight"] = np.zeros((4, 4), "f4")
+    write_checkpoint(tmp_path / "a.pth", state, metadata={"stride_on": "1x1"})
+    convert_file(tmp_path / "a.pth", tmp_path / "b.safetensors")
+    assert inspect_checkpoint(tmp_path / "b.safetensors").metadata == {"stride_on": "1x1"}
+    done = convert_file(tmp_path / "a.pth", tmp_path / "c.pth", to="sequential")
+    assert "Left out: projector.0.weight." in done.lines
+
+
+@pytest.mark.parametrize("to", ["keras", "detectron2"])
+def test_networks_that_may_take_bgr_pixels_say_so(to, tmp_path, monkeypatch):
+    v1 = dataclasses.replace(BOTTLENECKS, stride_on="1x1")
+    monkeypatch.setitem(SPECS, "small_v1", dataclasses.replace(v1, name="small_v1"))
+    monkeypatch.setitem(SPECS, "small", dataclasses.replace(BOTTLENECKS, name="small"))
+    model = create_model("small_v1", num_classes=10)
+    names = names_in(to, expected_keys(model))[1]
+    state = {names[k]: v for k, v in to_torchvision(model).items() if k in names}
+    with pytest.warns(UserWarning, match=r"takes BGR pixels of 0\.\.255 less \[103"):
+        report = load_torchvision(model, state, allow_other_strides=True)
+    assert "BGR" in str(report) and "preprocess" not in model.info
+    inside = create_model("small_v1", num_classes=10, include_preprocessing=True)
+    with pytest.raises(InputError, match=r"BGR.*normalises inside"):
+        load_torchvision(inside, state, allow_other_strides=True)
+    write_checkpoint(tmp_path / "a.pth", state)
+    with pytest.warns(UserWarning, match="BGR"):
+        done = convert_file(tmp_path / "a.pth", tmp_path / "a.keras", allow_other_strides=True)
+    made = load_model(tmp_path / "a.keras")
+    assert "preprocess" not in made.info and "not assumed" in str(done) and "BGR" in str(done)
+    assert made.name == "small_v1"  # as both stride unless told otherwise
 
 
 # --- Against the real classes --------------------------------------------------------------------

@@ -15,8 +15,10 @@ import pytest
 
 from keras_resnet.cli.main import main
 from keras_resnet.data.preprocess import Preprocess
+from keras_resnet.models.files import convert_file, load_model
 from keras_resnet.models.zoo import create_model
 from keras_resnet.system.errors import CheckpointError, InputError, MissingDependencyError
+from keras_resnet.training.freeze import load_pretrained
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import download, published
 from keras_resnet.weights.load import load_torchvision
@@ -139,6 +141,33 @@ def test_a_name_brings_weights_preprocessing_and_class_names(hub, tiny, tmp_path
         model = create_model("resnet_tiny", input_shape=(side, side, 3), weights=name)
         prepared = Preprocess.from_config(model.info["preprocess"])
         assert (prepared.resize_size, prepared.crop_size) == (resized, (side, side))
+
+
+def test_a_folder_with_timms_config_is_read_as_the_hubs(tiny, tmp_path):
+    file = tmp_path / "model.safetensors"
+    write_checkpoint(file, tiny)
+    (tmp_path / "config.json").write_bytes(as_json(CONFIG))
+    model = create_model("resnet_tiny", weights=file, include_preprocessing=True)
+    assert model.info["class_names"] == CONFIG["label_names"]
+    assert model.info["preprocess"]["mean"] == list(model.get_layer("preprocessing").mean)
+    assert model.get_layer("preprocessing").std == (0.25,) * 3
+    convert_file(file, tmp_path / "made.keras", check=False)
+    assert load_model(tmp_path / "made.keras").info["preprocess"]["interpolation"] == "bicubic"
+    # a model that normalises otherwise answers otherwise: said, or refused
+    built = create_model("resnet_tiny", include_preprocessing=True)
+    before = to_torchvision(built)
+    with pytest.raises(InputError, match=r"with mean \[0.5, 0.5, 0.5\] and .*inside with \[0.485"):
+        load_torchvision(built, file)
+    assert np.array_equal(to_torchvision(built)["bn1.bias"], before["bn1.bias"])
+    with pytest.raises(InputError, match="give it the former"):
+        create_model("resnet_tiny", weights=file, include_preprocessing=True, mean=(0.4,) * 3)
+    line = load_pretrained(built, file)
+    assert "'fc' is new" in line and "inside with [0.485" in line and "--normalization" in line
+    (tmp_path / "config.json").write_bytes(as_json(CONFIG | {"architecture": "resnetblur18"}))
+    for fails in (lambda: create_model("resnet_tiny", weights=file),
+                  lambda: convert_file(file, tmp_path / "again.keras")):  # fmt: skip
+        with pytest.raises(InputError, match="resnetblur18"):
+            fails()
 
 
 def test_a_new_head_takes_no_class_names(hub, tiny, tmp_path):
