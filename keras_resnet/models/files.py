@@ -38,7 +38,7 @@ from keras_resnet.weights.keras_files import (
     target_ending,
 )
 from keras_resnet.weights.load import load_torchvision
-from keras_resnet.weights.mapping import Head, renamed, save_torchvision
+from keras_resnet.weights.mapping import Head, readers_differ, renamed, save_torchvision
 from keras_resnet.weights.matching import fit, grouped, spec_shapes, variants_of
 from keras_resnet.weights.published import named_variant
 from keras_resnet.weights.sources import Source, normalise_as_told, read_source
@@ -174,6 +174,8 @@ def _renamed(found: Source, source: Path, target: Path, to: str) -> Conversion:
         lines.append(f"Its bottlenecks stride on the {found.strides} ({found.strides_from}).")
     elif "layer1.0.conv3.weight" in tensors or to != "torchvision":
         lines.append("The file does not say where bottlenecks stride, and nor does this one.")
+    network = {name: found.shapes[name] for name in found.network.names}
+    lines += readers_differ(found.label, network, found.strides, to)
     dropped = sorted({*found.network.near, *found.beside})
     if dropped:
         lines.append(f"Left out: {printable(grouped(dropped))}.")

@@ -244,19 +244,32 @@ def save_torchvision(model: keras.Model, path: str | os.PathLike, to: str = "tor
         metadata["variant"] = variant
     if strides := strides_of(convs_of(model)):
         metadata["stride_on"] = strides
-    dialect = None if to == "torchvision" else dialects.names_in(to, expected_keys(model))[0]
-    known = dialect is not None or has_torchvisions_bottlenecks(state)
-    usual = dialect.strides if dialect else "3x3"
+    for warning in readers_differ(model.name, expected_keys(model), strides, to):
+        warnings.warn(warning, stacklevel=2)
+    write_checkpoint(path, state, metadata=metadata)
+
+
+def readers_differ(
+    label: str, shapes: Mapping[str, Shape], strides: str | None, to: str
+) -> list[str]:
+    """What those whose names are written take otherwise, unless they are told: in sentences."""
+    dialect = None if to == "torchvision" else dialects.names_in(to, shapes)[0]
+    known = dialect is not None or has_torchvisions_bottlenecks(shapes)
+    usual, lines = dialect.strides if dialect else "3x3", []
     if strides and known and strides != usual:
         whose = dialect.of if dialect else "torchvision's model of these shapes"
         told = f" unless told otherwise ({dialect.told})" if dialect and dialect.told else ""
-        warnings.warn(
-            f"{model.name} strides on the {strides} convolutions. {whose} strides on the "
+        lines.append(
+            f"{label} strides on the {strides} convolutions. {whose} strides on the "
             f"{usual or 'other'} ones{told}: it will load the file without a word and answer "
-            "differently.",
-            stacklevel=2,
+            "differently."
         )
-    write_checkpoint(path, state, metadata=metadata)
+    if dialect and dialect.bgr:
+        lines.append(
+            f"{dialect.of} takes BGR pixels of 0..255 less {dialect.bgr} unless told otherwise "
+            "(INPUT.FORMAT, PIXEL_MEAN, PIXEL_STD in its config)."
+        )
+    return lines
 
 
 def info_of(model: keras.Model) -> dict[str, Any]:

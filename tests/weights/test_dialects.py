@@ -178,6 +178,9 @@ def test_a_file_written_again_keeps_what_it_said_and_names_what_it_lacks(tmp_pat
     assert inspect_checkpoint(tmp_path / "b.safetensors").metadata == {"stride_on": "1x1"}
     done = convert_file(tmp_path / "a.pth", tmp_path / "c.pth", to="sequential")
     assert "Left out: projector.0.weight." in done.lines
+    model = network(BOTTLENECKS)
+    with pytest.warns(UserWarning, match=r"takes BGR pixels .*INPUT\.FORMAT"):
+        save_torchvision(model, tmp_path / "d.pth", "detectron2")
 
 
 @pytest.mark.parametrize("to", ["keras", "detectron2"])
