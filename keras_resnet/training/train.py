@@ -206,11 +206,9 @@ def train(
         forget(directory)
     data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
     title = directory.title() if isinstance(directory, Source) else Path(place(directory)).name
-    called = name or f"{recipe.model}-{title}"
     restart = restart and not group.any(restarted())  # torchrun gives all the same words again
-    run = group.from_first(
-        lambda: Run.find(output, called, identity_of(recipe, arguments), restart)
-    )
+    run_of = output, name or f"{recipe.model}-{title}", identity_of(recipe, arguments), restart
+    run = group.from_first(lambda: Run.find(*run_of))
     run.writes, known = group.first, run.config.get("batch_size")
     recipe = group.from_first(lambda: settle_batch_size(recipe, data, known, group.devices))
     for dataset in filter(None, (data.train, data.val)):
