@@ -109,7 +109,7 @@ class DirectCall:
     def _is_near(self, x) -> bool:
         """Whether it lies on the device of the weights."""
         weights = getattr(self, "kernel" if hasattr(self, "kernel") else "moving_mean", None)
-        return weights is None or x.device == weights.value.device
+        return weights is None or x.device == getattr(weights, "value", weights).device  # LoRA
 
     def forward(self, *args, **kwargs):
         """What `torch.nn.Module.__call__` runs between the hooks."""
