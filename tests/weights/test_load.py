@@ -747,11 +747,15 @@ def test_a_published_file_is_known_by_its_hash_whatever_its_name(tmp_path, monke
     row = published.resolve_weights("resnet50", "IMAGENET1K_V1")
     fake = row.__class__(**{**row.__dict__, "sha256_prefix": download.file_sha256(path)[:8]})
     monkeypatch.setattr(published, "registry", lambda: (fake,))
+    unnamed = create_model("resnet20")
+    load_torchvision(unnamed, path)
+    assert "class_names" not in unnamed.info  # a thousand names are none of ten outputs
+    monkeypatch.setattr(published, "imagenet_class_names", lambda: list("abcdefghij"))
     model = create_model("resnet20")
     load_torchvision(model, path)
     assert model.info["weights"]["published_as"] == "resnet50 IMAGENET1K_V1"
     assert Preprocess.from_config(model.info["preprocess"]) == row.preprocess
-    assert len(model.info["class_names"]) == 1000
+    assert model.info["class_names"] == list("abcdefghij")
     new_head = create_model("resnet20", num_classes=3)
     load_torchvision(new_head, path, head="skip")
     assert "class_names" not in new_head.info and "preprocess" in new_head.info
