@@ -198,6 +198,11 @@ def place(data: str | Source) -> str:
     return data.place if isinstance(data, Source) else os.path.abspath(data)
 
 
+def title_of(data: str | Source) -> str:
+    """What a run on these images is called after; of a folder its name."""
+    return data.title() if isinstance(data, Source) else os.path.basename(place(data))
+
+
 def check_images(path: str) -> None:
     """There is such a folder or other source, which nothing is read of yet.
 

@@ -29,10 +29,11 @@ class Transform:
 
     by_name: ClassVar[dict[str, type[Transform]]] = {}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, registered: bool = True) -> None:
         """Every kind is found by its class name when a config is read back."""
         super().__init_subclass__()
-        Transform.by_name[cls.__name__] = cls
+        if registered:
+            Transform.by_name[cls.__name__] = cls
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> Any:
         """Draws the parameters for an image of this size."""
@@ -196,8 +197,8 @@ class RandomResizedCrop(Transform):
 
 
 @dataclass(frozen=True)
-class RandomHorizontalFlip(Transform):
-    """Mirrors left and right with probability `p`."""
+class ByChance(Transform, registered=False):
+    """A change that is made with probability `p`, and has no other parameter."""
 
     p: float = 0.5
 
@@ -206,8 +207,13 @@ class RandomHorizontalFlip(Transform):
         _probability(self.p)
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> bool:
-        """Draws whether to mirror."""
+        """Draws whether to make it."""
         return bool(rng.random() < self.p)
+
+
+@dataclass(frozen=True)
+class RandomHorizontalFlip(ByChance):
+    """Mirrors left and right with probability `p`."""
 
     def apply(self, image: AnyImage, parameters: bool) -> Image.Image:
         """Mirrors the image if told so."""

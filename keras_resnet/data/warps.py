@@ -13,6 +13,7 @@ from keras_resnet.data.bands import Bands, fill_of, in_eight_bits
 from keras_resnet.data.items import as_image
 from keras_resnet.data.transforms import (
     AnyImage,
+    ByChance,
     Transform,
     _limits,
     _probability,
@@ -20,10 +21,12 @@ from keras_resnet.data.transforms import (
 )
 from keras_resnet.system.errors import InputError, whole
 
+TURNING = ("nearest", "bilinear", "bicubic")
+
 
 def turning_filter(name: str) -> int:
     """The same for what turns or shears an image, or InputError: Pillow has three for that."""
-    if name not in ("nearest", "bilinear", "bicubic"):
+    if name not in TURNING:
         resample_filter(name)  # which names what there is
         raise InputError(
             "An image is turned with interpolation 'nearest', 'bilinear' or 'bicubic'. "
@@ -73,18 +76,8 @@ def affine(
 
 
 @dataclass(frozen=True)
-class RandomVerticalFlip(Transform):
+class RandomVerticalFlip(ByChance):
     """Exchanges top and bottom with probability `p`."""
-
-    p: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Checks the argument."""
-        _probability(self.p)
-
-    def sample(self, height: int, width: int, rng: np.random.Generator) -> bool:
-        """Draws whether to."""
-        return bool(rng.random() < self.p)
 
     def apply(self, image: AnyImage, parameters: bool) -> Image.Image:
         """Turns the image over if told so."""
@@ -247,18 +240,10 @@ class GaussianBlur(Transform):
 
 
 @dataclass(frozen=True)
-class RandomGrayscale(Transform):
+class RandomGrayscale(ByChance):
     """Takes the colour away with probability `p`; the number of channels stays."""
 
     p: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Checks the argument."""
-        _probability(self.p)
-
-    def sample(self, height: int, width: int, rng: np.random.Generator) -> bool:
-        """Draws whether to."""
-        return bool(rng.random() < self.p)
 
     def apply(self, image: AnyImage, parameters: bool) -> Image.Image:
         """Makes it gray if told so."""

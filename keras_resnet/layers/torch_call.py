@@ -108,7 +108,8 @@ class DirectCall:
 
     def _is_near(self, x) -> bool:
         """Whether it lies on the device of the weights."""
-        weights = getattr(self, "kernel" if hasattr(self, "kernel") else "moving_mean", None)
+        weights = getattr(self, "kernel", None)
+        weights = getattr(self, "moving_mean", None) if weights is None else weights
         return weights is None or x.device == getattr(weights, "value", weights).device  # LoRA
 
     def forward(self, *args, **kwargs):

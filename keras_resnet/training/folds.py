@@ -15,7 +15,7 @@ import numpy as np
 from keras_resnet.data.folders import rarest
 from keras_resnet.data.items import Files, Joined, Source
 from keras_resnet.data.listing import fingerprint
-from keras_resnet.data.opening import find_parts, opened, place
+from keras_resnet.data.opening import find_parts, opened, place, title_of
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.system.errors import InputError, whole
 from keras_resnet.system.files import printable, write_json
@@ -100,21 +100,21 @@ def cross_validate(
     parts = list(_parts(images, whole("folds", folds, 2), seed))
     exif = options.get("exif", False)
     arguments = {"directory": place(data), "seed": seed, "exif": exif, "exclude": exclude}
-    title = data.title() if isinstance(data, Source) else Path(place(data)).name
-    called = f"{name or f'{recipe.model}-{title}'}-folds"
+    called = f"{name or f'{recipe.model}-{title_of(data)}'}-folds"
     run = Run.find(output, called, {**identity_of(recipe, arguments), "folds": folds}, restart)
     common = {"recipe": recipe, "seed": seed, "output": run.folder, "verbose": verbose, **options}
     if dry_run:
         left = [i for i in range(folds) if results_of(run.path(f"fold-{i + 1}")) is None] or [0]
         train(parts[left[0]], name=f"fold-{left[0] + 1}", dry_run=True, **common)
         return FoldsResult(run.folder, [], {})
-    run.check_files(run.config.get("files"), fingerprint(images))
+    files = fingerprint(images)
+    run.check_files(run.config.get("files"), files)
     run.open()
     say = run.say if verbose else run.log
     rows: list[dict[str, Any]] = []
     try:
         plain = json.loads(json.dumps({**options, **arguments, "folds": folds}, default=str))
-        run.write_config(arguments=plain, files=fingerprint(images), status="running")
+        run.write_config(arguments=plain, files=files, status="running")
         for number, part in enumerate(parts, 1):
             folder = run.path(f"fold-{number}")
             if results_of(folder) is None:

@@ -255,7 +255,7 @@ def recipe_augment(recipe: Recipe, size: int) -> augment.Augment | None:
     changes: list[transforms.Transform] = []
     if recipe.flip:
         changes.append(transforms.RandomHorizontalFlip(recipe.flip))
-    turned = how if how in ("nearest", "bilinear", "bicubic") else "bicubic"  # Pillow has no other
+    turned = how if how in warps.TURNING else "bicubic"
     if recipe.vertical_flip:
         changes.append(warps.RandomVerticalFlip(recipe.vertical_flip))
     if recipe.rotation:

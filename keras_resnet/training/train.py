@@ -18,7 +18,7 @@ from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.items import Source
 from keras_resnet.data.labels import joined, multi_hot
 from keras_resnet.data.listing import forget
-from keras_resnet.data.opening import opened, place
+from keras_resnet.data.opening import opened, place, title_of
 from keras_resnet.inference.calibrate import calibrate
 from keras_resnet.inference.evaluate import Evaluation, evaluate
 from keras_resnet.inference.predict import PredictionFile, write_predictions
@@ -205,9 +205,9 @@ def train(
     if restart and group.first and isinstance(directory, (str, os.PathLike)):
         forget(directory)
     data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
-    title = directory.title() if isinstance(directory, Source) else Path(place(directory)).name
     restart = restart and not group.any(restarted())  # torchrun gives all the same words again
-    run_of = output, name or f"{recipe.model}-{title}", identity_of(recipe, arguments), restart
+    name = name or f"{recipe.model}-{title_of(directory)}"
+    run_of = output, name, identity_of(recipe, arguments), restart
     run = group.from_first(lambda: Run.find(*run_of))
     run.writes, known = group.first, run.config.get("batch_size")
     recipe = group.from_first(lambda: settle_batch_size(recipe, data, known, group.devices))
