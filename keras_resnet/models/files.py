@@ -14,10 +14,7 @@ from typing import Any
 
 import keras
 
-from keras_resnet.data.preprocess import (
-    MAX_PIXELS,
-    Preprocess,
-)
+from keras_resnet.data.preprocess import MAX_PIXELS, Preprocess
 from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import PIXELS, meaning_of, nodes_of, pixels_of

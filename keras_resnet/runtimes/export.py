@@ -19,11 +19,7 @@ from keras_resnet.models.files import load_model, model_input, model_preprocess
 from keras_resnet.models.image_model import as_functional, require_finite_weights
 from keras_resnet.runtimes import formats, int8 as quantization, rows, writing
 from keras_resnet.runtimes.int8 import Int8Images, Int8Report, spread
-from keras_resnet.runtimes.runner import (
-    KerasRunner,
-    Runner,
-    relative_difference,
-)
+from keras_resnet.runtimes.runner import KerasRunner, Runner, relative_difference
 from keras_resnet.runtimes.select import open_file, runtime_of
 from keras_resnet.system.device import exact_float32, installed_version
 from keras_resnet.system.errors import DataError, InputError, VerificationError, whole

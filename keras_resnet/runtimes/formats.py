@@ -128,10 +128,7 @@ def _outputs(model: keras.Model) -> dict[str, Any]:
         meaning = meaning_of(model)
     except InputError:  # feature maps, or numbers of another kind
         return {"output": "outputs"}
-    return {
-        "output": "probabilities" if meaning.activated else "logits",
-        "task": meaning.task,
-    }
+    return {"output": "probabilities" if meaning.activated else "logits", "task": meaning.task}
 
 
 def _steps(preprocess: Preprocess, pixels: str) -> list[str]:

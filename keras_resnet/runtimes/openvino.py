@@ -96,9 +96,7 @@ class Runner(FileRunner):
         nncf.set_log_level(logging.ERROR)
         try:
             model = nncf.quantize(
-                ov.Core().read_model(path),
-                nncf.Dataset(batches),
-                subset_size=len(batches),
+                ov.Core().read_model(path), nncf.Dataset(batches), subset_size=len(batches)
             )
         finally:
             nncf.set_log_level(level or logging.INFO)

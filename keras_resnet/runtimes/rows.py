@@ -84,13 +84,7 @@ _ROWS = (
         extra="litert",
     ),
     Format(
-        "torch",
-        "torch",
-        ".pt2",
-        {"torch": {}},
-        home="torch_program",
-        module="torch",
-        extra="torch",
+        "torch", "torch", ".pt2", {"torch": {}}, home="torch_program", module="torch", extra="torch"
     ),
 )
 FORMATS = {row.name: row for row in _ROWS}

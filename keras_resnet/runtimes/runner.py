@@ -47,12 +47,7 @@ from keras_resnet.models.rebuild import optimize_for_inference
 from keras_resnet.models.torch_graph import DirectGraph, going_on
 from keras_resnet.runtimes import formats
 from keras_resnet.system.device import Sender, devices, fetch, in_data_format
-from keras_resnet.system.errors import (
-    InputError,
-    NotFoundError,
-    one_of,
-    reason_of,
-)
+from keras_resnet.system.errors import InputError, NotFoundError, one_of, reason_of
 from keras_resnet.system.files import printable
 from keras_resnet.system.process import available_cores
 

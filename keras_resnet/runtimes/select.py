@@ -306,11 +306,7 @@ def images_that_pay(model: keras.Model) -> int:
 
 
 def _weighed(
-    model: keras.Model,
-    source: Path | None,
-    images: int,
-    preprocess: Preprocess | None,
-    many: bool,
+    model: keras.Model, source: Path | None, images: int, preprocess: Preprocess | None, many: bool
 ) -> Runner:
     """Another engine where that pays, or the model itself; `why` says which of it."""
     lacking = {engine: _no_device(engine) or _no_writer(engine) for engine in _UNASKED}

@@ -85,11 +85,7 @@ class ModelEMA(keras.callbacks.Callback):
     """
 
     def __init__(
-        self,
-        decay: float = 0.9999,
-        steps: int = 1,
-        warmup_epochs: int = 0,
-        evaluate: bool = True,
+        self, decay: float = 0.9999, steps: int = 1, warmup_epochs: int = 0, evaluate: bool = True
     ):
         super().__init__()
         self.decay = between("decay", decay, 0, 1)

@@ -18,13 +18,7 @@ from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.models.files import open_keras_file
 from keras_resnet.recipes import Recipe
-from keras_resnet.system.device import (
-    Sender,
-    package_version,
-    random_state,
-    sync,
-    without_waiting,
-)
+from keras_resnet.system.device import Sender, package_version, random_state, sync, without_waiting
 from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.system.group import Alone
 from keras_resnet.training.callbacks import (
@@ -37,12 +31,7 @@ from keras_resnet.training.callbacks import (
 from keras_resnet.training.ema import ModelEMA, adjusted_decay
 from keras_resnet.training.freeze import freeze, part_to_train
 from keras_resnet.training.metrics import SCORES
-from keras_resnet.training.prepare import (
-    Data,
-    compile_model,
-    make_optimizer,
-    readable_batch,
-)
+from keras_resnet.training.prepare import Data, compile_model, make_optimizer, readable_batch
 from keras_resnet.training.run_folder import Run
 from keras_resnet.training.schedules import make_schedule
 

@@ -84,10 +84,7 @@ class SGD(keras.optimizers.Optimizer):
         if isinstance(learning_rate, int):
             learning_rate = float(learning_rate)
         weight_decay = weight_decay or 0.0
-        for name, value in [
-            ("learning_rate", learning_rate),
-            ("weight_decay", weight_decay),
-        ]:
+        for name, value in [("learning_rate", learning_rate), ("weight_decay", weight_decay)]:
             if isinstance(value, (int, float)):
                 between(name, value, 0)
         if not 0 <= momentum <= 1:

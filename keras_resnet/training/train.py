@@ -24,11 +24,7 @@ from keras_resnet.inference.evaluate import Evaluation, evaluate
 from keras_resnet.inference.predict import PredictionFile, write_predictions
 from keras_resnet.models.files import load_model
 from keras_resnet.recipes import Recipe, get_recipe
-from keras_resnet.system.device import (
-    backend_line,
-    fastest_convolutions,
-    make_deterministic,
-)
+from keras_resnet.system.device import backend_line, fastest_convolutions, make_deterministic
 from keras_resnet.system.errors import between, reason_of, whole
 from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.group import Alone, explained, leaving
@@ -402,7 +398,7 @@ def _finish(
             "test_accuracy": test.top1 if isinstance(test, Evaluation) else None,
             **({"val_scores": result.scores} if result and result.scores else {}),
             "skipped": len(skipped),
-        },
+        }
     )
     return TrainResult(run.folder, model, run.history, result, test, skipped)
 

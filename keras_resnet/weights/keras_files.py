@@ -258,10 +258,7 @@ class _Parts:
 def _opened(path: Path, doing: str) -> Iterator[_Parts]:
     """The parts of a `.keras` file; what cannot be made of them is one error, in one line."""
     try:
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield _Parts(data)
     # h5py alone raises a dozen kinds for a damaged file.
     except Exception as error:

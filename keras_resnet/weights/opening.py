@@ -12,12 +12,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from keras_resnet.system.errors import (
-    CheckpointError,
-    KerasResNetError,
-    NotFoundError,
-    meant_path,
-)
+from keras_resnet.system.errors import CheckpointError, KerasResNetError, NotFoundError, meant_path
 from keras_resnet.weights.h5_files import SIGNATURE, load_h5
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.pickle_names import IDENTIFIER
