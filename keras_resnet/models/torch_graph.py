@@ -20,7 +20,6 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import keras
@@ -149,14 +148,15 @@ class _Lists:
         self.assumed = assumed
 
 
-# What lists are made by, and somebody may change afterwards.
+# What lists are made by, and somebody may change afterwards. Not by `attrgetter`: older compilers
+# of torch cannot read it.
 _ASSUMED = {
-    Conv2D: attrgetter("activation", "padding", "pad", "strides", "dilation_rate", "groups"),
-    BatchNormalization: attrgetter("activation", "epsilon", "synchronized"),
-    MaxPooling2D: attrgetter("padding"),
-    keras.layers.Activation: attrgetter("activation"),
-    keras.layers.ReLU: attrgetter("max_value", "negative_slope", "threshold"),
-    keras.layers.GlobalAveragePooling2D: attrgetter("keepdims"),
+    Conv2D: lambda c: (c.activation, c.padding, c.pad, c.strides, c.dilation_rate, c.groups),
+    BatchNormalization: lambda n: (n.activation, n.epsilon, n.synchronized),
+    MaxPooling2D: lambda p: p.padding,
+    keras.layers.Activation: lambda a: a.activation,
+    keras.layers.ReLU: lambda r: (r.max_value, r.negative_slope, r.threshold),
+    keras.layers.GlobalAveragePooling2D: lambda p: p.keepdims,
 }
 _MERGING = keras.layers.Add.__base__
 
@@ -353,7 +353,8 @@ _KEPT_SIZES = 2
 class _FusedConvolution:
     """A convolution with its norm folded in, which also adds the shortcut and applies the ReLU.
 
-    On a CPU one oneDNN primitive does it all; elsewhere the rest is done in place.
+    Where oneDNN (CPU) or cuDNN (CUDA) has it as one kernel, that is run; elsewhere the rest is done
+    in place.
     """
 
     def __init__(self, step: Fused, may_overwrite: bool):
@@ -372,7 +373,7 @@ class _FusedConvolution:
 
     def forget(self) -> None:
         """Makes the folded weights anew at the next call."""
-        self._weights: dict[Any, tuple[Any, Any, bool]] = {}
+        self._weights: dict[Any, tuple[Any, Any, Callable]] = {}
 
     def __call__(self, x, *rest):
         x = _cast(x, self._conv)
@@ -383,15 +384,34 @@ class _FusedConvolution:
         if weights is None:
             weights = self._fold(x)
             kept = list(self._weights.items())[1 - _KEPT_SIZES :]
-            self._weights = dict([*kept, (key if weights[2] else key[1:], weights)])
-        weight, bias, packed = weights
-        shortcut = _cast(rest[0], self._conv) if self._has_shortcut else None
+            packed = weights[2] == self._onednn
+            self._weights = dict([*kept, (key if packed else key[1:], weights)])
+        weight, bias, run = weights
+        return run(x, weight, bias, _cast(rest[0], self._conv) if self._has_shortcut else None)
+
+    def _in_passes(self, x, weight, bias, shortcut):
+        pad, strides, dilation, groups = self._geometry
+        y = F.conv2d(x, weight, bias, strides, pad, dilation, groups)
+        y = y if shortcut is None else y.add_(shortcut)
+        return torch.relu_(y) if self._relu else y
+
+    def _cudnn(self, x, weight, bias, shortcut):
+        pad, strides, dilation, groups = self._geometry
+        try:
+            if shortcut is None:
+                return torch.cudnn_convolution_relu(x, weight, bias, strides, pad, dilation, groups)
+            return torch.cudnn_convolution_add_relu(
+                x, weight, shortcut, 1.0, bias, strides, pad, dilation, groups
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # cuDNN has no such kernel for these shapes
+            self._weights[x.dtype, x.device] = weight, bias, self._in_passes
+            return self._in_passes(x, weight, bias, shortcut)
+
+    def _onednn(self, x, weight, bias, shortcut):
         pad, strides, dilation, groups = self._geometry
         relu = "relu" if self._relu else None
-        if not packed:
-            y = F.conv2d(x, weight, bias, strides, pad, dilation, groups)
-            y = y if shortcut is None else y.add_(shortcut)
-            return torch.relu_(y) if self._relu else y
         run = torch.ops.mkldnn._convolution_pointwise
         if shortcut is None:
             return run.default(
@@ -406,8 +426,8 @@ class _FusedConvolution:
             x, shortcut, weight, bias, pad, strides, dilation, groups, "add", 1.0, relu, [], ""
         )
 
-    def _fold(self, x) -> tuple[Any, Any, bool]:
-        """`(kernel, bias, packed)` for inputs like `x`."""
+    def _fold(self, x) -> tuple[Any, Any, Callable]:
+        """`(kernel, bias, how to run them)` for inputs like `x`."""
         conv, norm = self._conv, self.norm
         kernel = torch_kernel(conv.kernel, conv.kernel.value.dtype)
         bias = None if conv.bias is None else conv.bias.value
@@ -416,21 +436,34 @@ class _FusedConvolution:
             kernel = kernel * scale[:, None, None, None]
         kernel = kernel.to(x.dtype).contiguous(memory_format=torch.channels_last)
         bias = None if bias is None else bias.to(x.dtype)
+        if self._relu and _has_cudnn(x):
+            return kernel, bias, self._cudnn
         if not _has_onednn(x):
-            return kernel, bias, False
+            return kernel, bias, self._in_passes
         pad, strides, dilation, groups = self._geometry
         packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
             kernel.to_mkldnn(), pad, strides, dilation, groups, list(x.shape)
         )
-        return packed, bias, True
+        return packed, bias, self._onednn
+
+
+# oneDNN's and cuDNN's fused convolutions, which torch's own compilers use, are operators that it
+# has registered but does not document; without them `F.conv2d` does the same in three passes.
+
+
+def _has_cudnn(x) -> bool:
+    """Whether cuDNN's fused convolutions run on such inputs."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and torch.backends.cudnn.enabled
+        and torch.backends.cudnn.is_available()
+        and hasattr(torch, "cudnn_convolution_add_relu")
+    )
 
 
 def _has_onednn(x) -> bool:
-    """Whether oneDNN's fused convolutions, which torch.compile also uses, run on such inputs.
-
-    They are operators that torch has registered but does not document; without them `F.conv2d`
-    does the same in three passes.
-    """
+    """Whether oneDNN's fused convolutions run on such inputs."""
     return (
         x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
