@@ -277,27 +277,7 @@ class ScanReport(Shown):
 def scan(
     directory: str | os.PathLike | Source, *, threshold: int = 6, workers: int | None = None
 ) -> ScanReport:
-    """Reads every image below a folder once and reports what may spoil training on it.
-
-    Args:
-        directory: class folders, or train/, val/ and test/ with class folders inside, or images.
-        threshold: bits of 128 in which the perceptual hashes of near duplicates differ at most.
-        workers: threads; None takes the processor's cores, at most 8.
-
-    Raises:
-        NotFoundError: the folder does not exist.
-        DataError: it is a file, or holds no image.
-
-    Examples:
-        >>> import pathlib, tempfile
-        >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> for name in ("ants", "bees"):
-        ...     (folder / name).mkdir()
-        ...     Image.new("RGB", (40, 30)).save(folder / name / "1.png")
-        >>> report = scan(folder)
-        >>> len(report.exact_duplicates), len(report.label_conflicts)
-        (1, 1)
-    """
+    """What `keras_resnet.scan` reports without a model; arguments and errors are said there."""
     source = opened(directory)
     paths: Sequence[str] = ()
     other: Sequence[str] = ()
