@@ -95,7 +95,8 @@ def _say_missing(codes: str) -> str:
 def _choose_fonts(figure: Figure) -> None:
     """Gives every text fonts that have its letters; a note says what none has."""
     for axes in figure.axes:
-        axes.get_xticklabels(), axes.get_yticklabels()  # which makes them
+        if axes.axison:
+            axes.get_xticklabels(), axes.get_yticklabels()  # which makes them
     texts = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
     letters = frozenset("".join(text.get_text() for text in texts))
     if not letters:
@@ -263,13 +264,19 @@ def picture_grid(
     """
     columns = max(1, min(columns, len(images)))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(2.5 * columns, 2.75 * rows))
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels:
-        axes.axis("off")
-    for axes, image, title in zip(panels, images, titles, strict=False):
-        _show(axes, image)
-        axes.set_title("\n".join(label_text(line, 30) for line in title.split("\n")), fontsize=9)
+    wide, high, side = 2.0, 2.2, 1.7  # inches to the next image, and of its longer side
+    size = wide * (columns - 1) + side, high * (rows - 1) + side
+    figure = Figure(figsize=size)
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all: an image with its own takes 50 ms
+    for number, (image, title) in enumerate(zip(images, titles, strict=False)):
+        row, column = divmod(number, columns)
+        x, y = wide * column + side / 2, high * row + side / 2
+        up, right = (side / 2 * n / max(image.shape[:2]) for n in image.shape[:2])
+        _show(axes, image, extent=(x - right, x + right, y + up, y - up), aspect="auto")
+        title = "\n".join(label_text(line, 30) for line in title.split("\n"))
+        axes.annotate(title, (x, y - up), (0, 6), textcoords="offset points", ha="center",
+                      va="baseline", fontsize=9)  # fmt: skip
+    axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
     return _save(figure, path)
 
 
@@ -428,7 +435,7 @@ def displayed(pixels: np.ndarray) -> np.ndarray:
     return shown if shown.dtype == np.uint8 else np.rint(shown).astype(np.uint8)
 
 
-def _show(axes: Axes, image: np.ndarray) -> None:
+def _show(axes: Axes, image: np.ndarray, **options: Any) -> None:
     """An image, small ones with their pixels as squares."""
     axes.axis("off")
     image = displayed(image)
@@ -439,6 +446,7 @@ def _show(axes: Axes, image: np.ndarray) -> None:
         vmin=0,
         vmax=255,
         interpolation="nearest" if len(image) < 64 else None,
+        **options,
     )
 
 
