@@ -60,11 +60,17 @@ def needs_keras(layer: keras.layers.Layer) -> bool:
     return (
         layer.activity_regularizer is not None
         or getattr(layer, "lora_enabled", False)
-        or not layer.autocast
+        or not (layer.autocast or type(layer) is keras.layers.GroupNormalization)
         or is_rematerialized(layer)
         or has_torch_hooks(layer)
         or "call" in vars(layer)
     )
+
+
+def cast_input(x, layer: keras.layers.Layer):
+    """What `Layer.__call__` does to its inputs: floating ones to the layer's own dtype."""
+    dtype = getattr(torch, layer.compute_dtype)
+    return x.to(dtype) if x.dtype is not dtype and x.is_floating_point() else x
 
 
 def in_stateless_scope() -> bool:

@@ -26,10 +26,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.layers.conv import Conv2D, torch_kernel
+from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization, Normalize
 from keras_resnet.layers.pool import MaxPooling2D, ZeroPaddedShortcut
 from keras_resnet.layers.torch_call import (
+    cast_input,
     has_global_hooks,
     in_stateless_scope,
     is_plain,
@@ -41,11 +42,11 @@ from keras_resnet.models.graph import (
     Fused,
     Step,
     count_users,
-    fold_norm,
     fuse,
     graph_steps,
     is_relu,
 )
+from keras_resnet.models.torch_fused import FusedConvolution
 
 _BACKEND = keras.backend.backend()
 if _BACKEND == "torch":
@@ -154,6 +155,7 @@ _ASSUMED = {
     Conv2D: lambda c: (c.activation, c.padding, c.pad, c.strides, c.dilation_rate, c.groups),
     BatchNormalization: lambda n: (n.activation, n.epsilon, n.synchronized),
     MaxPooling2D: lambda p: p.padding,
+    keras.layers.GroupNormalization: lambda n: (n.axis, n.groups, n.center, n.scale),
     keras.layers.Activation: lambda a: a.activation,
     keras.layers.ReLU: lambda r: (r.max_value, r.negative_slope, r.threshold),
     keras.layers.GlobalAveragePooling2D: lambda p: p.keepdims,
@@ -199,7 +201,7 @@ class _List:
             if isinstance(step, Fused):
                 # No gradient will ask for the shortcut: its last user may overwrite it.
                 own = source in step.freed and kinds.get(source) in (Fused, MaxPooling2D)
-                run = _FusedConvolution(step, own)
+                run = FusedConvolution(step, own)
                 self.convolutions.append(run)
                 wants = gives = step.conv.data_format == "channels_last"
             else:
@@ -251,23 +253,42 @@ def _runner(step: Step, may_overwrite: bool) -> tuple[Callable[..., Any], bool |
         last = layer.axis in (-1, 3)
 
         def norm(x, *rest):
-            shortcut = _cast(rest[0], layer) if len(rest) == 2 else None
-            return layer.torch_nchw(_cast(x, layer), shortcut, bool(rest[-1]))
+            shortcut = cast_input(rest[0], layer) if len(rest) == 2 else None
+            return layer.torch_nchw(cast_input(x, layer), shortcut, bool(rest[-1]))
 
         return norm, last, last
     if kind is Conv2D or (kind is MaxPooling2D and layer.padding == "valid"):
-        return lambda x, training: layer.torch_nchw(_cast(x, layer)), last, last
+        return lambda x, training: layer.torch_nchw(cast_input(x, layer)), last, last
     if kind in (Normalize, ZeroPaddedShortcut):
         return lambda x, training: layer.torch_nchw(x), last, last
-    if kind is keras.layers.GlobalAveragePooling2D and not layer.keepdims:
-        return lambda x, training: _cast(x, layer).mean((2, 3)), last, False
-    if is_relu(layer) and may_overwrite:
-        return lambda x, training: torch.relu_(x), None, None
+    if kind is keras.layers.GroupNormalization and layer.input_spec.ndim == 4:
+        last = layer.axis in (-1, 3)
+        if layer.center and layer.scale and layer.groups > 0:
+            return _group_norm(layer), last, last
+    if kind is keras.layers.GlobalAveragePooling2D:
+        kept = layer.keepdims
+        return lambda x, training: cast_input(x, layer).mean((2, 3), kept), last, last and kept
+    if is_relu(layer):
+        relu = torch.relu_ if may_overwrite else torch.relu
+        return lambda x, training: relu(cast_input(x, layer)), None, None
+    if kind is keras.layers.Activation and layer.activation is keras.activations.sigmoid:
+        return lambda x, training: torch.sigmoid(cast_input(x, layer)), None, None
+    if kind is keras.layers.Multiply and len(step.sources) == 2:
+        return lambda x, y, training: cast_input(x, layer) * cast_input(y, layer), None, None
     if kind is keras.layers.Dense and len(layer.input_spec.axes) == 1:
         return _dense(layer), False, False
     if kind is keras.layers.Add and len(step.sources) == 2:
-        return lambda x, y, training: _cast(x, layer) + _cast(y, layer), None, None
+        return lambda x, y, training: cast_input(x, layer) + cast_input(y, layer), None, None
     return _by_keras(step), False, False
+
+
+def _group_norm(layer):
+    def run(x, training):
+        wide = x if x.itemsize >= 4 else x.float()  # as Keras and torch's autocast do it
+        gamma, beta = (torch_value(v, wide.dtype) for v in (layer.gamma, layer.beta))
+        return cast_input(F.group_norm(wide, layer.groups, gamma, beta, layer.epsilon), layer)
+
+    return run
 
 
 def _dense(layer):
@@ -276,7 +297,7 @@ def _dense(layer):
     def run(x, training):
         if x.ndim != 2 or layer.quantization_mode or layer.lora_enabled or layer.bias is None:
             return call(x, training)
-        x = _cast(x, layer)
+        x = cast_input(x, layer)
         y = torch.addmm(torch_value(layer.bias, x.dtype), x, torch_value(layer.kernel, x.dtype))
         return y if layer.activation is LINEAR else layer.activation(y)
 
@@ -292,12 +313,6 @@ def _by_keras(step: Step):
         return layer(given, training=training) if step.takes_training else layer(given)
 
     return run
-
-
-def _cast(x, layer):
-    """What `Layer.__call__` does to its inputs: floating ones to the layer's own dtype."""
-    dtype = getattr(torch, layer.compute_dtype)
-    return x.to(dtype) if x.dtype is not dtype and x.is_floating_point() else x
 
 
 class _Folded:
@@ -344,134 +359,3 @@ def _coefficients(count: int, dtype, device) -> Any:
     """Numbers of 1..2 with random signs: none of them makes a change small."""
     numbers = np.random.default_rng(0).uniform(-1, 1, count)
     return torch.tensor(numbers + np.sign(numbers), dtype=dtype, device=device)
-
-
-# The usual batch and the last, smaller one: each holds a copy of the weights.
-_KEPT_SIZES = 2
-
-
-class _FusedConvolution:
-    """A convolution with its norm folded in, which also adds the shortcut and applies the ReLU.
-
-    Where oneDNN (CPU) or cuDNN (CUDA) has it as one kernel, that is run; elsewhere the rest is done
-    in place.
-    """
-
-    def __init__(self, step: Fused, may_overwrite: bool):
-        self._conv, self.norm, self._relu = step.conv, step.norm, step.relu
-        self._has_shortcut = len(step.sources) == 2
-        self._may_overwrite = may_overwrite and self._has_shortcut
-        pad, strides, dilation = step.conv.pad, step.conv.strides, step.conv.dilation_rate
-        self._geometry = list(pad), list(strides), list(dilation), step.conv.groups
-        self.forget()
-
-    @property
-    def variables(self) -> list:
-        """What the folded weights are made of."""
-        layers = [self._conv] if self.norm is None else [self._conv, self.norm]
-        return [variable for layer in layers for variable in layer.variables]
-
-    def forget(self) -> None:
-        """Makes the folded weights anew at the next call."""
-        self._weights: dict[Any, tuple[Any, Any, Callable]] = {}
-
-    def __call__(self, x, *rest):
-        x = _cast(x, self._conv)
-        # How oneDNN best packs a kernel depends on the input's size; what is packed for another is
-        # packed anew at every call, which costs more than the convolution. Others fit any size.
-        key = x.shape, x.dtype, x.device
-        weights = self._weights.get(key) or self._weights.get(key[1:])
-        if weights is None:
-            weights = self._fold(x)
-            kept = list(self._weights.items())[1 - _KEPT_SIZES :]
-            packed = weights[2] == self._onednn
-            self._weights = dict([*kept, (key if packed else key[1:], weights)])
-        weight, bias, run = weights
-        return run(x, weight, bias, _cast(rest[0], self._conv) if self._has_shortcut else None)
-
-    def _in_passes(self, x, weight, bias, shortcut):
-        pad, strides, dilation, groups = self._geometry
-        y = F.conv2d(x, weight, bias, strides, pad, dilation, groups)
-        y = y if shortcut is None else y.add_(shortcut)
-        return torch.relu_(y) if self._relu else y
-
-    def _cudnn(self, x, weight, bias, shortcut):
-        pad, strides, dilation, groups = self._geometry
-        try:
-            if shortcut is None:
-                return torch.cudnn_convolution_relu(x, weight, bias, strides, pad, dilation, groups)
-            return torch.cudnn_convolution_add_relu(
-                x, weight, shortcut, 1.0, bias, strides, pad, dilation, groups
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # cuDNN has no such kernel for these shapes
-            self._weights[x.dtype, x.device] = weight, bias, self._in_passes
-            return self._in_passes(x, weight, bias, shortcut)
-
-    def _onednn(self, x, weight, bias, shortcut):
-        pad, strides, dilation, groups = self._geometry
-        relu = "relu" if self._relu else None
-        run = torch.ops.mkldnn._convolution_pointwise
-        if shortcut is None:
-            return run.default(
-                x, weight, bias, pad, strides, dilation, groups, relu or "none", [], ""
-            )
-        if self._may_overwrite:
-            run = torch.ops.mkldnn._convolution_pointwise_.binary
-            return run(
-                shortcut, x, weight, bias, pad, strides, dilation, groups, "add", 1.0, relu, [], ""
-            )
-        return run.binary(
-            x, shortcut, weight, bias, pad, strides, dilation, groups, "add", 1.0, relu, [], ""
-        )
-
-    def _fold(self, x) -> tuple[Any, Any, Callable]:
-        """`(kernel, bias, how to run them)` for inputs like `x`."""
-        conv, norm = self._conv, self.norm
-        kernel = torch_kernel(conv.kernel, conv.kernel.value.dtype)
-        bias = None if conv.bias is None else conv.bias.value
-        if norm is not None:
-            scale, bias = (torch.from_numpy(v).to(kernel) for v in fold_norm(norm, bias))
-            kernel = kernel * scale[:, None, None, None]
-        kernel = kernel.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        bias = None if bias is None else bias.to(x.dtype)
-        if self._relu and _has_cudnn(x):
-            return kernel, bias, self._cudnn
-        if not _has_onednn(x):
-            return kernel, bias, self._in_passes
-        pad, strides, dilation, groups = self._geometry
-        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-            kernel.to_mkldnn(), pad, strides, dilation, groups, list(x.shape)
-        )
-        return packed, bias, self._onednn
-
-
-# oneDNN's and cuDNN's fused convolutions, which torch's own compilers use, are operators that it
-# has registered but does not document; without them `F.conv2d` does the same in three passes.
-
-
-def _has_cudnn(x) -> bool:
-    """Whether cuDNN's fused convolutions run on such inputs."""
-    return (
-        x.device.type == "cuda"
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and torch.backends.cudnn.enabled
-        and torch.backends.cudnn.is_available()
-        and hasattr(torch, "cudnn_convolution_add_relu")
-    )
-
-
-def _has_onednn(x) -> bool:
-    """Whether oneDNN's fused convolutions run on such inputs."""
-    return (
-        x.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
-        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
-        and (
-            x.dtype is torch.float32
-            or (x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import keras
@@ -12,12 +13,14 @@ from rounding import allowed
 
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
-from keras_resnet.models import torch_graph as graph
+from keras_resnet.models import torch_fused, torch_graph as graph
 from keras_resnet.models.graph import Fused, fuse, graph_steps
 from keras_resnet.models.torch_graph import DirectGraph
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.training.optimizers import SGD
+from keras_resnet.variants import SPECS
+from keras_resnet.weights.load import load_torchvision
 
 torch = pytest.importorskip("torch")
 BACKEND = os.environ["KERAS_BACKEND"]
@@ -99,7 +102,7 @@ def lists_run(monkeypatch):
 )
 def test_inference_folds_and_agrees_with_keras(name, onednn, lists_run, monkeypatch, rng):
     if not onednn:
-        monkeypatch.setattr(graph, "_has_onednn", lambda x: False)
+        monkeypatch.setattr(torch_fused, "_has_onednn", lambda x: False)
     size = VARIANTS[name]
     model = randomized(create_model(name, input_shape=(size, size, 3), include_preprocessing=True))
     x = pictures(model, rng)
@@ -319,7 +322,42 @@ def test_sizes_and_batches_may_change(rng):
             assert_close(model.predict_on_batch(x), plain(x, training=False))
             assert_close(model(x, training=False), plain(x, training=False))
     kept = [len(c._weights) for c in model._lists().folded._list.convolutions]
-    assert max(kept) <= graph._KEPT_SIZES
+    assert max(kept) <= torch_fused._KEPT_SIZES
+
+
+@torch_only
+@pytest.mark.parametrize("dtype", ["float64"], indirect=True)
+def test_excitation_and_group_norm_are_timms_in_float64(dtype, torchvision, monkeypatch, rng):
+    """Forward, backward and prediction, with no call of a layer by Keras in between."""
+    timm = pytest.importorskip("timm")
+    resnet, size = timm.models.resnet, 32
+    options = {"num_classes": 5, "block": resnet.Bottleneck}
+    for name, keywords in (
+        ("seresnet50", {"block_args": {"attn_layer": "se"}}),
+        ("resnet50_gn", {"norm_layer": timm.layers.GroupNorm}),
+    ):
+        module = resnet.ResNet(layers=(1, 1, 1, 1), **options, **keywords).double().eval()
+        norms = [m for m in module.modules() if hasattr(m, "weight") and m.weight.ndim == 1]
+        for norm in norms:
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(norm.bias, -0.2, 0.2)
+        row = dataclasses.replace(SPECS[name], blocks=(1, 1, 1, 1))
+        monkeypatch.setitem(SPECS, name, row)
+        model = create_model(name, num_classes=5, input_shape=(size, size, 3))
+        load_torchvision(model, module.state_dict())
+        with monkeypatch.context() as patch:
+            for kind in (keras.layers.GroupNormalization, keras.layers.Multiply):
+                patch.setattr(kind, "call", lambda self, inputs: pytest.fail("run by Keras"))
+            images = torch.tensor(rng.normal(size=(2, size, size, 3)))
+            expected = module(images.permute(0, 3, 1, 2))
+            found = model(images, training=False)
+            assert_close(found, expected, 1e-12)
+            assert_close(model.predict_on_batch(images), expected, 1e-12)
+            found.square().sum().backward()
+            expected.square().sum().backward()
+        theirs = [parameter.grad.norm() for parameter in module.parameters()]
+        ours = [variable.value.grad.norm() for variable in model.trainable_variables]
+        np.testing.assert_allclose(sorted(ours), sorted(theirs), rtol=1e-10)
 
 
 @torch_only
@@ -327,11 +365,13 @@ def test_only_onednns_kernels_are_folded_for_each_size(monkeypatch, rng):
     """On CUDA, which has no oneDNN, a new size or batch folds nothing anew."""
     model = randomized(create_model("resnet_tiny", input_shape=(None, None, 3)))
     plain, folds = by_keras(model), []
-    fold = graph._FusedConvolution._fold
-    monkeypatch.setattr(graph._FusedConvolution, "_fold", lambda *a: folds.append(a) or fold(*a))
-    there = graph._has_onednn(torch.zeros(1))
+    fold = torch_fused.FusedConvolution._fold
+    monkeypatch.setattr(
+        torch_fused.FusedConvolution, "_fold", lambda *a: folds.append(a) or fold(*a)
+    )
+    there = torch_fused._has_onednn(torch.zeros(1))
     for onednn in {False, there}:
-        monkeypatch.setattr(graph, "_has_onednn", lambda x, onednn=onednn: onednn)
+        monkeypatch.setattr(torch_fused, "_has_onednn", lambda x, onednn=onednn: onednn)
         model._lists().folded._contents = None  # as if a weight had changed
         folds.clear()
         for count, size in ((1, 32), (3, 32), (2, 48)):
