@@ -9,7 +9,9 @@ neither, and gives every backend the same rates to half a unit in the last place
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -22,12 +24,14 @@ from keras_resnet.recipes import Recipe
 from keras_resnet.system.errors import InputError, between, one_of, whole
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
     """Base of the schedules: a table of rates with a warm-up in front.
 
     All lengths (`warmup_epochs`, `epochs`, `step_size`, `milestones`) are in epochs, and the steps
     and milestones of the main part are counted from the end of the warm-up, as torch's
-    `SequentialLR` counts them. After the last entry of the table the rate stays what it is.
+    `SequentialLR` counts them. After the last entry of the table the rate stays what it is. All but
+    `initial` and what a schedule has of its own are given by keyword.
 
     Args:
         initial: the rate after the warm-up, `lr` in torch.
@@ -45,24 +49,21 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
         InputError: where an argument cannot work.
     """
 
-    def __init__(
-        self,
-        initial: float,
-        steps_per_epoch: int = 1,
-        warmup_epochs: int = 0,
-        warmup_decay: float = 0.01,
-        warmup_method: str = "linear",
-        per: str = "epoch",
-    ):
-        super().__init__()
-        one_of("per", per, ("epoch", "step"))
-        one_of("warmup_method", warmup_method, ("linear", "constant"))
-        self.initial = between("initial", initial, 0)
-        self.steps_per_epoch = whole("steps_per_epoch", steps_per_epoch, least=1)
-        self.warmup_epochs = whole("warmup_epochs", warmup_epochs, least=0)
-        self.warmup_decay = between("warmup_decay", warmup_decay, 0, 1)
-        self.warmup_method = warmup_method
-        self.per = per
+    initial: float
+    _: dataclasses.KW_ONLY
+    steps_per_epoch: int = 1
+    warmup_epochs: int = 0
+    warmup_decay: float = 0.01
+    warmup_method: str = "linear"
+    per: str = "epoch"
+
+    def __post_init__(self) -> None:
+        one_of("per", self.per, ("epoch", "step"))
+        one_of("warmup_method", self.warmup_method, ("linear", "constant"))
+        self.initial = between("initial", self.initial, 0)
+        self.steps_per_epoch = whole("steps_per_epoch", self.steps_per_epoch, least=1)
+        self.warmup_epochs = whole("warmup_epochs", self.warmup_epochs, least=0)
+        self.warmup_decay = between("warmup_decay", self.warmup_decay, 0, 1)
         self._tensors: dict[tuple, Any] = {}
 
     @abc.abstractmethod
@@ -115,14 +116,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
 
     def get_config(self) -> dict[str, Any]:
         """Arguments that build the same schedule again."""
-        return {
-            "initial": self.initial,
-            "steps_per_epoch": self.steps_per_epoch,
-            "warmup_epochs": self.warmup_epochs,
-            "warmup_decay": self.warmup_decay,
-            "warmup_method": self.warmup_method,
-            "per": self.per,
-        }
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
@@ -130,13 +124,9 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
 
 
 @keras.saving.register_keras_serializable(package="keras_resnet")
+@dataclasses.dataclass(eq=False, repr=False)
 class ConstantSchedule(Schedule):
     """The same rate throughout, after the warm-up.
-
-    Args:
-        initial: the rate.
-        **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
-            `Schedule`.
 
     Examples:
         >>> schedule = ConstantSchedule(0.1, steps_per_epoch=10, warmup_epochs=1, warmup_decay=0.1)
@@ -144,25 +134,20 @@ class ConstantSchedule(Schedule):
         [0.01, 0.01, 0.1, 0.1]
     """
 
-    def __init__(self, initial: float, **kwargs: Any):
-        super().__init__(initial, **kwargs)
-
     def _main(self) -> np.ndarray:
         return np.array([self.initial])
 
 
 @keras.saving.register_keras_serializable(package="keras_resnet")
+@dataclasses.dataclass(eq=False, repr=False)
 class StepSchedule(Schedule):
     """The rate times `gamma` every `step_size` epochs: torch's `StepLR`, and torchvision's default.
 
     With `step_size=1` it is torch's `ExponentialLR`.
 
     Args:
-        initial: the rate after the warm-up.
         step_size: epochs between two drops.
         gamma: factor of a drop, above 0 and below 1.
-        **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
-            `Schedule`.
 
     Examples:
         >>> schedule = StepSchedule(0.1, step_size=30, gamma=0.1, steps_per_epoch=5004)
@@ -170,10 +155,13 @@ class StepSchedule(Schedule):
         [0.1, 0.1, 0.01, 0.001, 0.001]
     """
 
-    def __init__(self, initial: float, step_size: int = 30, gamma: float = 0.1, **kwargs: Any):
-        super().__init__(initial, **kwargs)
-        self.step_size = whole("step_size", step_size, least=1)
-        self.gamma = between("gamma", gamma, 0, 1, ends="()")
+    step_size: int = 30
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.step_size = whole("step_size", self.step_size, least=1)
+        self.gamma = between("gamma", self.gamma, 0, 1, ends="()")
 
     def _main(self) -> np.ndarray:
         # The table ends where the rate is no normal float32 any more.
@@ -184,22 +172,16 @@ class StepSchedule(Schedule):
         rates = self.initial * self.gamma ** np.arange(drops + 1, dtype="float64")
         return np.repeat(rates, self._units(self.step_size))
 
-    def get_config(self) -> dict[str, Any]:
-        """Arguments that build the same schedule again."""
-        return {**super().get_config(), "step_size": self.step_size, "gamma": self.gamma}
-
 
 @keras.saving.register_keras_serializable(package="keras_resnet")
+@dataclasses.dataclass(eq=False, repr=False)
 class MultiStepSchedule(Schedule):
     """The rate times `gamma` at every milestone: torch's `MultiStepLR`.
 
     Args:
-        initial: the rate after the warm-up.
         milestones: epochs, counted from the end of the warm-up, at whose beginning the rate drops;
             one that is named twice drops it twice.
         gamma: factor of a drop.
-        **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
-            `Schedule`.
 
     Examples:
         >>> schedule = MultiStepSchedule(0.1, milestones=[100, 150], steps_per_epoch=391)
@@ -207,12 +189,13 @@ class MultiStepSchedule(Schedule):
         [0.1, 0.01, 0.001]
     """
 
-    def __init__(
-        self, initial: float, milestones: Iterable[int], gamma: float = 0.1, **kwargs: Any
-    ):
-        super().__init__(initial, **kwargs)
-        self.milestones = sorted(whole("milestones", m, least=0) for m in milestones)
-        self.gamma = between("gamma", gamma, 0, ends="(]")
+    milestones: Iterable[int]
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.milestones = sorted(whole("milestones", m, least=0) for m in self.milestones)
+        self.gamma = between("gamma", self.gamma, 0, ends="(]")
 
     def _main(self) -> np.ndarray:
         milestones = np.array([self._units(m) for m in self.milestones], dtype="int64")
@@ -220,12 +203,9 @@ class MultiStepSchedule(Schedule):
         passed = np.searchsorted(milestones, units, side="right")
         return self.initial * self.gamma ** passed.astype("float64")
 
-    def get_config(self) -> dict[str, Any]:
-        """Arguments that build the same schedule again."""
-        return {**super().get_config(), "milestones": self.milestones, "gamma": self.gamma}
-
 
 @keras.saving.register_keras_serializable(package="keras_resnet")
+@dataclasses.dataclass(eq=False, repr=False)
 class CosineSchedule(Schedule):
     """Half a cosine from `initial` to `lr_min`: torch's `CosineAnnealingLR`, with a warm-up.
 
@@ -233,11 +213,8 @@ class CosineSchedule(Schedule):
     `T_max` is `epochs - warmup_epochs`, `eta_min` is `lr_min`.
 
     Args:
-        initial: the rate after the warm-up.
         epochs: length of the whole run, the warm-up included.
         lr_min: the rate at the end, kept from there on.
-        **kwargs: `steps_per_epoch`, `warmup_epochs`, `warmup_decay`, `warmup_method`, `per`: see
-            `Schedule`.
 
     Examples:
         >>> schedule = CosineSchedule(0.5, epochs=600, warmup_epochs=5, steps_per_epoch=1252)
@@ -245,24 +222,23 @@ class CosineSchedule(Schedule):
         [0.005, 0.401, 0.5, 0.2507, 0.0]
     """
 
-    def __init__(self, initial: float, epochs: int, lr_min: float = 0.0, **kwargs: Any):
-        super().__init__(initial, **kwargs)
-        self.epochs = whole("epochs", epochs, least=1)
-        if self.epochs <= self.warmup_epochs:
+    epochs: int
+    lr_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        epochs = self.epochs = whole("epochs", self.epochs, least=1)
+        if epochs <= self.warmup_epochs:
             raise InputError(
                 f"epochs must be more than the {self.warmup_epochs} of warm-up. Received: {epochs}."
             )
-        self.lr_min = between("lr_min", lr_min, 0)
+        self.lr_min = between("lr_min", self.lr_min, 0)
 
     def _main(self) -> np.ndarray:
         length = self._units(self.epochs - self.warmup_epochs)
         remaining = np.arange(length, -1, -1, dtype="float64") / length
         # (1 + cos(pi t/T)) / 2, written so that the last rates keep all their digits.
         return self.lr_min + (self.initial - self.lr_min) * np.sin(np.pi / 2 * remaining) ** 2
-
-    def get_config(self) -> dict[str, Any]:
-        """Arguments that build the same schedule again."""
-        return {**super().get_config(), "epochs": self.epochs, "lr_min": self.lr_min}
 
 
 @keras.saving.register_keras_serializable(package="keras_resnet")
@@ -300,7 +276,8 @@ class OneCycleSchedule(Schedule):
         three_phase: bool = False,
         per: str = "step",
     ):
-        super().__init__(max_lr, steps_per_epoch, per=per)
+        super().__init__(max_lr, steps_per_epoch=steps_per_epoch, per=per)
+        self.max_lr = self.initial
         one_of("anneal_strategy", anneal_strategy, ("cos", "linear"))
         self.epochs = whole("epochs", epochs, least=1)
         self.pct_start = between("pct_start", pct_start, 0, 1)
@@ -330,20 +307,6 @@ class OneCycleSchedule(Schedule):
         before, after = np.array(rates)[phase], np.array(rates)[phase + 1]
         left = np.sin(np.pi / 2 * (1 - done)) ** 2 if self.anneal_strategy == "cos" else 1 - done
         return after + (before - after) * left
-
-    def get_config(self) -> dict[str, Any]:
-        """Arguments that build the same schedule again."""
-        return {
-            "max_lr": self.initial,
-            "epochs": self.epochs,
-            "steps_per_epoch": self.steps_per_epoch,
-            "pct_start": self.pct_start,
-            "anneal_strategy": self.anneal_strategy,
-            "div_factor": self.div_factor,
-            "final_div_factor": self.final_div_factor,
-            "three_phase": self.three_phase,
-            "per": self.per,
-        }
 
 
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
