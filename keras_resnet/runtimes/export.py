@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +20,12 @@ from keras_resnet.models.files import load_model, model_input, model_preprocess
 from keras_resnet.models.image_model import as_functional, require_finite_weights
 from keras_resnet.runtimes import formats, int8 as quantization, rows, writing
 from keras_resnet.runtimes.int8 import Int8Images, Int8Report, spread
-from keras_resnet.runtimes.runner import KerasRunner, Runner, relative_difference
+from keras_resnet.runtimes.runner import KerasRunner, Runner
 from keras_resnet.runtimes.select import open_file, runtime_of
 from keras_resnet.system.device import exact_float32, installed_version
 from keras_resnet.system.errors import DataError, InputError, VerificationError, whole
 from keras_resnet.system.files import named, printable, remove_leftovers, temporary_prefix
+from keras_resnet.weights.verify import relative_difference
 
 # Images that a file is compared on.
 _COMPARED = 16
@@ -31,15 +33,10 @@ _COMPARED = 16
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """An exported file beside its model, on one batch.
+    """An exported file beside its model, on one batch."""
 
-    Attributes:
-        batch: Images in it.
-        difference: The largest difference of two outputs over the largest output.
-    """
-
-    batch: int
-    difference: float
+    batch: int  # images in it
+    difference: float  # the largest of two outputs, over the largest output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +89,8 @@ class ExportReport:
             lines.append(str(self.int8))
         elif self.comparisons:
             worst = max(one.difference for one in self.comparisons)
-            lines.append(
-                f"Agrees to {self.tolerance:g}."
-                if self.passed
-                else f"Differs by {worst:.2g}: more than the tolerance of {self.tolerance:g}."
-            )
+            wrong = f"Differs by {worst:.2g}: more than the tolerance of {self.tolerance:g}."
+            lines.append(f"Agrees to {self.tolerance:g}." if self.passed else wrong)
         return "\n".join(lines)
 
 
@@ -162,7 +156,11 @@ def export(
     if batch_size is not None:
         whole("batch_size", batch_size, 1)
     if isinstance(model, (str, os.PathLike)):
-        model = _load(model)
+        if rows.format_of_file(Path(model).expanduser()) is not None:
+            raise InputError(
+                f"{str(model)!r} is an exported file already; export the .keras file it came from."
+            )
+        model = load_model(model)
     model = as_functional(model)
     require_finite_weights(model)
     notes: list[str] = []
@@ -181,18 +179,15 @@ def export(
         reference = KerasRunner(plain, optimize=False)
         runner = open_file(staged) if verify or calibration is not None else None
         comparisons = _compare(runner, reference, images) if verify else []
-        int8_report = None
-        if calibration is not None:
-            int8_report = calibration.measure(reference, runner, before)
+        int8_report = calibration and calibration.measure(reference, runner, before)
+        version = installed_version(rows.FORMATS[name].module)
         report = ExportReport(
             path=str(path),
             format=name,
             size=writing.size_of(staged, name),
             model=model.name,
             batch_size=batch_size,
-            runtime=None
-            if runner is None
-            else f"{runner.runtime} {installed_version(rows.FORMATS[name].module)}",
+            runtime=runner and f"{runner.runtime} {version}",
             pictures=shown,
             comparisons=comparisons,
             tolerance=tolerance,
@@ -224,14 +219,6 @@ def _staging(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _load(path: str | os.PathLike) -> keras.Model:
-    if rows.format_of_file(Path(path).expanduser()) is not None:
-        raise InputError(
-            f"{str(path)!r} is an exported file already; export the .keras file it came from."
-        )
-    return load_model(path)
-
-
 def _as_written(model: keras.Model, notes: list[str]) -> keras.Model:
     """The model that the file is made of, and what differs in it."""
     if None in model.input_shape[1:]:
@@ -256,7 +243,7 @@ def _publish(staged: Path, target: Path) -> None:
         old = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
         os.rename(target, old)
         os.rename(staged, target)
-        writing.remove(old)
+        old.unlink() if old.is_symlink() else shutil.rmtree(old)
     else:
         os.replace(staged, target)
 

@@ -26,7 +26,7 @@ from keras import ops
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.layers.norm import Normalize
 from keras_resnet.models.files import model_preprocess
-from keras_resnet.models.graph import Step, graph_steps
+from keras_resnet.models.graph import graph_steps
 from keras_resnet.models.image_model import (
     OTHER_WEIGHTS,
     as_functional,
@@ -180,15 +180,12 @@ class Runner(abc.ABC):
 
 
 class KerasRunner(Runner):
-    """Runs a Keras model on the backend that Keras runs on.
+    """Runs a Keras model with a classification head, `given`, on the backend that Keras runs on.
 
     Args:
-        model: With a classification head, not necessarily compiled.
+        model: Not necessarily compiled.
         precision: What it computes in; its own dtype policy by default.
         optimize: Run a faster twin of the model in its place; without it, the model as it is.
-
-    Attributes:
-        given: The model.
     """
 
     def __init__(self, model: keras.Model, precision: str | None = None, optimize: bool = True):
@@ -203,10 +200,10 @@ class KerasRunner(Runner):
         self._send, self._turn = Sender(), threading.Lock()
 
     @property
-    def pixels(self) -> str:  # noqa: D102 (of the base)
+    def pixels(self) -> str:
         return pixels_of(self.given)
 
-    def fed(self, preprocess: Preprocess, fed: str) -> str:  # noqa: D102 (of the base)
+    def fed(self, preprocess: Preprocess, fed: str) -> str:
         self._normal = None
         if not self._apart or fed == "uint8" or preprocess.color_mode != "rgb":
             return fed  # of other channels values may have 16 bits
@@ -215,10 +212,10 @@ class KerasRunner(Runner):
         self._normal = Normalize(mean, std, dtype="float32")
         return "uint8"  # a quarter of the bytes to send
 
-    def at_once(self, batch_size: int) -> int:  # noqa: D102 (of the base)
+    def at_once(self, batch_size: int) -> int:
         return 2 if self._apart else 1  # one is computed, while the other gets there
 
-    def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
+    def outputs(self, images: np.ndarray) -> np.ndarray:
         images = in_data_format(images)
         if self._apart:  # bytes as bytes: floats are made of them there
             [images] = self._send((images,))
@@ -259,7 +256,8 @@ def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:
     if precision is None and keras.backend.backend() == "torch" and isinstance(model, DirectGraph):
         return model  # folds itself while it predicts
     steps = graph_steps(model)
-    if precision is None and (steps is None or not any(map(_is_norm, steps))):
+    norms = [s for s in steps or () if isinstance(s.layer, keras.layers.BatchNormalization)]
+    if precision is None and not norms:
         return model
     try:
         return optimize_for_inference(model, precision)
@@ -269,24 +267,17 @@ def _for_inference(model: keras.Model, precision: str | None) -> keras.Model:
         return model  # a layer of one's own that cannot be copied: it is as right, and slower
 
 
-def _is_norm(step: Step) -> bool:
-    return isinstance(step.layer, keras.layers.BatchNormalization)
-
-
 # --- exported files ------------------------------------------------------------------------------
 
 
 class FileRunner(Runner):
     """Finishes and runs the files of a format: all that is known of it but its row of `FORMATS`.
 
-    Args:
-        path: The file, or SavedModel's folder.
-        precision: What it computes in; float32 by default, whatever the runtime would choose.
-        threads: How many; those that the process may use by default.
-        many: For many images: each thread computes images of its own, where the runtime can, and
-            shares none with others. Threads that compute an image together wait for each other,
-            busily, and take the cores from those that read images: on two cores ResNet-18 took
-            55 ms of their time an image and 51 so (batch 16; alone, each image waits longer).
+    It computes in float32 by default, whatever the runtime would choose, with the threads that the
+    process may use. For `many` images each thread computes images of its own, where the runtime
+    can. Threads that compute an image together wait for each other, busily, and take the cores from
+    those that read images: on two cores ResNet-18 took 55 ms of their time an image and 51 so
+    (batch 16; alone, each image waits longer).
 
     Raises:
         InputError: A file that the runtime does not take, or a precision that it has not.
@@ -369,7 +360,7 @@ class FileRunner(Runner):
         self._find_meaning(output[-1], lambda: self._meaning_of(about))
 
     @property
-    def pixels(self) -> str:  # noqa: D102 (of the base)
+    def pixels(self) -> str:
         return self._pixels or super().pixels
 
     def _meaning_of(self, about: dict[str, Any]) -> Meaning:
@@ -403,7 +394,7 @@ class FileRunner(Runner):
     def _run(self, images: np.ndarray) -> np.ndarray:
         """The output for a batch of the file's own layout and dtype."""
 
-    def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
+    def outputs(self, images: np.ndarray) -> np.ndarray:
         images = np.asarray(images, np.float32)
         if self._channels_first:
             images = images.transpose(0, 3, 1, 2)
@@ -417,7 +408,7 @@ class FileRunner(Runner):
         run = map if self._parts == 1 else self._pool.map
         return np.concatenate(list(run(self._run, parts)))[:count]
 
-    def at_once(self, batch_size: int) -> int:  # noqa: D102 (of the base)
+    def at_once(self, batch_size: int) -> int:
         if self._parts == 1:
             return 1
         # While the last part of a batch is computed, the next batch has the other threads.
@@ -445,29 +436,10 @@ def cores() -> int:
     return available_cores()
 
 
-def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference of two outputs over the largest output; `nan` if any is none.
-
-    Examples:
-        >>> relative_difference(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
-        0.5
-    """
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    if found.shape != expected.shape:
-        return float("inf")
-    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
-
-
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What `engine="auto"` measured of one engine.
+    """What `engine="auto"` measured of one engine."""
 
-    Attributes:
-        name: The runner's.
-        seconds: Median of a batch of eight images; `None` where it could not be tried.
-        reason: Why it could not.
-    """
-
-    name: str
-    seconds: float | None
-    reason: str | None = None
+    name: str  # the runner's
+    seconds: float | None  # median of a batch of eight images; `None` where it could not be tried
+    reason: str | None = None  # why it could not

@@ -8,7 +8,7 @@ import importlib.util
 import math
 import os
 import statistics
-import time
+import timeit
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,14 +23,7 @@ from keras_resnet.models.summary import count_flops
 from keras_resnet.runtimes import formats, kept, rows, writing
 from keras_resnet.runtimes.kept import Kept
 from keras_resnet.runtimes.rows import ENGINES, check_engine
-from keras_resnet.runtimes.runner import (
-    FileRunner,
-    KerasRunner,
-    Runner,
-    Trial,
-    cores,
-    relative_difference,
-)
+from keras_resnet.runtimes.runner import FileRunner, KerasRunner, Runner, Trial, cores
 from keras_resnet.system.device import devices, exact_float32
 from keras_resnet.system.errors import (
     InputError,
@@ -40,6 +33,7 @@ from keras_resnet.system.errors import (
     reason_of,
 )
 from keras_resnet.system.process import tune_process
+from keras_resnet.weights.verify import relative_difference
 
 _OWN_RUNTIME = ("keras", "auto")
 
@@ -54,9 +48,9 @@ def runtime_of(name: str) -> type[FileRunner]:
     return rows.FORMATS[name].runner
 
 
-def _format_of_engine(engine: str) -> str:
+def _row(engine: str) -> rows.Format:
     """The format that an engine takes a Keras model in."""
-    return next(name for name, row in rows.FORMATS.items() if row.runner.runtime == engine)
+    return next(row for row in rows.FORMATS.values() if row.runner.runtime == engine)
 
 
 def open_file(
@@ -69,14 +63,9 @@ def open_file(
     """Opens an exported file in its own runtime, or in another that reads it.
 
     A SavedModel is a program for TensorFlow, which can read and write files, and a `.pt2` file may
-    hold pickles: open those of people you trust. The other formats hold a graph and numbers.
-
-    Args:
-        path: An `.onnx`, `.xml`, `.tflite` or `.pt2` file, or a SavedModel folder.
-        engine: `"openvino"` reads `.onnx` as well; `"auto"` and `"keras"` take the file's own.
-        precision: What it computes in; float32 by default.
-        threads: How many; those that the process may use by default.
-        many: For many images: see `FileRunner`.
+    hold pickles: open those of people you trust. The other formats hold a graph and numbers. Of the
+    engines `"openvino"` reads `.onnx` as well; `"auto"` and `"keras"` take the file's own. The
+    other arguments are `FileRunner`'s.
 
     Raises:
         NotFoundError: There is no such file.
@@ -88,19 +77,15 @@ def open_file(
         raise NotFoundError(f"No model file at {str(path)!r}.{meant_path(path)}")
     kind = rows.format_of_file(path)
     if kind is None:
-        raise InputError(f"{str(path)!r} is no exported model: {_suffixes()}.")
-    runner = runtime_of(kind if engine in _OWN_RUNTIME else _format_of_engine(engine))
+        known = ", ".join(row.suffix for row in rows.FORMATS.values() if row.suffix)
+        raise InputError(f"{str(path)!r} is no exported model: {known} or a SavedModel folder.")
+    runner = runtime_of(kind if engine in _OWN_RUNTIME else _row(engine).name)
     if kind not in runner.reads:
         raise InputError(
             f"The engine {engine!r} does not read {path.name!r}; without an engine's name the "
             f"file is run by {rows.FORMATS[kind].runner.runtime}."
         )
     return runner(path, precision, threads, many)
-
-
-def _suffixes() -> str:
-    known = [row.suffix for row in rows.FORMATS.values() if row.suffix]
-    return f"{', '.join(known)} or a SavedModel folder"
 
 
 # --- which one -----------------------------------------------------------------------------------
@@ -290,9 +275,6 @@ def images_that_pay(model: keras.Model) -> int:
     `_SAVED` of its time. So a network needs the more images the less it computes: some 1,000 of
     224x224 for a ResNet-18 or a ResNet-50 on two cores and torch, 6,000 of 32x32 for a ResNet-20.
 
-    Args:
-        model: A classifier.
-
     Raises:
         InputError: Its arithmetic cannot be counted.
     """
@@ -329,10 +311,6 @@ def _weighed(
     runner = KerasRunner(model)
     runner.why = "; ".join(reasons)
     return runner
-
-
-def _row(engine: str) -> rows.Format:
-    return rows.FORMATS[_format_of_engine(engine)]
 
 
 def _no_device(engine: str) -> str:
@@ -403,9 +381,4 @@ def _fastest(model: keras.Model, precision: str | None) -> Runner:
 
 
 def _median_seconds(runner: Runner, images: np.ndarray, count: int = 5) -> float:
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        runner.outputs(images)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(lambda: runner.outputs(images), number=1, repeat=count))

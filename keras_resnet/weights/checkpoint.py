@@ -50,39 +50,27 @@ from keras_resnet.weights.stand_ins import brief, one_line
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CheckpointInfo:
-    """What a weight file holds, found without reading a number of it.
-
-    Attributes:
-        path: The file.
-        format: `"zip"`, `"stream"` (before PyTorch 1.6), `"tar"` (before 0.2), `"safetensors"`,
-            `"h5"` (Keras').
-        size: In bytes.
-        kind: `"state dict"`, or what stands in the way: `"quantised"`, `"sparse"`,
-            `"TorchScript"`, `"pickled module"`, `"refused pickle"`, `"pickle"`, `"no tensors"`.
-        safe: Whether every name that the file asks for is harmless.
-        refused: The names that are not, in the file's order. None of them was imported.
-        problem: Why `read_checkpoint` would refuse the file, in a sentence; None if it would not.
-        key: The dotted path to the chosen state dict; `""` for the file's own top level.
-        alternatives: Other entries with tensors in them, and how many: values for `key=`.
-        prefix: What was removed from the front of every name (`"module."`), or `""`.
-        tensors: Name to (shape, dtype), in the file's order.
-        others: Everything else beside the tensors (epoch, settings ...), each in a few words, and
-            parts of the file that were ignored.
-        metadata: Text that the file carries about itself (safetensors, or `write_checkpoint`).
-    """
+    """What a weight file holds, found without reading a number of it."""
 
     path: pathlib.Path
+    # "zip", "stream" (before PyTorch 1.6), "tar" (before 0.2), "safetensors", "h5" (Keras').
     format: str
-    size: int
+    size: int  # in bytes
+    # Or what stands in the way: "quantised", "sparse", "TorchScript", "pickled module", "refused
+    # pickle", "pickle", "no tensors".
     kind: str = "state dict"
-    safe: bool = True
-    refused: tuple[str, ...] = ()
-    problem: str | None = None
-    key: str = ""
+    safe: bool = True  # whether every name that the file asks for is harmless
+    refused: tuple[str, ...] = ()  # those that are not, in its order; none of them was imported
+    problem: str | None = None  # why `read_checkpoint` would refuse the file, in a sentence
+    key: str = ""  # the dotted path to the chosen state dict; "" for the file's own top level
+    # Other entries with tensors in them, and how many: values for `key=`.
     alternatives: dict[str, int] = dataclasses.field(default_factory=dict)
-    prefix: str = ""
+    prefix: str = ""  # what was removed from the front of every name ("module.")
+    # Name to (shape, dtype), in the file's order.
     tensors: dict[str, tuple[tuple[int, ...], str]] = dataclasses.field(default_factory=dict)
+    # What is beside them (epoch, settings ...), each in a few words, and parts that were ignored.
     others: dict[str, str] = dataclasses.field(default_factory=dict)
+    # Text that the file carries about itself (safetensors, or `write_checkpoint`).
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -129,10 +117,8 @@ class CheckpointInfo:
         """The same facts as JSON text."""
         facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         facts["path"] = str(self.path)
-        facts["tensors"] = {
-            name: {"shape": list(shape), "dtype": dtype}
-            for name, (shape, dtype) in self.tensors.items()
-        }
+        tensors = self.tensors.items()
+        facts["tensors"] = {name: {"shape": list(s), "dtype": d} for name, (s, d) in tensors}
         facts["networks"] = [
             {"key": self.key_of(n), "names": n.dialect.name,
              "variants": [list(v) for v in n.variants], "beside": [*n.near, *n.beside]}
@@ -217,15 +203,9 @@ def _describe(
     facts: dict[str, Any] = {}
     notes = dict(loaded.notes)
     if selection is not None:
-        facts = {
-            "key": selection.key,
-            "prefix": selection.prefix,
-            "alternatives": selection.alternatives,
-            "tensors": {
-                name: (getattr(t, "shape", ()), dtype_name(t))
-                for name, t in selection.tensors.items()
-            },
-        }
+        found = selection.tensors.items()
+        facts = {name: getattr(selection, name) for name in ("key", "prefix", "alternatives")}
+        facts["tensors"] = {name: (getattr(t, "shape", ()), dtype_name(t)) for name, t in found}
         others = itertools.islice(selection.others.items(), 1000)
         notes |= {name: brief(value) for name, value in others if name not in notes}
         notes.pop("meta.style", None)

@@ -23,35 +23,20 @@ _HOLE = re.compile(r"<(\*|a|\d+)>")
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """One way of naming the entries.
+    """One way of naming the entries."""
 
-    Attributes:
-        name: The word after `--to`.
-        of: Whose names these are, for messages.
-        rules: (ours, theirs), of whole names; the first that fits is taken.
-        trunk: What stands before all names but the head's.
-        head: The head's rules; all but the first are read and not written.
-        strides: Where its bottlenecks stride unless the file says otherwise; `None`: that is open.
-        told: How their class is told the other place.
-        stem: Side of the first kernel that their class has.
-        plain: Their class has no groups, and bottlenecks of a quarter of the width alone.
-        basic: It has the basic blocks of ResNet-18 and 34, too.
-        counted: It keeps torch's `num_batches_tracked`.
-        bgr: What its networks subtract from BGR pixels of 0..255, unless told otherwise.
-    """
-
-    name: str
-    of: str
-    rules: Rules
-    trunk: str = ""
-    head: tuple[Rules, ...] = ()
-    strides: str | None = "3x3"
-    told: str = ""
-    stem: int = 7
-    plain: bool = False
-    basic: bool = True
-    counted: bool = True
-    bgr: str = ""
+    name: str  # the word after `--to`
+    of: str  # whose names these are, for messages
+    rules: Rules  # (ours, theirs), of whole names; the first that fits is taken
+    trunk: str = ""  # what stands before all names but the head's
+    head: tuple[Rules, ...] = ()  # all but the first are read and not written
+    strides: str | None = "3x3"  # of bottlenecks, unless the file says otherwise; `None`: open
+    told: str = ""  # how their class is told the other place
+    stem: int = 7  # side of the first kernel that their class has
+    plain: bool = False  # no groups, and bottlenecks of a quarter of the width alone
+    basic: bool = True  # it has the basic blocks of ResNet-18 and 34, too
+    counted: bool = True  # it keeps torch's `num_batches_tracked`
+    bgr: str = ""  # what its networks subtract from BGR pixels of 0..255, unless told otherwise
 
     @property
     def grouped(self) -> bool:
@@ -102,31 +87,27 @@ def _torch(*rows: tuple[str, str]) -> Rules:
     return tuple((f"{ours}.<*>", f"{theirs}.<*>") for ours, theirs in rows)
 
 
-def _children(first: int) -> Rules:
+def _numbered(first: int, head: str, *places: str, stem: int = 3) -> Dialect:
     """`nn.Sequential(*resnet.children())`: modules are numbers, inside a stage as ever."""
-    return _torch(
+    rules = _torch(
         ("conv1", "0"), ("bn1", "1"), ("conv1.<0>", "0.<0>"),
         ("layer<1>.<0>.<*>.<0>", f"<{first}>.<0>.<*>.<0>"),
         ("layer<1>.<0>.<*>", f"<{first}>.<0>.<*>"),
     )  # fmt: skip
+    heads = tuple(_torch((head, place)) for place in places)
+    whose = "nn.Sequential(*resnet.children())"
+    return Dialect("sequential", whose, rules, head=heads, stem=stem)
 
 
-def _keras(kind: str, *rows: tuple[str, str]) -> Rules:
+def _keras(variables: dict[str, str], *rows: tuple[str, str]) -> Rules:
     """Rules for layers whose variables are called as Keras calls them."""
-    return tuple(
-        (f"{ours}.{mine}", f"{theirs}.{variable}")
-        for ours, theirs in rows
-        for mine, variable in zip(*_VARIABLES[kind], strict=True)
-    )
+    pairs = variables.items()
+    return tuple((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in rows for a, b in pairs)
 
 
-_VARIABLES = {
-    "kernel": (("weight", "bias"), ("kernel", "bias")),
-    "norm": (
-        ("weight", "bias", "running_mean", "running_var"),
-        ("gamma", "beta", "moving_mean", "moving_variance"),
-    ),
-}
+_KERNEL = {"weight": "kernel", "bias": "bias"}
+_NORM = {"weight": "gamma", "bias": "beta",
+         "running_mean": "moving_mean", "running_var": "moving_variance"}  # fmt: skip
 
 _SAME = _torch(
     ("conv1", "conv1"), ("bn1", "bn1"), ("layer<1>.<0>.<*>", "layer<1>.<0>.<*>"),
@@ -135,14 +116,13 @@ _SAME = _torch(
 
 # ResNet-D's blocks, where the first stage has no pooling in its list, since it would do nothing.
 _UNPOOLED = (
-    _torch(
-        ("layer1.0.downsample.1", "layer1.0.downsample.0"),
-        ("layer1.0.downsample.2", "layer1.0.downsample.1"),
-    )
-    + _SAME[2:]
+    *_torch(*((f"layer1.0.downsample.{i + 1}", f"layer1.0.downsample.{i}") for i in (0, 1))),
+    *_SAME[2:],
 )
 
 TORCHVISION = Dialect("torchvision", "torchvision", ())
+_OPENMMLAB = {"trunk": "backbone.", "head": (_torch(("fc", "head.fc")),),
+              "told": "style='caffe' in its config"}  # fmt: skip
 DIALECTS = (
     Dialect(
         "huggingface",
@@ -162,27 +142,10 @@ DIALECTS = (
     ),
     # The children: conv1, bn1, relu, maxpool, layer1 ..., avgpool, fc; a Flatten before the last
     # one makes it the tenth.
-    Dialect(
-        "sequential",
-        "nn.Sequential(*resnet.children())",
-        _children(4),
-        head=(_torch(("fc", "9")), _torch(("fc", "10"))),
-    ),
+    _numbered(4, "fc", "9", "10", stem=7),
     # Those of networks for small images: conv1, bn1, layer1 ..., linear; or ReLU and pooling too.
-    Dialect(
-        "sequential",
-        "nn.Sequential(*resnet.children())",
-        _children(2),
-        head=(_torch(("linear", "5")), _torch(("linear", "6")), _torch(("linear", "7"))),
-        stem=3,
-    ),
-    Dialect(
-        "sequential",
-        "nn.Sequential(*resnet.children())",
-        _children(3),
-        head=(_torch(("linear", "7")), _torch(("linear", "8"))),
-        stem=3,
-    ),
+    _numbered(2, "linear", "5", "6", "7"),
+    _numbered(3, "linear", "7", "8"),
     Dialect(
         "sequential",
         "nn.Sequential(*alexnet.children())",
@@ -207,14 +170,7 @@ DIALECTS = (
         counted=False,
         bgr=CAFFE,
     ),
-    Dialect(
-        "mmpretrain",
-        "mmpretrain's ResNet",
-        _SAME,
-        trunk="backbone.",
-        head=(_torch(("fc", "head.fc")),),
-        told="style='caffe' in its config",
-    ),
+    Dialect("mmpretrain", "mmpretrain's ResNet", _SAME, **_OPENMMLAB),
     Dialect(
         "mmpretrain",
         "mmpretrain's ResNetV1d",
@@ -224,34 +180,30 @@ DIALECTS = (
             *(("conv1.6", "stem.2.conv"), ("bn1", "stem.2.bn")),
         )
         + _UNPOOLED,
-        trunk="backbone.",
-        head=(_torch(("fc", "head.fc")),),
-        told="style='caffe' in its config",
+        **_OPENMMLAB,
     ),
     Dialect(
         "mmpretrain",
         "mmdetection's and mmsegmentation's ResNetV1d",
         _torch(("bn1", "stem.7"), ("conv1.<0>", "stem.<0>")) + _UNPOOLED,
-        trunk="backbone.",
-        head=(_torch(("fc", "head.fc")),),
-        told="style='caffe' in its config",
+        **_OPENMMLAB,
     ),
     Dialect(
         "keras",
         "keras.applications' ResNet",
         _keras(
-            "kernel",
+            _KERNEL,
             ("conv1", "conv1_conv"),
             ("layer<1>.<0>.downsample.0", "conv<2>_block<1>_0_conv"),
             ("layer<1>.<0>.conv<1>", "conv<2>_block<1>_<1>_conv"),
         )
         + _keras(
-            "norm",
+            _NORM,
             ("bn1", "conv1_bn"),
             ("layer<1>.<0>.downsample.1", "conv<2>_block<1>_0_bn"),
             ("layer<1>.<0>.bn<1>", "conv<2>_block<1>_<1>_bn"),
         ),
-        head=(_keras("kernel", ("fc", "predictions")),),
+        head=(_keras(_KERNEL, ("fc", "predictions")),),
         strides="1x1",
         plain=True,
         basic=False,
@@ -279,9 +231,7 @@ FORMS = _forms()
 def names_in(to: str, shapes: Mapping[str, Shape]) -> tuple[Dialect, dict[str, str]]:
     """Our names of a network's entries -> those of a dialect; what it does not keep is left out.
 
-    Args:
-        to: A name of `DIALECTS`.
-        shapes: The entries, in torchvision's names, and their shapes as torch has them.
+    The entries are given in torchvision's names, with their shapes as torch has them.
 
     Raises:
         InputError: The dialect has no such network.

@@ -104,26 +104,15 @@ def weights_path(
 
 @dataclasses.dataclass(frozen=True)
 class HubFile:
-    """Weights of a repository on the hub, and what its config.json says of them.
+    """Weights of a repository on the hub, and what its config.json says of them, if it does."""
 
-    Attributes:
-        path: The file, in the hub's own cache.
-        label: Repository and commit.
-        variant: The network's name at timm, or `None`.
-        images: Side, crop fraction, interpolation, mean and deviation; `None` where it does not
-            say.
-        test_side: A larger side at which images are not cropped, or `None`.
-        class_names: In order, or `None`.
-        strides: Where the bottlenecks stride, or `None`.
-    """
-
-    path: pathlib.Path
-    label: str
-    variant: str | None = None
-    images: dict[str, Any] | None = None
-    test_side: int | None = None
-    class_names: list[str] | None = None
-    strides: str | None = None
+    path: pathlib.Path  # in the hub's own cache
+    label: str  # repository and commit
+    variant: str | None = None  # the network's name at timm
+    images: dict[str, Any] | None = None  # side, crop fraction, interpolation, mean and deviation
+    test_side: int | None = None  # a larger one at which images are not cropped
+    class_names: list[str] | None = None  # in order
+    strides: str | None = None  # where the bottlenecks stride
 
     def preprocess(self, side: int | None) -> Preprocess | None:
         """How images are prepared for a model of this side (its own by default).
@@ -140,13 +129,10 @@ class HubFile:
 
 
 def hub_file(text: str) -> HubFile:
-    """Weights by their name on Hugging Face's hub, safetensors before pickles.
+    """Weights by a name that `hub_name` knows, safetensors before pickles.
 
     huggingface_hub does the work, so its cache, `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_ENDPOINT`
     count.
-
-    Args:
-        text: `"timm/resnet50.a1_in1k"`, `"hf://ORG/NAME"`, `"hf://ORG/NAME@REVISION"`.
 
     Raises:
         MissingDependencyError: huggingface_hub is not installed.

@@ -42,9 +42,7 @@ class Window(io.RawIOBase):
         """It is."""
         return True
 
-    def seekable(self) -> bool:
-        """It is."""
-        return True
+    seekable = readable
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Moves to a place within the part."""

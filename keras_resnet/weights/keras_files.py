@@ -48,12 +48,6 @@ def find_keras_file(path: str | os.PathLike) -> Path:
     Raises:
         NotFoundError: There is no such file; a near name is suggested.
         InputError: It is no `.keras` file, or no whole one.
-
-    Examples:
-        >>> find_keras_file("no-such.keras")
-        Traceback (most recent call last):
-        ...
-        keras_resnet.system.errors.NotFoundError: No model file at 'no-such.keras'.
     """
     given, path = os.fspath(path), Path(path).expanduser()
     if path.is_dir():
@@ -121,21 +115,13 @@ def target_ending(path: str | os.PathLike) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class KerasFile:
-    """What a `.keras` file says of its model; `print` it.
+    """What a `.keras` file says of its model; `print` it."""
 
-    Attributes:
-        name: The model's name.
-        parameters: Numbers in its layers, batch-norm statistics included.
-        classes: Units of its last layer, `None` where that is not a fully connected one.
-        keras_version: Of the Keras that wrote it.
-        info: What this package's models carry: variant, class names, preprocessing, origin.
-    """
-
-    name: str
-    parameters: int
-    classes: int | None
-    keras_version: str
-    info: dict[str, Any]
+    name: str  # of the model
+    parameters: int  # numbers in its layers, batch-norm statistics included
+    classes: int | None  # units of its last layer, where that is a fully connected one
+    keras_version: str  # of the Keras that wrote it
+    info: dict[str, Any]  # variant, class names, preprocessing, origin
 
     def __str__(self) -> str:
         output = f", output (None, {self.classes})" if self.classes else ""
@@ -177,11 +163,7 @@ def keras_file_info(path: Path) -> Any:
 def write_info(path: Path, key: str, value: Any, output: str | os.PathLike | None = None) -> None:
     """Sets one entry of the `info` that a `.keras` file holds; `None` takes it out.
 
-    Args:
-        path: The file.
-        key: Of the entry.
-        value: JSON-able.
-        output: The file to write in its place.
+    The value is JSON-able; `output` is a file to write in the place of this one.
 
     Raises:
         InputError: It is another class of model, which has no `info`.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
-from keras_resnet.system.errors import InputError
+from keras_resnet.system.errors import InputError, one_of
 from keras_resnet.system.files import printable
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import published as hub
@@ -118,7 +118,7 @@ class LoadReport:
                  f"prefix {printable(self.prefix)!r} removed" if self.prefix else "",
                  f"in the names of {self.names}" if self.names else ""]  # fmt: skip
         lines.append("  from         " + ", ".join(fact for fact in facts if fact))
-        for (before, after), count in _counted(self.cast.values()):
+        for (before, after), count in sorted(collections.Counter(self.cast.values()).items()):
             lines.append(f"  cast         {count} entries, {before} -> {after}")
         for name in ("missing", "unexpected", "skipped", "mismatched"):
             lines += _listed(name, getattr(self, name))
@@ -129,11 +129,6 @@ class LoadReport:
         if self.verification is not None:
             lines += str(self.verification).split("\n")
         return "\n".join(lines)
-
-
-def _counted(values: Iterable) -> list[tuple[Any, int]]:
-    values = list(values)
-    return [(value, values.count(value)) for value in sorted(set(values))]
 
 
 def _listed(name: str, entries: Mapping[str, Any], limit: int = 4) -> list[str]:
@@ -199,6 +194,7 @@ def load_torchvision(
         NotFoundError: There is no such file.
 
     Examples:
+        >>> import numpy as np
         >>> x = keras.Input((8,))
         >>> model = keras.Model(x, keras.layers.Dense(2, name="fc")(x), name="tiny")
         >>> state = {"module.fc.weight": np.ones((2, 8)), "module.fc.bias": np.zeros(2)}
@@ -207,8 +203,7 @@ def load_torchvision(
           from         dict, prefix 'module.' removed
           cast         2 entries, float64 -> float32
     """
-    if head not in ("strict", "skip", "replace"):
-        raise InputError(f"head must be 'strict', 'skip' or 'replace', not {head!r}.")
+    one_of("head", head, ("strict", "skip", "replace"))
     modules = modules_of(model)
     entries = {e.key: e for _, group in modules.values() for e in group}
     own_head = own_head_of(model)
@@ -241,7 +236,9 @@ def load_torchvision(
         assignments += _fresh(modules[own_head][0])
     old = []
     try:
-        _assign(assignments, old)
+        for variable, value in assignments:
+            old.append((variable, keras.ops.convert_to_numpy(variable.value)))
+            variable.assign(value)
         if verify:
             proof = verify_source(model, found, head=head == "strict")
             report = dataclasses.replace(report, verification=proof)
@@ -387,43 +384,25 @@ def _stride_problem(model: keras.Model, found: Source) -> str | None:
     )
 
 
-def _fresh(layer: keras.layers.Dense) -> list[tuple[Any, Any]]:
+def _fresh(layer: keras.layers.Dense) -> Iterator[tuple[Any, Any]]:
     """New values for a head, from its own initializers."""
     pairs = [(layer.kernel, layer.kernel_initializer), (layer.bias, layer.bias_initializer)]
-    return [
-        (variable, keras.ops.convert_to_numpy(_reseeded(draw)(variable.shape, variable.dtype)))
-        for variable, draw in pairs
-        if variable is not None
-    ]
-
-
-def _reseeded(initializer):
-    """An initializer gives the same numbers at every call; its copy has a seed of its own."""
-    return type(initializer).from_config(initializer.get_config())
-
-
-def _assign(assignments: list[tuple[Any, np.ndarray]], old: list[tuple[Any, np.ndarray]]) -> None:
-    """Assigns each value, having put the variable's own onto `old` first."""
-    for variable, value in assignments:
-        old.append((variable, keras.ops.convert_to_numpy(variable.value)))
-        variable.assign(value)
+    for variable, same in pairs:
+        if variable is not None:
+            draw = type(same).from_config(same.get_config())  # with a seed of its own
+            yield variable, keras.ops.convert_to_numpy(draw(variable.shape, variable.dtype))
 
 
 def _remember(model: keras.Model, report: LoadReport, found: Source, modules) -> None:
     """Writes the weights' origin into the model's info, where it has one."""
     if not isinstance(getattr(model, "info", None), dict):
         return
-    counts = {
-        path: int(found.tensors[f"{path}.{COUNTER}"])
-        for path in modules
-        if f"{path}.{COUNTER}" in report.loaded
-    }
-    same = len(set(counts.values())) == 1 and all(
-        f"{path}.{COUNTER}" in report.loaded
-        for path, (layer, _) in modules.items()
-        if isinstance(layer, keras.layers.BatchNormalization)
-    )
-    row = found.published
+    told = [path for path in modules if f"{path}.{COUNTER}" in report.loaded]
+    counts = {path: int(found.tensors[f"{path}.{COUNTER}"]) for path in told}
+    norms = [layer for layer, _ in modules.values()
+             if isinstance(layer, keras.layers.BatchNormalization)]  # fmt: skip
+    same = len(set(counts.values())) == 1 and len(counts) == len(norms)
+    row, cast = found.published, collections.Counter(report.cast.values())
     model.info["weights"] = {
         "source": found.label,
         "sha256": found.sha256,
@@ -436,7 +415,7 @@ def _remember(model: keras.Model, report: LoadReport, found: Source, modules) ->
         "missing": sorted(report.missing),
         "unexpected": sorted(report.unexpected),
         "left_out": grouped(report.left_out, 20),
-        "cast": {f"{a} -> {b}": n for (a, b), n in _counted(report.cast.values())},
+        "cast": {f"{a} -> {b}": cast[a, b] for a, b in sorted(cast)},
         "adapted": report.adapted or None,
         "published_as": found.named.label if found.named else row and f"{row.model} {row.tag}",
         COUNTER: (next(iter(counts.values())) if same else counts) if counts else None,

@@ -28,33 +28,16 @@ Head = Literal["strict", "skip", "replace"]
 
 # Keras class -> what a module's entry is called in torch, which attribute holds it here, and the
 # order of axes that turns Keras' array into torch's: HWIO -> OIHW, (in, out) -> (out, in).
-_RULES: tuple[tuple[type, str, tuple[tuple[str, str, tuple[int, ...]], ...]], ...] = (
-    (
-        keras.layers.Conv2D,
-        "convolution",
-        (("weight", "kernel", (3, 2, 0, 1)), ("bias", "bias", (0,))),
-    ),
-    (
-        keras.layers.Dense,
-        "fully connected layer",
-        (("weight", "kernel", (1, 0)), ("bias", "bias", (0,))),
-    ),
-    (
-        keras.layers.BatchNormalization,
-        "batch norm",
-        (
-            ("weight", "gamma", (0,)),
-            ("bias", "beta", (0,)),
-            ("running_mean", "moving_mean", (0,)),
-            ("running_var", "moving_variance", (0,)),
-        ),
-    ),
-    (
-        keras.layers.GroupNormalization,
-        "group norm",
-        (("weight", "gamma", (0,)), ("bias", "beta", (0,))),
-    ),
-)
+_SAME = (0,)
+_BIAS = ("bias", "bias", _SAME)
+_AFFINE = (("weight", "gamma", _SAME), ("bias", "beta", _SAME))
+_STATISTICS = (("running_mean", "moving_mean", _SAME), ("running_var", "moving_variance", _SAME))
+_RULES: dict[type, tuple[tuple[str, str, tuple[int, ...]], ...]] = {
+    keras.layers.Conv2D: (("weight", "kernel", (3, 2, 0, 1)), _BIAS),
+    keras.layers.Dense: (("weight", "kernel", (1, 0)), _BIAS),
+    keras.layers.BatchNormalization: (*_AFFINE, *_STATISTICS),
+    keras.layers.GroupNormalization: _AFFINE,
+}
 KINDS = {0: "a number", 1: "a vector", 2: "a fully connected layer's", 4: "a convolution's"}
 
 # Modules that the reference implementations register behind the branch that they bypass.
@@ -112,9 +95,9 @@ def modules_of(model: keras.Model) -> dict[str, tuple[keras.layers.Layer, tuple[
 
 
 def _entries(path: str, layer: keras.layers.Layer) -> tuple[Entry, ...]:
-    rule = next((names for kind, _, names in _RULES if isinstance(layer, kind)), None)
+    rule = next((names for kind, names in _RULES.items() if isinstance(layer, kind)), ())
     entries = []
-    for suffix, attribute, axes in rule or ():
+    for suffix, attribute, axes in rule:
         variable = getattr(layer, attribute, None)
         if variable is not None:
             shape = tuple(int(variable.shape[axis]) for axis in axes)
@@ -191,8 +174,7 @@ def to_torchvision(model: keras.Model, to: str = "torchvision") -> dict[str, np.
         >>> {key: array.shape for key, array in state.items()}
         {'fc.weight': (2, 8), 'fc.bias': (2,)}
     """
-    counted = (info_of(model).get("weights") or {}).get(COUNTER) or 0
-    state = {}
+    counted, state = (info_of(model).get("weights") or {}).get(COUNTER) or 0, {}
     for path, (_, entries) in modules_of(model).items():
         for entry in entries:
             if entry.variable is None:

@@ -20,15 +20,7 @@ def spec_shapes(
 ) -> dict[str, Shape]:
     """The state dict of a row of the table: keys and shapes, in torch's order, without a model.
 
-    Args:
-        spec: The row.
-        num_classes: Width of the last layer; by default that of the variant's data set.
-        channels: Channels of the images.
-
-    Examples:
-        >>> shapes = spec_shapes(SPECS["resnet50"])
-        >>> len(shapes), shapes["layer1.0.conv3.weight"]
-        (320, (256, 64, 1, 1))
+    By default with as many classes as the variant's data set has.
     """
     num_classes = num_classes or spec.num_classes
     return {
@@ -39,23 +31,13 @@ def spec_shapes(
 
 
 def parameter_count(spec: ResNetSpec | AlexNetSpec) -> int:
-    """Trainable parameters of a row of the table, with its data set's number of classes.
-
-    Examples:
-        >>> parameter_count(SPECS["resnet18"])
-        11689512
-    """
+    """Trainable parameters of a row of the table, with its data set's number of classes."""
     trained = (s for k, s in spec_shapes(spec).items() if k.endswith((".weight", ".bias")))
     return sum(map(math.prod, trained))
 
 
 def multiply_adds(spec: ResNetSpec | AlexNetSpec) -> int:
-    """Multiply-adds of one image at a row's own size; what `count_flops` counts in a built model.
-
-    Examples:
-        >>> multiply_adds(SPECS["resnet18"])
-        1814073344
-    """
+    """Multiply-adds of one image at a row's own size, as `count_flops` counts them in a model."""
     return sum(
         side**2 * math.prod(entries["weight"])
         for _, entries, side in spec.weighted_layers(spec.num_classes, 3)
@@ -69,27 +51,18 @@ MAX_NETWORKS, MAX_PLACES = 32, 2000  # what a file can be made of to take long
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network among the entries of a state dict.
+    """A network among the entries of a state dict."""
 
-    Attributes:
-        prefix: What stands in front of its names, such as `"module.encoder_q."`.
-        dialect: Whose names they are.
-        names: torchvision's name -> the entry's.
-        variants: Rows of the table that it is, each with its number of classes; `None` without a
-            head.
-        near: Layers beside it, in the module that it is: a projector, another head.
-        strange: Entries of its own modules, or convolutions among them, that it does not have: it
-            is a part of another network.
-        beside: All other entries.
-    """
-
-    prefix: str
-    dialect: Dialect
-    names: dict[str, str]
+    prefix: str  # what stands in front of its names, such as "module.encoder_q."
+    dialect: Dialect  # whose names they are
+    names: dict[str, str]  # torchvision's name -> the entry's
+    # Rows of the table that it is, each with its number of classes; `None` without a head.
     variants: tuple[tuple[str, int | None], ...] = ()
-    near: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()  # layers beside it, in the module that it is: another head, say
+    # Entries of its own modules, or convolutions among them, that it does not have: it is a part of
+    # another network.
     strange: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()  # all other entries
 
     def __str__(self) -> str:
         classes = dict.fromkeys(f"{n} classes" if n else "no head" for _, n in self.variants)
@@ -102,16 +75,7 @@ def find_networks(shapes: Mapping[str, Shape]) -> list[Network]:
 
     A network is there where all entries of its body are, with their shapes; the number of input
     channels and of classes is free, and a head of another kind counts as none. Rows that differ in
-    strides alone are all named.
-
-    Args:
-        shapes: Key to shape as torch has it.
-
-    Examples:
-        >>> shapes = {f"encoder_q.{k}": v for k, v in spec_shapes(SPECS["resnet50"]).items()}
-        >>> found = find_networks(shapes | {"queue": (128, 65536)})
-        >>> [(network.prefix, str(network), network.beside) for network in found]
-        [('encoder_q.', 'resnet50 or resnet50_v1, 1000 classes', ('queue',))]
+    strides alone are all named. Shapes are torch's.
     """
     at: dict[tuple[str, Dialect], list[tuple[str, int | None, dict[str, str]]]] = {}
     places = _Places(shapes)
@@ -255,12 +219,9 @@ def beside(
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """What is no entry of a network: layers near it, what makes it another network, and the rest.
 
-    Args:
-        shapes: Those of the whole state dict.
-        prefix: The network's.
-        names: The network's entries, as `Network.names`.
-        body: torchvision's names of those that are no head's.
-        others: Prefixes of other networks, whose entries do not count as near.
+    Of the shapes of a whole state dict; `names` are the network's entries, as `Network.names`, and
+    `body` torchvision's names of those that are no head's. What begins with one of the `others`,
+    the prefixes of other networks, does not count as near.
     """
     own = set(names.values())
     modules = {name.rpartition(".")[0] for name in own}  # a batch norm is no group norm

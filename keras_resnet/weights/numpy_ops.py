@@ -18,15 +18,9 @@ def relu(x: np.ndarray) -> np.ndarray:
 def conv2d(
     x: np.ndarray, kernel: np.ndarray, stride: int, padding: int, groups: int, where: str
 ) -> np.ndarray:
-    """Cross-correlation, as torch computes it: NCHW by OIHW, zeros around, grouped or not.
+    """Cross-correlation, as torch computes it: NCHW by `(out, channels / groups, k, k)`.
 
-    Args:
-        x: `(n, channels, height, width)`.
-        kernel: `(out, channels / groups, k, k)`.
-        stride: Of both sides, as `padding`.
-        padding: Zeros on each side.
-        groups: Of channels that see only each other.
-        where: What an error calls this place.
+    `padding` are zeros on each side; `where` is what an error calls this place.
 
     Raises:
         InputError: The image is smaller than the kernel.

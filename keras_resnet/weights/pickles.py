@@ -56,14 +56,9 @@ def read_pickle(
 ) -> tuple[Any, int]:
     """The object that a pickle describes, of stand-ins and plain values, and where it ended.
 
-    Args:
-        data: The bytes, or the mapping of the file.
-        start: Where the pickle begins.
-        end: Where it has to have ended.
-        budget: Shared by all pickles of a file.
-        refused: Collects the names that are not harmless, in order, as a dict's keys.
-        persistent: Called for a persistent id; makes storages.
-        most: Bytes that the pickle may have.
+    The budget is shared by all pickles of a file. `refused` collects the names that are not
+    harmless, in order; `persistent` makes storages of persistent ids; the pickle may have as many
+    bytes as `most`.
 
     Raises:
         CheckpointError: It is damaged, or more than a state dict needs.

@@ -23,58 +23,32 @@ _FILES = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin", ".safetensors", ".keras
 
 @dataclasses.dataclass(frozen=True)
 class TorchvisionWeights:
-    """One of torchvision's weight files.
+    """One of torchvision's weight files."""
 
-    Attributes:
-        model: The variant's name.
-        tag: `"IMAGENET1K_V1"` or `"IMAGENET1K_V2"`.
-        is_default: What `"DEFAULT"` means for the variant.
-        url: Where torchvision publishes the file.
-        file_name: Its name, which ends in the first eight hex digits of its sha256.
-        sha256_prefix: Those digits.
-        acc1: Published top-1 accuracy on ImageNet's validation set, per cent.
-        acc5: Published top-5 accuracy, per cent.
-        resize_size: Short side before the crop, pixels.
-        crop_size: Side of the centre crop, pixels.
-        interpolation: How images are resized.
-        mean: Means that are subtracted, in 0..1.
-        std: Standard deviations that are divided by, in 0..1.
-        num_params: Parameters.
-        gflops: Multiply-adds of one image at `crop_size`, in units of 1e9.
-        file_size_mb: Size, MiB.
-        recipe: Name of the training recipe.
-        num_classes: Classes, ImageNet's 1000.
-    """
-
-    model: str
-    tag: str
-    is_default: bool
-    url: str
-    file_name: str
-    sha256_prefix: str
-    acc1: float
-    acc5: float
-    resize_size: int
-    crop_size: int
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    model: str  # the variant's name
+    tag: str  # "IMAGENET1K_V1" or "IMAGENET1K_V2"
+    is_default: bool  # what "DEFAULT" means for the variant
+    url: str  # where torchvision publishes the file
+    file_name: str  # which ends in the first eight hex digits of its sha256
+    sha256_prefix: str  # those digits
+    acc1: float  # published top-1 accuracy on ImageNet's validation set, per cent
+    acc5: float  # the same of top-5
+    resize_size: int  # short side before the crop, pixels
+    crop_size: int  # side of the centre crop, pixels
+    interpolation: str  # how images are resized
+    mean: tuple[float, ...]  # that are subtracted, in 0..1
+    std: tuple[float, ...]  # that are divided by, in 0..1
     num_params: int
-    gflops: float
-    file_size_mb: float
-    recipe: str
+    gflops: float  # multiply-adds of one image at `crop_size`, in units of 1e9
+    file_size_mb: float  # MiB
+    recipe: str  # name of the training recipe
     num_classes: int = 1000
 
     @property
     def preprocess(self) -> Preprocess:
         """The evaluation preset that the accuracies were measured with."""
-        return Preprocess(
-            resize_size=self.resize_size,
-            crop_size=self.crop_size,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-        )
+        names = ("resize_size", "crop_size", "interpolation", "mean", "std")
+        return Preprocess(**{name: getattr(self, name) for name in names})
 
 
 @functools.cache
@@ -84,28 +58,13 @@ def _data() -> dict[str, Any]:
 
 @functools.cache
 def registry() -> tuple[TorchvisionWeights, ...]:
-    """The files that torchvision publishes for the variants of this package, 18 of them.
-
-    Examples:
-        >>> [w.tag for w in registry() if w.model == "resnet50"]
-        ['IMAGENET1K_V1', 'IMAGENET1K_V2']
-    """
+    """The files that torchvision publishes for the variants of this package, 18 of them."""
     names = {field.name for field in dataclasses.fields(TorchvisionWeights)}
+    rows = [{k: v for k, v in row.items() if k in names} for row in _data()["weights"]]
     return tuple(
-        TorchvisionWeights(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in row.items()
-                if name in names
-            }
-        )
-        for row in _data()["weights"]
+        TorchvisionWeights(**{**row, "mean": tuple(row["mean"]), "std": tuple(row["std"])})
+        for row in rows
     )
-
-
-@functools.cache
-def _imagenet_class_names() -> tuple[str, ...]:
-    return tuple(json.loads((_HERE / "imagenet_classes.json").read_text(encoding="utf-8")))
 
 
 def imagenet_class_names() -> list[str]:
@@ -115,24 +74,17 @@ def imagenet_class_names() -> list[str]:
         >>> imagenet_class_names()[281:283]
         ['tabby', 'tiger cat']
     """
-    return list(_imagenet_class_names())
+    return json.loads((_HERE / "imagenet_classes.json").read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
 class TimmWeights:
-    """Weights that timm publishes on Hugging Face's hub.
+    """Weights that timm publishes on Hugging Face's hub."""
 
-    Attributes:
-        name: What comes behind `timm/`; before the point it is the variant.
-        side: Of the images, pixels.
-        acc1: Published top-1 accuracy on ImageNet's validation set at that side, per cent.
-        licence: Of the weights.
-    """
-
-    name: str
-    side: int
-    acc1: float
-    licence: str
+    name: str  # what comes behind `timm/`; before the point it is the variant
+    side: int  # of the images, pixels
+    acc1: float  # published top-1 accuracy on ImageNet's validation set at that side, per cent
+    licence: str  # of the weights
 
     @property
     def model(self) -> str:
@@ -142,12 +94,7 @@ class TimmWeights:
 
 @functools.cache
 def timm_registry() -> tuple[TimmWeights, ...]:
-    """The weights of timm for the variants of this package; licences and accuracies are timm's.
-
-    Examples:
-        >>> next(row for row in timm_registry() if row.name == "resnet50.a1_in1k").acc1
-        80.382
-    """
+    """The weights of timm for the variants of this package; licences and accuracies are timm's."""
     rows = json.loads((_HERE / "timm.json").read_text(encoding="utf-8"))["weights"]
     return tuple(row for row in (TimmWeights(*r) for r in rows) if row.model in SPECS)
 
@@ -238,10 +185,6 @@ def named_variant(text: str | os.PathLike) -> str | None:
 
     Raises:
         InputError: torchvision publishes no weights of it.
-
-    Examples:
-        >>> named_variant("resnet18"), named_variant("resnet18.keras")
-        ('resnet18', None)
     """
     name = os.fspath(text)
     if name.lower() not in SPECS or os.path.exists(os.path.expanduser(name)):
@@ -253,10 +196,8 @@ def published_by_torchvision(sha256: str) -> TorchvisionWeights | None:
     """The published file with this sha256, whatever it is called here.
 
     torchvision writes the first eight digits into the name. Its older files of the same models
-    hold the same weights in older formats, and count as the V1 they became.
-
-    Args:
-        sha256: 64 hex digits, or at least the first eight.
+    hold the same weights in older formats, and count as the V1 they became. The first eight of the
+    64 hex digits are enough.
     """
     for row in registry():
         if sha256.startswith(row.sha256_prefix):

@@ -28,29 +28,22 @@ _BLOCK_KEY = re.compile(r"(layer|stage)([1-9]\d{0,5})\.(\d{1,6})\.")
 class Architecture:
     """What a state dict's names and shapes say about its network.
 
-    Attributes:
-        family: `"resnet"` (torchvision's names), `"resnet_cifar"` (the same with a 3x3 stem),
-            `"resnet_d"` (timm's names: three 3x3 in the stem, a pooled shortcut),
-            any of these with squeeze and excitation (`se`) or group norms,
-            `"resnet_stage"` (stages named `stage1` ..., a ReLU before the addition as well),
-            `"resnet_sequential"` (`longway`, `shortway`, biased convolutions), `"alexnet"`
-            (torchvision's), `"alexnet_paper"` or `"alexnet_cifar10"`.
-        block: `"basic"`, `"bottleneck"`, or `None` for an AlexNet.
-        blocks: Residual blocks in each stage; empty for an AlexNet.
-        groups: Groups of the 3x3 convolutions (ResNeXt's cardinality).
-        width: Input channels of one group of the first stage's last 3x3 convolution: 64, 4 for
-            `32x4d`, 128 for a wide ResNet-50-2, 16 for CIFAR; an AlexNet's first filters.
-        num_classes: Rows of the last fully connected layer.
-        in_channels: Channels of the images.
+    The family is `"resnet"` (torchvision's names), `"resnet_cifar"` (the same with a 3x3 stem),
+    `"resnet_d"` (timm's names: three 3x3 in the stem, a pooled shortcut), any of these with squeeze
+    and excitation (`se`) or group norms, `"resnet_stage"` (stages named `stage1` ..., a ReLU before
+    the addition as well), `"resnet_sequential"` (`longway`, `shortway`, biased convolutions),
+    `"alexnet"` (torchvision's), `"alexnet_paper"` or `"alexnet_cifar10"`.
     """
 
     family: str
-    block: Literal["basic", "bottleneck"] | None
-    blocks: tuple[int, ...]
-    groups: int
+    block: Literal["basic", "bottleneck"] | None  # `None` for an AlexNet
+    blocks: tuple[int, ...]  # residual blocks in each stage; empty for an AlexNet
+    groups: int  # of the 3x3 convolutions (ResNeXt's cardinality)
+    # Input channels of one group of the first stage's last 3x3 convolution: 64, 4 for `32x4d`, 128
+    # for a wide ResNet-50-2, 16 for CIFAR; an AlexNet's first filters.
     width: int
-    num_classes: int
-    in_channels: int
+    num_classes: int  # rows of the last fully connected layer
+    in_channels: int  # of the images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,25 +94,14 @@ class Plan:
 
 
 def architecture(state: Mapping[str, np.ndarray]) -> Architecture:
-    """Reads the architecture off a state dict's names and shapes.
+    """Reads the architecture off a state dict's names, which may start with `module.`, and shapes.
 
     v1 and v1.5 (the stride on a bottleneck's 1x1 or 3x3) have the same shapes and are not told
     apart.
 
-    Args:
-        state: Torch-layout entries by name; every name may start with `module.`.
-
     Raises:
         InputError: The names are no ResNet's and no AlexNet's, an entry that the description
             needs is missing, or its rank is wrong.
-
-    Examples:
-        >>> shapes = {"conv1.weight": (64, 3, 7, 7), "layer1.0.conv1.weight": (64, 64, 1, 1),
-        ...           "fc.weight": (10, 256), "layer1.0.conv2.weight": (64, 64, 3, 3),
-        ...           "layer1.0.conv3.weight": (256, 64, 1, 1)}
-        >>> found = architecture({name: np.zeros(shape) for name, shape in shapes.items()})
-        >>> found.family, found.block, found.blocks, found.width, found.num_classes
-        ('resnet', 'bottleneck', (1,), 64, 10)
     """
     return _describe(_entries(state))
 
@@ -134,12 +116,11 @@ def forward(
     """Runs the network of a state dict on images, in inference mode.
 
     Args:
-        state: Torch-layout entries by name, as `state_dict()` gives them. `num_batches_tracked`
-            may be missing; half and bfloat16 entries are widened.
-        images: Float array of shape `(n, channels, height, width)`, already normalised.
+        state: As `state_dict()` gives it. `num_batches_tracked` may be missing; half and bfloat16
+            entries are widened.
+        images: Floats `(n, channels, height, width)`, already normalised.
         stride_on: Which convolution of a bottleneck strides, which no shape tells: `"3x3"` (v1.5,
-            torchvision) or `"1x1"` (v1). `None` is the family's own: `"1x1"` for
-            `"resnet_stage"`, else `"3x3"`. Networks without bottlenecks have no such choice.
+            torchvision) or `"1x1"` (v1); by default `"1x1"` for `"resnet_stage"`, else `"3x3"`.
         dtype: `np.float32`, or `np.float64` for a reference in double precision.
 
     Returns:
@@ -151,20 +132,6 @@ def forward(
     Raises:
         InputError: Keys are missing or unexpected, shapes do not fit each other, or the images
             have another rank, dtype or number of channels, or too few pixels.
-
-    Examples:
-        >>> state = {"conv1.weight": np.ones((4, 3, 3, 3)), "linear.weight": np.eye(4),
-        ...          "layer1.0.conv1.weight": np.zeros((4, 4, 3, 3)), "linear.bias": np.zeros(4),
-        ...          "layer1.0.conv2.weight": np.zeros((4, 4, 3, 3))}
-        >>> for bn in ("bn1", "layer1.0.bn1", "layer1.0.bn2"):
-        ...     state |= {f"{bn}.weight": np.ones(4), f"{bn}.running_var": np.ones(4),
-        ...               f"{bn}.bias": np.zeros(4), f"{bn}.running_mean": np.zeros(4)}
-        >>> outputs = forward(state, np.ones((1, 3, 8, 8), "float32"))
-        >>> {name: array.shape for name, array in outputs.items()}
-        {'stem': (1, 4, 8, 8), 'layer1': (1, 4, 8, 8), 'pool': (1, 4), 'logits': (1, 4)}
-        >>> outputs["stem"][0, 0, :2, :2].round(2)  # 27 taps inside, 12 and 18 at the edges
-        array([[12., 18.],
-               [18., 27.]], dtype=float32)
     """
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, np.float64):
@@ -294,11 +261,8 @@ def _alexnet(found: Architecture) -> Plan:
         first, second, pool = (11, 4, 2), (5, 1, 2), (3, 2, 0)
     rows = (first, second, (3, 1, 1), (3, 1, 1), (3, 1, 1))  # kernel, stride, padding
     pools = (pool, pool, None, None, pool)
-    convs = (
-        Conv(name, *row, bias=True, pool=pooling)
-        for name, row, pooling in zip(names, rows, pools, strict=True)
-    )
-    return Plan(tuple(convs), {}, linears)
+    layers = zip(names, rows, pools, strict=True)
+    return Plan(tuple(Conv(n, *row, bias=True, pool=p) for n, row, p in layers), {}, linears)
 
 
 def _resnet(found: Architecture, entries: dict[str, np.ndarray], stride_on: str | None) -> Plan:
@@ -366,11 +330,10 @@ def _sequential_block(stage: str, index: int, stride: int) -> Block:
     """A block whose modules stand in `longway` and `shortway`; a stage's first is wrapped once."""
     first = index == 0
     name = f"{stage}.0.0" if first else f"{stage}.{index}"
-    branch = (
-        Conv(
-            f"{name}.longway.0", 3, stride if first else 1, 1, bias=True, norm=f"{name}.longway.1"
-        ),
-        Conv(f"{name}.longway.3", 3, 1, 1, bias=True, norm=f"{name}.longway.4"),
+    strides = (stride if first else 1, 1)
+    branch = tuple(
+        Conv(f"{name}.longway.{i}", 3, s, 1, bias=True, norm=f"{name}.longway.{i + 1}")
+        for i, s in zip((0, 3), strides, strict=True)
     )
     shortcut = Conv(f"{name}.shortway.0", 1, stride, bias=True) if first else None
     return Block(branch, shortcut, relu_before_add=True)

@@ -72,13 +72,7 @@ def load_safetensors(data: Any, size: int, name: str) -> Loaded:
 
 
 def load_index(data: Any, path: Path, open_shard: Callable[[Path], Loaded]) -> Loaded:
-    """The shards that a `*.index.json` names, as one file.
-
-    Args:
-        data: The index.
-        path: Of the index; its shards lie in the same folder.
-        open_shard: Opens one of them.
-    """
+    """The shards that the `*.index.json` at a path names, in the same folder, as one file."""
     if len(data) > MAX_HEADER:
         raise CheckpointError(f"an index of {len(data):,} bytes is above {MAX_HEADER:,}")
     try:

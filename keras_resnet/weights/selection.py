@@ -37,7 +37,7 @@ WRAPPERS = (
 PREFIXES = ("module.", "_orig_mod.")
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|criterion|^amp$|history", re.IGNORECASE)
 # torch.optim.swa_utils.AveragedModel saves this counter beside the prefixed names of its model.
-_COUNTERS = ("n_averaged",)
+_COUNTER = "n_averaged"
 
 
 def leaf(value: Any) -> Any:
@@ -225,9 +225,8 @@ def select(loaded: Loaded, key: str | None, keep_prefix: bool) -> Selection:
                 alternatives[name] = held
             elif not held and len(others) < MAX_LEAVES:
                 others.setdefault(name, value)
-    for counter in _COUNTERS:
-        if len(tensors) > 1 and type(tensors.get(counter)) is Tensor:
-            others[counter] = tensors.pop(counter)
+    if len(tensors) > 1 and type(tensors.get(_COUNTER)) is Tensor:
+        others[_COUNTER] = tensors.pop(_COUNTER)
     prefix = "" if keep_prefix else _strip(list(tensors))
     if prefix:
         tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}

@@ -94,13 +94,9 @@ def read_source(
 ) -> Source:
     """Reads whatever a user hands over as weights, and finds the network in it.
 
-    Args:
-        source: A tag of published weights, a name on the hub, a path, a state dict, a torch module,
-            or a `Source`.
-        key: Which entry of a nested checkpoint, or which network of several.
-        wanted: The model's own entries; by default those of any row of the table.
-        head: Module path of the model's last layer.
-        variant: The model's, for a tag.
+    That is a tag of published weights of the `variant`, a name on the hub, a path, a state dict, a
+    torch module, or a `Source`; `key` says which entry or which network of several. `wanted` are
+    the model's own entries, by default those of any row of the table, and `head` is its last layer.
 
     Raises:
         InputError: It is none of these, holds no tensors, or several networks that fit.
@@ -216,7 +212,9 @@ def _config_beside(path: Path) -> dict[str, Any]:
 def _from_mapping(source: Mapping[str, Any], key: str | None) -> Source:
     root = source if isinstance(source, dict) else dict(source)
     try:
-        path, _, (values, _) = find_entry(root, key, lambda v: v if _is_tensor(v) else None)
+        path, _, (values, _) = find_entry(
+            root, key, lambda v: v if hasattr(v, "shape") and hasattr(v, "dtype") else None
+        )
     except CheckpointError as error:
         raise InputError(f"The dict cannot be read: {error}") from error
     tensors = {k: _as_array(k, v) for k, v in values.items()}
@@ -229,10 +227,6 @@ def _from_module(module, key: str | None) -> Source:
     found.label, found.kind = f"the module {type(module).__name__}", "module"
     found.convs = convs_of_module(module) if hasattr(module, "named_modules") else {}
     return found
-
-
-def _is_tensor(value) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def _as_array(key: str, value) -> np.ndarray:
@@ -353,15 +347,7 @@ def adapted_to(weight: np.ndarray, channels: int) -> np.ndarray:
     """A first convolution of three channels for others, as timm's `adapt_input_conv` makes it.
 
     Summed for one channel, which answers as for three equal ones; else repeated, and scaled to the
-    same sum.
-
-    Args:
-        weight: As torch has it, (out, 3, height, width).
-        channels: How many instead.
-
-    Examples:
-        >>> [adapted_to(np.ones((1, 3, 1, 1)), n).ravel().tolist() for n in (1, 4)]
-        [[3.0], [0.75, 0.75, 0.75, 0.75]]
+    same sum. The weight is torch's, (out, 3, height, width).
     """
     if channels == 1:
         return weight.sum(axis=1, keepdims=True, dtype=weight.dtype)
@@ -419,11 +405,7 @@ def pixel_problem(model: keras.Model, found: Source) -> str | None:
 def normalise_as_told(model: keras.Model, found: Source, mean=None, std=None) -> None:
     """Gives a new model that normalises inside the mean and deviation of its weights.
 
-    Args:
-        model: The model, not yet called.
-        found: The weights.
-        mean: Means that the caller wants, which stay; both say that the pixels are known.
-        std: The same of deviations.
+    Those that the caller gives stay; both together say that the pixels are known.
     """
     told = told_preprocess(model, found)
     layer = next((x for x in model.layers if isinstance(x, Normalize)), None)

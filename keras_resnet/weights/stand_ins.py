@@ -69,18 +69,14 @@ class StandIn:
 
 
 class Name(StandIn):
-    """A name that a pickle asked for, `collections.OrderedDict` say; never the thing itself.
-
-    Attributes:
-        full: The name with its module.
-        make: What a call of it makes, in `pickle_names`; None where the name is not harmless.
-        dtype: The element type that it stands for, as `torch.FloatStorage` does; else None.
-    """
+    """A name that a pickle asked for, `collections.OrderedDict` say; never the thing itself."""
 
     __slots__ = ("dtype", "full", "make")
 
     def __init__(self, full: str, make: Any = None, dtype: str | None = None):
-        self.full, self.make, self.dtype = full, make, dtype
+        self.full = full  # with its module
+        self.make = make  # what a call of it makes, in `pickle_names`; None where not harmless
+        self.dtype = dtype  # the element type that it stands for, as `torch.FloatStorage` does
 
     def __call__(self, *args: Any) -> Record:
         """As `INST` and `OBJ` call it, the instructions for classes of Python 2."""

@@ -196,11 +196,6 @@ def _read_tar_tensors(data: Any, position: int, end: int, pickle: Any, known: di
         position += 16 + 16 * dimensions
         if type(key) is not int or type(storage) is not int:
             raise CheckpointError("a tensor or its storage has a key that is no number")
-        known[_tar_key(key, known)] = plain(
-            Tensor(
-                known.get(storage),
-                numbers[-1],
-                numbers[:dimensions],
-                numbers[dimensions : 2 * dimensions],
-            )
-        )
+        shape, strides = numbers[:dimensions], numbers[dimensions : 2 * dimensions]
+        tensor = Tensor(known.get(storage), numbers[-1], shape, strides)
+        known[_tar_key(key, known)] = plain(tensor)

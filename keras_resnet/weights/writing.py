@@ -148,9 +148,8 @@ def _state_dict_pickle(arrays: dict[str, tuple[np.ndarray, str]]) -> bytes:
     new_dict = b"ccollections\nOrderedDict\n)R"
     parts = [b"\x80\x02", new_dict, b"("]
     for index, (name, (array, dtype)) in enumerate(arrays.items()):
-        strides = tuple(
-            math.prod(max(n, 1) for n in array.shape[i + 1 :]) for i in range(array.ndim)
-        )
+        sizes = [max(n, 1) for n in array.shape]
+        strides = tuple(math.prod(sizes[i + 1 :]) for i in range(array.ndim))
         # Types younger than the storage classes are named beside an untyped storage.
         old = dtype in _STORAGE_CLASSES
         storage = f"torch\n{_STORAGE_CLASSES[dtype]}" if old else "torch.storage\nUntypedStorage"

@@ -17,9 +17,10 @@ from keras_resnet.inference.evaluate import evaluate
 from keras_resnet.inference.predict import predict
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes import kept, onnx, runner as runners, select, writing
-from keras_resnet.runtimes.runner import KerasRunner, relative_difference
+from keras_resnet.runtimes.runner import KerasRunner
 from keras_resnet.runtimes.select import images_that_pay, open_runner
 from keras_resnet.runtimes.writing import sample_input
+from keras_resnet.weights.verify import relative_difference
 
 BACKEND = keras.backend.backend()
 pytestmark = pytest.mark.once  # of files that all backends share

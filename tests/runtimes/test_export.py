@@ -25,7 +25,7 @@ from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes import export as exporting, int8, select, writing as formats
 from keras_resnet.runtimes.export import export
 from keras_resnet.runtimes.rows import FORMATS
-from keras_resnet.runtimes.runner import KerasRunner, relative_difference
+from keras_resnet.runtimes.runner import KerasRunner
 from keras_resnet.runtimes.select import open_file, open_runner
 from keras_resnet.system.device import exact_float32
 from keras_resnet.system.errors import (
@@ -34,6 +34,7 @@ from keras_resnet.system.errors import (
     NotFoundError,
     VerificationError,
 )
+from keras_resnet.weights.verify import relative_difference
 
 # Nothing in them may break XML, JSON or a zip archive.
 NAMES = ["ant", "<script>&amp;", "q\"uo'te", "new\nline", "\u202ertl", "é]]>\x07"]
