@@ -198,15 +198,8 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
         else:
             mean = ops.cast(self.moving_mean, dtype)
             variance = ops.cast(self.moving_variance, dtype)
-        y = ops.batch_normalization(
-            x,
-            mean,
-            variance,
-            axis=self.axis,
-            offset=None if self.beta is None else ops.cast(self.beta, dtype),
-            scale=None if self.gamma is None else ops.cast(self.gamma, dtype),
-            epsilon=self.epsilon,
-        )
+        beta, gamma = (v if v is None else ops.cast(v, dtype) for v in (self.beta, self.gamma))
+        y = ops.batch_normalization(x, mean, variance, self.axis, beta, gamma, self.epsilon)
         return ops.cast(y, self.compute_dtype)
 
     def _moments_and_count(self, x, mask):
@@ -294,10 +287,7 @@ class Normalize(keras.layers.Layer):
     def call(self, inputs):
         # In float32 whatever the policy: bfloat16 has 8 bits, a pixel needs them all.
         dtype = keras.backend.result_type(self.compute_dtype, "float32")
-        mean, std = (
-            self._constant(self.mean, inputs, dtype),
-            self._constant(self.std, inputs, dtype),
-        )
+        mean, std = (self._constant(values, inputs, dtype) for values in (self.mean, self.std))
         return ops.cast((ops.cast(inputs, dtype) / 255 - mean) / std, self.compute_dtype)
 
     def _constant(self, values, inputs, dtype):

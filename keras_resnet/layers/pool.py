@@ -51,8 +51,6 @@ class MaxPooling2D(DirectCall, keras.layers.MaxPooling2D):
                 shape[axis] = conv_output_size(
                     shape[axis], self.pool_size[i], self.strides[i], self.pad[i]
                 )
-        if self.data_format == "channels_last":
-            return (shape[0], shape[1], shape[2], shape[3])
         return tuple(shape)
 
     def call(self, inputs):
@@ -115,19 +113,16 @@ class ZeroPaddedShortcut(keras.layers.Layer):
         return tuple(shape)
 
     def call(self, inputs):
-        (a, b), last = self.strides, self.data_format == "channels_last"
-        x = inputs[:, ::a, ::b, :] if last else inputs[:, :, ::a, ::b]
-        missing = self.filters - inputs.shape[self._channel_axis]
-        sides = [(0, 0)] * 4
-        sides[self._channel_axis] = (missing // 2, missing - missing // 2)
-        return ops.pad(x, sides)
+        return self._shortened(inputs, self._channel_axis)
 
     def torch_nchw(self, x):
         """What `call` does, on maps in torch's order whatever the data format."""
-        a, b = self.strides
-        missing = self.filters - x.shape[1]
-        x = x[:, :, ::a, ::b]
-        return F.pad(x, (0, 0, 0, 0, missing // 2, missing - missing // 2))
+        return self._shortened(x, 1)
+
+    def _shortened(self, x, axis: int):
+        (a, b), missing, sides = self.strides, self.filters - x.shape[axis], [(0, 0)] * 4
+        sides[axis] = (missing // 2, missing - missing // 2)
+        return ops.pad(x[:, ::a, ::b] if axis == 3 else x[:, :, ::a, ::b], sides)
 
     def get_config(self):
         return {

@@ -16,15 +16,8 @@ from torch.autograd.function import once_differentiable
 def sync_batch_norm(x, mean, variance, gamma, beta, training: bool, momentum, epsilon) -> Any:
     """`torch.nn.functional.batch_norm` in training, with the statistics of all processes.
 
-    Args:
-        x: Maps `(n, channels, height, width)`; n may be 0 in some processes.
-        mean: The running mean, which is moved.
-        variance: The running variance, which is moved.
-        gamma: The scale, or `None`.
-        beta: The offset, or `None`.
-        training: Always true; there for the signature's sake.
-        momentum: torch's: the fraction of the batch's statistics in the new running ones.
-        epsilon: Added to the variance.
+    `x` are maps `(n, channels, height, width)`; n may be 0 in some processes. The running mean and
+    variance are moved, by torch's momentum. `training` is true, for the signature's sake.
     """
     if x.device.type == "cpu":
         return _SyncNorm.apply(x, mean, variance, gamma, beta, momentum, epsilon)
@@ -71,12 +64,4 @@ class _SyncNorm(torch.autograd.Function):
         shift, slope = (sums / total.to(sums.dtype))[:, wide[0], None, None]
         scale = inverse if gamma is None else inverse * gamma
         dx = scale[wide] * (dy - shift - normal * slope)
-        return (
-            dx.to(x.dtype),
-            None,
-            None,
-            d_gamma if gamma is not None else None,
-            d_beta,
-            None,
-            None,
-        )
+        return dx.to(x.dtype), None, None, None if gamma is None else d_gamma, d_beta, None, None

@@ -24,26 +24,11 @@ def is_rematerialized(layer: keras.layers.Layer) -> bool:
     return layer._remat_mode is not None
 
 
-def _mask_of(x):
-    """The mask that an earlier layer (`Masking`, `Embedding`) has tied to a tensor."""
-    return getattr(x, "_keras_mask", None)
-
-
 def without_empty_masks(kwargs: dict) -> dict:
     """Arguments of a call without a mask of None: Keras notes them at the nodes of a graph."""
     if "mask" not in kwargs or any(m is not None for m in keras.tree.flatten(kwargs["mask"])):
         return kwargs
     return {name: value for name, value in kwargs.items() if name != "mask"}
-
-
-def has_torch_hooks(layer: keras.layers.Layer) -> bool:
-    """Whether torch would run hooks around a call of the layer."""
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    )
 
 
 def has_global_hooks() -> bool:
@@ -57,12 +42,15 @@ def needs_keras(layer: keras.layers.Layer) -> bool:
     Losses of its output, LoRA, inputs left in their own dtype, rematerialization, torch's hooks,
     and a `call` that somebody has put in the place of the class's.
     """
-    return (
+    return bool(
         layer.activity_regularizer is not None
         or getattr(layer, "lora_enabled", False)
         or not (layer.autocast or type(layer) is keras.layers.GroupNormalization)
         or is_rematerialized(layer)
-        or has_torch_hooks(layer)
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
         or "call" in vars(layer)
     )
 
@@ -85,12 +73,9 @@ class DirectCall:
     What it does for a built layer called on tensors of its own dtype, of the right shape and
     without a mask comes to nothing, but takes 0.1 ms a layer. torch's hooks still run. Of a class
     that extends one of ours nothing is known: it is called by Keras.
-
-    Attributes:
-        is_own: Whether the class is this package's own.
     """
 
-    is_own = False
+    is_own = False  # whether the class is this package's own
     _takes_training = False
 
     def __init_subclass__(cls, **kwargs):
@@ -142,7 +127,7 @@ class DirectCall:
                 and x.ndim == 4
                 and self._fits(x.shape)
                 and self._is_near(x)
-                and _mask_of(x) is None
+                and getattr(x, "_keras_mask", None) is None  # of `Masking`, say
             ):
                 return False  # Keras sends or converts it, refuses it with a good message, or warns
         return True

@@ -5,13 +5,7 @@ from __future__ import annotations
 import keras
 
 from keras_resnet.layers.pool import MaxPooling2D
-from keras_resnet.models.blocks import (
-    apply_drawn,
-    bias_initializer,
-    channel_axis,
-    conv,
-    kernel_initializer,
-)
+from keras_resnet.models.blocks import channel_axis, conv, dense
 from keras_resnet.system.errors import InputError
 from keras_resnet.variants import AlexNetSpec
 
@@ -46,18 +40,7 @@ def head(x, spec: AlexNetSpec, num_classes: int, dropout: float, activation: str
     for i, name in enumerate(spec.dense[:-1], start=1):
         if spec.dropout_before:
             x = keras.layers.Dropout(dropout, name=f"dropout{i}")(x)
-        x = _dense(x, 4096, "relu", name)
+        x = dense(x, 4096, name, "relu")
         if not spec.dropout_before:
             x = keras.layers.Dropout(dropout, name=f"dropout{i}")(x)
-    return _dense(x, num_classes, activation, spec.dense[-1])
-
-
-def _dense(x, units: int, activation: str | None, name: str):
-    layer = keras.layers.Dense(
-        units,
-        activation=activation,
-        kernel_initializer=kernel_initializer("torch"),
-        bias_initializer=bias_initializer(x.shape[-1]),
-        name=name,
-    )
-    return apply_drawn(layer, x)
+    return dense(x, num_classes, spec.dense[-1], activation)

@@ -111,6 +111,18 @@ def conv(
     return apply_drawn(layer, x)
 
 
+def dense(x, units: int, name: str, activation: str | None, init: str = "torch"):
+    """A fully connected layer."""
+    layer = keras.layers.Dense(
+        units,
+        activation=activation,
+        kernel_initializer=kernel_initializer(init),
+        bias_initializer=bias_initializer(x.shape[-1]),
+        name=name,
+    )
+    return apply_drawn(layer, x)
+
+
 def norm(x, *, name: str, activation: str | None = None, kind: str = "batch"):
     """Batch or group norm; `[x, shortcut]` adds the shortcut before the activation."""
     if kind == "batch":

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 
 from keras_resnet.models.image_model import ImageModel, as_functional
-from keras_resnet.models.meaning import node_of
+from keras_resnet.models.meaning import node_of, weighs
 from keras_resnet.system.errors import InputError
 
 
@@ -22,7 +21,7 @@ def _feature_maps(model: keras.Model) -> dict[int, str]:
     sources = {
         layer.name: []
         if isinstance(layer, keras.layers.InputLayer)
-        else [t._keras_history[0].name for t in _as_list(layer.input)]
+        else [t._keras_history[0].name for t in keras.tree.flatten(layer.input)]
         for layer in model.layers
     }
     waiting = collections.Counter(name for names in sources.values() for name in names)
@@ -53,19 +52,12 @@ _NO_MAPS = (keras.layers.AdaptiveAveragePooling2D, keras.layers.Permute)
 def embedding_model(model: keras.Model) -> keras.Model:
     """A model that gives what the head sees of an image: `(batch, features)`, weights shared.
 
-    Args:
-        model: A classifier; or one without a head, whose output it then is, pooled where it is a
-            feature map.
-
-    Examples:
-        >>> from keras_resnet import create_model
-        >>> embedding_model(create_model("resnet18")).output.shape
-        (None, 512)
+    Of one without a head it is the output, pooled where that is a feature map.
     """
     model = as_functional(model)
     output = tensor = model.outputs[0]
     node = node_of(model, tensor)
-    while not node.is_input and not _weighs(node.operation):
+    while not node.is_input and not weighs(node.operation):
         tensor = node.input_tensors[0]
         node = node_of(model, tensor)
     if isinstance(node.operation, keras.layers.Dense):
@@ -78,15 +70,6 @@ def embedding_model(model: keras.Model) -> keras.Model:
         output = keras.layers.Flatten()(output)
     info = getattr(model, "info", {})
     return ImageModel(model.inputs[0], output, name=f"{model.name}_embedding", info=info)
-
-
-def _weighs(operation: Any) -> bool:
-    """Whether an operation has weights; a dropout has none but the state of its numbers."""
-    return any("seed" not in weight.path for weight in getattr(operation, "weights", ()))
-
-
-def _as_list(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def feature_extractor(model: keras.Model, strides: Sequence[int] = (4, 8, 16, 32)) -> keras.Model:

@@ -139,7 +139,9 @@ def convert_file(
         write_checkpoint(target, tensors, metadata=about.metadata)
         return Conversion(str(source), str(target), [f"{source.name}: {len(tensors)} tensors."])
     lines: list[str] = []
-    found = _network_in(source, variant, key)
+    spec = variant and get_spec(variant)  # else it is a network of any row of the table
+    own = (spec_shapes(spec), spec.head.replace("_", ".")) if spec else ()
+    found = read_source(source, key, *own)
     if variant is None and found.named and found.named.variant:
         variant = get_spec(found.named.variant).name
     if goal in TORCH_WRITTEN:
@@ -182,14 +184,6 @@ def _renamed(found: Source, source: Path, target: Path, to: str) -> Conversion:
         lines.append("How images are prepared is not written: the form has no place for it.")
     write_checkpoint(target, tensors, metadata=about)
     return Conversion(str(source), str(target), lines)
-
-
-def _network_in(source: Path, variant: str | None, key: str | None) -> Source:
-    """The network of a file: of the variant, or of any row of the table."""
-    if variant is None:
-        return read_source(source, key)
-    spec = get_spec(variant)
-    return read_source(source, key, spec_shapes(spec), spec.head.replace("_", "."))
 
 
 def _model_for(
@@ -419,12 +413,10 @@ def model_class_names(model: keras.Model | Any) -> list[str]:
 def model_input(
     model: keras.Model | Any, preprocess: Preprocess | None = None, pixels: str | None = None
 ) -> tuple[Preprocess, str]:
-    """How images are prepared for a model: the one place that knows what it is fed.
+    """How images are prepared for a model or a `Runner`: the one place that knows what it is fed.
 
-    Args:
-        model: A model, or a `Runner`.
-        preprocess: In place of the model's own.
-        pixels: `"0..255"`, `"0..1"` or `"normalized"`, in place of what its graph says.
+    Both can be given in place of what the model says: `pixels` as `"0..255"`, `"0..1"` or
+    `"normalized"`.
 
     Returns:
         The `Preprocess`, and what an `ImageDataset` of it gives: `"uint8"`, the pixels, or

@@ -18,23 +18,21 @@ LINEAR, RELU = keras.activations.linear, keras.activations.relu
 
 
 class Step(NamedTuple):
-    """One call of a layer in a graph whose values are numbered; 0 is the model's input.
-
-    Attributes:
-        layer: What is called.
-        takes_training: Whether its call has an argument `training`.
-        sources: Numbers of its inputs.
-        listed: Whether it takes them as a list.
-        target: Number of its output.
-        freed: Numbers of the values that no later step needs.
-    """
+    """One call of a layer in a graph whose values are numbered; 0 is the model's input."""
 
     layer: keras.layers.Layer
-    takes_training: bool
-    sources: tuple[int, ...]
-    listed: bool
-    target: int
-    freed: tuple[int, ...]
+    takes_training: bool  # its call has an argument `training`
+    sources: tuple[int, ...]  # numbers of its inputs
+    listed: bool  # it takes them as a list
+    target: int  # number of its output
+    freed: tuple[int, ...]  # numbers of the values that no later step needs
+
+
+def nodes_of(model: keras.Model) -> list[Any]:
+    """The nodes of a Functional model's graph, each behind those that it takes from."""
+    # `_nodes_by_depth` is Keras' own; tests/models/test_graph.py fails where it is gone.
+    found = model._nodes_by_depth
+    return [node for depth in sorted(found, reverse=True) for node in found[depth]]
 
 
 def graph_steps(model: keras.Model) -> list[Step] | None:
@@ -42,20 +40,8 @@ def graph_steps(model: keras.Model) -> list[Step] | None:
 
     `None` where the graph is not a single-input, single-output one of layers, each called on a
     tensor or a list of them.
-
-    Examples:
-        >>> x = keras.Input((8,))
-        >>> model = keras.Model(x, keras.layers.ReLU(name="relu")(keras.layers.Dense(2)(x)))
-        >>> [(type(s.layer).__name__, s.sources, s.target) for s in graph_steps(model)]
-        [('Dense', (0,), 1), ('ReLU', (1,), 2)]
     """
-    # `_nodes_by_depth` is Keras' own; tests/models/test_graph.py fails where it is gone.
-    nodes = [
-        node
-        for depth in sorted(model._nodes_by_depth, reverse=True)
-        for node in model._nodes_by_depth[depth]
-        if not node.is_input
-    ]
+    nodes = [node for node in nodes_of(model) if not node.is_input]
     if len(model.inputs) != 1 or len(model.outputs) != 1 or not nodes:
         return None
     index, steps = {id(model.inputs[0]): 0}, []
@@ -93,12 +79,8 @@ def is_relu(layer: keras.layers.Layer) -> bool:
     """Whether a stock layer is a ReLU and nothing else."""
     if type(layer) is keras.layers.Activation:
         return layer.activation is RELU
-    return (
-        type(layer) is keras.layers.ReLU
-        and layer.max_value is None
-        and not layer.negative_slope
-        and not layer.threshold
-    )
+    plain = type(layer) is keras.layers.ReLU and layer.max_value is None
+    return plain and not layer.negative_slope and not layer.threshold
 
 
 def count_users(steps: Sequence[Any]) -> dict[int, int]:
@@ -114,21 +96,12 @@ def count_users(steps: Sequence[Any]) -> dict[int, int]:
 
 
 class Fused(NamedTuple):
-    """A convolution with what follows it: `relu(norm(conv(x)) + shortcut)`.
-
-    Attributes:
-        conv: The convolution.
-        norm: The batch norm whose one input it is, or `None`.
-        relu: Whether a ReLU comes last.
-        sources: The number of its input, and of the shortcut if there is one.
-        target: The number of the output.
-        freed: Numbers of the values that no later step needs.
-    """
+    """A convolution with what follows it: `relu(norm(conv(x)) + shortcut)`."""
 
     conv: keras.layers.Layer
-    norm: keras.layers.Layer | None
-    relu: bool
-    sources: tuple[int, ...]
+    norm: keras.layers.Layer | None  # the batch norm whose one input it is
+    relu: bool  # a ReLU comes last
+    sources: tuple[int, ...]  # the number of its input, and of the shortcut if there is one
     target: int
     freed: tuple[int, ...] = ()
 
@@ -137,12 +110,6 @@ def fuse(steps: list[Step]) -> list[Step | Fused]:
     """The steps with every convolution joined with the norm, addition and ReLU that follow it.
 
     Each joined step stands where the last of its layers stood; dropouts are gone.
-
-    Examples:
-        >>> from keras_resnet import create_model
-        >>> steps = graph_steps(create_model("resnet18"))
-        >>> len(steps), len(fuse(steps))
-        (43, 23)
     """
     users = count_users(steps)
     takers: dict[int, Step] = {}  # the step that is a value's only user
@@ -210,20 +177,10 @@ def can_take_over(conv, norm: keras.layers.BatchNormalization) -> bool:
 
 
 def fold_norm(norm: keras.layers.BatchNormalization, bias) -> tuple[np.ndarray, np.ndarray]:
-    """What a convolution takes over from the batch norm after it, which is then not needed.
-
-    Args:
-        norm: The batch norm, built.
-        bias: The convolution's own bias, or `None`.
+    """What a convolution with that bias takes over from the batch norm after it.
 
     Returns:
         float64, one value a channel each: what the kernel is multiplied with, and the new bias.
-
-    Examples:
-        >>> norm = BatchNormalization(epsilon=0.0)
-        >>> norm.build((None, 8, 8, 2))
-        >>> fold_norm(norm, np.array([1.0, 2.0]))
-        (array([1., 1.]), array([1., 2.]))
     """
 
     def wide(variable, otherwise):

@@ -48,25 +48,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not abs(value) >= 2**63  # a nan is written as one
 
 
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
 
 
 # What the parts of `info` are that this package writes and reads; each may be missing or None.
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(["options", "preprocess", "weights", "training", "calibration"], _is_dict),
+    **dict.fromkeys(["options", "preprocess", "weights", "training", "calibration"], _is(dict)),
     "calibration.temperature": lambda v: _is_number(v) and 1e-3 <= v <= 1e3,
     "calibration.thresholds": lambda v: isinstance(v, list) and all(map(_is_number, v)),
-    **dict.fromkeys(["variant", "options.task", "training.recipe"], _is_text),
-    **dict.fromkeys(["weights.source", "weights.published_as", "weights.sha256"], _is_text),
+    **dict.fromkeys(["variant", "options.task", "training.recipe"], _is(str)),
+    **dict.fromkeys(["weights.source", "weights.published_as", "weights.sha256"], _is(str)),
     **dict.fromkeys(["training.epoch", "training.epochs"], _is_number),
     **dict.fromkeys(["training.val_accuracy", "training.val_pictures"], _is_number),
-    f"weights.{COUNTER}": lambda v: all(map(_is_number, v.values() if _is_dict(v) else [v])),
-    "class_names": lambda v: isinstance(v, (list, tuple)) and all(map(_is_text, v)),
+    f"weights.{COUNTER}": lambda v: all(map(_is_number, v.values() if _is(dict)(v) else [v])),
+    "class_names": lambda v: isinstance(v, (list, tuple)) and all(map(_is(str), v)),
 }
 
 
@@ -99,12 +95,9 @@ def as_functional(model: keras.Model, strict: bool) -> keras.Model | None: ...
 def as_functional(model, strict=True):
     """A model as a graph of layers: itself, or what a `keras.Sequential` holds, with its `info`.
 
-    Args:
-        model: A built model.
-        strict: Say what has no graph; otherwise `None` stands for it.
-
     Raises:
-        InputError: A class of one's own without a graph, or a model that is not built.
+        InputError: A class of one's own without a graph, or a model that is not built; where it is
+            not `strict`, `None` stands for them.
     """
     check_info(getattr(model, "name", "?"), getattr(model, "info", {}))
     if hasattr(model, "_nodes_by_depth"):
@@ -222,23 +215,3 @@ def _per_channel(name: str, values, channels: int) -> list[float]:
     if len(values) != channels:
         raise InputError(f"{name} has {len(values)} values for {channels} channels: {values}.")
     return values
-
-
-def finish(spec, inputs, outputs, name, options: dict[str, Any]) -> ImageModel:
-    """The model over the graph, named, with the variant and its options in `info`."""
-    sources = keras.utils.get_source_inputs(inputs)
-    return ImageModel(
-        inputs=sources[0] if len(sources) == 1 else sources,
-        outputs=outputs,
-        name=name or spec.name,
-        info={"variant": spec.name, "options": options},
-    )
-
-
-def pooled(x, pooling: str | None):
-    """The output without a head: the feature map, or its mean or maximum over the image."""
-    if pooling is None:
-        return x
-    if pooling == "avg":
-        return keras.layers.GlobalAveragePooling2D(name="avgpool")(x)
-    return keras.layers.GlobalMaxPooling2D(name="maxpool_top")(x)

@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_resnet.layers.norm import Normalize
+from keras_resnet.models.graph import nodes_of
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.recipes import TASKS
 from keras_resnet.system.errors import InputError, KerasResNetError, one_of, reason_of
@@ -29,14 +30,9 @@ from keras_resnet.system.files import printable, shortened
 class Meaning:
     """What a classifier's outputs say.
 
-    Attributes:
-        task: `"single-label"`: one of the classes, the probabilities sum to 1. `"binary"`: one
-            output, which speaks for the second of two classes. `"multi-label"`: each class for
-            itself, yes or no.
-        activated: Outputs are probabilities; otherwise logits.
-        temperature: What logits are divided by: above 1 the model is less sure of the same answer.
-        thresholds: Of several labels the probability that each is said from, of a binary model the
-            one that its second class is said from; 0.5 where there are none.
+    Of a `"single-label"` task it is one of the classes, and the probabilities sum to 1. A
+    `"binary"` one has one output, which speaks for the second of two classes. Of a `"multi-label"`
+    one each class is for itself, yes or no.
 
     Examples:
         >>> Meaning("binary", activated=True).probabilities(np.array([[0.75]]))
@@ -44,8 +40,11 @@ class Meaning:
     """
 
     task: str = "single-label"
-    activated: bool = False
+    activated: bool = False  # outputs are probabilities; otherwise logits
+    # What logits are divided by: above 1 the model is less sure of the same answer.
     temperature: float = dataclasses.field(default=1.0, repr=False)
+    # Of several labels the probability that each is said from, of a binary model the one that its
+    # second class is said from; 0.5 where there are none.
     thresholds: tuple[float, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -89,10 +88,8 @@ class Meaning:
     def _log_probabilities(self, outputs: np.ndarray) -> np.ndarray:
         outputs = np.asarray(outputs, np.float64)
         if self.task == "binary":
-            if self.activated:
-                outputs = np.concatenate([1 - outputs, outputs], axis=1)
-            else:
-                outputs = np.concatenate([-outputs, outputs], axis=1)
+            other = 1 - outputs if self.activated else -outputs
+            outputs = np.concatenate([other, outputs], axis=1)
         if self.activated:
             most = 1 - 1e-12 if self.task == "multi-label" else 1.0
             return np.log(np.clip(outputs, 1e-12, most))
@@ -110,9 +107,6 @@ class Meaning:
 
         That is the most probable one, but where there are thresholds and of several labels: those
         whose probability reaches the threshold, which may be none.
-
-        Args:
-            logs: What `log_probabilities` gave.
         """
         if self.task == "multi-label":
             return np.exp(logs) >= np.asarray(self.thresholds or (0.5,))
@@ -125,10 +119,6 @@ class Meaning:
         """The logarithm of the probability that answers are right as a whole, `(n,)`.
 
         Of several labels that is the product over all of them, said or not.
-
-        Args:
-            logs: What `log_probabilities` gave.
-            said: Which classes are said, as of `answers`.
         """
         if self.task != "multi-label":
             return np.where(said, logs, 0).sum(axis=1)
@@ -137,9 +127,7 @@ class Meaning:
     def losses(self, logs: np.ndarray, true: np.ndarray) -> np.ndarray:
         """The loss of each image, nats: cross-entropy; of several labels the binary one's mean.
 
-        Args:
-            logs: What `log_probabilities` gave.
-            true: The class of each image, `(n,)`, or bool `(n, classes)`.
+        What is true is the class of each image, `(n,)`, or bool `(n, classes)`.
         """
         if np.ndim(true) == 1:
             true = np.arange(logs.shape[1]) == np.asarray(true)[:, None]
@@ -157,11 +145,6 @@ def meaning_of(model: keras.Model) -> Meaning:
 
     Raises:
         InputError: It is no classifier, or that stays unclear.
-
-    Examples:
-        >>> from keras_resnet import create_model
-        >>> meaning_of(create_model("resnet20"))
-        Meaning(task='single-label', activated=False)
     """
     model = as_functional(model)
     info = getattr(model, "info", {})
@@ -284,12 +267,6 @@ def is_of_keras(thing: Any) -> bool:
     return home in ("keras", "keras_resnet", "keras_hub") and type(thing).__name__ not in _FOREIGN
 
 
-def nodes_of(model: keras.Model) -> list[Any]:
-    """The nodes of a Functional model's graph."""
-    # `_nodes_by_depth` is Keras' own; tests/models/test_graph.py fails where it is gone.
-    return [node for nodes in model._nodes_by_depth.values() for node in nodes]
-
-
 def node_of(model: keras.Model, tensor: Any) -> Any:
     """The node of a Functional model's graph that makes a tensor."""
     return next(n for n in nodes_of(model) if any(t is tensor for t in n.outputs))
@@ -391,11 +368,6 @@ def pixels_of(model: keras.Model) -> str:
 
     Raises:
         InputError: That stays unclear.
-
-    Examples:
-        >>> from keras_resnet import create_model
-        >>> pixels_of(create_model("resnet20", include_preprocessing=True))
-        '0..255'
     """
     model = as_functional(model)
     if isinstance(model.layers[min(1, len(model.layers) - 1)], Normalize):
@@ -421,10 +393,8 @@ def pixels_in(info: dict[str, Any]) -> str | None:
 
 def _front(model: keras.Model) -> tuple[list[Callable], bool]:
     """What leads to the first layer with a kernel, and whether that layer is of a known kind."""
-    nodes = [n for depth in sorted(model._nodes_by_depth, reverse=True)
-             for n in model._nodes_by_depth[depth] if not n.is_input]  # fmt: skip
     target, front, known = model.outputs[0], [], True
-    for node in nodes:
+    for node in (node for node in nodes_of(model) if not node.is_input):
         layer = node.operation
         if not _has_kernel(layer):
             continue
@@ -450,8 +420,12 @@ def _has_kernel(layer: Any) -> bool:
         return False
     if type(layer).__name__ in _FOREIGN - {"Lambda"}:
         return True
-    # A dropout and an augmentation keep the state of their random numbers.
-    return any("seed" not in weight.path for weight in getattr(layer, "weights", ()))
+    return weighs(layer)
+
+
+def weighs(operation: Any) -> bool:
+    """Whether it has weights; a dropout's and an augmentation's are the state of their numbers."""
+    return any("seed" not in weight.path for weight in getattr(operation, "weights", ()))
 
 
 def _range_of(model: keras.Model, front: list[Callable]) -> str | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import math
-from typing import Any
 
 import keras
 import numpy as np
@@ -17,14 +17,8 @@ from keras_resnet.models.graph import Step, can_take_over, count_users, fold_nor
 from keras_resnet.models.image_model import ImageModel, as_functional
 from keras_resnet.system.errors import InputError, one_of
 
-PRECISIONS = {
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {**_SHORT, **{name: name for name in _SHORT.values()}}
 
 
 def optimize_for_inference(
@@ -66,98 +60,67 @@ def optimize_for_inference(
             "optimize_for_inference takes a model with one input and one output, of layers called "
             f"on tensors alone. Received: {model.name!r}, {type(model).__name__}."
         )
-    dtype = None if precision is None else PRECISIONS[precision]
-    builder = _Builder(steps, dtype)
-    inputs = keras.Input(batch_shape=model.inputs[0].shape, dtype=model.inputs[0].dtype,
-                         name=model.inputs[0].name)  # fmt: skip
-    outputs = builder.build(inputs)
-    info = copy.deepcopy(getattr(model, "info", {}))
-    info["optimized"] = {"folded_norms": builder.folded, "precision": precision}
-    return ImageModel(inputs=inputs, outputs=outputs, name=name or model.name, info=info)
+    dtype = {} if precision is None else {"dtype": PRECISIONS[precision]}
+    norms = _folding(steps)
+    folded, made = {norm.layer for norm in norms.values()}, {}
 
-
-class _Builder:
-    """Makes the new graph step by step."""
-
-    def __init__(self, steps: list[Step], dtype: str | None):
-        self.steps, self.dtype = steps, dtype
-        self.folded = 0
-        users = count_users(steps)
-        calls: dict[int, int] = {}
-        for step in steps:
-            calls[id(step.layer)] = calls.get(id(step.layer), 0) + 1
-        makers = {step.target: step for step in steps}
-        # By the number of a convolution's output: the step of the norm that it takes over.
-        self.norms: dict[int, Step] = {}
-        for step in steps:
-            maker = makers.get(step.sources[0])
-            if (
-                isinstance(step.layer, keras.layers.BatchNormalization)
-                and maker is not None
-                and type(maker.layer).__name__ == "Conv2D"
-                and isinstance(maker.layer, keras.layers.Conv2D)
-                and users[maker.target] == 1
-                and calls[id(maker.layer)] == calls[id(step.layer)] == 1
-                and can_take_over(maker.layer, step.layer)
-            ):
-                self.norms[maker.target] = step
-        self.copies: dict[int, keras.layers.Layer] = {}
-
-    def build(self, inputs):
-        """The output of the new graph over the input."""
-        values: dict[int, Any] = {0: inputs}
-        taken_over = {norm.target: target for target, norm in self.norms.items()}
-        pending: dict[int, tuple[Step, Any]] = {}
-        for step in self.steps:
-            given = [values.get(source) for source in step.sources]
-            if step.target in self.norms:
-                pending[step.target] = step, given[0]
-            elif step.target in taken_over:
-                conv, x = pending.pop(taken_over[step.target])
-                values[step.target] = self._folded(conv.layer, step.layer, x, given[1:])
-            else:
-                values[step.target] = self._copied(step)(given if step.listed else given[0])
-        for step in self.steps:
-            copied = self.copies.get(id(step.layer))
-            if copied is not None and copied.weights:
-                copied.set_weights(step.layer.get_weights())
-        return values[self.steps[-1].target]
-
-    def _folded(self, conv, norm, x, shortcut):
-        activation = getattr(norm, "activation", keras.activations.linear)
-        config = self._config(conv)
-        config["use_bias"] = True
-        config["kernel_initializer"] = "zeros"  # set below: drawing it would take seconds
-        if not shortcut:
-            config["activation"] = keras.activations.serialize(activation)
-        layer = type(conv).from_config(config)
-        y = layer(x)
-        scale, bias = fold_norm(norm, conv.bias)
-        kernel = np.asarray(ops.convert_to_numpy(ops.cast(conv.kernel, "float32")), np.float64)
-        layer.set_weights([kernel * scale, bias])
-        self.folded += 1
-        if shortcut:
-            dtype = {} if self.dtype is None else {"dtype": self.dtype}
-            y = keras.layers.Add(name=f"{norm.name}_add", **dtype)([y, *shortcut])
-            y = keras.layers.Activation(activation, name=norm.name, **dtype)(y)
-        return y
-
-    def _copied(self, step: Step) -> keras.layers.Layer:
-        layer = step.layer
-        if id(layer) not in self.copies:
-            if isinstance(layer, keras.Model):
-                copied = keras.models.clone_model(layer)
-            else:
-                copied = type(layer).from_config(self._config(layer, last=step is self.steps[-1]))
-            self.copies[id(layer)] = copied
-        return self.copies[id(layer)]
-
-    def _config(self, layer, last: bool = False) -> dict[str, Any]:
-        config = layer.get_config()
-        if self.dtype is not None:
+    def call(layer, x, *args, **kwargs):
+        if layer in folded:  # the convolution has done the rest
+            if not isinstance(x, (list, tuple)):
+                return x
+            y = keras.layers.Add(name=f"{layer.name}_add", **dtype)(x)
+            return keras.layers.Activation(layer.activation, name=layer.name, **dtype)(y)
+        if layer not in made:
             # Logits in bfloat16 would have two decimal digits.
-            config["dtype"] = "float32" if last else self.dtype
-        return config
+            policy = {"dtype": "float32"} if dtype and layer is steps[-1].layer else dtype
+            made[layer] = _for_inference(layer, norms.get(layer), policy)
+        return made[layer](x, *args, **kwargs)
+
+    bare = keras.Model(model.input, model.output)
+    twin = keras.models.clone_model(bare, clone_function=lambda layer: layer, call_function=call)
+    for layer, copied in made.items():
+        if layer in norms:
+            scale, bias = fold_norm(norms[layer].layer, layer.bias)
+            kernel = np.asarray(ops.convert_to_numpy(ops.cast(layer.kernel, "float32")), np.float64)
+            copied.set_weights([kernel * scale, bias])
+        elif copied.weights:
+            copied.set_weights(layer.get_weights())
+    info = copy.deepcopy(getattr(model, "info", {}))
+    info["optimized"] = {"folded_norms": len(norms), "precision": precision}
+    return ImageModel(inputs=twin.input, outputs=twin.output, name=name or model.name, info=info)
+
+
+def _folding(steps: list[Step]) -> dict[keras.layers.Layer, Step]:
+    """Convolutions, each with the step of the batch norm that it takes over."""
+    users, calls = count_users(steps), collections.Counter(step.layer for step in steps)
+    makers, found = {step.target: step for step in steps}, {}
+    for step in steps:
+        maker, norm = makers.get(step.sources[0]), step.layer
+        if (
+            isinstance(norm, keras.layers.BatchNormalization)
+            and maker is not None
+            and type(maker.layer).__name__ == "Conv2D"
+            and isinstance(maker.layer, keras.layers.Conv2D)
+            and users[maker.target] == 1
+            and calls[maker.layer] == calls[norm] == 1
+            and can_take_over(maker.layer, norm)
+        ):
+            found[maker.layer] = step
+    return found
+
+
+def _for_inference(layer, norm: Step | None, policy: dict[str, str]) -> keras.layers.Layer:
+    """A copy of a layer, which where there is a norm takes it over."""
+    if isinstance(layer, keras.Model):
+        return keras.models.clone_model(layer)
+    config = {**layer.get_config(), **policy}
+    if norm is not None:
+        # Both are set afterwards: to draw a kernel would take seconds.
+        config |= {"use_bias": True, "kernel_initializer": "zeros"}
+        if len(norm.sources) == 1:
+            activation = getattr(norm.layer, "activation", keras.activations.linear)
+            config["activation"] = keras.activations.serialize(activation)
+    return type(layer).from_config(config)
 
 
 _OWN = (BatchNormalization, Conv2D, MaxPooling2D, Normalize, ZeroPaddedShortcut)
@@ -234,13 +197,8 @@ def _conv(layer: Conv2D, x, once):
     if layer.pads_as_same:
         config["padding"] = "same"
     elif any(layer.pad):
-        pad = once(
-            f"{layer.name}_pad",
-            lambda: keras.layers.ZeroPadding2D(
-                layer.pad, data_format=layer.data_format, **_common(layer, "pad")
-            ),
-        )
-        x = pad(x)
+        common = {"data_format": layer.data_format, **_common(layer, "pad")}
+        x = once(common["name"], lambda: keras.layers.ZeroPadding2D(layer.pad, **common))(x)
     return once(layer.name, lambda: keras.layers.Conv2D.from_config(config))(x)
 
 
@@ -249,17 +207,14 @@ def _norm(layer: BatchNormalization, x, once):
     config = _config(layer, "activation", "unbiased_variance")
     y = once(layer.name, lambda: keras.layers.BatchNormalization.from_config(config))(x)
     if shortcut is not None:
-        y = once(f"{layer.name}_add", lambda: keras.layers.Add(**_common(layer, "add")))(
-            [y, _in_order(layer, shortcut, once)]
-        )
+        common = _common(layer, "add")
+        add = once(common["name"], lambda: keras.layers.Add(**common))
+        y = add([y, _in_order(layer, shortcut, once)])
     activation = keras.activations.serialize(layer.activation)
     if activation == "linear":
         return y
-    suffix = activation if isinstance(activation, str) else "activation"
-    return once(
-        f"{layer.name}_{suffix}",
-        lambda: keras.layers.Activation(layer.activation, **_common(layer, suffix)),
-    )(y)
+    common = _common(layer, activation if isinstance(activation, str) else "activation")
+    return once(common["name"], lambda: keras.layers.Activation(layer.activation, **common))(y)
 
 
 def _in_order(layer: BatchNormalization, shortcut, once):
@@ -271,9 +226,8 @@ def _in_order(layer: BatchNormalization, shortcut, once):
     """
     if not isinstance(shortcut._keras_history.operation, keras.layers.BatchNormalization):
         return shortcut
-    return once(
-        f"{layer.name}_shortcut", lambda: keras.layers.Identity(**_common(layer, "shortcut"))
-    )(shortcut)
+    common = _common(layer, "shortcut")
+    return once(common["name"], lambda: keras.layers.Identity(**common))(shortcut)
 
 
 def _pool(layer: MaxPooling2D, x, once):
@@ -283,40 +237,21 @@ def _pool(layer: MaxPooling2D, x, once):
     return once(layer.name, lambda: keras.layers.MaxPooling2D.from_config(config))(x)
 
 
-def _zero_padded_shortcut(layer: ZeroPaddedShortcut, x, once):
-    return layer.call(x)  # of operations alone
-
-
 def _normalize(layer: Normalize, x, once):
     axis = -1 if layer.data_format == "channels_last" else 1
-    # float32 under every policy, as in Normalize: the next layer casts.
-    unit = once(
-        f"{layer.name}_rescaling",
-        lambda: keras.layers.Rescaling(
-            1 / 255, name=f"{layer.name}_rescaling", dtype=_at_least_float32(layer)
-        ),
-    )
-    normal = once(
-        layer.name,
-        lambda: keras.layers.Normalization(
-            axis=axis,
-            mean=list(layer.mean),
-            variance=[std**2 for std in layer.std],
-            name=layer.name,
-            dtype=_at_least_float32(layer),
-        ),
-    )
-    return normal(unit(x))
-
-
-def _at_least_float32(layer: keras.layers.Layer) -> str:
-    return "float64" if layer.compute_dtype == "float64" else "float32"
+    # float32 at least under every policy, as in Normalize: the next layer casts.
+    dtype = "float64" if layer.compute_dtype == "float64" else "float32"
+    name, first = layer.name, f"{layer.name}_rescaling"
+    mean, variance = list(layer.mean), [std**2 for std in layer.std]
+    unit = once(first, lambda: keras.layers.Rescaling(1 / 255, name=first, dtype=dtype))
+    kind = keras.layers.Normalization
+    return once(name, lambda: kind(axis, mean, variance, name=name, dtype=dtype))(unit(x))
 
 
 _RULES = {
     Conv2D: _conv,
     BatchNormalization: _norm,
     MaxPooling2D: _pool,
-    ZeroPaddedShortcut: _zero_padded_shortcut,
+    ZeroPaddedShortcut: lambda layer, x, once: layer.call(x),  # of operations alone
     Normalize: _normalize,
 }

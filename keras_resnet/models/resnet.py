@@ -5,16 +5,7 @@ from __future__ import annotations
 import keras
 
 from keras_resnet.layers.pool import MaxPooling2D
-from keras_resnet.models.blocks import (
-    apply_drawn,
-    bias_initializer,
-    channel_axis,
-    conv,
-    conv_block,
-    identity_block,
-    kernel_initializer,
-    norm,
-)
+from keras_resnet.models.blocks import channel_axis, conv, conv_block, dense, identity_block, norm
 from keras_resnet.variants import ResNetSpec
 
 
@@ -46,15 +37,8 @@ def stages(x, spec: ResNetSpec):
         filters = spec.filters(stage)
         strides = (1, 1) if stage == 0 else (2, 2)
         name = f"{spec.stage_name}{stage + 1}"
-        options = {
-            "groups": spec.groups,
-            "use_bias": spec.use_bias,
-            "relu_before_add": spec.relu_before_add,
-            "squeeze": spec.squeeze,
-            "norm_kind": spec.norm,
-            "layout": spec.layout,
-            "init": spec.init,
-        }
+        shared = ("groups", "use_bias", "relu_before_add", "squeeze", "layout", "init")
+        options = {"norm_kind": spec.norm, **{name: getattr(spec, name) for name in shared}}
         same_shape = strides == (1, 1) and x.shape[channel_axis()] == filters[-1]
         for block in range(depth):
             if block == 0 and (spec.project_first or not same_shape):
@@ -74,11 +58,5 @@ def head(x, spec: ResNetSpec, num_classes: int, dropout: float, activation: str 
     x = keras.layers.GlobalAveragePooling2D(name="avgpool")(x)
     if dropout:
         x = keras.layers.Dropout(dropout, name="dropout")(x)
-    layer = keras.layers.Dense(
-        num_classes,
-        activation=activation,
-        kernel_initializer=kernel_initializer("fan_in" if spec.init == "fan_in" else "torch"),
-        bias_initializer=bias_initializer(x.shape[-1]),
-        name=spec.head,
-    )
-    return apply_drawn(layer, x)
+    init = "fan_in" if spec.init == "fan_in" else "torch"
+    return dense(x, num_classes, spec.head, activation, init)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_resnet.models.blocks import channel_axis
 from keras_resnet.models.image_model import as_functional
 from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import printable
@@ -175,8 +176,7 @@ def _input_shape(model: keras.Model, input_size) -> tuple[int, ...]:
     shape = [1, *model.input_shape[1:]]
     if input_size is not None:
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        last = keras.config.image_data_format() == "channels_last"
-        shape[slice(1, 3) if last else slice(2, 4)] = size
+        shape[slice(1, 3) if channel_axis() == 3 else slice(2, 4)] = size
     if None in shape:
         raise InputError(f"{model.name} takes images of any size: say which, input_size=224.")
     return tuple(shape)

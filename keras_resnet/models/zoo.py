@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec
 
-from keras_resnet.models.image_model import ImageModel, finish, image_input, pooled
+import keras
+
+from keras_resnet.models.image_model import ImageModel, image_input
 from keras_resnet.system.errors import InputError, between, one_of, whole
 from keras_resnet.variants import get_spec
 
@@ -93,8 +95,10 @@ def create_model(
     x = family.features(x, spec)
     if include_top:
         x = family.head(x, spec, num_classes, dropout, classifier_activation)
-    else:
-        x = pooled(x, pooling)
+    elif pooling == "avg":
+        x = keras.layers.GlobalAveragePooling2D(name="avgpool")(x)
+    elif pooling == "max":
+        x = keras.layers.GlobalMaxPooling2D(name="maxpool_top")(x)
     options = {
         "num_classes": num_classes if include_top else None,
         "include_top": include_top,
@@ -102,7 +106,10 @@ def create_model(
         "classifier_activation": classifier_activation,
         "dropout": dropout,
     }
-    model = finish(spec, inputs, x, name, options)
+    info = {"variant": spec.name, "options": options}
+    sources = keras.utils.get_source_inputs(inputs)
+    inputs = sources[0] if len(sources) == 1 else sources
+    model = ImageModel(inputs=inputs, outputs=x, name=name or spec.name, info=info)
     if weights is not None:
         colors = (mean, std) if include_preprocessing else None
         _load_weights(model, spec, weights, key, asked is not None, colors)
