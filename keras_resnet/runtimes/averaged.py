@@ -23,13 +23,10 @@ Models = Model | Sequence[Model]
 
 
 class Averaged(Runner):
-    """The mean of the probabilities of several runners, and of an image and its mirror image.
+    """The mean of the probabilities of several runners, and with `flip` of mirror images.
 
-    Args:
-        members: Of one task, with the same classes and pixels; in another order classes are
-            put into that of the first.
-        flip: Of mirror images as well.
-        preprocess: For all of them, in place of their own.
+    They are of one task, with the same classes and pixels; in another order classes are put into
+    that of the first.
 
     Raises:
         InputError: They do not go together.
@@ -57,35 +54,35 @@ class Averaged(Runner):
                     f"{model_input(member, preprocess)}. Average their --json yourself."
                 )
             self._orders.append([found.index(name) for name in names])
-        parts = [first.name, *([f"{len(members)} models"] if len(members) > 1 else [])]
-        self.name = ", ".join([*parts, *(["flip"] if flip else [])])
+        several = f"{len(members)} models" if len(members) > 1 else ""
+        self.name = ", ".join(filter(None, (first.name, several, "flip" if flip else "")))
         self.model_name = " and ".join(member.model_name for member in members)
         self.info, self.num_classes, self.task = first.info, first.num_classes, first.task
         self.gives_probabilities, self.why = True, first.why
 
-    def meaning(self) -> Meaning:  # noqa: D102 (of the base)
+    def meaning(self) -> Meaning:
         meaning = self.members[0].meaning()
         # Thresholds were chosen for one model alone, and temperatures are in the probabilities.
         thresholds = meaning.thresholds if len(self.members) == 1 else ()
         return dataclasses.replace(meaning, activated=True, temperature=1.0, thresholds=thresholds)
 
     @property
-    def pixels(self) -> str:  # noqa: D102 (of the base)
+    def pixels(self) -> str:
         return self.members[0].pixels
 
-    def fed(self, preprocess: Preprocess, fed: str) -> str:  # noqa: D102 (of the base)
+    def fed(self, preprocess: Preprocess, fed: str) -> str:
         kinds = {member.fed(preprocess, fed) for member in self.members}
         if len(kinds) > 1:
             raise InputError("Models in different engines cannot be averaged: give --engine keras.")
         return kinds.pop()
 
-    def at_once(self, batch_size: int) -> int:  # noqa: D102 (of the base)
+    def at_once(self, batch_size: int) -> int:
         return min(member.at_once(batch_size) for member in self.members)
 
-    def outputs(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
+    def outputs(self, images: np.ndarray) -> np.ndarray:
         return np.exp(self.log_probabilities(images))
 
-    def log_probabilities(self, images: np.ndarray) -> np.ndarray:  # noqa: D102 (of the base)
+    def log_probabilities(self, images: np.ndarray) -> np.ndarray:
         views = [images, np.ascontiguousarray(images[:, :, ::-1])] if self.flip else [images]
         logs = [
             member.log_probabilities(view)[:, order]
@@ -98,13 +95,9 @@ class Averaged(Runner):
 def open_averaged(
     model: Models, engine: str = "keras", tta: str | None = None, **options: Any
 ) -> Runner:
-    """`open_runner`, for several models in a list as well.
+    """`open_runner`, for several models in a list as well, whose probabilities are averaged.
 
-    Args:
-        model: One, or several whose probabilities are averaged.
-        engine: What runs each.
-        tta: `"flip"`: of mirror images as well.
-        **options: As `open_runner` takes them.
+    With `tta="flip"` those of mirror images as well. `engine` and `options` are `open_runner`'s.
 
     Raises:
         InputError: As `open_runner`; or models that do not go together.

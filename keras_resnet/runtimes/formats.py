@@ -44,11 +44,9 @@ def check_backend(name: str) -> None:
     if backend not in row.needs:
         able = list(row.needs)
         installed = [one for one in able if importlib.util.find_spec(one)]
-        hint = (
-            f"set KERAS_BACKEND={installed[0]} for this command"
-            if installed
-            else f"pip install 'keras3-resnet[{able[0]}]' and set KERAS_BACKEND={able[0]}"
-        )
+        hint = f"pip install 'keras3-resnet[{able[0]}]' and set KERAS_BACKEND={able[0]}"
+        if installed:
+            hint = f"set KERAS_BACKEND={installed[0]} for this command"
         raise InputError(
             f"Keras on {backend} cannot write {name}; on {' or '.join(able)} it can: {hint}. "
             "A .keras file goes from one backend to the other as it is."
@@ -85,15 +83,16 @@ def input_size(model: keras.Model) -> tuple[int, int, int]:
 
 
 def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any]:
-    """What a file says about its model, JSON-able.
-
-    Args:
-        model: With one input and one output.
-        batch_size: Of the file's input, where it is fixed.
-    """
+    """What a file says about its model, JSON-able."""
     first = keras.config.image_data_format() == "channels_first"
     info = getattr(model, "info", {})
     pixels = pixels_held(model)
+    try:
+        meaning = meaning_of(model)
+        word = "probabilities" if meaning.activated else "logits"
+        output = {"output": word, "task": meaning.task}
+    except InputError:  # feature maps, or numbers of another kind
+        output = {"output": "outputs"}
     steps = ["decode to RGB"]
     if info.get("preprocess"):
         steps = _steps(Preprocess.from_config(info["preprocess"]), pixels)
@@ -108,7 +107,7 @@ def describe(model: keras.Model, batch_size: int | None = None) -> dict[str, Any
             "dtype": "float32",
             "holds": HOLDS[pixels],
         },
-        **_outputs(model),
+        **output,
         "steps_before_the_model": steps,
         "info": info,
     }
@@ -122,35 +121,20 @@ def pixels_held(model: keras.Model) -> str:
         return "normalized"
 
 
-def _outputs(model: keras.Model) -> dict[str, Any]:
-    """What the output is called, and the task of a classifier."""
-    try:
-        meaning = meaning_of(model)
-    except InputError:  # feature maps, or numbers of another kind
-        return {"output": "outputs"}
-    return {"output": "probabilities" if meaning.activated else "logits", "task": meaning.task}
-
-
 def _steps(preprocess: Preprocess, pixels: str) -> list[str]:
     """What is to be done to an image before the model gets it, in words."""
     mode = preprocess.color_mode
     steps = [f"decode to {mode if isinstance(mode, str) else f'{mode} channels'}"]
     if preprocess.exif:
         steps.append("turn as EXIF says")
-    size = preprocess.resize_size
+    size, how = preprocess.resize_size, f"({preprocess.interpolation}, antialias)"
     if isinstance(size, tuple):
-        crop = (
-            ", the largest centred window of that shape" if preprocess.crop_to_aspect_ratio else ""
-        )
-        pad = " in proportion, centred on black" if preprocess.pad_to_aspect_ratio else ""
-        steps.append(
-            f"resize to {size[0]}x{size[1]} ({preprocess.interpolation}, antialias){crop}{pad}"
-        )
+        how += ", the largest centred window of that shape" * preprocess.crop_to_aspect_ratio
+        how += " in proportion, centred on black" * preprocess.pad_to_aspect_ratio
+        steps.append(f"resize to {size[0]}x{size[1]} {how}")
     elif size is not None:
-        steps.append(
-            f"resize the short side to {size}, the long one to int({size} * long / short) "
-            f"({preprocess.interpolation}, antialias)"
-        )
+        long = f"the long one to int({size} * long / short)"
+        steps.append(f"resize the short side to {size}, {long} {how}")
     if preprocess.crop_size is not None:
         steps.append("centre crop to {}x{}".format(*preprocess.crop_size))
     if pixels == "0..255":

@@ -44,14 +44,9 @@ def check(name: str) -> None:
 def quantize(
     path: Path, name: str, description: dict[str, Any], batches: list[np.ndarray], source: str
 ) -> None:
-    """Turns an exported file into one of eight-bit weights and activations, in its place.
+    """Turns an exported float32 file into one of eight-bit weights and activations, in its place.
 
-    Args:
-        path: The float32 file.
-        name: Its format, `"onnx"` or `"openvino"`.
-        description: What it says about its model; the calibration is added.
-        batches: Inputs to take the ranges from, NHWC float32.
-        source: Where they come from, to be noted.
+    Ranges are taken from the batches, NHWC float32; they and their source are noted in it.
     """
     batches = [in_data_format(batch) for batch in batches]
     size = description["input"]["shape"][0]
@@ -67,25 +62,15 @@ def quantize(
 
 @dataclasses.dataclass(frozen=True)
 class Int8Report:
-    """What calibration to int8 changed.
+    """What calibration to int8 changed."""
 
-    Attributes:
-        calibrated: Images that the ranges were taken from.
-        count: Images that it was measured on.
-        apart: Whether those are others than the ones it was calibrated with.
-        before: Fraction that the model predicts rightly; `None` where the images have no labels.
-        after: Fraction that the int8 file predicts rightly.
-        agreement: Fraction for which both predict the same class.
-        size_before: Bytes of the file in float32.
-    """
-
-    calibrated: int
-    count: int
-    apart: bool
-    before: float | None
-    after: float | None
-    agreement: float
-    size_before: int
+    calibrated: int  # images that the ranges were taken from
+    count: int  # images that it was measured on
+    apart: bool  # whether those are others than the ones it was calibrated with
+    before: float | None  # fraction that the model predicts rightly; `None` without labels
+    after: float | None  # fraction that the int8 file predicts rightly
+    agreement: float  # fraction for which both predict the same class
+    size_before: int  # bytes of the file in float32
 
     def __str__(self) -> str:
         where = "others" if self.apart else "the same images"
@@ -103,20 +88,12 @@ class Int8Report:
 
 def spread(items: Sequence, count: int) -> list:
     """At most `count` items, evenly taken."""
-    if len(items) <= count:
-        return list(items)
+    count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
 class Int8Images:
-    """Images to calibrate with, and images to measure on.
-
-    Args:
-        model: The classifier.
-        prepared: How its images are prepared.
-        folder: The images to calibrate with; those of them that are not used are measured on.
-        images: Others to measure on.
-    """
+    """Images to calibrate with, out of a folder, and others, or the rest of it, to measure on."""
 
     def __init__(self, model: keras.Model, prepared: Preprocess, folder, images=None):
         self.folder = Path(folder).expanduser()
@@ -174,14 +151,10 @@ class Int8Images:
     def measure(self, reference: Runner, runner: Runner, size_before: int) -> Int8Report:
         """Compares both on the same images."""
         meaning = reference.meaning()
-        found = [
-            (
-                indices,
-                meaning.answers(reference.log_probabilities(images)),
-                meaning.answers(runner.log_probabilities(images)),
-            )
-            for images, indices in self._readable(self._measured)
-        ]
+        found = []
+        for images, indices in self._readable(self._measured):
+            said = (meaning.answers(one.log_probabilities(images)) for one in (reference, runner))
+            found.append((indices, *said))
         if not found:
             raise DataError(f"None of the {len(self._measured)} images to measure can be read.")
         indices, before, after = map(np.concatenate, zip(*found, strict=True))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from keras_resnet.runtimes.rows import Format
 from keras_resnet.system.device import installed_version, package_version
@@ -34,19 +34,12 @@ TOLERANCE = 1e-4  # of the largest output, as `export` has it
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """How an engine does with a model.
+    """How an engine does with a model."""
 
-    Attributes:
-        path: The exported file, where there is one.
-        difference: Of its outputs from the model's, relative to the largest.
-        seconds: It took for an image, in a batch.
-        model_seconds: The model took.
-    """
-
-    path: Path | None
-    difference: float | None = None
-    seconds: float | None = None
-    model_seconds: float | None = None
+    path: Path | None  # the exported file, where there is one
+    difference: float | None = None  # of its outputs from the model's, relative to the largest
+    seconds: float | None = None  # it took for an image, in a batch
+    model_seconds: float | None = None  # the model took
 
     @property
     def differs(self) -> bool:
@@ -66,7 +59,6 @@ class Kept:
         return f"was no faster: {self}" if self.seconds >= self.model_seconds else ""
 
     def __str__(self) -> str:
-        """The times."""
         if self.seconds is None or self.model_seconds is None:
             return "times not known"
         return f"{self.seconds * 1000:.3g} ms an image, the model {self.model_seconds * 1000:.3g}"
@@ -87,7 +79,7 @@ def find(source: Path, row: Format) -> Kept | None:
     """What is known of a model file as it is now, in the engine as it is installed now."""
     path = _file(source, row)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        record = read_json(_record(path))
+        record = read_json(f"{path}.json")
         files = record.pop("files")
         if record.pop("of") == _of(source, row):
             if not files:
@@ -106,26 +98,23 @@ def keep(source: Path, row: Format, found: Kept) -> Kept:
         place = target.with_suffix(one.suffix)
         files[place.name] = file_sha256(one)
         os.replace(one, place)
-    write_json(_record(target), record)
+    write_json(f"{target}.json", record)
     return dataclasses.replace(found, path=target)
 
 
 @contextlib.contextmanager
 def workplace(source: Path | None) -> Iterator[tuple[Path, bool]]:
     """A folder for a file to come, and whether it can be kept."""
+    temporary = functools.partial(tempfile.TemporaryDirectory, ignore_cleanup_errors=True)
     made = None
     with contextlib.suppress(OSError):  # a folder that cannot be written
         if source is not None:
             folder = _folder(source)
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-            made = _temporary(prefix=temporary_prefix("engine"), dir=folder)
-    with made or _temporary() as name:
+            made = temporary(prefix=temporary_prefix("engine"), dir=folder)
+    with made or temporary() as name:
         yield Path(name), made is not None
-
-
-def _temporary(**where: Any) -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True, **where)
 
 
 def _folder(source: Path) -> Path:
@@ -136,10 +125,6 @@ def _folder(source: Path) -> Path:
 
 def _file(source: Path, row: Format) -> Path:
     return _folder(source) / f"{source.name}{row.suffix}"
-
-
-def _record(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
 
 
 def _of(source: Path, row: Format) -> dict[str, str]:

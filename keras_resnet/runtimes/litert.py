@@ -27,14 +27,9 @@ class Runner(FileRunner):
             with zipfile.ZipFile(path) as archive:
                 if METADATA_FILE in archive.namelist():
                     text = archive.read(METADATA_FILE).decode("utf-8")
-        shapes = [
-            tuple(None if size == -1 else int(size) for size in ports[0]["shape_signature"])
-            for ports in (
-                self._interpreter.get_input_details(),
-                self._interpreter.get_output_details(),
-            )
-        ]
-        return text, *shapes
+        ends = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        shapes = (ports[0]["shape_signature"] for ports in ends)
+        return text, *(tuple(None if n == -1 else int(n) for n in shape) for shape in shapes)
 
     def _run(self, images):
         port = self._interpreter.get_input_details()[0]
@@ -47,7 +42,6 @@ class Runner(FileRunner):
 
     @staticmethod
     def finish(path: Path, description: dict[str, Any]) -> None:
-        """Puts the description behind the model."""
         # As in TensorFlow Lite's own metadata: a zip archive behind the model, which `unzip` opens.
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(METADATA_FILE, to_json(description))

@@ -92,7 +92,6 @@ class Runner(FileRunner):
 
     @staticmethod
     def quantize(path: Path, description: dict[str, Any], batches: list[np.ndarray]) -> None:
-        """Quantises by ONNX Runtime."""
         import onnx
         from onnxruntime.quantization import (
             CalibrationDataReader,

@@ -74,7 +74,6 @@ class Runner(FileRunner):
 
     @staticmethod
     def finish(path: Path, description: dict[str, Any]) -> None:
-        """Leaves one result, names input and output, and writes the description."""
         import openvino as ov
 
         model = ov.Core().read_model(path)
@@ -88,7 +87,6 @@ class Runner(FileRunner):
 
     @staticmethod
     def quantize(path: Path, description: dict[str, Any], batches: list[np.ndarray]) -> None:
-        """Quantises by NNCF."""
         import nncf
         import openvino as ov
 

@@ -17,25 +17,16 @@ ENGINES = ("keras", "auto", "openvino", "onnxruntime", "torch")
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A row of `FORMATS`.
+    """A row of `FORMATS`."""
 
-    Attributes:
-        name: What users call it.
-        keras_name: What `keras.Model.export` calls it.
-        suffix: Of its files; `""` for a folder.
-        needs: Backend that can write it -> `{import name of a package: pip extra that has it}`.
-        home: The file in this folder whose `Runner` finishes, describes and runs it.
-        module: Import name of the package that runs the files.
-        extra: The pip extra that has it.
-    """
-
-    name: str
-    keras_name: str
-    suffix: str
+    name: str  # what users call it
+    keras_name: str  # what `keras.Model.export` calls it
+    suffix: str  # of its files; "" for a folder
+    # Backend that can write it -> {import name of a package: pip extra that has it}.
     needs: dict[str, dict[str, str]]
-    home: str
-    module: str
-    extra: str
+    home: str  # the file in this folder whose `Runner` finishes, describes and runs it
+    module: str  # import name of the package that runs the files
+    extra: str  # the pip extra that has it
 
     @property
     def runner(self) -> Any:
@@ -47,47 +38,18 @@ class Format:
 # writes) and ONNX (by jax2onnx, with 50 packages more); on torch, SavedModel (by torch_xla, and
 # Keras' call of torch.export fails) and LiteRT (by litert-torch, for one batch size alone).
 _ROWS = (
-    Format(
-        "onnx",
-        "onnx",
-        ".onnx",
-        {"torch": {"onnx": "onnx"}, "tensorflow": {"onnx": "onnx", "tf2onnx": "onnx"}},
-        home="onnx",
-        module="onnxruntime",
-        extra="onnx",
-    ),
-    Format(
-        "openvino",
-        "openvino",
-        ".xml",
-        {"torch": {"openvino": "openvino"}, "tensorflow": {"openvino": "openvino"}},
-        home="openvino",
-        module="openvino",
-        extra="openvino",
-    ),
-    Format(
-        "saved_model",
-        "tf_saved_model",
-        "",
-        {"tensorflow": {}, "jax": {"tensorflow": "tensorflow"}},
-        home="saved_model",
-        module="tensorflow",
-        extra="tensorflow",
-    ),
-    Format(
-        "litert",
-        "litert",
-        ".tflite",
-        {"tensorflow": {}},
-        home="litert",
-        module="ai_edge_litert",
-        extra="litert",
-    ),
-    Format(
-        "torch", "torch", ".pt2", {"torch": {}}, home="torch_program", module="torch", extra="torch"
-    ),
-)
-FORMATS = {row.name: row for row in _ROWS}
+    ("onnx", "onnx", ".onnx",
+     {"torch": {"onnx": "onnx"}, "tensorflow": {"onnx": "onnx", "tf2onnx": "onnx"}},
+     "onnx", "onnxruntime", "onnx"),
+    ("openvino", "openvino", ".xml",
+     {"torch": {"openvino": "openvino"}, "tensorflow": {"openvino": "openvino"}},
+     "openvino", "openvino", "openvino"),
+    ("saved_model", "tf_saved_model", "", {"tensorflow": {}, "jax": {"tensorflow": "tensorflow"}},
+     "saved_model", "tensorflow", "tensorflow"),
+    ("litert", "litert", ".tflite", {"tensorflow": {}}, "litert", "ai_edge_litert", "litert"),
+    ("torch", "torch", ".pt2", {"torch": {}}, "torch_program", "torch", "torch"),
+)  # fmt: skip
+FORMATS = {row[0]: Format(*row) for row in _ROWS}
 
 
 def get_format(name: str) -> Format:
@@ -95,12 +57,6 @@ def get_format(name: str) -> Format:
 
     Raises:
         InputError: There is none of that name.
-
-    Examples:
-        >>> get_format("onxx")
-        Traceback (most recent call last):
-        ...
-        keras_resnet.system.errors.InputError: Unknown format 'onxx'. Did you mean 'onnx'?
     """
     if name not in FORMATS:
         hint = did_you_mean(name, FORMATS) or f" There are: {', '.join(FORMATS)}."
@@ -114,8 +70,7 @@ def format_for(path: str | os.PathLike, name: str | None) -> str:
     Raises:
         InputError: Neither says which, or the two disagree.
     """
-    path = Path(path)
-    suffix = path.suffix
+    path, suffix = Path(path), Path(path).suffix
     by_suffix = {row.suffix: row.name for row in FORMATS.values() if row.suffix}
     if name is None:
         if suffix not in by_suffix:
@@ -133,12 +88,7 @@ def format_for(path: str | os.PathLike, name: str | None) -> str:
 
 
 def format_of_file(path: str | os.PathLike) -> str | None:
-    """The format of an exported file or folder, by its suffix; `None` for anything else.
-
-    Examples:
-        >>> format_of_file("model.onnx"), format_of_file("model.keras")
-        ('onnx', None)
-    """
+    """The format of an exported file or folder, by its suffix; `None` for anything else."""
     path = Path(path)
     if path.is_dir():
         return "saved_model" if (path / "saved_model.pb").is_file() else None
@@ -146,14 +96,7 @@ def format_of_file(path: str | os.PathLike) -> str | None:
 
 
 def default_path(model: str | os.PathLike, format: str) -> Path:
-    """Where a model file's export goes unless it is said: beside it.
-
-    Examples:
-        >>> default_path("runs/a/best.keras", "onnx").as_posix()
-        'runs/a/best.onnx'
-        >>> default_path("best.keras", "saved_model").as_posix()
-        'best_saved_model'
-    """
+    """Where a model file's export goes unless it is said: beside it."""
     path, suffix = Path(model).expanduser(), get_format(format).suffix
     if path.is_dir():
         path = path / "best.keras"
@@ -179,11 +122,7 @@ def check_target(path: str | os.PathLike, name: str) -> None:
 
 
 def require_runtime(name: str) -> None:
-    """Says before any work that files of a format cannot be run.
-
-    Raises:
-        MissingDependencyError: The package for it is not installed.
-    """
+    """Raises MissingDependencyError where the package that runs a format's files is missing."""
     row = get_format(name)
     require(row.module, row.extra, f"Running {name} files")
 

@@ -36,7 +36,6 @@ class Runner(FileRunner):
 
     @staticmethod
     def finish(path: Path, description: dict[str, Any]) -> None:
-        """Puts the description beside the graph."""
         # TensorFlow's place for files that are not the graph's.
         extra = path / "assets.extra"
         extra.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_resnet.runtimes.formats import METADATA_FILE, to_json
-from keras_resnet.runtimes.runner import FileRunner
+from keras_resnet.runtimes.runner import FileRunner, sizes
 
 
 class Runner(FileRunner):
@@ -29,11 +29,7 @@ class Runner(FileRunner):
         self._module = program.module()
         nodes = {node.name: node for node in program.graph.nodes}
         names = program.graph_signature.user_inputs[0], program.graph_signature.user_outputs[0]
-        shapes = [
-            tuple(size if isinstance(size, int) else None for size in nodes[name].meta["val"].shape)
-            for name in names
-        ]
-        return about[METADATA_FILE], *shapes
+        return about[METADATA_FILE], *(sizes(nodes[name].meta["val"].shape) for name in names)
 
     def _run(self, images):
         import torch

@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +25,6 @@ def write(
     model: keras.Model, path: str | os.PathLike, name: str, batch_size: int | None = None
 ) -> dict[str, Any]:
     """Writes a model in a format, unchecked; `export` is what users call.
-
-    Args:
-        model: With one input and one output.
-        path: With the format's suffix. Nothing is there yet.
-        name: Of the format.
-        batch_size: A fixed one; any by default.
 
     Returns:
         The description that went along.
@@ -78,13 +71,10 @@ def write(
 def in_float32(model: keras.Model, copied: bool = False) -> keras.Model:
     """The same network with every layer in float32; the model itself where it is so already.
 
-    What runs exported files chooses its own precision, and Keras' ONNX exporter wants float32.
-
-    Args:
-        model: Any.
-        copied: A copy in any case, on the device on which Keras now computes.
+    What runs exported files chooses its own precision, and Keras' ONNX exporter wants float32. What
+    is `copied` is so in any case, and lies on the device on which Keras now computes.
     """
-    if not copied and all(layer.dtype_policy.name == "float32" for layer in all_layers(model)):
+    if not copied and all(x.dtype_policy.name == "float32" for x in all_layers(model)):
         return model
 
     def recast(layer):
@@ -139,14 +129,6 @@ def size_of(path: Path, name: str) -> int:
         inside = [p for p in one.rglob("*") if p.is_file()] if one.is_dir() else [one]
         total += sum(p.stat().st_size for p in inside)
     return total
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def sample_input(model: keras.Model, count: int, seed: int = 0) -> np.ndarray:
