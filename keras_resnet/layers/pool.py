@@ -125,9 +125,5 @@ class ZeroPaddedShortcut(keras.layers.Layer):
         return ops.pad(x[:, ::a, ::b] if axis == 3 else x[:, :, ::a, ::b], sides)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "filters": self.filters,
-            "strides": self.strides,
-            "data_format": self.data_format,
-        }
+        own = {name: getattr(self, name) for name in ("filters", "strides", "data_format")}
+        return {**super().get_config(), **own}

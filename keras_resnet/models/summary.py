@@ -85,7 +85,8 @@ class ModelSummary:
                 f"{row.name:{width}}  {row.kind:{kind}}  {text:>{shape}}  {row.params:>11,}  "
                 f"{row.flops / 1e6:>11,.1f}  {mib:>7.2f}"
             )
-        total = self.input_mib + self.features_mib + self.params_mib
+        sizes = {"Input": self.input_mib, "Forward/backward pass": self.features_mib,
+                 "Params": self.params_mib}  # fmt: skip
         lines += [
             "=" * len(title),
             f"Total params: {self.trainable_params + self.non_trainable_params:,}",
@@ -93,10 +94,8 @@ class ModelSummary:
             f"Non-trainable params: {self.non_trainable_params:,}",
             f"Multiply-adds: {self.flops / 1e9:.3f} G",
             "-" * len(title),
-            f"Input size (MiB): {self.input_mib:.2f}",
-            f"Forward/backward pass size (MiB): {self.features_mib:.2f}",
-            f"Params size (MiB): {self.params_mib:.2f}",
-            f"Estimated total size (MiB): {total:.2f}",
+            *(f"{what} size (MiB): {mib:.2f}" for what, mib in sizes.items()),
+            f"Estimated total size (MiB): {sum(sizes.values()):.2f}",
         ]
         return "\n".join(lines)
 

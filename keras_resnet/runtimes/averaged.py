@@ -84,11 +84,8 @@ class Averaged(Runner):
 
     def log_probabilities(self, images: np.ndarray) -> np.ndarray:
         views = [images, np.ascontiguousarray(images[:, :, ::-1])] if self.flip else [images]
-        logs = [
-            member.log_probabilities(view)[:, order]
-            for member, order in zip(self.members, self._orders, strict=True)
-            for view in views
-        ]
+        pairs = zip(self.members, self._orders, strict=True)
+        logs = [one.log_probabilities(v)[:, order] for one, order in pairs for v in views]
         return np.logaddexp.reduce(logs) - np.log(len(logs))
 
 

@@ -46,16 +46,13 @@ class Runner(FileRunner):
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         for _ in range(self._parts):
             self._requests.put(self._model.create_infer_request())
-        text = None
-        for keys in ([METADATA], ["framework", METADATA]):  # .xml, .onnx
-            if model.has_rt_info(keys):
-                text = str(model.get_rt_info(keys).value)
-                break
+        places = ([METADATA], ["framework", METADATA])  # .xml, .onnx
+        found = (str(model.get_rt_info(keys).value) for keys in places if model.has_rt_info(keys))
         shapes = [
             tuple(size.get_length() if size.is_static else None for size in port.partial_shape)
             for port in (model.inputs[0], model.outputs[0])
         ]
-        return text, *shapes
+        return next(found, None), *shapes
 
     def _run(self, images):
         request = self._requests.get()

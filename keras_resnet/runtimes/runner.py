@@ -331,9 +331,8 @@ class FileRunner(Runner):
     ):
         path, threads = Path(path), threads or cores()
         one_of(f"The precision of {self.runtime}", precision, (None, *self.precisions))
-        self.name = (
-            self.runtime if precision in (None, "float32") else f"{self.runtime}, {precision}"
-        )
+        half = "" if precision in (None, "float32") else f", {precision}"
+        self.name = f"{self.runtime}{half}"
         if many and self.splits and self.accelerator() is None:
             self._parts = threads
         self._pool = ThreadPoolExecutor(self._parts, "keras_resnet-engine")

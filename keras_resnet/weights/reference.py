@@ -62,17 +62,13 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One residual block; a shortcut is a convolution, `"zero_padding"` or `None` (identity).
-
-    `pooled` is the stride of an average pooling before the shortcut's convolution, `squeeze` the
-    two layers of squeeze and excitation.
-    """
+    """One residual block."""
 
     branch: tuple[Conv, ...]
-    shortcut: Conv | Literal["zero_padding"] | None
+    shortcut: Conv | Literal["zero_padding"] | None  # `None`: an identity
     relu_before_add: bool
-    pooled: int = 1
-    squeeze: tuple[Conv, ...] = ()
+    pooled: int = 1  # stride of an average pooling before the shortcut's convolution
+    squeeze: tuple[Conv, ...] = ()  # the two layers of squeeze and excitation
 
 
 @dataclasses.dataclass(frozen=True)

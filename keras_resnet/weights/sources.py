@@ -26,8 +26,6 @@ from keras_resnet.weights.mapping import convs_of_module, module_path, strides_o
 from keras_resnet.weights.matching import Network, Shape, find_networks, locate
 from keras_resnet.weights.selection import find_entry
 
-# --- Reading a source ---------------------------------------------------------------------------
-
 
 @dataclasses.dataclass
 class Source:

@@ -27,8 +27,6 @@ from keras_resnet.weights.mapping import (
 from keras_resnet.weights.matching import Shape, head_modules
 from keras_resnet.weights.sources import Source, own_head_of, read_source, to_json_text
 
-# --- Proof --------------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
