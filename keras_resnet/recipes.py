@@ -428,8 +428,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def get_recipe(name: str) -> Recipe:
-    """The row of a recipe.
+def get_recipe(name: str | Recipe) -> Recipe:
+    """The row of a recipe; a recipe is given back as it is.
 
     Raises:
         InputError: The name is unknown; the message names near ones.
@@ -438,6 +438,8 @@ def get_recipe(name: str) -> Recipe:
         >>> get_recipe("cifar").milestones
         (0.5, 0.75)
     """
+    if isinstance(name, Recipe):
+        return name
     if name not in RECIPES:
         hint = did_you_mean(name, RECIPES) or f" There are: {', '.join(RECIPES)}."
         raise InputError(f"Unknown recipe {name!r}.{hint}")

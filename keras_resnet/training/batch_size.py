@@ -24,11 +24,8 @@ def settle_batch_size(
 ) -> Recipe:
     """The recipe with a number for `batch_size="auto"`, which the datasets get as well.
 
-    Args:
-        recipe: The recipe; one with a number comes back as it is.
-        data: Its datasets; its notes get a line.
-        known: What the run that goes on has begun with; tried where there is none.
-        processes: Of which each has a part of a batch, and a device unless it is a CPU.
+    A run that goes on has begun with the one that is `known`; without one it is tried. Each of the
+    processes has a part of a batch, and a device unless it is a CPU. The notes get a line.
     """
     if recipe.batch_size != "auto":
         return recipe
@@ -62,19 +59,8 @@ def settle_batch_size(
 def largest_batch(step: Callable[[int], None], most: int) -> int:
     """The largest power of two up to `most` that leaves memory for an eighth more images.
 
-    Args:
-        step: Trains on so many images, and fails where there is no memory for them.
-        most: The largest that is of use.
-
     Raises:
-        Exception: What `step` raises for two images, or for another reason than memory.
-
-    Examples:
-        >>> def step(count):
-        ...     if count > 100:
-        ...         raise MemoryError
-        >>> largest_batch(step, most=1024)
-        64
+        Exception: What a step raises for two images, or for another reason than memory.
     """
     size = 1
     while 2 * size <= most:

@@ -31,53 +31,33 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a run is run, as far as it does not change the result.
+    """How a run is run, as far as it does not change the result."""
 
-    Attributes:
-        say: Prints a line.
-        bar: Show Keras' progress bar.
-        lines: Say every half minute how far an epoch is, where there is no bar.
-        jit: Compile the training step.
-        checkpoint_steps: Steps between two checkpoints; `None` for none but by time.
-        checkpoint_seconds: Seconds between two checkpoints.
-        keep: Numbered models to keep, of the best epochs.
-        callbacks: The caller's own.
-        loggers: Where each epoch's numbers go besides `history.csv`.
-    """
-
-    say: Callable[[str], None]
-    bar: bool = False
-    lines: bool = False
-    jit: bool = False
-    checkpoint_steps: int | None = None
+    say: Callable[[str], None]  # prints a line
+    bar: bool = False  # Keras' progress bar
+    lines: bool = False  # where there is none: says every half minute how far an epoch is
+    jit: bool = False  # compiles the training step
+    checkpoint_steps: int | None = None  # between two checkpoints; `None` for none but by time
     checkpoint_seconds: float = 300.0
-    keep: int = 0
-    callbacks: Sequence[keras.callbacks.Callback] = ()
+    keep: int = 0  # numbered models of the best epochs
+    callbacks: Sequence[keras.callbacks.Callback] = ()  # the caller's own
+    # Where each epoch's numbers go besides `history.csv`.
     loggers: Loggers = dataclasses.field(default_factory=lambda: Loggers([]))
 
 
 @dataclasses.dataclass
 class Position:
-    """Where a run is, as its loop and its callbacks both see and move it.
+    """Where a run is, as its loop and its callbacks both see and move it."""
 
-    Attributes:
-        steps: Steps of an epoch.
-        epoch: The epoch that comes next, or is under way.
-        step: Its step that comes next.
-        validating: Whether its steps are done.
-        settled: Whether no process has gradients that the others do not know.
-        stop: Set where the run shall end after the step under way.
-        metrics: Those of an epoch that was cut, until the epoch goes on.
-        random: What draws random numbers outside Keras' variables, as last saved.
-    """
-
-    steps: int
-    epoch: int = 0
-    step: int = 0
-    validating: bool = False
-    settled: bool = True
+    steps: int  # of an epoch
+    epoch: int = 0  # that comes next, or is under way
+    step: int = 0  # of it, that comes next
+    validating: bool = False  # its steps are done
+    settled: bool = True  # no process has gradients that the others do not know
+    # Set where the run shall end after the step under way.
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
-    metrics: list[np.ndarray] | None = None
+    metrics: list[np.ndarray] | None = None  # of an epoch that was cut, until it goes on
+    # What draws random numbers outside Keras' variables, as last saved.
     random: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
@@ -91,16 +71,8 @@ class RunCallbacks(keras.callbacks.CallbackList):
 
     Keras' list turns the numbers of a step into Python's as soon as a callback wants to see it
     end, and so waits for the device. Here the loss is looked at some steps later on an
-    accelerator; what the caller's callbacks get is unchanged.
-
-    Args:
-        model: The model.
-        at: Where the run is.
-        settings: How it is run.
-        epochs: Of the whole run.
-        first: Callbacks before the caller's.
-        save: Saves the state of the run.
-        check_loss: Called with a loss that is no number, and the step's number.
+    accelerator; what the caller's callbacks get is unchanged. Those that come `first` go before
+    them. `check_loss` gets a loss that is no number, and the step's number.
     """
 
     def __init__(
@@ -161,10 +133,9 @@ class RunCallbacks(keras.callbacks.CallbackList):
             super().on_train_begin(logs)
 
     def on_train_end(self, logs=None):
-        """Does nothing: `finish` ends the run."""
+        """Nothing: `finish` ends the run."""
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Begins an epoch, or goes on with one that was cut."""
         super().on_epoch_begin(epoch, logs)
         saved, self._at.metrics = self._at.metrics, None
         if saved is not None:  # the part of the epoch before the run was killed counts
@@ -172,7 +143,6 @@ class RunCallbacks(keras.callbacks.CallbackList):
                 variable.assign(value)
 
     def on_train_batch_begin(self, batch, logs=None):
-        """Begins a step."""
         if batch == 0:
             # Only here: at the start of `fit` torch's data loader draws from the same numbers.
             set_random_state(self._at.random)
@@ -227,7 +197,6 @@ class RunCallbacks(keras.callbacks.CallbackList):
         super().on_test_end(logs)
 
     def on_test_batch_end(self, batch, logs=None):
-        """Says how far a long validation is."""
         if self._heard_in_tests:
             super().on_test_batch_end(batch, logs)
         if self._settings.lines and time.monotonic() - self._told_at > LINE_SECONDS:
@@ -265,7 +234,6 @@ class RunCallbacks(keras.callbacks.CallbackList):
         self._check_loss(value, step)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Keeps the epoch's numbers."""
         super().on_epoch_end(epoch, logs)
         self.logs = {k: float(keras.ops.convert_to_numpy(v)) for k, v in (logs or {}).items()}
 

@@ -237,11 +237,8 @@ class ModelEMA(keras.callbacks.Callback):
         averages have seen.
         """
         self._flush()
-        state = {
-            "n_averaged": np.array(self.n_averaged, "int64"),
-            "epoch": np.array(self._epoch, "int64"),
-            "position": np.array(self._position, "int64"),
-        }
+        counts = {"n_averaged": self.n_averaged, "epoch": self._epoch, "position": self._position}
+        state = {name: np.array(count, "int64") for name, count in counts.items()}
         for i, (average, _) in enumerate(self._pairs()):
             state[f"average/{i:05d}"] = np.array(ops.convert_to_numpy(average))
         return state
@@ -288,22 +285,18 @@ class ModelEMA(keras.callbacks.Callback):
         self._epoch, self._position, self._resumed = epoch, self._offset, False
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Averages, if it is due, after the batches before this one."""
         self._count(self._offset + batch)
         self._running = batch
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        """Gives the model its averaged weights."""
         self._flush()
         if self.evaluate and self._averages is not None and self.model is self._average_of:
             self._swap_in()
 
     def on_test_end(self, logs: dict | None = None) -> None:
-        """Gives the model its own weights back."""
         self._swap_out()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Counts the last batch."""
         self._flush()
 
 

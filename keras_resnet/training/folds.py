@@ -94,8 +94,7 @@ def cross_validate(
         raise InputError("Folds train one after the other, in one process: leave out torchrun.")
     data = opened(directory)
     fields = {field.name for field in dataclasses.fields(Recipe)} & options.keys()
-    recipe = recipe if isinstance(recipe, Recipe) else get_recipe(recipe)
-    recipe = recipe.with_options(**{field: options.pop(field) for field in fields})
+    recipe = get_recipe(recipe).with_options(**{field: options.pop(field) for field in fields})
     images = _images(data, exclude)
     parts = list(_parts(images, whole("folds", folds, 2), seed))
     exif = options.get("exif", False)
@@ -173,12 +172,7 @@ def _parts(images: Source, folds: int, seed: int) -> Iterator[Source]:
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """The mean of each figure that all folds have, and half of its interval by Student's t.
-
-    Examples:
-        >>> [round(value, 4) for value in _summary([{"x": 0.5}, {"x": 0.7}])["x"]]
-        [0.6, 1.2706]
-    """
+    """The mean of each figure that all folds have, and half of its interval by Student's t."""
     from scipy.stats import t
 
     names = [name for name in (rows[0] if rows else ()) if name not in ("fold", "skipped")]

@@ -122,28 +122,17 @@ def freeze(
             norms.append(norm)
     trained = [x for x in layers if x.trainable]
     frozen = [x for x in layers if not x.trainable]
-    return FreezeReport(
-        until,
-        [x.name for x in trained],
-        [x.name for x in frozen],
-        _params(v for x in layers for v in x.trainable_weights),
-        _params(v for x in layers for v in x.non_trainable_weights),
-        sum(not x.trainable for x in norms),
-        sum(x.trainable for x in norms),
+    names = [x.name for x in trained], [x.name for x in frozen]
+    counts = (
+        _params(v for x in layers for v in getattr(x, f"{kind}_weights"))
+        for kind in ("trainable", "non_trainable")
     )
+    training = sum(x.trainable for x in norms)
+    return FreezeReport(until, *names, *counts, len(norms) - training, training)
 
 
 def part_to_train(model: keras.Model, recipe: Recipe, epoch: int) -> str | None:
-    """The first part that trains in an epoch, counted from 0, under gradual unfreezing.
-
-    Examples:
-        >>> from keras_resnet import create_model
-        >>> from keras_resnet.recipes import get_recipe
-        >>> recipe = get_recipe("finetune").with_options(unfreeze="head", gradual=2)
-        >>> model = create_model("resnet18")
-        >>> [part_to_train(model, recipe, epoch) for epoch in (0, 1, 2, 4, 99)]
-        ['head', 'head', 'layer4', 'layer3', None]
-    """
+    """The first part that trains in an epoch, counted from 0, under gradual unfreezing."""
     start = recipe.unfreeze
     if not recipe.gradual or start is None:
         return start
@@ -195,10 +184,6 @@ def _params(variables: Iterable[Any]) -> int:
 def starting_weights(variant: str, weights: str | None) -> tuple[str | None, str]:
     """What training starts from: `"auto"` becomes the published weights, where they can be had.
 
-    Args:
-        variant: The model's name.
-        weights: A recipe's `weights`.
-
     Returns:
         The weights, and why they are random where `"auto"` came to nothing.
 
@@ -226,12 +211,9 @@ def load_pretrained(
 ) -> str:
     """Loads weights under a new head: those of every layer but the last.
 
-    Args:
-        model: The model; its head stays as it is, but for a file that has the same classes.
-        source: A tag such as `"DEFAULT"`, a torch checkpoint, a `.keras` file of this package, or
-            a run folder.
-        class_names: The model's classes.
-        key: Which network of a checkpoint that holds several.
+    They are a tag's such as `"DEFAULT"`, a torch checkpoint's, which may hold several networks
+    (`key`), a `.keras` file's, or a run folder's. The head stays as it is, but for a file that has
+    the same classes.
 
     Returns:
         One line that says what was loaded.

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,11 @@ from keras_resnet.system.files import shown_path
 
 logger = logging.getLogger("keras_resnet")
 
-# The names in history.csv and those that group well in a browser.
-_TAGS = {
-    "accuracy": "accuracy/train",
-    "val_accuracy": "accuracy/val",
-    "average_precision": "average_precision/train",
-    "val_average_precision": "average_precision/val",
-    "loss": "loss/train",
-    "val_loss": "loss/val",
-    "learning_rate": "learning_rate",
-    "seconds": "seconds",
-}
+
+def _tag(name: str) -> str:
+    """A name in history.csv as one that groups well in a browser: `loss/train`, `loss/val`."""
+    of, part = (name[4:], "val") if name.startswith("val_") else (name, "train")
+    return f"{of}/{part}" if of in ("accuracy", "average_precision", "loss") else name
 
 
 def _import(name: str, extra: str) -> types.ModuleType:
@@ -52,16 +46,13 @@ class TensorBoardLogger:
     def __init__(self) -> None:
         try:
             self._module = _import("tensorboardX", "tensorboard")
-        except MissingDependencyError:
+        except MissingDependencyError as missing:
             try:
                 self._module = importlib.import_module("torch.utils.tensorboard")
             except ImportError:
-                self._module = None
-            if self._module is None:
-                raise
+                raise missing from None
 
     def start(self, folder: Path, name: str, config: Mapping[str, Any], resumed: Any) -> None:
-        """Opens an event file."""
         # The writers name the file after the machine. Two begun in the same second differ still.
         machine, socket.gethostname = socket.gethostname, lambda: "run"
         try:
@@ -72,13 +63,11 @@ class TensorBoardLogger:
             socket.gethostname = machine
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Writes the numbers of an epoch, counted from 1."""
         for key, value in values.items():
-            self._writer.add_scalar(_TAGS.get(key, key), value, epoch)
+            self._writer.add_scalar(_tag(key), value, epoch)
         self._writer.flush()
 
     def finish(self, status: str) -> None:
-        """Closes the file."""
         self._writer.close()
 
 
@@ -89,7 +78,6 @@ class WandbLogger:
         self._module = _import("wandb", "wandb")
 
     def start(self, folder: Path, name: str, config: Mapping[str, Any], resumed: Any) -> str:
-        """Starts a run, or goes on with one; gives its id."""
         self._run = self._module.init(
             project=os.environ.get("WANDB_PROJECT", "keras-resnet"),
             name=name,
@@ -101,11 +89,9 @@ class WandbLogger:
         return self._run.id
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Sends the numbers of an epoch, counted from 1."""
         self._run.log(dict(values), step=epoch)
 
     def finish(self, status: str) -> None:
-        """Ends the run."""
         self._run.finish(exit_code=0 if status == "finished" else 1)
 
 
@@ -116,7 +102,6 @@ class MlflowLogger:
         self._module = _import("mlflow", "mlflow")
 
     def start(self, folder: Path, name: str, config: Mapping[str, Any], resumed: Any) -> str:
-        """Starts a run, or goes on with one; gives its id."""
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
             self._module.set_experiment("keras-resnet")
         run = self._module.start_run(run_id=resumed, run_name=None if resumed else name)
@@ -126,11 +111,9 @@ class MlflowLogger:
         return run.info.run_id
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Sends the numbers of an epoch, counted from 1."""
         self._module.log_metrics(dict(values), step=epoch)
 
     def finish(self, status: str) -> None:
-        """Ends the run."""
         ends = {"finished": "FINISHED", "interrupted": "KILLED"}
         self._module.end_run(ends.get(status, "FAILED"))
 
@@ -139,20 +122,11 @@ LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger, "mlflow": Mlf
 
 
 class Loggers:
-    """Several loggers as one that does no harm.
-
-    Args:
-        names: Out of `LOGGERS`.
+    """Several loggers, out of `LOGGERS`, as one that does no harm.
 
     Raises:
         InputError: An unknown name.
         MissingDependencyError: The package is not installed; the message has the pip line.
-
-    Examples:
-        >>> Loggers(["wandbb"])
-        Traceback (most recent call last):
-        ...
-        keras_resnet.system.errors.InputError: Unknown logger 'wandbb'. Did you mean 'wandb'?
     """
 
     def __init__(self, names: Sequence[str]):
@@ -167,41 +141,31 @@ class Loggers:
     ) -> dict[str, str]:
         """Starts them all.
 
-        Args:
-            folder: The run folder.
-            name: What people call the run.
-            config: What to note beside the numbers; of paths as much as is fit to be shown.
-            ids: Of an earlier part of the same run, by logger.
-
-        Returns:
-            The ids to go on with.
+        Of paths in `config`, which is noted beside the numbers, as much as is fit to be shown.
+        `ids` are those of an earlier part of the same run, by logger; gives those to go on with.
         """
         found = dict(ids)
         config = {k: shown_path(v) if isinstance(v, str) else v for k, v in config.items()}
         for key in list(self._loggers):
-            begun = self._call(
-                key, lambda one, key=key: one.start(folder, name, config, ids.get(key))
-            )
-            if begun:
+            if begun := self._call(key, "start", folder, name, config, ids.get(key)):
                 found[key] = begun
         return found
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
         """Hands the numbers of an epoch, counted from 1, to all."""
         for key in list(self._loggers):
-            self._call(key, lambda one: one.log(epoch, values))
+            self._call(key, "log", epoch, values)
 
     def finish(self, status: str) -> None:
         """Ends them all: `"finished"`, `"interrupted"` or `"failed"`."""
         for key in list(self._loggers):
-            self._call(key, lambda one: one.finish(status))
+            self._call(key, "finish", status)
         self._loggers.clear()
 
-    def _call(self, key: str, do: Callable[[Any], Any]) -> Any:
+    def _call(self, key: str, method: str, *arguments: Any) -> Any:
         try:
-            return do(self._loggers[key])
+            return getattr(self._loggers[key], method)(*arguments)
         except Exception as error:  # whatever a service raises: the training goes on
-            reason = reason_of(error)
-            logger.warning("Logging to %s stopped: %s", key, reason)
+            logger.warning("Logging to %s stopped: %s", key, reason_of(error))
             del self._loggers[key]
             return None

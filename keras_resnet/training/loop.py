@@ -42,14 +42,7 @@ _LEAST_SCALE = 2.0**-10
 class Loop:
     """Epochs of `model.fit`, one call each, with everything saved that going on needs.
 
-    Args:
-        model: The model, with its first weights.
-        recipe: How to train.
-        data: What to train on.
-        run: The open run folder.
-        settings: How to run.
-        group: The processes that run it.
-        seed: Of what is random in the model.
+    The model has its first weights, and the run folder is open; `seed` is of what is random in it.
     """
 
     def __init__(

@@ -81,12 +81,7 @@ class LrFinderResult:
 
 
 def smooth(losses: np.ndarray, beta: float = 0.98) -> np.ndarray:
-    """The exponential moving average of losses, corrected for its start at nothing.
-
-    Examples:
-        >>> smooth(np.array([1.0, 1.0, 1.0])).round(6).tolist()
-        [1.0, 1.0, 1.0]
-    """
+    """The exponential moving average of losses, corrected for its start at nothing."""
     average, out = 0.0, []
     for i, loss in enumerate(losses, 1):
         average = beta * average + (1 - beta) * loss
@@ -102,10 +97,6 @@ def valley(losses: np.ndarray) -> tuple[int, int, int] | None:
 
     Returns:
         Three indices; `None` where the losses never fall.
-
-    Examples:
-        >>> valley(np.array([3.0, 2.9, 2.5, 1.8, 1.2, 1.0, 1.1, 4.0]))
-        (0, 5, 2)
     """
     length = np.ones(len(losses), int)  # of the longest such subsequence that ends there
     for i in range(1, len(losses)):
@@ -121,17 +112,8 @@ def valley(losses: np.ndarray) -> tuple[int, int, int] | None:
 def suggest(rates: np.ndarray, smoothed: np.ndarray, steps: int | None = None) -> float | None:
     """The rate in the longest valley of the smoothed loss; see `valley`.
 
-    Args:
-        rates: One a step.
-        smoothed: The moving average of the losses.
-        steps: Steps planned, where the sweep ended early. The first tenth of them and the last
-            five are left out, as in fastai, where enough are left.
-
-    Examples:
-        >>> rates = np.logspace(-5, 0, 51)
-        >>> losses = 1 / (1 + (rates / 1e-2) ** 2)
-        >>> round(suggest(rates, losses), 6)
-        0.001995
+    Of the steps planned (where the sweep ended early) the first tenth and the last five are left
+    out, as in fastai, where enough are left.
     """
     part = _looked_at(len(smoothed), steps)
     found = valley(smoothed[part])
@@ -209,7 +191,7 @@ def lr_find(
     between("beta", beta, 0, 1, ends="[)")
     if isinstance(model, str):
         options["model"], model = model, None
-    recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
+    recipe = get_recipe(recipe).with_options(**options)
     if recipe.accumulate > 1:
         raise InputError("Gradients are not accumulated in the sweep: pass accumulate=1.")
     if recipe.batch_size == "auto":

@@ -16,35 +16,6 @@ SCORES = {
 }
 
 
-def loss_and_metrics(
-    model: keras.Model, soft_labels: bool, from_logits: bool, task: str, focal: float
-) -> tuple[keras.losses.Loss, list[Any]]:
-    """What a model is compiled with.
-
-    Args:
-        model: Which gets compiled.
-        soft_labels: Labels are vectors, not numbers.
-        from_logits: The model gives logits.
-        task: What its outputs say.
-        focal: Gamma of the focal loss of Lin et al. 2017 (arXiv:1708.02002), which needs labels
-            that are vectors; 0 for the cross-entropy.
-    """
-    losses, given = keras.losses, {"from_logits": from_logits}
-    if task == "single-label":
-        if focal:  # alpha of all classes alike, so that gamma 0 is the cross-entropy
-            loss = losses.CategoricalFocalCrossentropy(alpha=1.0, gamma=focal, **given)
-        elif soft_labels:
-            loss = losses.CategoricalCrossentropy(**given)
-        else:
-            loss = losses.SparseCategoricalCrossentropy(**given)
-        return loss, ["accuracy"]
-    loss = losses.BinaryCrossentropy(**given)
-    if focal:
-        loss = losses.BinaryFocalCrossentropy(gamma=focal, **given)
-    several = [AveragePrecision(model.output_shape[-1])] if task == "multi-label" else []
-    return loss, [LabelAccuracy(), *several]
-
-
 def _yes(labels: Any) -> Any:
     return ops.greater(labels, 0.5)  # what is mixed or smoothed counts as what it is nearest to
 
@@ -62,37 +33,22 @@ class LabelAccuracy(keras.metrics.MeanMetricWrapper):
         super().__init__(_agreement, name=name, dtype=dtype)
 
     def get_config(self) -> dict[str, Any]:
-        """What Keras saves of it."""
         return {"name": self.name, "dtype": self.dtype}
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
 class AveragePrecision(keras.metrics.AUC):
-    """The mean over classes of the area under precision and recall of logits, at 1,000 thresholds.
-
-    Args:
-        num_labels: Number of classes.
-        name: In the history.
-        dtype: Of its numbers.
-    """
+    """The mean over classes of the area under precision and recall of logits, 1,000 thresholds."""
 
     def __init__(self, num_labels: int, name: str = "average_precision", dtype: Any = None):
-        super().__init__(
-            curve="PR",
-            multi_label=True,
-            num_labels=num_labels,
-            num_thresholds=1000,
-            name=name,
-            dtype=dtype,
-        )
+        several = {"multi_label": True, "num_labels": num_labels}
+        super().__init__(curve="PR", num_thresholds=1000, name=name, dtype=dtype, **several)
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        """Counts a batch."""
         # Thresholds are spaced evenly. Rank alone counts, and a rare label's probabilities, all
         # near 0, would fall below the first: this spreads them.
         spread = (1 + ops.softsign(ops.cast(y_pred, "float32") / 4)) / 2
         super().update_state(ops.cast(_yes(y_true), "float32"), spread, sample_weight)
 
     def get_config(self) -> dict[str, Any]:
-        """What Keras saves of it."""
         return {"num_labels": self.num_labels, "name": self.name, "dtype": self.dtype}

@@ -87,10 +87,8 @@ class SGD(keras.optimizers.Optimizer):
         for name, value in [("learning_rate", learning_rate), ("weight_decay", weight_decay)]:
             if isinstance(value, (int, float)):
                 between(name, value, 0)
-        if not 0 <= momentum <= 1:
-            raise InputError(
-                f"`momentum` must be a float between [0, 1]. Received: {momentum!r}."
-            )  # Keras' words
+        if not 0 <= momentum <= 1:  # Keras' words
+            raise InputError(f"`momentum` must be a float between [0, 1]. Received: {momentum!r}.")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise InputError(
                 "nesterov=True needs a momentum above 0 and no dampening. "
@@ -98,12 +96,9 @@ class SGD(keras.optimizers.Optimizer):
             )
         # Keras would apply a decay that it is told of, in its own way: it is told of none.
         super().__init__(learning_rate=learning_rate, weight_decay=None, **kwargs)
-        self.momentum = float(momentum)
-        self.dampening = float(dampening)
-        self.coupled_weight_decay = float(weight_decay)
-        self.nesterov = bool(nesterov)
-        self.decay_norms = bool(decay_norms)
-        self.decay_biases = bool(decay_biases)
+        self.momentum, self.dampening = float(momentum), float(dampening)
+        self.coupled_weight_decay, self.nesterov = float(weight_decay), bool(nesterov)
+        self.decay_norms, self.decay_biases = bool(decay_norms), bool(decay_biases)
         self.rate_multipliers = {str(k): float(v) for k, v in (rate_multipliers or {}).items()}
         self._host = _HostValues()
         self._stateless = False
@@ -256,18 +251,10 @@ class SGD(keras.optimizers.Optimizer):
                 weights, grads, buffers, _ = map(list, zip(*members, strict=True))
                 fused = not compiling and _can_fuse(weights, grads, buffers)
                 sgd(
-                    weights,
-                    grads,
-                    buffers,
-                    weight_decay=decay,
-                    momentum=self.momentum,
-                    lr=rate * factor,
-                    dampening=self.dampening,
-                    nesterov=self.nesterov,
-                    maximize=False,
-                    fused=fused,
-                    foreach=not fused,
-                )
+                    weights, grads, buffers, lr=rate * factor, weight_decay=decay,
+                    momentum=self.momentum, dampening=self.dampening, nesterov=self.nesterov,
+                    maximize=False, fused=fused, foreach=not fused,
+                )  # fmt: skip
                 for (*_, before, index), after in zip(members, buffers, strict=True):
                     if before is not after:
                         self.momentums[index].assign(after)
@@ -288,7 +275,6 @@ class SGD(keras.optimizers.Optimizer):
         return float(source())
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Updates the variables: see `keras.optimizers.Optimizer.apply`."""
         by_step = isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule)
         counted = by_step or self.gradient_accumulation_steps
         if not (counted and len(grads) and self._on_eager_torch()):
@@ -301,7 +287,6 @@ class SGD(keras.optimizers.Optimizer):
     def stateless_apply(
         self, optimizer_variables: Sequence, grads: Sequence, trainable_variables: Sequence
     ) -> tuple[list, list]:
-        """Returns updated values: see `keras.optimizers.Optimizer.stateless_apply`."""
         self._stateless = True
         try:
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
@@ -325,17 +310,10 @@ class SGD(keras.optimizers.Optimizer):
         return not torch.compiler.is_compiling()
 
     def get_config(self) -> dict[str, Any]:
-        """Arguments that build the same optimizer again."""
-        return {
-            **super().get_config(),
-            "momentum": self.momentum,
-            "dampening": self.dampening,
-            "weight_decay": self.coupled_weight_decay,
-            "nesterov": self.nesterov,
-            "decay_norms": self.decay_norms,
-            "decay_biases": self.decay_biases,
-            "rate_multipliers": dict(self.rate_multipliers),
-        }
+        names = ("momentum", "dampening", "nesterov", "decay_norms", "decay_biases")
+        own = {name: getattr(self, name) for name in names}
+        own["rate_multipliers"] = dict(self.rate_multipliers)
+        return {**super().get_config(), **own, "weight_decay": self.coupled_weight_decay}
 
 
 class _HostValues:

@@ -28,7 +28,7 @@ from keras_resnet.recipes import Recipe
 from keras_resnet.system.device import image_shape, in_data_format
 from keras_resnet.system.errors import DataError, InputError
 from keras_resnet.training.freeze import load_pretrained, starting_weights
-from keras_resnet.training.metrics import loss_and_metrics
+from keras_resnet.training.metrics import AveragePrecision, LabelAccuracy
 from keras_resnet.training.optimizers import SGD
 from keras_resnet.variants import get_spec
 
@@ -47,31 +47,18 @@ _LOOK = 20_000  # images to validate on, up to which all are decoded before the 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The datasets of a run.
+    """The datasets of a run."""
 
-    Attributes:
-        train: Shuffled, augmented.
-        val: In order, as `evaluate` sees it; `None` where nothing is held out.
-        test: Of `test/`, where the folder has one; without labels where its folders say none.
-        names: Class names in the order of the model's outputs.
-        preprocess: Of `val`, and of every later prediction.
-        train_size: Side of the training images, pixels.
-        task: `"single-label"`, `"binary"` or `"multi-label"`.
-        objective: What `compile_model` makes of it: task, `soft_labels` and `focal`.
-        fingerprint: A hash of all paths, training and validation; of a `Source` also of its labels.
-        notes: Lines about what was taken as what, and what was not read.
-    """
-
-    train: ImageDataset
-    val: ImageDataset | None
-    test: ImageDataset | None
-    names: list[str]
-    preprocess: Preprocess
-    train_size: int
-    task: str
-    objective: dict[str, Any]
-    fingerprint: str
-    notes: list[str]
+    train: ImageDataset  # shuffled, augmented
+    val: ImageDataset | None  # in order, as `evaluate` sees it; `None` where nothing is held out
+    test: ImageDataset | None  # of `test/`; without labels where its folders say none
+    names: list[str]  # of the classes, in the order of the model's outputs
+    preprocess: Preprocess  # of `val`, and of every later prediction
+    train_size: int  # side of the training images, pixels
+    task: str  # "single-label", "binary" or "multi-label"
+    objective: dict[str, Any]  # what `compile_model` makes of it: task, `soft_labels`, `focal`
+    fingerprint: str  # of all paths, training and validation; of a `Source` also of its labels
+    notes: list[str]  # what was taken as what, and what was not read
 
 
 def prepare_data(
@@ -86,19 +73,11 @@ def prepare_data(
     exif: bool = False,
     look: bool = True,
 ) -> Data:
-    """The datasets of a recipe over a folder.
+    """The datasets of a recipe over a folder; the arguments are those of `train`.
 
-    Args:
-        directory: Class folders, or `train/` and `val/` (and `test/`) with class folders in them.
-        recipe: The recipe.
-        seed: Of the split, the order and the augmentation.
-        workers: Threads that read images.
-        cache: `"ram"` or a folder.
-        exclude: Images to leave out.
-        strict: Stop at an image that cannot be read.
-        exif: Turn images as their EXIF orientation says.
-        look: Open images: decode up to 20,000 validation images once, to drop what cannot be read,
-            and measure mean and deviation where the recipe asks. `False` looks at names alone.
+    With `look` images are opened: up to 20,000 validation images are decoded once, to drop what
+    cannot be read, and mean and deviation are measured where the recipe asks. Without, names alone
+    are looked at.
 
     Raises:
         NotFoundError: The directory does not exist.
@@ -226,14 +205,7 @@ def _split(found: Parts, recipe: Recipe, seed: int) -> dict[str, tuple[Sequence[
 
 
 def evaluation_preprocess(recipe: Recipe, size: int, **options: Any) -> Preprocess:
-    """How a recipe's images are evaluated at a size; options as `Preprocess` takes them.
-
-    Examples:
-        >>> from keras_resnet.recipes import get_recipe
-        >>> preprocess = evaluation_preprocess(get_recipe("resnet_v1"), 224)
-        >>> preprocess.resize_size, preprocess.crop_size
-        (256, (224, 224))
-    """
+    """How a recipe's images are evaluated at a size; options as `Preprocess` takes them."""
     options["interpolation"] = recipe.interpolation
     if recipe.resize_exact:
         return Preprocess((size, size), None, **options)
@@ -241,17 +213,10 @@ def evaluation_preprocess(recipe: Recipe, size: int, **options: Any) -> Preproce
 
 
 def recipe_augment(recipe: Recipe, size: int) -> augment.Augment | None:
-    """The random changes of a recipe's training images, or `None` for none.
-
-    Examples:
-        >>> from keras_resnet.recipes import get_recipe
-        >>> [type(step).__name__ for step in recipe_augment(get_recipe("cifar"), 32).steps]
-        ['Resize', 'RandomCrop', 'RandomHorizontalFlip']
-    """
+    """The random changes of a recipe's training images, or `None` for none."""
     how = recipe.interpolation
-    crop = recipe.crop
-    if crop == "auto":
-        crop = "padded" if get_spec(recipe.model).input_size <= SMALL else "random_resized"
+    small = get_spec(recipe.model).input_size <= SMALL
+    crop = {"auto": "padded" if small else "random_resized"}.get(recipe.crop, recipe.crop)
     changes: list[transforms.Transform] = []
     if recipe.flip:
         changes.append(transforms.RandomHorizontalFlip(recipe.flip))
@@ -261,11 +226,9 @@ def recipe_augment(recipe: Recipe, size: int) -> augment.Augment | None:
     if recipe.rotation:
         changes.append(warps.RandomRotation(recipe.rotation, turned))
     if recipe.policy is not None:
-        kind = {
-            "ta_wide": augment.TrivialAugmentWide,
-            "ra": augment.RandAugment,
-            "augmix": augment.AugMix,
-        }.get(recipe.policy, functools.partial(augment.AutoAugment, recipe.policy))
+        known = {"ta_wide": augment.TrivialAugmentWide, "ra": augment.RandAugment,
+                 "augmix": augment.AugMix}  # fmt: skip
+        kind = known.get(recipe.policy, functools.partial(augment.AutoAugment, recipe.policy))
         changes.append(kind(interpolation=turned))
     if recipe.color_jitter:
         changes.append(transforms.ColorJitter(*(recipe.color_jitter,) * 3))
@@ -317,11 +280,7 @@ def build_model(
 ) -> keras.Model:
     """The model of a recipe, which normalises inside, with its first weights.
 
-    Args:
-        recipe: The recipe.
-        data: Its classes and pixels.
-        say: Gets a line about the weights.
-        start: As `starting_weights` gives it for the recipe.
+    `say` gets a line about the weights, and `start` is what `starting_weights` gives.
 
     Raises:
         InputError: Weights of another network.
@@ -376,16 +335,23 @@ def compile_model(
 ) -> None:
     """Compiles a model, and makes the optimizer's variables.
 
-    Args:
-        model: The model.
-        optimizer: The optimizer.
-        soft_labels: Labels are vectors, not numbers.
-        jit: Compile the step; jax always does.
-        from_logits: The model gives logits, as those that `train` builds.
-        task: What its outputs say.
-        focal: Gamma of the focal loss, which needs labels that are vectors.
+    `soft_labels` are vectors, not numbers. `focal` is gamma of the focal loss of Lin et al. 2017
+    (arXiv:1708.02002), which needs such; 0 for the cross-entropy. `jit` compiles the step; jax
+    always does.
     """
-    loss, metrics = loss_and_metrics(model, soft_labels, from_logits, task, focal)
+    losses, given, metrics = keras.losses, {"from_logits": from_logits}, ["accuracy"]
+    if task != "single-label":
+        several = [AveragePrecision(model.output_shape[-1])] if task == "multi-label" else []
+        metrics = [LabelAccuracy(), *several]
+        loss = losses.BinaryCrossentropy(**given)
+        if focal:
+            loss = losses.BinaryFocalCrossentropy(gamma=focal, **given)
+    elif focal:  # alpha of all classes alike, so that gamma 0 is the cross-entropy
+        loss = losses.CategoricalFocalCrossentropy(alpha=1.0, gamma=focal, **given)
+    elif soft_labels:
+        loss = losses.CategoricalCrossentropy(**given)
+    else:
+        loss = losses.SparseCategoricalCrossentropy(**given)
     if any(layer.dtype_policy.name == "mixed_float16" for layer in model.layers):
         # Keras asks the model's own policy, which is another where it is built of given layers.
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
@@ -405,19 +371,10 @@ def compile_model(
 def make_optimizer(
     recipe: Recipe, learning_rate: Any, head: str | None = None
 ) -> keras.optimizers.Optimizer:
-    """The optimizer of a recipe.
+    """The optimizer of a recipe, at a rate or by a schedule.
 
-    Args:
-        recipe: The recipe.
-        learning_rate: A number, or a schedule such as `make_schedule` gives.
-        head: Name of the classification layer, which `backbone_rate` spares; `None` where the head
-            alone trains, so that there is no backbone.
-
-    Examples:
-        >>> from keras_resnet.recipes import get_recipe
-        >>> optimizer = make_optimizer(get_recipe("resnet_v1"), 0.1)
-        >>> type(optimizer).__name__, optimizer.momentum
-        ('SGD', 0.9)
+    `head` is the name of the classification layer, which `backbone_rate` spares; `None` where it
+    trains alone.
     """
     shared = {
         "global_clipnorm": recipe.clip_norm,

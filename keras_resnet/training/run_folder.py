@@ -7,6 +7,7 @@ import csv
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
@@ -60,24 +61,14 @@ class SaveError(KerasResNetError, OSError):
 
 
 class Run:
-    """One run folder.
-
-    Attributes:
-        folder: Where it is.
-        config: What `config.json` holds.
-        history: Columns of `history.csv`, one value an epoch.
-        resumed: Whether an unfinished run was found here.
-        extended: Whether a finished one was, which gets more epochs.
-        note: A line about the run that was found before, or empty.
-        writes: Whether this process writes; of several, one does.
-    """
+    """One run folder."""
 
     def __init__(self, folder: Path, config: dict[str, Any], note: str = ""):
-        self.folder = folder
-        self.config = config
-        self.note = note
-        self.writes = True
-        self.history: dict[str, list[float]] = {}
+        self.folder, self.config = folder, config  # what `config.json` holds
+        self.note = note  # about the run that was found before, or empty
+        self.writes = True  # of several processes, one does
+        self.history: dict[str, list[float]] = {}  # columns of `history.csv`, one value an epoch
+        # An unfinished run was found here; or a finished one, which gets more epochs.
         self.resumed = (folder / _STATE).is_file()
         self.extended = not self.resumed and (folder / "last.keras").is_file()
         self._lock = None
@@ -92,13 +83,8 @@ class Run:
     ) -> Run:
         """The unfinished run of the same configuration, or a new folder beside those there are.
 
-        A run that differs by having had fewer epochs, finished or not, is gone on with as well.
-
-        Args:
-            output: Where run folders are made.
-            name: The folder's name; `-2`, `-3` ... are added where it is taken.
-            identity: What makes two runs the same run.
-            restart: Always a new folder.
+        One that differs by having had fewer epochs, finished or not, is gone on with as well; with
+        `restart` none is. To the name of a new folder `-2`, `-3` ... are added where it is taken.
 
         Raises:
             InputError: The output is a file.
@@ -157,8 +143,7 @@ class Run:
     def close(self, failed: bool = False) -> None:
         """Gives the lock back.
 
-        Args:
-            failed: The run has failed; its folder goes again where it holds no step yet.
+        Where the run has `failed`, its folder goes again if it holds no step yet.
         """
         if self._lock is None:
             return
@@ -221,12 +206,10 @@ class Run:
         """Writes `history.csv`: a row an epoch, counted from 1."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        names = list(self.history)
-        writer.writerow(["epoch", *names])
-        count = max((len(v) for v in self.history.values()), default=0)
-        for i in range(count):
-            cells = [self.history[n][i] if i < len(self.history[n]) else "" for n in names]
-            writer.writerow([i + 1, *(f"{c:.8g}" if isinstance(c, float) else c for c in cells)])
+        writer.writerow(["epoch", *self.history])
+        for epoch, row in enumerate(itertools.zip_longest(*self.history.values()), 1):
+            cells = (f"{c:.8g}" if isinstance(c, float) else c for c in row)
+            writer.writerow([epoch, *cells])
         self.guard(write_text, self.path("history.csv"), text.getvalue())
 
     def write_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
@@ -283,10 +266,7 @@ class Run:
     ) -> None:
         """Saves weights, optimizer, metrics, random state and progress in one file.
 
-        Args:
-            model: The compiled model.
-            progress: JSON-able: epoch, step, history and so on.
-            extra: Further arrays, such as those of a moving average.
+        `progress` is JSON-able: epoch, step and so on; `extra`, further arrays, such as averages.
         """
         sync(model)
         if progress["epoch"] or progress["step"]:

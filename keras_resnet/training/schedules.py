@@ -88,13 +88,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
         return self.steps_per_epoch if self.per == "epoch" else 1
 
     def value_at(self, step: int) -> float:
-        """Rate of optimizer step `step`, counted from 0, as a Python float in double precision.
-
-        Examples:
-            >>> schedule = CosineSchedule(0.1, epochs=2, steps_per_epoch=100)
-            >>> [round(schedule.value_at(step), 3) for step in (0, 99, 100, 200)]
-            [0.1, 0.1, 0.05, 0.0]
-        """
+        """Rate of optimizer step `step`, counted from 0, as a Python float in double precision."""
         return float(self._table[min(int(step) // self._steps_per_entry, len(self._table) - 1)])
 
     def __call__(self, step: Any) -> Any:
@@ -115,7 +109,6 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
         return self._tensors[key]
 
     def get_config(self) -> dict[str, Any]:
-        """Arguments that build the same schedule again."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def __repr__(self) -> str:
@@ -310,14 +303,7 @@ class OneCycleSchedule(Schedule):
 
 
 def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
-    """The learning rates of a recipe.
-
-    Examples:
-        >>> from keras_resnet.recipes import get_recipe
-        >>> schedule = make_schedule(get_recipe("resnet_v1"), steps_per_epoch=5004)
-        >>> [round(schedule.value_at(5004 * epoch), 6) for epoch in (0, 30, 60)]
-        [0.1, 0.01, 0.001]
-    """
+    """The learning rates of a recipe."""
     rate, epochs = recipe.learning_rate, recipe.epochs
     common = {
         "steps_per_epoch": steps_per_epoch,
@@ -330,7 +316,7 @@ def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     if recipe.schedule == "step":
         return StepSchedule(rate, recipe.step_size, recipe.gamma, **common)
     if recipe.schedule == "multistep":
-        drops = [int(m * epochs) if m < 1 else int(m) for m in recipe.milestones]
+        drops = [int(m * epochs if m < 1 else m) for m in recipe.milestones]
         return MultiStepSchedule(rate, drops, recipe.gamma, **common)
     if recipe.schedule == "cosine":
         return CosineSchedule(rate, epochs, **common)

@@ -51,7 +51,7 @@ def augment_sheet(
     """
     whole("images", images, 1)
     whole("versions", versions, 1)
-    recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
+    recipe = get_recipe(recipe).with_options(**options)
     data = prepare_data(directory, recipe, seed=seed, exclude=exclude, look=False).train
     augment, preprocess = data.augment, data.preprocess
     if augment is None:

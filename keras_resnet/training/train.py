@@ -191,7 +191,7 @@ def train(
     }
     whole("checkpoint_steps", 1 if checkpoint_steps is None else checkpoint_steps, 1)
     tune_process()
-    recipe = (recipe if isinstance(recipe, Recipe) else get_recipe(recipe)).with_options(**options)
+    recipe = get_recipe(recipe).with_options(**options)
     group = join()
     sync_bn = group.check(recipe, compile, sync_bn)
     verbose = verbose and group.first
