@@ -103,11 +103,6 @@ def written(*endings: str, pipe: bool = False) -> Callable[[str], None]:
     return check
 
 
-def output_folder(path: str | os.PathLike) -> None:
-    """It is a folder, or can become one."""
-    check_writable_folder(path)
-
-
 def cache(place: str) -> None:
     """Decoded images can be kept there."""
     if place != "ram":

@@ -15,7 +15,6 @@ from keras_resnet.cli.checks import (
     model,
     model_first,
     one_after_the_other,
-    output_folder,
     port,
     source_first,
     weight_file,
@@ -29,6 +28,7 @@ from keras_resnet.recipes import RECIPES
 from keras_resnet.reports.run_files import check_run
 from keras_resnet.runtimes.rows import check_engine, get_format
 from keras_resnet.system.errors import between
+from keras_resnet.system.files import check_writable_folder
 from keras_resnet.variants import get_spec
 from keras_resnet.weights.dialects import WORDS
 from keras_resnet.weights.keras_files import find_keras_file, target_ending
@@ -95,7 +95,8 @@ COMMANDS = {
         arg("--folds N", "a run a fold, each validated on other images, and their mean accuracy",
             least=2, group="Data", rare=True),
         _RECIPE, _SEED,
-        arg("--output DIR=runs", "where the run folder is made", output_folder, group="Output"),
+        arg("--output DIR=runs", "where the run folder is made", check_writable_folder,
+            group="Output"),
         arg("--name NAME", "the run folder's name, else of model and DIR", group="Output"),
         arg("--keep N=0", "keep so many best epochs' models", least=0, group="Output",
             rare=True),
@@ -138,7 +139,7 @@ COMMANDS = {
         arg("directory DIR", "class folders, or test/ val/ train/; or a table, or shards",
             check_images),
         arg("--split", "which of them", choices=("test", "val", "train")),
-        arg("--output DIR", "write JSON, CSV and a figure there", output_folder),
+        arg("--output DIR", "write JSON, CSV and a figure there", check_writable_folder),
         _BATCH, _WORKERS, _DEVICES, _STRICT, _ENGINE, _PIXELS, _TTA, _TF32, *_SOURCE,
     ], order=model_first),
     "calibrate": Command(predicting.calibrate, "measure how sure a model may be, and keep it", [
@@ -171,7 +172,7 @@ COMMANDS = {
         arg("--class NAME", "the class to explain; each image's most probable one by default",
             dest="class_name"),
         arg("--layer NAME", "the last feature map by default"),
-        arg("--output DIR=explained", "for the images", output_folder),
+        arg("--output DIR=explained", "for the images", check_writable_folder),
         _TOP, _WORKERS, _PIXELS, _COLUMNS,
     ], order=model_first),
     "embed": Command(predicting.embed, "turn images into vectors: what a model's head sees", [
@@ -195,7 +196,7 @@ COMMANDS = {
             written(".html", ".htm")),
     ]),
     "demo": Command(training.demo, "train, evaluate and predict on handwritten digits", [
-        arg("--output DIR=demo", None, output_folder),
+        arg("--output DIR=demo", None, check_writable_folder),
         arg("--epochs N", least=1),
     ]),
     "scan": Command(files.scan, "look for trouble in a folder of images", [
@@ -210,7 +211,7 @@ COMMANDS = {
     ], keras=False),
     "pack": Command(files.pack, "write images into tar shards, to train on", [
         arg("directory DIR", "class folders, or train/ val/ test/; or a table", check_images),
-        arg("folder SHARDS", "where they go", output_folder),
+        arg("folder SHARDS", "where they go", check_writable_folder),
         arg("--shard-mb X=256", "of one shard, at most", above=0),
         _EXCLUDE, *_SOURCE,
     ], keras=False),

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import keras_resnet as kr
 from keras_resnet.cli import checks
-from keras_resnet.cli.pipes import piped, say, write_answer
+from keras_resnet.cli.pipes import answer, piped, say_backend
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.runtimes.rows import check_target, default_path, format_for
 from keras_resnet.system.errors import InputError, NotFoundError, VerificationError
@@ -27,9 +27,7 @@ def scan(
     tune_process()
     with piped(json) as stdout:
         report = kr.scan(checks.images(directory, columns, label_regex), **options)
-        say(report, stdout)
-        if json:
-            write_answer(json, report.to_json() + "\n", stdout)
+        answer(report, json, report.to_json(), stdout)
         if sheet:
             print(f"{report.save_sheet(sheet)} images in {sheet}")
         if exclude_list:
@@ -47,9 +45,7 @@ def inspect(file: str, key: str | None, json: str | None, tensors: bool) -> int:
     with piped(json) as stdout:
         if file.endswith(".keras") or run_models(Path(file)):
             found = inspect_keras_file(file)
-            say(found, stdout)
-            if json:
-                write_answer(json, found.to_json() + "\n", stdout)
+            answer(found, json, found.to_json(), stdout)
             return 0
         return _inspect_checkpoint(file, key, json, tensors, stdout)
 
@@ -66,10 +62,8 @@ def _inspect_checkpoint(
     lines = [line for line in lines if tensors or not line.startswith("    ")]
     verdict = _what_it_is(info, digest)
     lines += [f"  sha256   {digest}", *([f"  is       {verdict}"] if verdict else [])]
-    say("\n".join(lines), stdout)
-    if json:
-        facts = {**json_text.loads(info.to_json()), "sha256": digest, "is": verdict}
-        write_answer(json, json_text.dumps(facts, indent=2) + "\n", stdout)
+    facts = {**json_text.loads(info.to_json()), "sha256": digest, "is": verdict}
+    answer("\n".join(lines), json, json_text.dumps(facts, indent=2), stdout)
     return 0 if info.safe and info.problem is None else 1
 
 
@@ -124,9 +118,7 @@ def verify(model: str, source: str, json: str | None, **options: Any) -> int:
     """Compares a model with the file it came from; 1 where they disagree."""
     with piped(json) as stdout:
         report = kr.verify(kr.load_model(model), source, **options)
-        say(report, stdout)
-        if json:
-            write_answer(json, f"{report.to_json()}\n", stdout)
+        answer(report, json, report.to_json(), stdout)
     return 0 if report.passed else 1
 
 
@@ -138,9 +130,7 @@ def export(
         raise InputError("Say which: --format onnx, openvino, saved_model, litert or torch.")
     target = default_path(model, format) if output is None else output
     check_target(target, format_for(target, format))
-    from keras_resnet.system.device import backend_line
-
-    print(f"Backend: {backend_line()}")
+    say_backend()
     images = pictures[0] if pictures and len(pictures) == 1 else pictures
     try:
         report = kr.export(model, target, format, pictures=images, **options)

@@ -34,16 +34,22 @@ def piped(*paths: str | None) -> Iterator[TextIO | None]:
     stdout.flush()
 
 
-def say(answer: object, stdout: TextIO | None) -> None:
-    """Prints an answer for people, unless it goes to the standard output for a program."""
+def answer(shown: object, path: str | None, text: str, stdout: TextIO | None) -> None:
+    """Prints an answer for people, or writes its text to the standard output that `piped` gave.
+
+    Where there is another path, the text is written to it as well.
+    """
     if stdout is None:
-        print(answer)
-
-
-def write_answer(path: str, text: str, stdout: TextIO | None) -> None:
-    """Writes a text to a file, or to the standard output that `piped` gave."""
-    if path == STDOUT and stdout is not None:
-        stdout.write(text)
+        print(shown)
     else:
-        write_text(path, text)
+        stdout.write(f"{text}\n")
+    if path not in (None, STDOUT):
+        write_text(path, f"{text}\n")
         print(f"Written: {path}")
+
+
+def say_backend() -> None:
+    """Says what computes, and on which device."""
+    from keras_resnet.system.device import backend_line
+
+    print(f"Backend: {backend_line()}", flush=True)

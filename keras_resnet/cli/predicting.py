@@ -11,7 +11,7 @@ from typing import Any
 
 import keras_resnet as kr
 from keras_resnet.cli import checks
-from keras_resnet.cli.pipes import STDOUT, piped
+from keras_resnet.cli.pipes import STDOUT, piped, say_backend
 from keras_resnet.data.items import Files
 from keras_resnet.data.opening import labelled, labelled_place
 from keras_resnet.data.sources import Images
@@ -46,12 +46,6 @@ def _found(find: Callable[[], Any]) -> Any:
     return sharers().from_first(find)
 
 
-def _say_backend() -> None:
-    from keras_resnet.system.device import backend_line
-
-    print(f"Backend: {backend_line()}", flush=True)
-
-
 def _open(
     model: str | list[str], engine: str, images: Sequence[str] | Images, tta: str | None,
     begun: Path | None = None,
@@ -59,7 +53,7 @@ def _open(
     """A model, or several, ready to run; says which backend and engine do, and why."""
     for one in [model] if isinstance(model, str) else model:
         checks.runtime(one, engine)
-    _say_backend()
+    say_backend()
     from keras_resnet.inference.predict import runner_for
 
     runner = runner_for(model, images, engine, begun=begun, tta=tta)
@@ -187,7 +181,7 @@ def explain(
 ) -> int:
     """Draws where a model looked; 2 where no image could be read."""
     images = list(checks.pictures(paths, columns))
-    _say_backend()
+    say_backend()
     from keras_resnet.inference.explain import overlay_names
     from keras_resnet.inference.prediction_files import PredictionTable
     from keras_resnet.models.files import model_class_names
@@ -217,7 +211,7 @@ def explain(
 def embed(model: str, paths: list[str], output: str, columns: str | None, **options: Any) -> None:
     """Writes images as vectors."""
     images = checks.pictures(paths, columns)
-    _say_backend()
+    say_backend()
     print(f"{kr.embed(model, images, output=output, **options)}\nWritten: {printable(output)}")
 
 
@@ -234,7 +228,7 @@ def calibrate(
         write_info(file, "calibration", None, output)
     else:
         images = checks.images(directory, columns, label_regex)
-        _say_backend()
+        say_backend()
         print(kr.calibrate(file, images, output=output, **options))
     print(f"Written: {printable(written)}")
 
@@ -246,7 +240,7 @@ def serve(
     require("gradio", "serve", "serve")
     checks.runtime(model, options["engine"])
     limits = kr.Limits(max_mb, max_megapixels, max_pictures)
-    _say_backend()
+    say_backend()
     kr.serve(model, limits=limits, **options)
 
 

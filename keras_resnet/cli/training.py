@@ -8,6 +8,7 @@ from typing import Any
 import keras_resnet as kr
 from keras_resnet.cli import checks
 from keras_resnet.cli.parser import RECIPE_FIELDS
+from keras_resnet.cli.pipes import say_backend
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.system.errors import between
 
@@ -40,9 +41,7 @@ def lr_find(
     """Draws the loss over the learning rate."""
     images = checks.training(directory, _recipe(recipe, options), columns, label_regex)
     between("stop", options["stop"], options["start"], ends="(]")
-    from keras_resnet.system.device import backend_line
-
-    print(f"Backend: {backend_line()}")
+    say_backend()
     result = kr.lr_find(images, recipe=recipe, **options)
     print(f"{result}\nWritten: {result.plot(plot)}")
 

@@ -20,15 +20,7 @@ from PIL import Image, ImageOps
 
 from keras_resnet.data.bands import fill_of, in_eight_bits, to_array
 from keras_resnet.data.items import as_image
-from keras_resnet.data.transforms import (
-    AnyImage,
-    RandomErasing,
-    Transform,
-    adjust_brightness,
-    adjust_contrast,
-    adjust_saturation,
-    adjust_sharpness,
-)
+from keras_resnet.data.transforms import AnyImage, RandomErasing, Transform, enhanced
 from keras_resnet.data.warps import affine, turning_filter
 from keras_resnet.system.errors import InputError, between, one_of, whole
 
@@ -65,24 +57,14 @@ def apply_operation(
             return affine(image, (0, shift), (0.0, 0.0), centre, resample, fill)
         case "Rotate":
             return image.rotate(magnitude, resample, fillcolor=fill)
-        case "Brightness":
-            return adjust_brightness(image, 1.0 + magnitude)
-        case "Color":
-            return adjust_saturation(image, 1.0 + magnitude)
-        case "Contrast":
-            return adjust_contrast(image, 1.0 + magnitude)
-        case "Sharpness":
-            return adjust_sharpness(image, 1.0 + magnitude)
+        case "Brightness" | "Color" | "Contrast" | "Sharpness":
+            return enhanced(image, name, 1.0 + magnitude)
         case "Posterize":
             return in_eight_bits(ImageOps.posterize)(image, int(magnitude))
         case "Solarize":
             return in_eight_bits(ImageOps.solarize)(image, magnitude)
-        case "AutoContrast":
-            return in_eight_bits(ImageOps.autocontrast)(image)
-        case "Equalize":
-            return in_eight_bits(ImageOps.equalize)(image)
-        case "Invert":
-            return in_eight_bits(ImageOps.invert)(image)
+        case "AutoContrast" | "Equalize" | "Invert":
+            return in_eight_bits(getattr(ImageOps, name.lower()))(image)
     raise InputError(f"There is no operation {name!r}.")
 
 
@@ -118,8 +100,21 @@ def _linspace(start: float, stop: float, bins: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
+class _Policy(Transform, registered=False):
+    """Operations that are drawn, applied in order."""
+
+    interpolation: str
+    fill: float | None
+
+    def apply(self, image: AnyImage, parameters: Iterable[tuple[str, float]]) -> Image.Image:
+        image, resample = as_image(image), turning_filter(self.interpolation)
+        for name, magnitude in parameters:
+            image = apply_operation(image, name, magnitude, resample, self.fill)
+        return image
+
+
 @dataclass(frozen=True)
-class TrivialAugmentWide(Transform):
+class TrivialAugmentWide(_Policy):
     """One random operation at a random strength (Mueller and Hutter 2021, arXiv 2103.10158).
 
     Attributes:
@@ -133,8 +128,7 @@ class TrivialAugmentWide(Transform):
     fill: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
-        _bins(self.num_magnitude_bins)
+        whole("num_magnitude_bins", self.num_magnitude_bins, 2)
         turning_filter(self.interpolation)
 
     def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
@@ -145,13 +139,9 @@ class TrivialAugmentWide(Transform):
         """Draws [(operation, magnitude)]."""
         return [_draw(self.space(height, width), None, rng)]
 
-    def apply(self, image: AnyImage, parameters: Iterable[tuple[str, float]]) -> Image.Image:
-        """Applies the operations in order."""
-        return _apply_all(self, image, parameters)
-
 
 @dataclass(frozen=True)
-class RandAugment(Transform):
+class RandAugment(_Policy):
     """Random operations at one strength (Cubuk et al. 2019, arXiv 1909.13719).
 
     Attributes:
@@ -169,14 +159,9 @@ class RandAugment(Transform):
     fill: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
-        _bins(self.num_magnitude_bins)
+        whole("num_magnitude_bins", self.num_magnitude_bins, 2)
         turning_filter(self.interpolation)
-        if not 0 <= self.magnitude < self.num_magnitude_bins:
-            raise InputError(
-                f"magnitude must lie in 0..{self.num_magnitude_bins - 1}. "
-                f"Received: {self.magnitude!r}."
-            )
+        between("magnitude", self.magnitude, 0, self.num_magnitude_bins - 1)
 
     def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
         """Operations, their magnitudes, and whether their sign is drawn."""
@@ -187,10 +172,6 @@ class RandAugment(Transform):
         """Draws [(operation, magnitude), ...]."""
         space = self.space(height, width)
         return [_draw(space, self.magnitude, rng) for _ in range(self.num_ops)]
-
-    def apply(self, image: AnyImage, parameters: Iterable[tuple[str, float]]) -> Image.Image:
-        """Applies the operations in order."""
-        return _apply_all(self, image, parameters)
 
 
 # Sub-policies, two operations each: name, probability, step of ten (torchvision's table).
@@ -233,7 +214,7 @@ _POLICIES = {
 
 
 @dataclass(frozen=True)
-class AutoAugment(Transform):
+class AutoAugment(_Policy):
     """Two operations, together, out of a table that was learned (Cubuk et al. 2018, 1805.09501).
 
     Attributes:
@@ -247,7 +228,6 @@ class AutoAugment(Transform):
     fill: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
         one_of("policy", self.policy, tuple(_POLICIES))
         turning_filter(self.interpolation)
 
@@ -268,13 +248,9 @@ class AutoAugment(Transform):
                 found.append((name, -magnitude if signed and negative else magnitude))
         return found
 
-    def apply(self, image: AnyImage, parameters: Iterable[tuple[str, float]]) -> Image.Image:
-        """Applies the operations in order."""
-        return _apply_all(self, image, parameters)
-
 
 @dataclass(frozen=True)
-class AugMix(Transform):
+class AugMix(_Policy):
     """An image mixed with several changed copies of itself (Hendrycks et al. 2019, 1912.02781).
 
     Operations are those of the other policies, on Pillow images; torchvision's AugMix turns the
@@ -299,9 +275,7 @@ class AugMix(Transform):
     fill: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
-        if not 1 <= self.severity <= 10:
-            raise InputError(f"severity must lie in 1..10. Received: {self.severity!r}.")
+        between("severity", self.severity, 1, 10)
         whole("mixture_width", self.mixture_width, 1)
         whole("chain_depth", self.chain_depth, -1)
         between("alpha", self.alpha, 0, ends="(]")
@@ -335,7 +309,7 @@ class AugMix(Transform):
         (own, *shares), chains = parameters
         mixed = np.float32(own) * np.asarray(image, np.float32)
         for share, chain in zip(shares, chains, strict=True):
-            mixed += np.float32(share) * np.asarray(_apply_all(self, image, chain), np.float32)
+            mixed += np.float32(share) * np.asarray(super().apply(image, chain), np.float32)
         return as_image(np.clip(mixed, 0, 255).astype(np.uint8))
 
 
@@ -353,18 +327,6 @@ def _draw(
         strength = rng.integers(strengths or len(magnitudes))
     magnitude = float(magnitudes[strength])
     return name, -magnitude if signed and rng.integers(2) else magnitude
-
-
-def _apply_all(
-    transform: TrivialAugmentWide | RandAugment | AutoAugment | AugMix,
-    image: AnyImage,
-    operations: Iterable[tuple[str, float]],
-) -> Image.Image:
-    image = as_image(image)
-    resample = turning_filter(transform.interpolation)
-    for name, magnitude in operations:
-        image = apply_operation(image, name, magnitude, resample, transform.fill)
-    return image
 
 
 class Augment:
@@ -388,7 +350,6 @@ class Augment:
     """
 
     def __init__(self, steps: Sequence[Transform | dict[str, Any]]) -> None:
-        """Checks the steps."""
         built = [Transform.from_config(s) if isinstance(s, dict) else s for s in steps]
         wrong = [s for s in built if not isinstance(s, Transform)]
         if wrong:
@@ -411,10 +372,13 @@ class Augment:
         sizes = [s.size for s in self.steps if isinstance(getattr(s, "size", None), tuple)]
         return sizes[-1] if sizes else None
 
+    @property
+    def _all(self) -> list[Transform]:
+        return [*self.steps, *([self.erasing] if self.erasing else [])]
+
     def get_config(self) -> dict[str, Any]:
         """Returns all steps as plain JSON types."""
-        steps = [*self.steps, *([self.erasing] if self.erasing else [])]
-        return {"steps": [step.get_config() for step in steps]}
+        return {"steps": [step.get_config() for step in self._all]}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Augment:
@@ -422,19 +386,10 @@ class Augment:
         return cls(config["steps"])
 
     def __eq__(self, other: object) -> bool:
-        """Equal steps in equal order."""
         return isinstance(other, Augment) and self.get_config() == other.get_config()
 
     def __hash__(self) -> int:
-        """Of the steps."""
         return hash((self.steps, self.erasing))
 
     def __repr__(self) -> str:
-        """Shows the steps as they are written."""
-        steps = [*self.steps, *([self.erasing] if self.erasing else [])]
-        return f"Augment([{', '.join(map(repr, steps))}])"
-
-
-def _bins(count: int) -> None:
-    if not isinstance(count, int) or count < 2:
-        raise InputError(f"num_magnitude_bins must be an int of at least 2. Received: {count!r}.")
+        return f"Augment({self._all})"

@@ -138,14 +138,16 @@ def image_dataset_from_directory(
     one_of("`label_mode` argument", label_mode, ("int", "categorical", "binary", None))
     one_of("`format`", format, (None, "tf", "grain"))
     validation_split = _checked_split(validation_split, subset)
+    said: dict[str, Any] = {
+        "color_mode": color_mode,
+        "crop_to_aspect_ratio": crop_to_aspect_ratio,
+        "pad_to_aspect_ratio": pad_to_aspect_ratio,
+        "exif": exif,
+    }
     if preprocess is None:
-        preprocess = _preprocess_of(
-            image_size, interpolation, color_mode, crop_to_aspect_ratio, pad_to_aspect_ratio, exif
-        )
+        preprocess = _preprocess_of(image_size, interpolation, said)
     else:
-        _check_no_conflict(
-            preprocess, image_size, color_mode, crop_to_aspect_ratio, pad_to_aspect_ratio, exif
-        )
+        _check_no_conflict(preprocess, image_size, said)
     paths, numbers, names = _files(directory, labels, class_names, follow_links, exclude)
     if verbose:
         kinds = "" if numbers is None else f" belonging to {len(names or set(numbers))} classes"
@@ -287,47 +289,21 @@ def _as_tf_data(dataset: ImageDataset) -> Any:
 
 
 def _preprocess_of(
-    image_size: int | tuple[int, int] | None,
-    interpolation: str,
-    color_mode: str | int,
-    crop_to_aspect_ratio: bool,
-    pad_to_aspect_ratio: bool,
-    exif: bool,
+    image_size: int | tuple[int, int] | None, interpolation: str, said: dict[str, Any]
 ) -> Preprocess:
-    arguments: dict[str, Any] = {
-        "interpolation": _INTERPOLATIONS.get(interpolation, interpolation),
-        "color_mode": color_mode,
-        "exif": exif,
-    }
-    if color_mode != "rgb":  # ImageNet's mean and std are those of three channels
-        arguments |= {"mean": None, "std": None}
+    said = {**said, "interpolation": _INTERPOLATIONS.get(interpolation, interpolation)}
+    if said["color_mode"] != "rgb":  # ImageNet's mean and std are those of three channels
+        said |= {"mean": None, "std": None}
     if image_size is None:
-        return Preprocess(**arguments)
+        return Preprocess(**{k: v for k, v in said.items() if not k.endswith("aspect_ratio")})
     both = (image_size, image_size) if isinstance(image_size, int) else image_size
-    ratio = {
-        "crop_to_aspect_ratio": crop_to_aspect_ratio,
-        "pad_to_aspect_ratio": pad_to_aspect_ratio,
-    }
-    return Preprocess(both, None, **ratio, **arguments)
+    return Preprocess(both, None, **said)
 
 
-def _check_no_conflict(
-    preprocess: Preprocess,
-    image_size: Any,
-    color_mode: str | int,
-    crop_to_aspect_ratio: bool,
-    pad_to_aspect_ratio: bool,
-    exif: bool,
-) -> None:
+def _check_no_conflict(preprocess: Preprocess, image_size: Any, said: dict[str, Any]) -> None:
     """Raises InputError where an argument says other than the Preprocess given beside it."""
-    wrong = {
-        "image_size": image_size is not None,
-        "color_mode": color_mode not in ("rgb", preprocess.color_mode),
-        "crop_to_aspect_ratio": crop_to_aspect_ratio and not preprocess.crop_to_aspect_ratio,
-        "pad_to_aspect_ratio": pad_to_aspect_ratio and not preprocess.pad_to_aspect_ratio,
-        "exif": exif and not preprocess.exif,
-    }
-    named = [name for name, conflicts in wrong.items() if conflicts]
+    named = ["image_size"] if image_size is not None else []
+    named += [k for k, v in said.items() if v not in ("rgb", False, getattr(preprocess, k))]
     if named:
         raise InputError(
             f"{' and '.join(named)} cannot be given beside preprocess, which says it: {preprocess}."

@@ -116,7 +116,7 @@ def _part_of(data: Any, kind: str) -> Source:
     if isinstance(data, (str, os.PathLike)) and os.path.isdir(data) and split_folders(data):
         data = _split_folder(data, kind)
     source = image_source(data)
-    return source if source.splits is None else _part_called(source, kind)
+    return source if source.splits is None else _part(source, kind)
 
 
 def image_source(
@@ -307,7 +307,7 @@ def labelled_place(data: Any, split: str | None = None) -> str:
     """
     source = opened(data)
     if isinstance(source, Source):
-        part = _part(source, split)
+        part = _labelled(_part(source, split))
         return f"Images: {len(part):,} of {source.place}"
     folder = _split_folder(source, split)
     class_folders(folder)
@@ -328,7 +328,7 @@ def labelled(data: Any, split: str | None = None) -> tuple[Sequence[str], np.nda
     source = opened(data)
     if not isinstance(source, Source):
         return find_pictures(_split_folder(source, split))
-    part = _part(source, split)
+    part = _labelled(_part(source, split))
     return part, part.labels, part.class_names  # type: ignore[return-value]
 
 
@@ -340,18 +340,21 @@ def first_split(data: Any, order: Sequence[str]) -> str | None:
 
 
 def _part(source: Source, split: str | None) -> Source:
-    if split is None:
-        split = next((kind for kind in ("test", "val", "train") if kind in source.parts()), None)
-    return _labelled(source if split is None else _part_called(source, split))
+    return _chosen(source.parts(), split, source, f"{source.place!r} has no {split!r} part")
 
 
-def _part_called(source: Source, kind: str) -> Source:
-    parts = source.parts()
-    if kind not in parts:
-        raise NotFoundError(
-            f"{source.place!r} has no {kind!r} part; it has: {', '.join(parts) or 'none'}."
-        )
-    return parts[kind]
+def _split_folder(directory: str | os.PathLike, split: str | None = None) -> str:
+    directory = existing_folder(directory)
+    no_such = f"{directory!r} has no {split!r} folder"
+    return _chosen(split_folders(directory), split, directory, no_such)
+
+
+def _chosen(parts: Mapping[str, Any], split: str | None, whole: Any, no_such: str) -> Any:
+    """The split that was asked for; else `test`, `val`, `train` or all, the first there is."""
+    if split is not None and split not in parts:
+        raise NotFoundError(f"{no_such}; it has: {', '.join(parts) or 'none'}.")
+    kinds = ("test", "val", "train") if split is None else (split,)
+    return next((parts[kind] for kind in kinds if kind in parts), whole)
 
 
 def _test_images(
@@ -385,20 +388,3 @@ def _test_images(
     loose = len(paths) - len(inside)
     note = f"Not read: {loose:,} images of {folder!r} outside its class folders." if loose else ""
     return [paths[i] for i in inside], labels, note
-
-
-def _split_folder(directory: str | os.PathLike, split: str | None = None) -> str:
-    """The folder of class folders inside a dataset: `test`, `val` or `train` where it has them.
-
-    Raises:
-        NotFoundError: The split that was asked for is not there.
-    """
-    directory = existing_folder(directory)
-    found = split_folders(directory)
-    if split is not None:
-        if split not in found:
-            raise NotFoundError(
-                f"{directory!r} has no {split!r} folder; it has: {', '.join(found) or 'none'}."
-            )
-        return found[split]
-    return next((found[name] for name in ("test", "val", "train") if name in found), directory)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from keras_resnet.data.folders import rarest
@@ -56,28 +54,11 @@ def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(np.concatenate(drawn))
 
 
-def repeated_augmentation(
-    order: np.ndarray, repeats: int = 3, replicas: int = 1, rank: int = 0
-) -> np.ndarray:
+def repeated_augmentation(order: np.ndarray, repeats: int = 3) -> np.ndarray:
     """The positions of an epoch with repeated augmentation (Hoffer et al. 2019, arXiv 1901.09335).
 
-    As torchvision's references/classification/sampler.py `RASampler`: every position `repeats`
-    times in a row, dealt out to the replicas, cut to the length of a plain epoch, which is rounded
-    down to a multiple of 256. Below 256 positions nothing is rounded, so that the epoch is not
-    empty.
-
-    Args:
-        order: the positions of a plain epoch, shuffled.
-        repeats: copies of each.
-        replicas: processes that share the epoch.
-        rank: which of them this is.
-
-    Returns:
-        Positions for this replica.
+    As torchvision's references/classification/sampler.py `RASampler` on one device: every position
+    of a shuffled epoch `repeats` times in a row, cut to its length rounded down to a multiple of
+    256. Below 256 positions nothing is rounded, so that the epoch is not empty.
     """
-    count = len(order)
-    share = math.ceil(count * repeats / replicas)
-    positions = np.repeat(order, repeats)
-    positions = np.concatenate([positions, positions[: share * replicas - len(positions)]])
-    kept = (count // 256 * 256 or count) // replicas
-    return positions[rank : share * replicas : replicas][:kept]
+    return np.repeat(order, repeats)[: len(order) // 256 * 256 or len(order)]

@@ -150,17 +150,12 @@ class Preprocess:
         return replace(self, color_mode=channels, **colors)
 
     def __post_init__(self) -> None:
-        """Checks every field, and stores each in one form, so that equal means equal."""
-        store = object.__setattr__
+        store = object.__setattr__  # each in one form, so that equal means equal
         store(self, "color_mode", checked_color_mode(self.color_mode))
         store(self, "resize_size", _size("resize_size", self.resize_size))
         crop = _size("crop_size", self.crop_size)
         store(self, "crop_size", (crop, crop) if isinstance(crop, int) else crop)
-        if self.interpolation not in tuple(INTERPOLATIONS):
-            raise InputError(
-                f"interpolation must be one of {sorted(INTERPOLATIONS)}. Received: "
-                f"{self.interpolation!r}.{did_you_mean(self.interpolation, INTERPOLATIONS)}"
-            )
+        resample_filter(self.interpolation)
         for name in ("mean", "std"):
             store(self, name, self._per_channel(name, getattr(self, name)))
         if self.std is not None and np.min(np.float32(self.std)) <= 0:
@@ -320,6 +315,16 @@ class Preprocess:
     def to_json(self) -> str:
         """Returns `get_config` as JSON text."""
         return json.dumps(self.get_config())
+
+
+def resample_filter(name: str) -> int:
+    """Pillow's filter of a name as torchvision has it, or InputError."""
+    if name not in tuple(INTERPOLATIONS):
+        raise InputError(
+            f"interpolation must be one of {sorted(INTERPOLATIONS)}. Received: {name!r}."
+            f"{did_you_mean(name, INTERPOLATIONS)}"
+        )
+    return INTERPOLATIONS[name]
 
 
 def _size(name: str, value: Any) -> int | tuple[int, int] | None:

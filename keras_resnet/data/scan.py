@@ -6,6 +6,7 @@ sheet of the worst images, and a list of files for `exclude=` of `image_dataset_
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter, defaultdict
@@ -419,12 +420,8 @@ def _find_duplicates(
         (paths[kept[a]], paths[kept[b]], distance) for a, b, distance in near_pairs(bits, threshold)
     ]
 
-    same = [
-        (group[a], group[b], "exact")
-        for group in report.exact_duplicates
-        for a in range(len(group))
-        for b in range(a + 1, len(group))
-    ]
+    groups = (itertools.combinations(group, 2) for group in report.exact_duplicates)
+    same = [(a, b, "exact") for pairs in groups for a, b in pairs]
     same += [(a, b, "near") for a, b, _ in report.near_duplicates]
     for a, b, kind in same:
         if report.split_of(a) != report.split_of(b):

@@ -12,13 +12,8 @@ from PIL import Image, ImageEnhance
 
 from keras_resnet.data.bands import AnyPicture, bordered, fill_of, in_eight_bits
 from keras_resnet.data.items import as_image
-from keras_resnet.data.preprocess import (
-    INTERPOLATIONS,
-    compiled,
-    crop_centre,
-    resize_image,
-)
-from keras_resnet.system.errors import InputError, did_you_mean
+from keras_resnet.data.preprocess import compiled, crop_centre, resample_filter, resize_image
+from keras_resnet.system.errors import InputError, between, did_you_mean, whole
 
 AnyImage = AnyPicture | np.ndarray
 
@@ -36,8 +31,7 @@ class Transform:
             Transform.by_name[cls.__name__] = cls
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> Any:
-        """Draws the parameters for an image of this size."""
-        raise NotImplementedError
+        """Draws the parameters for an image of this size; where nothing is random, none."""
 
     def apply(self, image: AnyImage, parameters: Any) -> Image.Image:
         """Returns the changed image."""
@@ -86,13 +80,8 @@ class Resize(Transform):
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
-        size = self.size if isinstance(self.size, int) else _pair("size", self.size)
-        self._store(size=size)
+        self._store(size=self.size if isinstance(self.size, int) else _pair("size", self.size))
         resample_filter(self.interpolation)
-
-    def sample(self, height: int, width: int, rng: np.random.Generator) -> None:
-        """Draws nothing."""
 
     def apply(self, image: AnyImage, parameters: None = None) -> Image.Image:
         """Returns the image resized as `Preprocess` does."""
@@ -114,11 +103,7 @@ class CenterCrop(Transform):
     size: int | tuple[int, int]
 
     def __post_init__(self) -> None:
-        """Checks the argument."""
         self._store(size=_pair("size", self.size))
-
-    def sample(self, height: int, width: int, rng: np.random.Generator) -> None:
-        """Draws nothing."""
 
     def apply(self, image: AnyImage, parameters: None = None) -> Image.Image:
         """Returns the centre of the image."""
@@ -148,7 +133,6 @@ class RandomResizedCrop(Transform):
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
         self._store(
             size=_pair("size", self.size),
             scale=_limits("scale", self.scale, 0, 1),
@@ -203,8 +187,7 @@ class ByChance(Transform, registered=False):
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        """Checks the argument."""
-        _probability(self.p)
+        between("p", self.p, 0, 1)
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> bool:
         """Draws whether to make it."""
@@ -247,10 +230,8 @@ class RandomCrop(Transform):
     fill: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
         self._store(size=_pair("size", self.size))
-        if not isinstance(self.padding, int) or self.padding < 0:
-            raise InputError(f"padding must be an int of at least 0. Received: {self.padding!r}.")
+        whole("padding", self.padding, 0)
 
     def _border(self, height: int, width: int) -> tuple[int, int, int]:
         """Pixels added at both sides by `padding`, then above and below, then left and right."""
@@ -300,13 +281,11 @@ class ColorJitter(Transform):
     hue: float | tuple[float, float] = 0.0
 
     def __post_init__(self) -> None:
-        """Turns single numbers into limits."""
         for name in ("brightness", "contrast", "saturation", "hue"):
             value, centre = getattr(self, name), 0.0 if name == "hue" else 1.0
             low, high = (-0.5, 0.5) if name == "hue" else (0.0, math.inf)
             if isinstance(value, int | float):
-                if value < 0:
-                    raise InputError(f"{name} must not be negative. Received: {value!r}.")
+                between(name, value, 0)
                 value = (centre - value, centre + value)
                 value = (max(value[0], 0.0), value[1]) if centre else value
             self._store(**{name: _limits(name, value, low, high)})
@@ -325,37 +304,19 @@ class ColorJitter(Transform):
         """Applies the four changes in the order drawn."""
         image = as_image(image)
         limits = (self.brightness, self.contrast, self.saturation, self.hue)
-        changes = (adjust_brightness, adjust_contrast, adjust_saturation, _hue)
         order, values = parameters
         for i in order:
-            nothing = 0.0 if i == 3 else 1.0
-            if limits[i] != (nothing, nothing):
-                image = changes[i](image, values[i])
+            if i == 3 and limits[i] != (0.0, 0.0):
+                image = _hue(image, values[i])
+            elif i < 3 and limits[i] != (1.0, 1.0):
+                image = enhanced(image, ("Brightness", "Contrast", "Color")[i], values[i])
         return image
 
 
 @in_eight_bits
-def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
-    """Blends an image with black; 1 leaves it as it is."""
-    return ImageEnhance.Brightness(image).enhance(factor)
-
-
-@in_eight_bits
-def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Blends an image with its mean gray; 1 leaves it as it is."""
-    return ImageEnhance.Contrast(image).enhance(factor)
-
-
-@in_eight_bits
-def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
-    """Blends an image with its gray version; 1 leaves it as it is."""
-    return ImageEnhance.Color(image).enhance(factor)
-
-
-@in_eight_bits
-def adjust_sharpness(image: Image.Image, factor: float) -> Image.Image:
-    """Blends an image with its smoothed version; 1 leaves it as it is."""
-    return ImageEnhance.Sharpness(image).enhance(factor)
+def enhanced(image: Image.Image, name: str, factor: float) -> Image.Image:
+    """An image by one of Pillow's `ImageEnhance`: 1 leaves it as it is, 0 has nothing of it."""
+    return getattr(ImageEnhance, name)(image).enhance(factor)
 
 
 @in_eight_bits
@@ -388,8 +349,7 @@ class RandomErasing(Transform):
     value: float = 0.0
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
-        _probability(self.p)
+        between("p", self.p, 0, 1)
         self._store(
             scale=_limits("scale", self.scale, 0, 1),
             ratio=_limits("ratio", self.ratio, 1e-6, math.inf),
@@ -447,16 +407,6 @@ def _height_width(image: AnyImage) -> tuple[int, int]:
     return image.height, image.width
 
 
-def resample_filter(name: str) -> int:
-    """Pillow's filter of a name as torchvision has it, or InputError."""
-    if name not in INTERPOLATIONS:
-        raise InputError(
-            f"interpolation must be one of {sorted(INTERPOLATIONS)}. Received: {name!r}."
-            f"{did_you_mean(name, INTERPOLATIONS)}"
-        )
-    return INTERPOLATIONS[name]
-
-
 def _pair(name: str, value: Any) -> tuple[int, int]:
     sides = (value, value) if isinstance(value, int) else tuple(value)
     if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
@@ -472,8 +422,3 @@ def _limits(name: str, value: Any, least: float, most: float) -> tuple[float, fl
             f"Received: {value!r}."
         )
     return low, high
-
-
-def _probability(p: float) -> None:
-    if not 0 <= p <= 1:
-        raise InputError(f"p must be a probability from 0 to 1. Received: {p!r}.")

@@ -11,15 +11,9 @@ from PIL import Image
 
 from keras_resnet.data.bands import Bands, fill_of, in_eight_bits
 from keras_resnet.data.items import as_image
-from keras_resnet.data.transforms import (
-    AnyImage,
-    ByChance,
-    Transform,
-    _limits,
-    _probability,
-    resample_filter,
-)
-from keras_resnet.system.errors import InputError, whole
+from keras_resnet.data.preprocess import resample_filter
+from keras_resnet.data.transforms import AnyImage, ByChance, Transform, _limits
+from keras_resnet.system.errors import InputError, between, whole
 
 TURNING = ("nearest", "bilinear", "bicubic")
 
@@ -106,7 +100,6 @@ class RandomRotation(Transform):
     fill: float | None = None
 
     def __post_init__(self) -> None:
-        """Turns a single number into limits."""
         self._store(degrees=_both_ways("degrees", self.degrees))
         turning_filter(self.interpolation)
 
@@ -143,7 +136,6 @@ class RandomAffine(Transform):
     fill: float | None = None
 
     def __post_init__(self) -> None:
-        """Turns single numbers into limits."""
         self._store(degrees=_both_ways("degrees", self.degrees))
         if self.translate is not None:
             shift = tuple(float(part) for part in self.translate)
@@ -210,13 +202,12 @@ class GaussianBlur(Transform):
     p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
         whole("kernel_size", self.kernel_size, 1)
         if self.kernel_size % 2 == 0:
             raise InputError(f"kernel_size must be odd. Received: {self.kernel_size}.")
         limits = (self.sigma,) * 2 if isinstance(self.sigma, int | float) else self.sigma
         self._store(sigma=_limits("sigma", limits, 1e-6, math.inf))
-        _probability(self.p)
+        between("p", self.p, 0, 1)
 
     def sample(self, height: int, width: int, rng: np.random.Generator) -> float | None:
         """Draws the standard deviation; None is no blur."""
@@ -255,7 +246,5 @@ class RandomGrayscale(ByChance):
 
 def _both_ways(name: str, value: Any) -> tuple[float, float]:
     if isinstance(value, int | float):
-        if value < 0:
-            raise InputError(f"{name} must not be negative. Received: {value!r}.")
-        return -float(value), float(value)
+        return -between(name, value, 0), float(value)
     return _limits(name, value, -math.inf, math.inf)

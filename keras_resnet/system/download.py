@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -14,18 +15,9 @@ from collections.abc import Callable
 from typing import IO
 
 import filelock
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from keras_resnet.system.errors import DataError, KerasResNetError
+from keras_resnet.system.progress import byte_bar
 
 _CHUNK = 1 << 20
 
@@ -72,14 +64,35 @@ def fetched(
         KerasResNetError: The network failed (the message says what to fetch by hand, and where to
             put it), the bytes are not the published ones, or the disk refused.
     """
-    if target.is_file() and file_sha256(target).startswith(sha256):
+
+    def there() -> bool:
+        return target.is_file() and file_sha256(target).startswith(sha256)
+
+    if there():
         return target
+    part = target.with_name(f"{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{target}.lock"):
-            # Whoever held the lock before may have fetched it.
-            if not (target.is_file() and file_sha256(target).startswith(sha256)):
-                _download(url, target, sha256, home or url, error, progress, timeout, attempts)
+            if there():  # whoever held the lock before has fetched it
+                return target
+            with byte_bar(target.name) if progress else contextlib.nullcontext() as show:
+                _download(url, part, show, timeout, attempts)
+            found, size = file_sha256(part), part.stat().st_size
+            if not found.startswith(sha256):
+                part.unlink()
+                raise error(
+                    f"{url} gave {size:,} bytes whose sha256 begins with {found[:8]}, not with "
+                    f"{sha256[:8]}; they were deleted. Try again, or fetch the file from "
+                    f"{home or url} by hand and put it at {target}."
+                )
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, target)
+    except _NetworkError as failure:
+        raise error(
+            f"Cannot download {url}: {failure}. Fetch it by hand and put it at {target}."
+        ) from failure
     except OSError as failure:
         raise error(
             f"Cannot write {target.name} into {target.parent}: {failure.strerror or failure}. Set "
@@ -93,68 +106,36 @@ class _NetworkError(Exception):
 
 
 def _download(
-    url: str,
-    target: pathlib.Path,
-    sha256: str,
-    home: str,
-    error: type[KerasResNetError],
-    progress: bool,
-    timeout: float,
-    attempts: int,
+    url: str, part: pathlib.Path, show: Callable | None, timeout: float, attempts: int
 ) -> None:
-    part = target.with_name(f"{target.name}.part")
     failures = 0
-    columns = (
-        TextColumn("{task.description}"), DownloadColumn(binary_units=True), BarColumn(20),
-        TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    shown = progress and console.is_terminal
-    with Progress(*columns, console=console, disable=not shown) as bar:
-        task = bar.add_task(target.name, total=None)
-
-        def show(done: int, total: int | None) -> None:
-            bar.update(task, completed=done, total=total)
-
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                _fetch(url, part, show, timeout)
-                break
-            except _NetworkError as failure:
-                after = part.stat().st_size if part.exists() else 0
-                # Tries that brought something do not count: a bad line gets there in the end.
-                failures = failures + 1 if after <= before else 0
-                code = getattr(failure.__cause__, "code", 0)
-                permanent = 400 <= code < 500 and code not in (408, 416, 429)
-                if permanent or failures >= attempts:
-                    raise error(
-                        f"Cannot download {url}: {failure}. Fetch it by hand and put it at "
-                        f"{target}."
-                    ) from failure
-                time.sleep(min(0.1 * 2**failures, 2.0))
-    found = file_sha256(part)
-    if not found.startswith(sha256):
-        size = part.stat().st_size
-        part.unlink()
-        raise error(
-            f"{url} gave {size:,} bytes whose sha256 begins with {found[:8]}, not with "
-            f"{sha256[:8]}; they were deleted. Try again, or fetch the file from {home} by hand "
-            f"and put it at {target}."
-        )
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, target)
+    while True:
+        before = _size(part)
+        try:
+            return _fetch(url, part, show, timeout)
+        except _NetworkError as failure:
+            # Tries that brought something do not count: a bad line gets there in the end.
+            failures = failures + 1 if _size(part) <= before else 0
+            code = getattr(failure.__cause__, "code", 0)
+            permanent = 400 <= code < 500 and code not in (408, 416, 429)
+            if permanent or failures >= attempts:
+                raise
+            time.sleep(min(0.1 * 2**failures, 2.0))
 
 
-def _fetch(url: str, part: pathlib.Path, show: Callable, timeout: float) -> None:
+def _size(part: pathlib.Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _fetch(url: str, part: pathlib.Path, show: Callable | None, timeout: float) -> None:
     """Appends to the part file what is missing, or starts afresh where the server cannot."""
-    have = part.stat().st_size if part.exists() else 0
+    have = _size(part)
     response = _open(url, part, have, timeout)
     if response is None:
         return
     with response:
-        resumed = have and _continues(response, have)
+        span = response.headers.get("Content-Range", "")
+        resumed = have and response.status == 206 and span.startswith(f"bytes {have}-")
         have = have if resumed else 0
         length = response.headers.get("Content-Length") or ""
         total = have + int(length) if length.isdecimal() else None
@@ -180,12 +161,7 @@ def _open(url: str, part: pathlib.Path, have: int, timeout: float):
         raise _NetworkError(str(reason)) from error
 
 
-def _continues(response, have: int) -> bool:
-    span = response.headers.get("Content-Range", "")
-    return response.status == 206 and span.startswith(f"bytes {have}-")
-
-
-def _copy(response, file: IO[bytes], show: Callable, done: int, total: int | None) -> None:
+def _copy(response, file: IO[bytes], show: Callable | None, done: int, total: int | None) -> None:
     while True:
         try:
             block = response.read1(_CHUNK)
@@ -195,6 +171,7 @@ def _copy(response, file: IO[bytes], show: Callable, done: int, total: int | Non
             break
         file.write(block)
         done += len(block)
-        show(done, total)
+        if show is not None:
+            show(done, total)
     if total is not None and done < total:
         raise _NetworkError(f"the connection ended at {done:,} of {total:,} bytes")

@@ -45,16 +45,12 @@ class Alone:
     Attributes:
         rank: Which process this is, from 0.
         size: How many there are.
+        devices: How many devices share a batch.
         first: Whether it is the one that scans, writes and prints.
         norms_together: Whether batch norms take their statistics from the images of all.
     """
 
-    rank, size, first, norms_together = 0, 1, True, False
-
-    @property
-    def devices(self) -> int:
-        """How many devices share a batch."""
-        return self.size
+    rank, size, devices, first, norms_together = 0, 1, 1, True, False
 
     def check(self, recipe: Any, compile: bool, sync_bn: bool | None) -> bool | None:
         """Gives `sync_bn`, where it settles it; refuses, by an InputError, what it cannot do."""
@@ -125,8 +121,7 @@ class _Joined(Alone):
     """One of several processes, on torch; every method is called in all of them, in one order."""
 
     def __init__(self, rank: int, size: int, words: Any):
-        self.rank, self.size, self.first = rank, size, rank == 0
-        self.norms_together = False
+        self.rank, self.size, self.devices, self.first = rank, size, size, rank == 0
         self.stopping = False  # a signal came, while processes share images
         self._words = words  # the group for CPU tensors
         self._wishes: list[bool] = []

@@ -112,27 +112,28 @@ def shows_bars(stream: TextIO) -> bool:
 
 
 @contextlib.contextmanager
-def byte_bar(label: str, size: int) -> Iterator[Callable[[int, int], None] | None]:
+def byte_bar(
+    label: str, size: int | None = None
+) -> Iterator[Callable[[int, int | None], None] | None]:
     """A bar for bytes that are read or fetched, in a terminal; `None` for what takes no second.
 
     Args:
         label: What stands before it.
-        size: Bytes in all.
+        size: Bytes in all, where they are known.
 
     Yields:
         A function of the bytes done and those in all.
     """
-    if size < 50 * 2**20 or not sys.stderr.isatty():
+    console = Console(stderr=True)
+    if (size is not None and size < 50 * 2**20) or not console.is_terminal:
         yield None
         return
     columns = (
-        rich.TextColumn("{task.description}", markup=False),
-        rich.BarColumn(),
-        rich.DownloadColumn(binary_units=True),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(),
-    )
-    with rich.Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
+        rich.TextColumn("{task.description}", markup=False), rich.BarColumn(20),
+        rich.TaskProgressColumn(), rich.DownloadColumn(binary_units=True),
+        rich.TransferSpeedColumn(), rich.TimeRemainingColumn(compact=True),
+    )  # fmt: skip
+    with rich.Progress(*columns, console=console, redirect_stdout=False) as bar:
         task = bar.add_task(label, total=size)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

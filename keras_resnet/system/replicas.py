@@ -58,15 +58,6 @@ def _count(there: int, kind: str) -> int:
     return int(asked)
 
 
-class _Devices(group.Alone):
-    """What both have in common: one process, whose batches are spread out."""
-
-    devices = 1
-
-    def __init__(self, devices: int):
-        self.devices = devices
-
-
 # --- TensorFlow ----------------------------------------------------------------------------------
 
 
@@ -98,12 +89,11 @@ def _mirrored(devices: tuple[str, ...]) -> Any:
     return tf.distribute.MirroredStrategy(devices)
 
 
-class _Mirrored(_Devices):
+class _Mirrored(group.Alone):
     """A model on several devices of TensorFlow, each with its part of every batch."""
 
     def __init__(self, strategy: Any):
-        super().__init__(strategy.num_replicas_in_sync)
-        self._strategy = strategy
+        self._strategy, self.devices = strategy, strategy.num_replicas_in_sync
 
     def check(self, recipe, compile, sync_bn):
         if compile:
@@ -219,7 +209,7 @@ def _shards() -> group.Alone | None:
     return _Sharded(devices) if len(devices) > 1 else None
 
 
-class _Sharded(_Devices):
+class _Sharded(group.Alone):
     """A model on several devices of jax, each with its part of every batch.
 
     The step is that of one device, which XLA parts: a batch norm takes all images of a batch, and
@@ -227,7 +217,7 @@ class _Sharded(_Devices):
     """
 
     def __init__(self, devices: Sequence[Any]):
-        super().__init__(len(devices))
+        self.devices = len(devices)
         mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
         self._whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._parts = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))

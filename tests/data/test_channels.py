@@ -191,9 +191,9 @@ def test_16_bits_are_kept_where_colours_stay(rng):
     floats = Image.fromarray(deep.astype(np.float32)).rotate(13.0, Image.Resampling.BILINEAR)
     assert isinstance(turned, Bands)
     np.testing.assert_allclose(np.asarray(turned)[..., 0], np.asarray(floats), atol=1)
-    blurred = transforms.adjust_contrast(bands_of(deep), 0.5)
+    blurred = transforms.enhanced(bands_of(deep), "Contrast", 0.5)
     eight = Image.fromarray(np.rint(deep / 257).astype(np.uint8))
-    expected = np.asarray(transforms.adjust_contrast(eight, 0.5))
+    expected = np.asarray(transforms.enhanced(eight, "Contrast", 0.5))
     np.testing.assert_array_equal(np.asarray(blurred)[..., 0], expected)
 
 
