@@ -251,6 +251,12 @@ def learning_rates(
     return _save(figure, path)
 
 
+def enlarged(image: np.ndarray, least: int) -> np.ndarray:
+    """An image, enlarged by a whole number until its shorter side has at least so many pixels."""
+    times = max(1, -(-least // min(image.shape[:2])))
+    return image.repeat(times, axis=0).repeat(times, axis=1)
+
+
 def picture_grid(
     images: np.ndarray, titles: Sequence[str], path: str | os.PathLike, columns: int = 4
 ) -> Path:

@@ -227,11 +227,10 @@ def accuracy_interval(right: int, count: int) -> tuple[float, float]:
         >>> [round(x, 3) for x in accuracy_interval(85, 153)]
         [0.476, 0.632]
     """
-    z = 1.959963984540054  # the normal distribution's 97.5% point
-    fraction, scale = right / count, 1 + z * z / count
-    middle = (fraction + z * z / (2 * count)) / scale
-    half = z * math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count * count)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
+    from scipy.stats import binomtest  # half a second
+
+    found = binomtest(right, count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def paired_p_value(only_first: int, only_second: int) -> float:
@@ -248,13 +247,7 @@ def paired_p_value(only_first: int, only_second: int) -> float:
         >>> round(paired_p_value(12, 4), 4)
         0.0768
     """
-    count, few = only_first + only_second, min(only_first, only_second)
-    if count == 0:
-        return 1.0
-    log_half = count * math.log(0.5)
-    choose = math.lgamma(count + 1)
-    tail = sum(
-        math.exp(choose - math.lgamma(k + 1) - math.lgamma(count - k + 1) + log_half)
-        for k in range(few + 1)
-    )
-    return min(1.0, 2 * tail)
+    from scipy.stats import binomtest
+
+    count = only_first + only_second
+    return float(binomtest(only_first, count).pvalue) if count else 1.0

@@ -152,17 +152,11 @@ class Evaluation(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the single images, JSON-able."""
-        return {
-            "loss": self.loss,
-            "top1": self.top1,
-            "top5": self.top5,
-            "count": self.count,
-            "class_names": self.class_names,
-            "per_class": self.per_class,
-            "confusion": None if self.confusion is None else self.confusion.tolist(),
-            "skipped": [list(item) for item in self.skipped],
-            **({"task": self.task, "scores": self.scores} if self.scores else {}),
-        }
+        names = "loss", "top1", "top5", "count", "class_names", "per_class", "confusion", "skipped"
+        found = {name: getattr(self, name) for name in names}
+        found["confusion"] = None if self.confusion is None else self.confusion.tolist()
+        found["skipped"] = [list(item) for item in self.skipped]
+        return found | ({"task": self.task, "scores": self.scores} if self.scores else {})
 
     def to_csv(self) -> str:
         """A line an image: path, true and predicted class, their probabilities."""
@@ -369,9 +363,7 @@ def measured(meaning: Meaning, logs, hits, paths, names, skipped) -> Evaluation:
     classes, several = np.arange(len(names)), meaning.task == "multi-label"
     said = meaning.answers(logs)
     true, predicted = (hits, said) if several else (hits.argmax(axis=1), said.argmax(axis=1))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        true, predicted, labels=classes, zero_division=0.0
-    )
+    columns = precision_recall_fscore_support(true, predicted, labels=classes, zero_division=0.0)
     top5 = None
     if len(names) > 5 and not several:
         best = np.argpartition(-logs, 5, axis=1)[:, :5]
@@ -387,15 +379,9 @@ def measured(meaning: Meaning, logs, hits, paths, names, skipped) -> Evaluation:
         }
         for path, t, p, probability, of_true in zip(paths, hits, said, *both, strict=True)
     ]
+    table = zip(names, *(of.tolist() for of in columns), strict=True)
     per_class = [
-        {
-            "name": names[i],
-            "precision": float(precision[i]),
-            "recall": float(recall[i]),
-            "f1": float(f1[i]),
-            "count": int(support[i]),
-        }
-        for i in classes
+        dict(zip(("name", "precision", "recall", "f1", "count"), row, strict=True)) for row in table
     ]
     scores = {} if meaning.task == "single-label" else _scores(meaning, logs, hits, per_class)
     return Evaluation(
@@ -404,7 +390,7 @@ def measured(meaning: Meaning, logs, hits, paths, names, skipped) -> Evaluation:
         top5=top5,
         count=len(true),
         class_names=list(names),
-        per_class=[per_class[i] for i in classes if support[i] or said[:, i].any()],
+        per_class=[row for i, row in enumerate(per_class) if row["count"] or said[:, i].any()],
         confusion=None if several else confusion_matrix(true, predicted, labels=classes),
         rows=rows,
         skipped=skipped,

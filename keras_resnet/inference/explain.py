@@ -70,12 +70,6 @@ def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.n
     return np.round(mixed).astype(np.uint8)
 
 
-def enlarged(image: np.ndarray, least: int) -> np.ndarray:
-    """An image, enlarged by a whole number until its shorter side has at least so many pixels."""
-    times = max(1, -(-least // min(image.shape[:2])))
-    return image.repeat(times, axis=0).repeat(times, axis=1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """What a model says of one image, and where it looked.
@@ -107,7 +101,7 @@ class Explanation:
         """
         if self.pixels is None or self.heatmap is None:
             raise DataError(f"There is nothing to draw: {self.prediction.error}")
-        return overlay(enlarged(plots.displayed(self.pixels), least), self.heatmap, alpha)
+        return overlay(plots.enlarged(plots.displayed(self.pixels), least), self.heatmap, alpha)
 
 
 def iter_explanations(

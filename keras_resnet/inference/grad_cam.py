@@ -147,14 +147,10 @@ def _scaled(values: np.ndarray) -> np.ndarray:
 
 def resized(values: np.ndarray, side: Sequence[int]) -> np.ndarray:
     """Bilinear as OpenCV's `INTER_LINEAR`: centres at half a pixel, edges repeated."""
-    for axis, size in enumerate(side):
-        length = values.shape[axis]
-        at = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
-        low = np.floor(at).astype(int)
-        high = np.minimum(low + 1, length - 1)
-        fraction = (at - low).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
-        values = values.take(low, axis) * (1 - fraction) + values.take(high, axis) * fraction
-    return values
+    from scipy.ndimage import zoom  # a sixth of a second
+
+    factors = [size / length for size, length in zip(side, values.shape, strict=True)]
+    return zoom(values, factors, order=1, mode="nearest", grid_mode=True)
 
 
 def _check_images(model: keras.Model, images: np.ndarray) -> None:

@@ -265,10 +265,6 @@ async def _sweep(folder: str, page, every: float = 60, age: float = 600) -> None
                     path.rmdir() if path.is_dir() else path.unlink()
 
 
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
 def _add_endpoint(app, service: Service) -> None:
     import anyio
     from starlette.exceptions import HTTPException
@@ -342,7 +338,8 @@ def serve(
         name = socket.gethostname().lower()
         hosts = LOOPBACK if local else (*LOOPBACK, host.lower(), name, f"{name}.local")
         app = build_app(model, limits=limits, engine=engine, hosts=hosts, pixels=pixels)
-        shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else _bracketed(host)
+        shown = f"[{host}]" if ":" in host else host
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else shown
         print(f"Serving at http://{shown}:{port} (Ctrl-C stops)", flush=True)
         if not local:
             print("Whoever reaches this machine can use it: there is no password.", flush=True)

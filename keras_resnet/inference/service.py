@@ -18,11 +18,11 @@ from keras_resnet.data.looking import file_head
 from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.walk import FORMATS
 from keras_resnet.inference.calibration import answer_of
-from keras_resnet.inference.explain import enlarged, overlay
+from keras_resnet.inference.explain import overlay
 from keras_resnet.inference.grad_cam import grad_cam
 from keras_resnet.inference.prediction_files import most_probable
 from keras_resnet.models.files import load_model, model_class_names, model_input
-from keras_resnet.plots import displayed
+from keras_resnet.plots import displayed, enlarged
 from keras_resnet.runtimes.rows import format_of_file
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.runtimes.select import open_runner

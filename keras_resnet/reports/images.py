@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.plots import displayed
+from keras_resnet.plots import displayed, enlarged
 from keras_resnet.reports.run_facts import RunFacts
 from keras_resnet.system.errors import reason_of
 
@@ -83,7 +83,7 @@ def _looked_at(run, model, mistakes, uncertain) -> dict[str, list[dict[str, Any]
             if explanation.heatmap is None:
                 continue
             if row["path"] not in views:
-                seen = _view(_at_least(explanation.pixels), row["path"], seen=True)
+                seen = _view(enlarged(explanation.pixels, _SIDES[0]), row["path"], seen=True)
                 views[row["path"]] = [seen]
             drawn = explanation.overlay(least=_SIDES[0])
             views[row["path"]].append(_view(drawn, row["path"], label=row[key]))
@@ -93,15 +93,8 @@ def _looked_at(run, model, mistakes, uncertain) -> dict[str, list[dict[str, Any]
 def _plain_views(run: RunFacts, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     config = run.config.get("preprocess")
     preprocess = Preprocess() if config is None else Preprocess.from_config(config)
-    return {
-        row["path"]: [_view(_at_least(preprocess.pixels(run.image(row["path"]))), row["path"])]
-        for row in rows
-    }
-
-
-def _at_least(pixels: np.ndarray) -> np.ndarray:
-    times = max(1, -(-_SIDES[0] // min(pixels.shape[:2])))
-    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+    found = ((row["path"], preprocess.pixels(run.image(row["path"]))) for row in rows)
+    return {path: [_view(enlarged(pixels, _SIDES[0]), path)] for path, pixels in found}
 
 
 def _view(

@@ -73,17 +73,14 @@ def _first_file(start: Any, variant: str | None) -> Path | None:
 def _verify(path: Path, variant: str, key: str | None) -> Any:
     """The file once more through the import, and compared with plain NumPy."""
     # Not at the top: figures alone need neither Keras nor a backend.
-    import keras
-
     from keras_resnet.models.zoo import create_model
+    from keras_resnet.system.device import image_shape
     from keras_resnet.weights.load import load_torchvision
     from keras_resnet.weights.verify import verify
 
     spec = get_spec(variant)
     side = spec.input_size if spec.min_size > 1 else min(64, spec.input_size)
-    last = keras.config.image_data_format() == "channels_last"
-    shape = (side, side, 3) if last else (3, side, side)
-    fresh = create_model(variant, num_classes=2, input_shape=shape)
+    fresh = create_model(variant, num_classes=2, input_shape=image_shape(side, side, 3))
     load_torchvision(fresh, path, head="skip", key=key)
     return verify(fresh, path, key=key)
 

@@ -72,12 +72,7 @@ def read_run(folder: str | os.PathLike) -> RunFacts:
 
 
 def check_run(path: str | os.PathLike) -> None:
-    """Says what is wrong with a path that is no run folder, and which one is likely meant.
-
-    Raises:
-        NotFoundError: There is no such folder; a near name is suggested.
-        InputError: It is a file, or no run folder.
-    """
+    """Says what is wrong with a path that is no run folder, and which is meant: see `read_run`."""
     folder = Path(path).expanduser()
     if not folder.exists():
         raise NotFoundError(f"No run folder at {os.fspath(path)!r}.{meant_path(path)}")

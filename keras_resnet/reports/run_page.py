@@ -17,12 +17,7 @@ _MATRIX_CLASSES = 12  # up to here a confusion matrix is a table, above it a dra
 
 
 def run_context(run: RunFacts, model: Any) -> dict[str, Any]:
-    """Everything that `run.html` and the model card show of a run.
-
-    Args:
-        run: The run.
-        model: Its model, or `None` to load it.
-    """
+    """Everything that `run.html` and the model card show of a run; `None` loads its model."""
     results = run.main
     return {
         "run": run,
@@ -37,14 +32,8 @@ def run_context(run: RunFacts, model: Any) -> dict[str, Any]:
         "origin": origin(run),
         "recipe": {k: v for k, v in run.recipe.items() if k not in ABOUT},
         "changes": recipe_changes(run.recipe),
-        "model_file": _model_file(run),
+        "model_file": next((n for n in ("best.keras", *run.files) if n in run.files), None),
     }
-
-
-def _model_file(run: RunFacts) -> str | None:
-    if not run.files:
-        return None
-    return "best.keras" if "best.keras" in run.files else next(iter(run.files))
 
 
 def _curves(run: RunFacts) -> list[dict[str, Any]]:

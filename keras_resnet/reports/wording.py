@@ -29,11 +29,6 @@ def short(text: Any) -> Markup:
     return Markup("<bdi>{}</bdi>").format(shortened(plain(text), 20))
 
 
-def image_name(path: Any) -> str:
-    """An image's path from its class folder on."""
-    return os.path.join(*Path(path).parts[-2:])
-
-
 def plain(text: Any) -> str:
     """Text that does no harm: no paths of this machine, and control characters made visible.
 
@@ -56,9 +51,9 @@ def as_percent(value: Any) -> str:
     return f"{value:.{digits}%}"
 
 
-def as_decimal(value: Any, digits: int = 3) -> str:
-    """A number with so many digits behind the point."""
-    return f"{value:.{digits}f}" if is_number(value) else NOTHING
+def as_number(value: Any, form: str, nothing: str = NOTHING) -> str:
+    """A number in one of Python's formats."""
+    return format(value, form) if is_number(value) else nothing
 
 
 def is_number(value: Any) -> bool:
@@ -85,11 +80,6 @@ def as_duration(seconds: float | None) -> str:
         return f"{seconds:.3g} s"
     minutes, hours = seconds / 60, seconds / 3600
     return f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
-
-
-def as_size(size: int) -> str:
-    """Bytes as people say them."""
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
 
 
 def as_time(time: datetime | None) -> str:
@@ -134,26 +124,6 @@ def listed(names: Sequence[str], limit: int = 5) -> Markup:
     return Markup(" and ").join(filter(None, [Markup(", ").join(shown[:-1]), *shown[-1:]]))
 
 
-def as_integer(value: Any) -> str:
-    """A count, its thousands apart."""
-    return f"{value:,}" if is_number(value) else NOTHING
-
-
-def as_width(fraction: Any) -> str:
-    """A fraction as a length in CSS, in percent without the sign."""
-    return f"{100 * fraction:.2f}" if is_number(fraction) else "0"
-
-
-def as_scientific(value: Any) -> str:
-    """A number by its power of ten."""
-    return f"{value:.2e}" if is_number(value) else NOTHING
-
-
-def as_code(text: Any) -> Markup:
-    """A text to be copied, for a page."""
-    return Markup("<code>{}</code>").format(plain(text))
-
-
 def as_label(key: str) -> str:
     """The name of a setting as the head of its row.
 
@@ -171,11 +141,6 @@ def as_shell(words: Sequence[Any]) -> str:
     return " ".join(w if bare.fullmatch(w) else shlex.quote(w) for w in map(plain, words))
 
 
-def as_python(text: Any) -> str:
-    """A text as Python code has it."""
-    return plain(repr(str(text)))
-
-
 def fenced(text: str, language: str) -> Markdown:
     """Code out of a page as a block of Markdown, whose fence is longer than any in the code."""
     text = html.unescape(text)
@@ -185,25 +150,25 @@ def fenced(text: str, language: str) -> Markdown:
 
 
 FILTERS = {
-    "code": as_code,
+    "code": lambda text: Markup("<code>{}</code>").format(plain(text)),  # to be copied
     "counted": counted,
-    "decimal": as_decimal,
+    "decimal": lambda value, digits=3: as_number(value, f".{digits}f"),
     "duration": as_duration,
     "fenced": fenced,
-    "image": image_name,
-    "integer": as_integer,
+    "image": lambda path: os.path.join(*Path(path).parts[-2:]),  # from its class folder on
+    "integer": lambda value: as_number(value, ","),
     "label": as_label,
     "listed": listed,
     "markdown": Markdown,
     "name": name,
     "percent": as_percent,
     "plain": plain,
-    "python": as_python,
-    "scientific": as_scientific,
+    "python": lambda text: plain(repr(str(text))),
+    "scientific": lambda value: as_number(value, ".2e"),
     "setting": as_setting,
     "shell": as_shell,
     "short": short,
-    "size": as_size,
+    "size": lambda n: f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.0f} KiB",
     "time": as_time,
-    "width": as_width,
+    "width": lambda part: as_number(part, ".2%", "0").rstrip("%"),  # in CSS, of a fraction
 }
