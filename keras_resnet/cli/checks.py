@@ -85,9 +85,7 @@ def existing_file(path: str | os.PathLike) -> None:
 def written(*endings: str, pipe: bool = False) -> Callable[[str], None]:
     """A check of a file that shall be written: it can be, and its name says a kind that there is.
 
-    Args:
-        *endings: Of the kinds; any by default.
-        pipe: `-` means the standard output.
+    Without endings any does; `pipe` means that `-` is the standard output.
     """
 
     def check(path: str) -> None:

@@ -24,9 +24,6 @@ def write_digits(folder: str | os.PathLike, each: int | None = None) -> Path:
     Args:
         folder: Where; images that are there already are left alone.
         each: So many of each digit; all by default.
-
-    Returns:
-        The folder.
     """
     from sklearn.datasets import load_digits
 
@@ -53,9 +50,6 @@ def write_images(
         labels: `(n,)` or `(n, 1)`.
         class_names: Names in the order of the labels.
         side: Enlarge them to so many pixels a side.
-
-    Returns:
-        The folder.
     """
     folder = Path(folder)
     for index, (pixels, label) in enumerate(zip(images, np.ravel(labels), strict=True)):
@@ -76,9 +70,6 @@ def write_cifar10(folder: str | os.PathLike, arrays: tuple | None = None) -> Pat
         folder: Where; images that are there already are left alone.
         arrays: `(x_train, y_train), (x_test, y_test)`; by default those of
             `keras.datasets.cifar10`, which downloads 170 MB once.
-
-    Returns:
-        The folder.
     """
     import keras
 
@@ -93,12 +84,7 @@ def write_cifar10(folder: str | os.PathLike, arrays: tuple | None = None) -> Pat
 def run_demo(output: str | os.PathLike = "demo", epochs: int | None = None) -> TrainResult:
     """Trains a ResNet-20 on handwritten digits, evaluates it and predicts three files.
 
-    Args:
-        output: Folder for the images (`digits`) and the run.
-        epochs: In place of the demo's own number.
-
-    Returns:
-        The run's result.
+    Images (`digits`) and run are in one folder; `epochs` is in place of the demo's own number.
     """
     output = Path(output)
     digits = write_digits(output / "digits")

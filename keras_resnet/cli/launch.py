@@ -37,12 +37,8 @@ def launch(
     One takes all devices of TensorFlow or jax. Several meet in a folder and talk over the loopback
     interface: no port is open to others. For several machines there is torchrun.
 
-    Args:
-        words: The command line.
-        devices: How many, or `"all"`.
-        restarts: How often a process that is lost is replaced, all of them going on together.
-        compile: Whether the step shall be compiled, which that of several devices cannot be.
-        dry_run: Only checks that they could start.
+    `restarts` is how often a lost process is replaced, all of them going on together; a dry run
+    only checks that they could start.
 
     Raises:
         InputError: There are fewer devices, a step to compile, or another command than train to

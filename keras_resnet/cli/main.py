@@ -13,12 +13,7 @@ from keras_resnet.cli.checks import apart
 from keras_resnet.cli.commands import COMMANDS
 from keras_resnet.cli.launch import launch
 from keras_resnet.cli.parser import Command, make_parser
-from keras_resnet.system.errors import (
-    InputError,
-    KerasResNetError,
-    OtherProcessError,
-    no_memory,
-)
+from keras_resnet.system.errors import InputError, KerasResNetError, OtherProcessError, no_memory
 from keras_resnet.system.files import named, printable
 from keras_resnet.system.process import (
     choose_backend,

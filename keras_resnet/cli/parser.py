@@ -263,7 +263,8 @@ def make_parser(commands: Mapping[str, Command], version: str) -> Parser:
     for name, command in commands.items():
         text = command.help
         given = [a.options for a in command.arguments if not a.name.startswith("-")]
-        words = " ".join(_usage_word(options) for options in given)
+        shape = {"+": "{} ...", "?": "[{}]"}
+        words = " ".join(shape.get(o.get("nargs"), "{}").format(o["metavar"]) for o in given)
         one = table.add_parser(
             name,
             help=text,
@@ -276,12 +277,7 @@ def make_parser(commands: Mapping[str, Command], version: str) -> Parser:
 
 
 def run_options(path: str) -> dict[str, Any]:
-    """The options of the command that a run was made by, of its `config.json` or its folder.
-
-    Raises:
-        NotFoundError: There is no such file.
-        InputError: It is the record of no run.
-    """
+    """The options of the command that a run was made by, of its `config.json` or its folder."""
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     if not file.exists():
@@ -300,11 +296,6 @@ def run_options(path: str) -> dict[str, Any]:
     if config.get("tf32") is False:
         fields["tf32"] = False
     return {**fields, **arguments, **(arguments.get("source") or {}), "recipe": name}
-
-
-def _usage_word(options: dict[str, Any]) -> str:
-    word = options["metavar"]
-    return {"+": f"{word} ...", "?": f"[{word}]"}.get(options.get("nargs"), word)
 
 
 def _add(parser: Parser, arguments: list[Argument]) -> None:

@@ -32,12 +32,7 @@ def apply_operation(
 ) -> Image.Image:
     """Applies one named operation; torchvision/transforms/autoaugment.py `_apply_op`.
 
-    Args:
-        image: a Pillow image of mode RGB or L.
-        name: `"ShearX"`, `"TranslateY"`, `"Rotate"`, `"Posterize"`, ...
-        magnitude: in the operation's own unit, sign included.
-        resample: a Pillow resampling filter for the geometric operations.
-        fill: the value of pixels from outside the image; None is 0.
+    Its magnitude is in the operation's own unit, sign included.
     """
     fill = fill_of(image, fill)
     # torchvision goes by degrees and back, and so do the last bits of the angle.

@@ -222,10 +222,7 @@ def pages(image: Image.Image, channels: int) -> Bands | None:
 def samples(data: bytes, channels: int | None, most: int) -> Bands | None:
     """The channels of a TIFF that has more than Pillow reads, where tifffile is installed.
 
-    Args:
-        data: A file.
-        channels: How many it must have; None is any number.
-        most: Values, at most.
+    So many of them (None is any number), of so many values at most.
     """
     if not data.startswith(_TIFF) or importlib.util.find_spec("tifffile") is None:
         return None

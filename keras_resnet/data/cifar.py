@@ -10,13 +10,14 @@ import pickletools
 import re
 import zlib
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keras_resnet.data.arrays import Arrays
 from keras_resnet.data.items import Joined, Source
-from keras_resnet.data.tar_entries import entries, read_at
+from keras_resnet.data.tar_entries import entries
 from keras_resnet.system.download import fetched
 from keras_resnet.system.errors import DataError, NotFoundError
 from keras_resnet.system.files import cache_home
@@ -87,24 +88,16 @@ def open_cifar(path: str) -> Source:
 
 def _files(path: str) -> dict[str, bytes]:
     if os.path.isdir(path):
-        names = [name for name in sorted(os.listdir(path)) if _FILES.fullmatch(name)]
-        found = {}
-        for name in names:
-            file = os.path.join(path, name)
-            if os.path.isfile(file) and os.path.getsize(file) < _MOST:
-                with open(file, "rb") as stream:
-                    found[name] = stream.read(_MOST)
-        return found
+        files = [Path(path, name) for name in sorted(os.listdir(path)) if _FILES.fullmatch(name)]
+        known = [file for file in files if file.is_file() and file.stat().st_size < _MOST]
+        return {file.name: file.read_bytes() for file in known}
     with gzip.open(path) as packed:
         data = packed.read(_MOST + 1)
     if len(data) > _MOST:
         raise ValueError(f"it unpacks to more than {_MOST:,} bytes")
-    file = io.BytesIO(data)
-    found = {}
-    for name, start, size in entries(file, len(data), Counter()):
-        if _FILES.fullmatch(os.path.basename(name)):
-            found[os.path.basename(name)] = read_at(file, start, size)
-    return found
+    there = ((os.path.basename(name), start, start + size)
+             for name, start, size in entries(io.BytesIO(data), len(data), Counter()))  # fmt: skip
+    return {name: data[start:end] for name, start, end in there if _FILES.fullmatch(name)}
 
 
 def _source(path: str, files: dict[str, bytes]) -> Source:

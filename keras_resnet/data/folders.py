@@ -45,7 +45,6 @@ def find_pictures(
     *,
     follow_links: bool = True,
     exclude: str | os.PathLike | Iterable[str] | None = None,
-    others: Counter | None = None,
 ) -> tuple[list[str], np.ndarray, list[str]]:
     """Lists the images of a folder that has one subfolder a class.
 
@@ -56,7 +55,6 @@ def find_pictures(
         class_names: Those to take, in the order of their labels; all by default.
         follow_links: Visit folders behind links inside class folders.
         exclude: Images to leave out.
-        others: Gets the files that are not read, as `unread` counts them.
 
     Returns:
         Paths, their labels (int32), the class names.
@@ -67,7 +65,7 @@ def find_pictures(
         InputError: class_names that are not there.
     """
     directory = existing_folder(directory)
-    names, found = class_pictures(directory, class_names, follow_links=follow_links, others=others)
+    names, found = class_pictures(directory, class_names, follow_links=follow_links)
     excluded = left_out(directory, exclude)
     paths: list[str] = []
     labels: list[int] = []
@@ -91,11 +89,8 @@ def class_pictures(
 ) -> tuple[list[str], Iterator[tuple[int, str, list[str]]]]:
     """The names of the classes, and of each folder a label, its path and the images in it.
 
-    Args:
-        directory: As of `find_pictures`, and so are the others and what is raised.
-        class_names: Those to take.
-        follow_links: Visit folders behind links.
-        others: Gets the files that are not read.
+    Arguments and errors are those of `find_pictures`; `others` gets the files that are not read, as
+    `unread` counts them.
     """
     found = class_folders(directory)
     folder_of = _folders_by_name(directory, found)
@@ -389,12 +384,7 @@ def _subfolders(directory: str) -> list[str]:
 
 
 def layout(directory: str | os.PathLike, found: dict[str, str]) -> str:
-    """One line that says which folders are taken as what; empty where all are classes by name.
-
-    Args:
-        directory: Of the dataset.
-        found: Its parts, as `split_folders` gives them.
-    """
+    """One line on which folders `split_folders` took as what; empty where all are classes."""
     directory = os.fspath(directory)
     names = _subfolders(directory)
     if not found:

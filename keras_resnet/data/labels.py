@@ -120,14 +120,7 @@ def checked_mode(
     sampler: str | None = None,
     labels: np.ndarray | None = None,
 ) -> str | None:
-    """The form of the labels; mixed and smoothed ones (`soft`) are floats.
-
-    Args:
-        mode: What was asked for.
-        names: Of the classes; None where there are no labels.
-        soft: Whether labels are mixed or smoothed.
-        sampler: What asks for labels as well.
-        labels: Of which an image may have several.
+    """The form of the labels; mixed and smoothed ones (`soft`) are floats, several are tuples.
 
     Raises:
         InputError: The labels cannot have that form.

@@ -47,9 +47,7 @@ class Head(NamedTuple):
 def file_head(data: bytes, orientation: bool = False) -> Head:
     """What the file of an image is; its pixels are not decoded.
 
-    Args:
-        data: The file.
-        orientation: Also look for the EXIF tag, for which Pillow decodes the whole of a PNG.
+    But for its orientation, the EXIF tag: for that Pillow decodes the whole of a PNG.
 
     Raises:
         UnidentifiedImageError: It is of no format that is read; Pillow raises others.

@@ -299,12 +299,7 @@ def without(source: Source, exclude: Any) -> Source:
 
 
 def labelled_place(data: Any, split: str | None = None) -> str:
-    """A line about where `labelled` looks, before anything is read.
-
-    Raises:
-        NotFoundError: There is nothing there, or not this split.
-        DataError: No classes.
-    """
+    """A line about where `labelled` looks, before anything is read; raises what that raises."""
     source = opened(data)
     if isinstance(source, Source):
         part = _labelled(_part(source, split))
@@ -361,10 +356,6 @@ def _test_images(
     folder: str | None, names: Sequence[str]
 ) -> tuple[list[str], np.ndarray | None, str]:
     """Images to test a classifier on, labelled where the folders that they lie in are its classes.
-
-    Args:
-        folder: Flat, or with folders of any names; `None` for no images.
-        names: The classes.
 
     Returns:
         Paths; their labels, or `None` where the folders say none; a line about what was found,

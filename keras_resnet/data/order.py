@@ -16,16 +16,7 @@ def epoch_order(
     sampler: str | None = None,
     repeats: int = 1,
 ) -> np.ndarray:
-    """The positions of an epoch's images, in the order in which they are fed.
-
-    Args:
-        count: Images of the dataset.
-        labels: One an image, for a sampler.
-        rng: Of this epoch.
-        shuffle: In a random order; as they lie otherwise.
-        sampler: `"balanced"`, or None for each image once.
-        repeats: Copies of an image in a row.
-    """
+    """The positions of an epoch's images, in the order in which they are fed: see `Recipe`."""
     positions = rng.permutation(count) if shuffle else np.arange(count)
     if sampler is not None and labels is not None:
         positions = balanced_order(labels, rng)

@@ -20,13 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from keras_resnet.data.bands import (
-    COLOR_MODES,
-    AnyPicture,
-    bordered,
-    checked_color_mode,
-    to_array,
-)
+from keras_resnet.data.bands import COLOR_MODES, AnyPicture, bordered, checked_color_mode, to_array
 from keras_resnet.data.items import image_from_array
 from keras_resnet.data.reading import Source, converted, in_flight, load
 from keras_resnet.system.errors import DataError, InputError, did_you_mean

@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 import numpy as np
@@ -278,25 +279,13 @@ def _index_beside(paths: Sequence[str]) -> None:
     if len(new) < _MANY or count < 2 or not sys.executable:
         return
     ways = os.pathsep.join(way or os.getcwd() for way in sys.path)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": ways},
-        )
-        for _ in range(count)
-    ]
-    try:
-        for number, child in enumerate(children):
-            with contextlib.suppress(OSError), child.stdin as file:  # type: ignore[union-attr]
-                file.write(json.dumps(new[number::count]).encode())
-        for child in children:
-            child.wait()
-    finally:
-        for child in children:
-            child.kill()
+
+    def index(some: list[str]) -> None:
+        words, env = [sys.executable, "-c", _CHILD], {**os.environ, "PYTHONPATH": ways}
+        subprocess.run(words, input=json.dumps(some).encode(), capture_output=True, env=env)
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(index, (new[i::count] for i in range(count))))
 
 
 def _may_replace(place: str) -> bool:

@@ -17,7 +17,7 @@ from keras_resnet.data.folders import flat_images
 from keras_resnet.data.items import Item, Source
 from keras_resnet.data.opening import is_source, opened
 from keras_resnet.data.shards import find_in_shard
-from keras_resnet.data.walk import is_picture as is_image_name, picture_folders, pictures_in
+from keras_resnet.data.walk import entries, images_of, is_picture as is_image_name, picture_folders
 from keras_resnet.system.errors import InputError, NotFoundError, meant_path
 from keras_resnet.system.files import printable, text_width
 
@@ -148,15 +148,5 @@ class _Folders:
 
     def __iter__(self) -> Iterator[str]:
         for folder in self._folders:
-            for name in pictures_in(folder):
+            for name in images_of(entries(folder)[0]):
                 yield os.path.join(folder, name)
-
-
-def image_paths(sources: Sources) -> list[str]:
-    """The paths that `Images` finds, as a list.
-
-    Raises:
-        NotFoundError: A path does not exist, or a pattern matches nothing.
-        DataError: A folder holds no image.
-    """
-    return list(Images(sources))

@@ -245,11 +245,7 @@ _INSIDE = "image", "img", "picture", "bytes", "jpg", "jpeg", "png", "webp"
 
 
 def image_column(batch: Any, given: str | None = None) -> str:
-    """Which column of a batch of rows holds the images: what lies in the rows goes before paths.
-
-    Args:
-        batch: A dict of columns.
-        given: What it is called; guessed by default.
+    """Which column of a batch holds the images, guessed if not given: what lies in rows is first.
 
     Raises:
         InputError: It is no dict, or has no such column.

@@ -197,11 +197,6 @@ def picture_folders(folder: str) -> tuple[list[str], Counter]:
     return sorted(found), others
 
 
-def pictures_in(folder: str) -> list[str]:
-    """Names of the images in a folder itself, sorted."""
-    return images_of(entries(folder)[0])
-
-
 def holds_picture(folder: str) -> bool:
     """Whether there is an image anywhere below a folder."""
     return any(is_picture(name) for _, names in walk(folder) for name in names)

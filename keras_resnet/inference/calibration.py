@@ -219,10 +219,6 @@ def answer_of(
 def accuracy_interval(right: int, count: int) -> tuple[float, float]:
     """The 95% interval of a fraction, by Wilson's score (1927): it holds for small counts as well.
 
-    Args:
-        right: Predictions that were right.
-        count: All predictions, at least one.
-
     Examples:
         >>> [round(x, 3) for x in accuracy_interval(85, 153)]
         [0.476, 0.632]
@@ -236,12 +232,7 @@ def accuracy_interval(right: int, count: int) -> tuple[float, float]:
 def paired_p_value(only_first: int, only_second: int) -> float:
     """How likely two equal models differ as much on the same images: McNemar's exact test.
 
-    Args:
-        only_first: Images that the first alone gets right.
-        only_second: Images that the second alone gets right.
-
-    Returns:
-        The two-sided p-value, in 0..1.
+    Of the images that one of them alone gets right; the two-sided p-value.
 
     Examples:
         >>> round(paired_p_value(12, 4), 4)

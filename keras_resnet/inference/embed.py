@@ -64,12 +64,7 @@ class Embeddings:
 
 
 def check_embeddings(path: str | os.PathLike) -> str:
-    """The ending of a file that embeddings can be written to.
-
-    Raises:
-        InputError: It is none of them.
-        MissingDependencyError: Parquet without pyarrow.
-    """
+    """The ending of a file that embeddings can be written to; or raises as `Embeddings.save`."""
     kind = Path(path).suffix.lower()
     if kind not in (".npz", ".parquet"):
         raise InputError(

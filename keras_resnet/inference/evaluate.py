@@ -299,13 +299,9 @@ def answers_of(
 def _run(
     runner: Runner, dataset: ImageDataset | None, positions: np.ndarray, group: Alone
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
-    """Log-probabilities, of which images, and those that could not be read: of all processes.
+    """Log-probabilities, of which images, and those that could not be read.
 
-    Args:
-        runner: The model.
-        dataset: What this process reads; `None` where it is nothing.
-        positions: Of its images among all.
-        group: The processes; the first one gets what all have.
+    Of all processes, for the first one; `positions` are those of this one's images among all.
     """
     made: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
     if dataset is not None:
@@ -363,7 +359,9 @@ def measured(meaning: Meaning, logs, hits, paths, names, skipped) -> Evaluation:
     classes, several = np.arange(len(names)), meaning.task == "multi-label"
     said = meaning.answers(logs)
     true, predicted = (hits, said) if several else (hits.argmax(axis=1), said.argmax(axis=1))
-    columns = precision_recall_fscore_support(true, predicted, labels=classes, zero_division=0.0)
+    *of_class, count = precision_recall_fscore_support(
+        true, predicted, labels=classes, zero_division=0.0
+    )
     top5 = None
     if len(names) > 5 and not several:
         best = np.argpartition(-logs, 5, axis=1)[:, :5]
@@ -379,6 +377,7 @@ def measured(meaning: Meaning, logs, hits, paths, names, skipped) -> Evaluation:
         }
         for path, t, p, probability, of_true in zip(paths, hits, said, *both, strict=True)
     ]
+    columns = [*of_class, count.astype(int)]
     table = zip(names, *(of.tolist() for of in columns), strict=True)
     per_class = [
         dict(zip(("name", "precision", "recall", "f1", "count"), row, strict=True)) for row in table

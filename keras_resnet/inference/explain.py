@@ -13,7 +13,7 @@ from keras_resnet import plots
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import plain_name
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.sources import image_paths
+from keras_resnet.data.sources import Images
 from keras_resnet.inference.grad_cam import (
     as_classifier,
     data_format_of,
@@ -26,8 +26,6 @@ from keras_resnet.models.files import images_at_a_time, model_class_names, model
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.system.device import in_data_format
 from keras_resnet.system.errors import DataError, InputError, between, did_you_mean, whole
-
-# --- for people ----------------------------------------------------------------------------------
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.75) -> np.ndarray:
@@ -141,7 +139,7 @@ def iter_explanations(
     whole("top", top, 1)
     model = as_classifier(model)
     names = model_class_names(model)
-    paths = image_paths(sources)
+    paths = list(Images(sources))
     wanted = _classes_by_name(class_name, names, len(paths))
     prepared, fed = model_input(model, preprocess, pixels)
     runner = open_runner(model)

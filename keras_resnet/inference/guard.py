@@ -124,8 +124,8 @@ class Guard:
                     sizes.append(os.path.getsize(os.path.join(root, name)))
                 except OSError:  # just deleted
                     continue
-        room = self.limits.kept_bytes - sum(sizes) - self._reserved
-        return length <= room and len(sizes) < self.limits.kept_files
+        room = 4 * self.limits.request_bytes - sum(sizes) - self._reserved
+        return length <= room and len(sizes) < 64 * self.limits.pictures
 
     def _too_large(self) -> str:
         return f"The upload is too large. {self.limits}"

@@ -116,9 +116,8 @@ class PredictionTable:
         answers: bool = False,
     ):
         known = isinstance(paths, Images)
-        longest = (
-            paths.width if known else max((text_width(printable(p)) for p in paths), default=0)
-        )
+        widths = [] if known else [text_width(printable(p)) for p in paths]
+        longest = paths.width if known else max(widths, default=0)
         self._path = min(60, max(5, longest))
         self._name = min(30, max(text_width(printable(n)) for n in class_names))
         self._top = min(top, len(class_names))
@@ -146,13 +145,7 @@ class PredictionTable:
 
 
 def most_probable(logs: np.ndarray, names: Sequence[str], top: int) -> list[tuple[str, float]]:
-    """The first classes by probability, ties in the order of the classes.
-
-    Args:
-        logs: Natural logarithms of an image's probabilities, `(classes,)`.
-        names: Of all the classes.
-        top: How many, at most.
-    """
+    """The first classes by an image's log-probabilities, ties in the order of the classes."""
     order = np.argsort(-logs, kind="stable")[:top]
     return [(names[k], float(np.exp(logs[k]))) for k in order]
 
@@ -227,13 +220,7 @@ def errors_path(output: Path) -> Path:
 
 
 def check_output(output: str | os.PathLike) -> Path:
-    """The path of an output, before any work is done for it.
-
-    Raises:
-        InputError: The extension names no known format, or nothing can be written there.
-        MissingDependencyError: Parquet without pyarrow.
-        NotFoundError: The folder that it shall be in does not exist.
-    """
+    """The path of an output, before any work is done for it; or raises why it can be none."""
     path = Path(output).expanduser()
     if path.suffix.lower() not in FORMATS:
         raise InputError(
@@ -254,11 +241,7 @@ _OBJECTS = re.compile(r'\[\]|\[?\s*\{\s*"path": "(?:[^"\\]|\\.)*",\s*"classes": 
 
 
 def check_replaceable(path: Path) -> None:
-    """What is there already are predictions, or nothing: no table of the user's is replaced.
-
-    Raises:
-        InputError: It is another file.
-    """
+    """Raises InputError where another file than predictions is there, a table of the user's say."""
     if not path.is_file() or not path.stat().st_size:
         return
     ending = path.suffix.lower()
@@ -333,27 +316,16 @@ class PredictionWriter:
         resumed: Rows that were there when the writer was opened.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        top: int,
-        identity: dict[str, Any],
-        step: int,
-        restart: bool = False,
-    ):
+    def __init__(self, output: Path, top: int, identity: dict[str, Any], step: int, restart: bool):
         self.output = output
         self.done = self.unreadable = self.resumed = 0
-        self._top, self._step, self._restart = top, step, restart
-        self._identity = identity
+        self._top, self._identity, self._step, self._restart = top, identity, step, restart
         self._work = output.with_name(f"{output.name}.part")
         self._note = _note(output)
         self._stream = self._lock = None
 
     def open(self, paths: Iterable[str]) -> None:
-        """Takes the work file, and finds out how far it goes.
-
-        Args:
-            paths: All the images in order; as many are taken as there are rows.
+        """Takes the work file, and finds out how far it goes: as many images as it has rows.
 
         Raises:
             InputError: Another process writes to it, or it was begun with another model, other

@@ -63,16 +63,6 @@ class Limits:
         """Bytes of a whole request."""
         return int(self.pictures * self.megabytes * 2**20) + 2**20
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of all uploads together: those under way, and those that lie on the disk."""
-        return 4 * self.request_bytes
-
-    @property
-    def kept_files(self) -> int:
-        """Uploads that lie on the disk."""
-        return int(64 * self.pictures)
-
     def __str__(self) -> str:
         images = "1 image" if self.pictures == 1 else f"{self.pictures} images"
         return (
@@ -117,12 +107,6 @@ class Result:
 
 def check_image(data: bytes, name: str, limits: Limits, preprocess: Preprocess) -> str | None:
     """Looks at a file's head before anything of it is decoded.
-
-    Args:
-        data: The file.
-        name: Its name.
-        limits: What it may be at most.
-        preprocess: How it will be resized.
 
     Returns:
         Something to know about the file, or `None`.
@@ -204,12 +188,7 @@ class Service:
     def results(
         self, uploads: Iterable[tuple[str, Callable[[], bytes]]], heat: bool
     ) -> list[Result]:
-        """Classifies uploads, in order; those beyond the limit get a sentence.
-
-        Args:
-            uploads: Of each its name, and what reads it.
-            heat: Whether heat maps are wanted.
-        """
+        """Classifies uploads (name, reader), in order; those beyond the limit get a sentence."""
         most = self.limits.pictures
         left_out = f"Left out: at most {most} images are taken at a time."
         return [
@@ -228,13 +207,11 @@ class Service:
                 # Its message begins with what it was given, which has no name here.
                 reason = str(error).split(": ")[-1].rstrip(".")
                 raise DataError(f"The file is damaged or cut off: {reason}.") from error
+            hot = None
             with self._lock:
                 logs = self.runner.log_probabilities(self._input(pixels))[0]
-                hot = (
-                    self._heat(pixels, int(logs.argmax()))
-                    if heat and self.model is not None
-                    else None
-                )
+                if heat and self.model is not None:
+                    hot = self._heat(pixels, int(logs.argmax()))
             classes = most_probable(logs, self.names, TOP)
             answer = answer_of(self.runner.meaning(), logs, self.names)
             return Result(name, classes, None, note, _shown(pixels), hot, answer)
@@ -279,13 +256,7 @@ def open_service(
     limits: Limits,
     pixels: str | None = None,
 ) -> Service:
-    """A model's service; the model of a run folder or `.keras` file is opened for its gradients.
-
-    Raises:
-        InputError: The model has no head, or names no preprocessing, or its outputs for a black
-            image are not finite.
-        NotFoundError: There is no such file.
-    """
+    """A model's service; the model of a run folder or `.keras` file is opened for its gradients."""
     found, blind = None, None
     if isinstance(model, keras.Model):
         found = model

@@ -86,13 +86,7 @@ def computed_rows(
 ) -> Iterator[_Read]:
     """What is computed of images, a batch at a time: each path, and its row or why there is none.
 
-    Args:
-        runner: Which takes the images.
-        paths: Of the images.
-        compute: A row an image of a batch of them.
-        batch_size: Images at a time.
-        workers: Threads that read images.
-        prepared: What `model_input` gives.
+    `compute` gives a row an image of a batch; `prepared` is what `model_input` gives.
     """
     preprocess = prepared[0]
     raw = runner.fed(*prepared) == "uint8"

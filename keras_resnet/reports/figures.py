@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from keras_resnet.inference.calibration import Calibration, accuracy_interval
 from keras_resnet.plots import DASHES as DASHES, confusion_pixels, draw_lines, label_text
@@ -138,12 +138,11 @@ def reliability_svg(result: Calibration, key: str) -> str:
         result.confidence[filled], middle[filled] - half, middle[filled] + half,
         color=ROLES["s2"], lw=2.2, zorder=4,
     )  # fmt: skip
-    percent = lambda y, _: f"{y:.0%}"  # noqa: E731
     top.set(ylim=(0, 1), xlim=(0, 1), ylabel="Right")
-    top.yaxis.set_major_formatter(percent)
+    top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bottom.bar(middle, result.counts, width * 0.88, color=ROLES["muted"], alpha=0.6)
     bottom.set(xlabel="Confidence", ylabel="Images")
-    bottom.xaxis.set_major_formatter(percent)
+    bottom.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bottom.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3, min_n_ticks=1))
     return _svg(figure, key)
 
@@ -156,9 +155,8 @@ def coverage_svg(coverage: np.ndarray, accuracy: np.ndarray, key: str) -> str:
     """
     figure, axes = _page_axes(5.4, 3.0)
     axes.plot([0, *coverage], [accuracy[0], *accuracy], color=ROLES["s1"], lw=2, drawstyle="steps")
-    percent = lambda value, _: f"{value:.0%}"  # noqa: E731
-    axes.xaxis.set_major_formatter(percent)
-    axes.yaxis.set_major_formatter(percent)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlim=(0, 1), ylim=(min(0.95, accuracy.min()) - 0.02, 1.01), xlabel="Images answered")
     return _svg(figure, key)
 

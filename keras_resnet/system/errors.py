@@ -125,15 +125,12 @@ def meant_path(path: str | os.PathLike) -> str:
 
 
 def require(package: str, extra: str, purpose: str) -> None:
-    """Says before any work that an optional package is not installed.
+    """Raises MissingDependencyError, with the pip line, where an optional package is not there.
 
     Args:
         package: What is imported.
         extra: The extra of this package that brings it.
         purpose: What needs it, the beginning of a sentence.
-
-    Raises:
-        MissingDependencyError: It is not there; the message has the pip line.
     """
     if importlib.util.find_spec(package) is None:
         raise MissingDependencyError(
@@ -142,10 +139,7 @@ def require(package: str, extra: str, purpose: str) -> None:
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """Checks an argument that must be one of a few values.
-
-    Raises:
-        InputError: It is none of them; the message names near ones.
+    """Raises InputError, which names near ones, where an argument is none of a few values.
 
     Examples:
         >>> one_of("pooling", 7, (None, "avg", "max"))
@@ -163,10 +157,7 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """Checks an argument that must be a whole number; gives it as an `int`.
-
-    Raises:
-        InputError: It is no whole number, or is below `least`.
+    """An argument as an `int`; raises InputError where it is no whole number, or below `least`.
 
     Examples:
         >>> whole("n", 0, least=1)
@@ -186,18 +177,10 @@ def whole(name: str, value: Any, least: int) -> int:
 def between(
     name: str, value: Any, low: float, high: float = math.inf, *, ends: str = "[]"
 ) -> float:
-    """Checks an argument that must be a number within bounds; gives it as a `float`.
+    """An argument as a `float`; raises InputError where it is no number, or out of bounds.
 
-    Args:
-        name: The argument's.
-        value: What was given.
-        low: The lower bound.
-        high: The upper bound; none by default.
-        ends: As in mathematics: `"["` and `"]"` where a bound itself is allowed, `"("` and `")"`
-            where it is not.
-
-    Raises:
-        InputError: It is no number, or out of bounds.
+    `ends` are as in mathematics: `"["` and `"]"` where a bound itself is allowed, `"("` and `")"`
+    where it is not.
 
     Examples:
         >>> between("rate", 1.0, 0, 1, ends="[)")

@@ -28,12 +28,7 @@ def cache_home() -> Path:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Says before any work that a file cannot be written, by writing an empty one beside it.
-
-    Raises:
-        NotFoundError: The folder that it shall be in does not exist.
-        InputError: It is a folder, a device or a pipe, or nothing can be written there.
-    """
+    """Raises, before any work, why a file cannot be written: an empty one is, beside it."""
     path = Path(path).expanduser()
     _check_kind(path)
     if not path.parent.is_dir():
@@ -44,11 +39,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def check_apart(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
-    """What shall be written is none of the files that are read.
-
-    Raises:
-        InputError: It is one of them.
-    """
+    """Raises InputError where what shall be written is one of the files that are read."""
     output = Path(output).expanduser()
     for read in (Path(one).expanduser() for one in inputs):
         if output.is_file() and read.is_file() and output.samefile(read):
@@ -58,11 +49,7 @@ def check_apart(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) 
 
 
 def check_writable_folder(path: str | os.PathLike) -> None:
-    """Says before any work that a folder is none, or cannot be made or written to.
-
-    Raises:
-        InputError: It is a file, or is below one, or nothing can be written there.
-    """
+    """Raises InputError, before any work, where a folder is a file, or cannot be written to."""
     path = Path(path).expanduser()
     found = path
     while not os.path.lexists(found):

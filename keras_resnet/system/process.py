@@ -68,11 +68,7 @@ def give_back_memory() -> None:
 
 
 def free_memory(root: Path = Path("/")) -> float:
-    """Bytes that this process can still get, as its system and its container say; else infinity.
-
-    Args:
-        root: Where `proc` and `sys` are.
-    """
+    """Bytes that this process can still get, as its system and its container say; else infinity."""
     free = 1024 * _number(root / "proc/meminfo", r"^MemAvailable:\s+(\d+)", math.inf)
     for folder, limit, used, cache in (
         ("", "memory.max", "memory.current", "inactive_file"),
@@ -85,11 +81,7 @@ def free_memory(root: Path = Path("/")) -> float:
 
 
 def peak_memory(anew: bool = False) -> float:
-    """The most bytes that this process has had in memory, on Linux; 0 elsewhere.
-
-    Args:
-        anew: Since now, from here on.
-    """
+    """The most bytes that this process has had in memory, on Linux (or has `anew`); 0 elsewhere."""
     if anew:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -142,8 +134,7 @@ def several() -> bool:
 def cgroup_cores(root: Path) -> float:
     """The share of processor time that a control group allows, in cores; infinity for no limit.
 
-    Args:
-        root: Where the groups are mounted: `cpu.max` of version 2, or `cpu/` of version 1.
+    Groups are mounted at `root`: `cpu.max` of version 2, or `cpu/` of version 1.
     """
     try:
         quota, period = (root / "cpu.max").read_text(encoding="ascii").split()

@@ -15,7 +15,7 @@ from sklearn import metrics
 from keras_resnet.cli import main as cli
 from keras_resnet.data.directory import image_dataset_from_directory
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.sources import image_paths
+from keras_resnet.data.sources import Images
 from keras_resnet.inference.evaluate import Evaluation, evaluate
 from keras_resnet.inference.predict import iter_predictions, predict
 from keras_resnet.inference.prediction_files import Prediction, PredictionTable
@@ -206,14 +206,14 @@ def test_classes_that_the_model_does_not_know_are_named(model, pictures, tmp_pat
 @pytest.mark.once
 def test_sources_are_files_folders_and_patterns_in_order(pictures):
     one = str(pictures / "class 3" / "1.png")
-    found = image_paths([one, pictures / "class 1", str(pictures / "*" / "0.png")])
+    found = list(Images([one, pictures / "class 1", str(pictures / "*" / "0.png")]))
     assert found[0] == one and len(found) == 1 + 4 + 6
     assert found[1:5] == sorted(str(p) for p in (pictures / "class 1").iterdir())
     assert found[5:] == sorted(str(p) for p in pictures.glob("*/0.png"))
     with pytest.raises(NotFoundError, match=r"No file matches"):
-        image_paths(str(pictures / "*.gif"))
+        Images(str(pictures / "*.gif"))
     with pytest.raises(NotFoundError, match=r"Did you mean '1.png'"):
-        image_paths(str(pictures / "class 3" / "11.png"))
+        Images(str(pictures / "class 3" / "11.png"))
 
 
 @pytest.mark.once
