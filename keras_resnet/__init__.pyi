@@ -52,8 +52,10 @@ from .inference.predict import (
     predict as predict,
     write_predictions as write_predictions,
 )
-from .inference.prediction_files import Prediction as Prediction
-from .inference.saving import save_predictions as save_predictions
+from .inference.prediction_files import (
+    Prediction as Prediction,
+    save_predictions as save_predictions,
+)
 from .inference.serve import build_app as build_app, serve as serve
 from .inference.service import Limits as Limits
 from .inference.suspects import scan as scan

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.inference.predict import predict
-from keras_resnet.inference.saving import save_predictions
+from keras_resnet.inference.prediction_files import save_predictions
 from keras_resnet.system.files import printable
 from keras_resnet.training.train import TrainResult, train
 

@@ -109,8 +109,7 @@ def predict(
     with piped(csv, json) as stdout:
         runner = _open(models, engine, images, tta)
         from keras_resnet.inference.calibration import gives_answers
-        from keras_resnet.inference.prediction_files import PredictionTable
-        from keras_resnet.inference.saving import predictions_text
+        from keras_resnet.inference.prediction_files import PredictionTable, predictions_text
         from keras_resnet.models.files import model_class_names
 
         table = PredictionTable(

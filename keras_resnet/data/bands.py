@@ -22,11 +22,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def checked_color_mode(value: Any) -> str | int:
-    """A `color_mode` in its one form: a number of channels that has a name becomes that.
-
-    Raises:
-        InputError: It is none.
-    """
+    """A `color_mode` in its one form, or InputError: channels that have a name become that."""
     if isinstance(value, str) and value in COLOR_MODES:
         return value
     if isinstance(value, int | np.integer) and 1 <= value <= MOST_CHANNELS and value is not True:

@@ -65,10 +65,6 @@ def open_cifar(path: str) -> Source:
     """The images of the training and the test batches, and the names of the (fine) classes.
 
     The name `cifar10` is the archive in the user's cache, downloaded where it is not there yet.
-
-    Raises:
-        NotFoundError: There is no such file.
-        DataError: It is damaged, or lacks a file, or cannot be downloaded.
     """
     if path in PUBLISHED and not os.path.exists(path):
         name, sha256 = PUBLISHED[path]

@@ -50,12 +50,6 @@ def find_pictures(
 
     Classes are the sorted folder names, files are in the order of torchvision's `ImageFolder`.
 
-    Args:
-        directory: Holds the class folders.
-        class_names: Those to take, in the order of their labels; all by default.
-        follow_links: Visit folders behind links inside class folders.
-        exclude: Images to leave out.
-
     Returns:
         Paths, their labels (int32), the class names.
 
@@ -262,15 +256,10 @@ def listed(names: Sequence[str]) -> str:
 def stratified_split(
     labels: Sequence[int] | int, share: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits positions into a kept and a held-out part, class by class.
+    """Splits the positions of labels, or so many of one class, into a kept and a held-out part.
 
     Of a class with n images `round(n * share)` are held out, at least one and at most n - 1; a
     class with one image keeps it.
-
-    Args:
-        labels: one int an image, or a number of images without labels.
-        share: to hold out, between 0 and 1.
-        seed: of the choice.
 
     Returns:
         Two sorted int arrays.

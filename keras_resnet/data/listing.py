@@ -37,17 +37,7 @@ _SETTLED = 10.0  # seconds after which the times of a folder tell its changes: s
 
 
 class Listed(Source):
-    """The images of class folders, class by class.
-
-    Args:
-        directory: Holds the class folders.
-        exclude: Images to leave out.
-        others: Gets the files that are not read, as `unread` counts them.
-
-    Raises:
-        NotFoundError: The folder does not exist.
-        DataError: It is a file, or has no class folder, an empty one, or no image.
-    """
+    """The images of class folders, class by class; arguments and errors as of `class_pictures`."""
 
     def __init__(self, directory: str, exclude: Any = None, others: Counter | None = None):
         directory = existing_folder(directory)

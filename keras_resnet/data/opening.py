@@ -204,12 +204,7 @@ def title_of(data: str | Source) -> str:
 
 
 def check_images(path: str) -> None:
-    """There is such a folder or other source, which nothing is read of yet.
-
-    Raises:
-        NotFoundError: There is nothing there.
-        DataError: It is a file of another kind.
-    """
+    """Raises, before anything is read, why a path is no folder, and no other source."""
     path = os.path.expanduser(path)
     if shards.is_shards(path):
         shards.shard_paths(path)
@@ -218,12 +213,7 @@ def check_images(path: str) -> None:
 
 
 def check_training(source: str | Source) -> None:
-    """It can be trained on, as far as names say it.
-
-    Raises:
-        NotFoundError: There is nothing there.
-        DataError: It holds no images of two classes.
-    """
+    """Raises, before anything is read, why it cannot be trained on, as far as names say it."""
     if isinstance(source, Source):
         _labelled(source)
     else:
@@ -232,10 +222,6 @@ def check_training(source: str | Source) -> None:
 
 def find_parts(data: str | Source, exclude: Any = None) -> Parts:
     """The images to train on, to validate with and to test on, as far as something says them.
-
-    Args:
-        data: As `opened` gives it.
-        exclude: Images to leave out.
 
     Raises:
         NotFoundError: The folder does not exist.
@@ -312,9 +298,7 @@ def labelled_place(data: Any, split: str | None = None) -> str:
 def labelled(data: Any, split: str | None = None) -> tuple[Sequence[str], np.ndarray, list[str]]:
     """Images, their labels and the names of the classes, to measure a model on.
 
-    Args:
-        data: As `opened` takes it.
-        split: Which of `test`, `val`, `train`; the first that is there by default.
+    Those of the split that was asked for, else of `test`, `val` or `train`, the first there is.
 
     Raises:
         NotFoundError: There is nothing there, or not this split.

@@ -64,11 +64,6 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def decode(source: Source, *, exif: bool = False, color_mode: str | int = "rgb") -> np.ndarray:
     """Decodes an image to the pixels of torchvision's `Image.open(f).convert("RGB")`.
 
-    Args:
-        source: a path, the file's bytes, a binary file object, or an `Item` of a source.
-        exif: turn the image as its EXIF orientation says; torchvision does not.
-        color_mode: As of `Preprocess`.
-
     Returns:
         uint8, (height, width, 3), RGB; 1 channel for grayscale, 4 for rgba, n for n. Of an
         animation the first frame. 16 bits a value are kept but for RGB, as float32 in 0..255.
@@ -76,13 +71,6 @@ def decode(source: Source, *, exif: bool = False, color_mode: str | int = "rgb")
     Raises:
         DataError: the file is no image, or an unreadable one; the message names it and says why.
         NotFoundError: the path does not exist.
-
-    Examples:
-        >>> import io
-        >>> file = io.BytesIO()
-        >>> Image.new("L", (3, 2), 7).save(file, "PNG")
-        >>> decode(file.getvalue()).shape
-        (2, 3, 3)
     """
     image = load(source, exif=exif, color_mode=color_mode)
     return image if isinstance(image, np.ndarray) else to_array(image)
@@ -365,8 +353,8 @@ class ImageCache:
             return self._kept[path]
         file = os.path.join(self._place, self._key(path, how) + ".npy")
         try:
-            return _kept(file)
-        except (OSError, ValueError):  # not there, or cut off while it was written
+            return np.load(file)
+        except (OSError, ValueError, EOFError):  # not there, or cut off while it was written
             pixels = make(path)
         partial = beside(Path(file))
         try:
@@ -385,17 +373,6 @@ class ImageCache:
     def _key(path: str, how: str) -> str:
         key = (absolute(path), *stamp_of(path), how)
         return hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-_header = functools.lru_cache(lambda text: np.lib.format.read_array_header_1_0(io.BytesIO(text)))
-
-
-def _kept(file: str) -> np.ndarray:
-    """What np.load gives of pixels, in two thirds of its time: one read, a header once a shape."""
-    data = Path(file).read_bytes()
-    start = 10 + int.from_bytes(data[8:10], "little")
-    shape, turned, kind = _header(data[8:start])
-    return np.frombuffer(data, kind, offset=start).reshape(shape, order="F" if turned else "C")
 
 
 class ReadAhead:

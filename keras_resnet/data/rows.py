@@ -21,15 +21,7 @@ def is_rows(data: Any) -> bool:
 
 
 class Rows(Source):
-    """The images of a `datasets.Dataset`, in its order.
-
-    Args:
-        data: The dataset.
-        name: What an image is called, with `{}` for its number from 1.
-
-    Raises:
-        InputError: It has no column of images.
-    """
+    """The images of a `datasets.Dataset`, in its order; each has a name with its number from 1."""
 
     def __init__(self, data: Any, name: str = "row {}"):
         if not hasattr(data, "__len__"):
@@ -78,11 +70,7 @@ def _class_names(feature: Any) -> list[str] | None:
 
 
 def content(value: Any, name: str) -> Any:
-    """An image of a row: a dict of bytes or a path, bytes, an array or a Pillow image.
-
-    Raises:
-        DataError: There is none.
-    """
+    """The image of a row: a dict of bytes or a path, bytes, an array or a Pillow image."""
     if isinstance(value, Mapping):
         if value.get("bytes") is None and value.get("path"):
             with open_file(value["path"]) as file:

@@ -233,12 +233,7 @@ def _index_paths(path: str) -> list[str]:
 
 
 def open_shard(path: str) -> _Shard:
-    """A shard by its index, which is made where there is none that counts.
-
-    Raises:
-        NotFoundError: There is no such file.
-        DataError: It is no tar archive, or a damaged one.
-    """
+    """A shard by its index, which is made where there is none that counts."""
     with _open(path) as file:
         state = _state(file)
     places = _index_paths(path)
@@ -343,10 +338,6 @@ class Shards(Source):
     A label is a `.cls` file of the same name (a number from 0 on, or a class), else the first
     folder of the image's name. Where there are both, the folders name the numbers. Archives that
     are called `train-...`, `val-...` or `test-...` are that part.
-
-    Args:
-        paths: Of the archives.
-        place: As of a `Source`.
 
     Raises:
         NotFoundError: One does not exist.

@@ -182,10 +182,8 @@ def walk_pictures(folder: str, follow_links: bool = True) -> tuple[list[str], li
 def picture_folders(folder: str) -> tuple[list[str], Counter]:
     """The folders below a folder that hold images themselves, in the order of `walk_pictures`.
 
-    File names are looked at and forgotten: memory grows with folders, not with files.
-
-    Returns:
-        The folders, and the files that are no images, as `unread` counts them.
+    File names are looked at and forgotten: memory grows with folders, not with files. Those of no
+    images are counted as `unread` does.
     """
     found, others = [], Counter()
     for root, names in walk(folder):

@@ -1,4 +1,4 @@
-"""Predictions as files: written as they come, and gone on with after a kill.
+"""Predictions as files: all at once, or as they come, to go on with after a kill.
 
 What has been computed stands in a work file beside the output, `answers.csv.part`: a JSON object a
 line, in the order of the images, whatever the output's format. `answers.csv` itself is made of it
@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from keras_resnet.data.looking import load_shown
+from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.data.sources import Images
 from keras_resnet.inference.calibration import UNKNOWN
 from keras_resnet.runtimes.rows import ENGINES
-from keras_resnet.system.errors import InputError, did_you_mean, require
+from keras_resnet.system.errors import DataError, InputError, did_you_mean, require
 from keras_resnet.system.files import (
     check_writable,
     column,
@@ -41,6 +43,7 @@ from keras_resnet.system.files import (
     to_json,
     valid_text,
     write_json,
+    write_text,
 )
 
 PARQUET_ROWS = 4096  # images a row group
@@ -94,11 +97,7 @@ class Prediction:
 class PredictionTable:
     """Predictions as lines of a table whose columns stay in place, for a terminal.
 
-    Args:
-        paths: Of all the images, or `Images`.
-        class_names: Of all the classes.
-        top: Classes an image.
-        answers: Whether predictions have an answer, which stands first.
+    `answers` says whether predictions have an answer, which stands first.
 
     Examples:
         >>> table = PredictionTable(["a.png", "bees/1.png"], ["ant", "bee"], top=2)
@@ -148,6 +147,44 @@ def most_probable(logs: np.ndarray, names: Sequence[str], top: int) -> list[tupl
     """The first classes by an image's log-probabilities, ties in the order of the classes."""
     order = np.argsort(-logs, kind="stable")[:top]
     return [(names[k], float(np.exp(logs[k]))) for k in order]
+
+
+# --- all at once ----------------------------------------------------------------------------------
+
+
+def predictions_text(predictions: Sequence[Prediction], kind: str) -> str:
+    """Predictions as the text of a `.csv` file, a line an image, or of a `.json` file."""
+    if kind == ".json":
+        return to_json([p.to_dict() for p in predictions], indent=2) + "\n"
+    top = max([1, *(len(p.classes) for p in predictions)])
+    return "".join(csv_lines(predictions, top, any(p.answer is not None for p in predictions)))
+
+
+def save_predictions(predictions: Sequence[Prediction], path: str | os.PathLike) -> None:
+    """Writes predictions as `.csv` (a line an image), `.json`, or an image sheet (`.png`, ...).
+
+    Raises:
+        InputError: The extension names no known form.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".csv", ".json"):
+        write_text(path, predictions_text(predictions, path.suffix.lower()))
+    elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
+        # All of them short-sided to 256, so that one grid holds portraits and landscapes.
+        square = Preprocess(256, 256)
+        readable = [p for p in predictions if p.classes][:24]
+        if not readable:
+            raise DataError("There is no readable image to draw.")
+        titles = [p.said for p in readable]
+        from keras_resnet import plots  # matplotlib takes half a second
+
+        plots.picture_grid(
+            np.stack([square.pixels(load_shown(p.path)) for p in readable]), titles, path
+        )
+    else:
+        raise InputError(
+            f"Predictions are written as .csv, .json or .png. Received: {path.name!r}."
+        )
 
 
 # --- the formats ---------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""The figures of a page, as SVG."""
+"""The figures of a page, as `<svg>` elements, each with a key that is unique in the page.
+
+Their colours are CSS variables: `--ink`, `--muted`, `--line`, `--surface`, `--s1` to `--s8`.
+"""
 
 from __future__ import annotations
 
@@ -99,10 +102,6 @@ def lines_svg(
         key: Unique in the page.
         percent: Values are fractions.
         mark: An epoch (from 1) and its value, to be marked and written out.
-
-    Returns:
-        An `<svg>` element whose colours are CSS variables: `--ink`, `--muted`, `--line`,
-        `--surface`, `--s1` to `--s8`.
     """
     figure, axes = _page_axes(5.4, 3.0)
     colored = [(values, ROLES[f"s{(color - 1) % 8 + 1}"], dash) for values, color, dash in series]
@@ -112,11 +111,7 @@ def lines_svg(
 
 
 def reliability_svg(result: Calibration, key: str) -> str:
-    """Draws how often predictions of each confidence are right, and how many there are, for a page.
-
-    Returns:
-        An `<svg>` element, coloured as `lines_svg`'s.
-    """
+    """Draws how often predictions of each confidence are right, and how many there are."""
     figure = Figure(figsize=(5.4, 4.6))
     top, bottom = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": (3.4, 1), "hspace": 0.12}
@@ -148,11 +143,7 @@ def reliability_svg(result: Calibration, key: str) -> str:
 
 
 def coverage_svg(coverage: np.ndarray, accuracy: np.ndarray, key: str) -> str:
-    """Draws the accuracy over the fraction of images that are answered, for a page.
-
-    Returns:
-        An `<svg>` element, coloured as `lines_svg`'s.
-    """
+    """Draws the accuracy over the fraction of images that are answered."""
     figure, axes = _page_axes(5.4, 3.0)
     axes.plot([0, *coverage], [accuracy[0], *accuracy], color=ROLES["s1"], lw=2, drawstyle="steps")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -162,15 +153,9 @@ def coverage_svg(coverage: np.ndarray, accuracy: np.ndarray, key: str) -> str:
 
 
 def confusion_svg(matrix: np.ndarray, class_names: Sequence[str], key: str) -> str:
-    """Draws a confusion matrix of many classes for a page, coloured as `plots.confusion_pixels`.
+    """Draws a confusion matrix of many classes, coloured as `plots.confusion_pixels`.
 
-    Args:
-        matrix: Counts, `(classes, classes)`, rows are true classes.
-        class_names: Names in the order of the rows; written beside it for up to 40 classes.
-        key: Unique in the page.
-
-    Returns:
-        An `<svg>` element, coloured as `lines_svg`'s.
+    Names are written beside it for up to 40 classes.
     """
     count = len(class_names)
     figure, axes = _page_axes(7.2, 7.2)

@@ -33,9 +33,6 @@ _KINDS: dict[str, type] = {
 def read_run(folder: str | os.PathLike) -> RunFacts:
     """Reads a run folder; what is missing or damaged is left out and said in `missing`.
 
-    Args:
-        folder: As `train` writes it, finished or not; or as `evaluate --output` does.
-
     Raises:
         NotFoundError: There is no such folder; a near name is suggested.
         InputError: It is a file, or no run folder.

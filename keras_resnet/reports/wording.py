@@ -125,12 +125,7 @@ def listed(names: Sequence[str], limit: int = 5) -> Markup:
 
 
 def as_label(key: str) -> str:
-    """The name of a setting as the head of its row.
-
-    Examples:
-        >>> as_label("weight_decay")
-        'Weight decay'
-    """
+    """The name of a setting as the head of its row: `Weight decay`."""
     return plain(key.replace("_", " ").capitalize())
 
 

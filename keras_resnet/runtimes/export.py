@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_resnet.data.preprocess import Preprocess, imagenet_colors
-from keras_resnet.data.sources import image_paths
+from keras_resnet.data.sources import Images
 from keras_resnet.models.files import load_model, model_input, model_preprocess
 from keras_resnet.models.image_model import as_functional, require_finite_weights
 from keras_resnet.runtimes import formats, int8 as quantization, rows, writing
@@ -279,7 +279,7 @@ def _images(model: keras.Model, prepared: Preprocess, pictures) -> tuple[np.ndar
         sources = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
         shown = "photographs of scikit-learn"
     else:
-        sources = spread(image_paths(pictures), _COMPARED)
+        sources = spread(list(Images(pictures)), _COMPARED)
         shown = "given images"
     found, reason = [], None
     for source in sources:

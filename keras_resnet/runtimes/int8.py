@@ -16,7 +16,7 @@ from keras_resnet.data.folders import labels_by_name
 from keras_resnet.data.labels import multi_hot
 from keras_resnet.data.opening import labelled
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.data.sources import image_paths
+from keras_resnet.data.sources import Images
 from keras_resnet.models.files import model_class_names, model_input
 from keras_resnet.runtimes.rows import FORMATS
 from keras_resnet.runtimes.runner import Runner
@@ -121,7 +121,7 @@ class Int8Images:
                 return list(paths), labels_by_name(labels, found, self._names)
             except (DataError, InputError):
                 pass
-        return image_paths(source), None
+        return list(Images(source)), None
 
     def batches(self) -> list[np.ndarray]:
         """float32 inputs `(1, height, width, channels)`."""

@@ -20,12 +20,7 @@ from keras_resnet.system.process import BACKENDS, available_cores
 
 
 def devices() -> list[str]:
-    """The devices that compute, for people: where the backend puts what Keras makes.
-
-    Examples:
-        >>> len(devices())
-        1
-    """
+    """The devices that compute, for people: where the backend puts what Keras makes."""
     backend, made = keras.backend.backend(), keras.ops.zeros(())
     if backend == "torch":
         import torch
@@ -44,12 +39,7 @@ def devices() -> list[str]:
 
 
 def installed_version(module: str) -> str | None:
-    """Version of the installed package that a module comes from; `None` where there is none.
-
-    Examples:
-        >>> installed_version("keras") == keras.__version__
-        True
-    """
+    """Version of the installed package that a module comes from; `None` where there is none."""
     for name in (module, f"{module}-cpu", f"{module}-gpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -106,18 +96,9 @@ def backend_line() -> str:
 
 
 def in_data_format(images: np.ndarray, data_format: str | None = None) -> np.ndarray:
-    """A batch of images in the order of a data format.
+    """A batch `(n, height, width, channels)` in a data format; in Keras' setting by default.
 
-    Args:
-        images: `(n, height, width, channels)`.
-        data_format: `"channels_last"` or `"channels_first"`; Keras' setting by default.
-
-    Returns:
-        The same array, or `(n, channels, height, width)` in an order of its own in memory.
-
-    Examples:
-        >>> in_data_format(np.zeros((2, 32, 24, 3)), "channels_first").shape
-        (2, 3, 32, 24)
+    It is the same array, or `(n, channels, height, width)` in an order of its own in memory.
     """
     if (data_format or keras.config.image_data_format()) == "channels_first":
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
@@ -169,13 +150,7 @@ def without_source_paths() -> Iterator[None]:
 
 
 def tf32_allowed() -> bool:
-    """Whether a GPU may compute float32 convolutions on 10 of the 23 bits, as it does by default.
-
-    Examples:
-        >>> with exact_float32():
-        ...     tf32_allowed()
-        False
-    """
+    """Whether a GPU may compute float32 convolutions on 10 of 23 bits, as it does by default."""
     read, _, _, using = _tf32_switches()[-1]
     return read() in (using, None)
 
@@ -331,10 +306,6 @@ def fetch(value: Any) -> Callable[[], np.ndarray]:
 
     On torch's CUDA devices and on jax that waits for what had been begun before this call alone;
     TensorFlow waits for all that is under way when it is asked.
-
-    Examples:
-        >>> float(fetch(keras.ops.ones(()))())
-        1.0
     """
     backend, copied = keras.backend.backend(), None
     if backend == "jax":

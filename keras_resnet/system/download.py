@@ -50,15 +50,9 @@ def fetched(
     A download goes to a `.part` file, which a later call continues, and gets its final name when
     it is whole and right. Processes that want the same file wait for the one that fetches it.
 
-    Args:
-        url: Where to fetch it.
-        target: Where to put it.
-        sha256: How the hexadecimal digits of its hash begin.
-        home: Where it can be had by hand; `url` by default.
-        error: What is raised.
-        progress: A progress bar on stderr, where that is a terminal.
-        timeout: Seconds without a byte after which a connection counts as dead.
-        attempts: Connections in a row that bring nothing, before it is given up.
+    Its hash begins with the hexadecimal digits `sha256`, by hand it can be had from `home`. A
+    connection counts as dead after `timeout` seconds without a byte; after so many `attempts` in a
+    row that bring nothing it is given up.
 
     Raises:
         KerasResNetError: The network failed (the message says what to fetch by hand, and where to

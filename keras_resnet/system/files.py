@@ -134,9 +134,7 @@ def named(path: str | os.PathLike, temporary: str | None = None) -> Iterator[Non
 def replace_file(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
     """Writes a file so that at any instant the old or the new one is there, whole.
 
-    Args:
-        path: Where the file shall be.
-        write: Called with the name of a temporary file beside it, of the same extension.
+    `write` is called with the name of a temporary file beside it, of the same extension.
 
     Raises:
         InputError: There is a folder, a device or a pipe of that name.
@@ -173,11 +171,7 @@ def _sync_folder(folder: Path) -> None:
 def take_lock(path: str | os.PathLike) -> filelock.BaseFileLock | None:
     """Takes a lock that other processes see; `None` where one of them holds it.
 
-    Args:
-        path: A file for the lock alone. A process that is killed gives the lock back, not the file.
-
-    Raises:
-        OSError: The file cannot be made.
+    Its file is for the lock alone. A process that is killed gives the lock back, not the file.
     """
     lock = filelock.FileLock(path, thread_local=False)
     try:

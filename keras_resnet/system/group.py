@@ -291,8 +291,7 @@ def explained() -> Iterator[None]:
 def join(devices: Alone | None = None) -> Alone:
     """Joins the processes that torchrun has started, by its variables; alone where it has not.
 
-    Args:
-        devices: What stands for this one process, until the training is left.
+    Then `devices`, if given, stands for this one process, until the training is left.
 
     Raises:
         InputError: There are several, and the backend is not torch.

@@ -106,10 +106,6 @@ def available_cores() -> int:
     """Cores that the process may use: those it is bound to, and no more than its container's share.
 
     Processes that torchrun has started on one machine share them.
-
-    Examples:
-        >>> 1 <= available_cores() <= (os.cpu_count() or 1)
-        True
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = min(bound or 1, cgroup_cores(Path("/sys/fs/cgroup")))
@@ -247,11 +243,8 @@ def choose_backend(known: Sequence[str] = BACKENDS) -> None:
     Called before Keras is imported: by the command line, and by `import keras` itself (see
     `_registration`).
 
-    Args:
-        known: The backends that may be chosen.
-
     Raises:
-        InputError: Another one is.
+        InputError: One that is not `known` is chosen.
         MissingDependencyError: The chosen one is not installed, or none is.
     """
     installed = [name for name in BACKENDS if _is_installed(name)]

@@ -117,10 +117,6 @@ def byte_bar(
 ) -> Iterator[Callable[[int, int | None], None] | None]:
     """A bar for bytes that are read or fetched, in a terminal; `None` for what takes no second.
 
-    Args:
-        label: What stands before it.
-        size: Bytes in all, where they are known.
-
     Yields:
         A function of the bytes done and those in all.
     """

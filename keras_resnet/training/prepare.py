@@ -15,11 +15,11 @@ import numpy as np
 
 from keras_resnet.data import augment, transforms, warps
 from keras_resnet.data.dataset import ImageDataset
-from keras_resnet.data.depth import constant_line
 from keras_resnet.data.folders import listed, stratified_split
 from keras_resnet.data.items import Source, taken
 from keras_resnet.data.labels import check_classes, class_weights
 from keras_resnet.data.listing import fingerprint
+from keras_resnet.data.looking import constant_line
 from keras_resnet.data.opening import Parts, find_parts, opened, place
 from keras_resnet.data.preprocess import SMALL, Preprocess, imagenet_colors
 from keras_resnet.data.statistics import measured_on

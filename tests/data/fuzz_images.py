@@ -28,7 +28,7 @@ import fuzzing
 import numpy as np
 from PIL import Image
 
-from keras_resnet.data.depth import constant_images
+from keras_resnet.data.looking import constant_images
 from keras_resnet.data.reading import decode
 from keras_resnet.data.scan import _look
 from keras_resnet.system.errors import DataError

@@ -23,8 +23,8 @@ from keras_resnet.cli import main as cli
 from keras_resnet.cli.demo import write_digits
 from keras_resnet.data import (
     cifar as archives,
-    depth,
     listing,
+    looking,
     opening,
     shards as shard_files,
     walk,
@@ -543,12 +543,11 @@ def test_a_folder_is_listed_in_little_memory_as_it_lies_there(folder, tmp_path):
     odd = tmp_path / "x" / "bee" / "below" / "\udcff \n.PNG"
     shutil.copy(tmp_path / "x" / "bee" / "bee_1.png", odd)
     (tmp_path / "x" / "ant" / "notes.txt").touch()
-    others = collections.Counter()
-    paths, labels, names = find_pictures(tmp_path / "x", others=others)
+    paths, labels, names = find_pictures(tmp_path / "x")
     seen = collections.Counter()
     source = listing.Listed(str(tmp_path / "x"), None, seen)
     assert list(source) == paths and source.labels.tolist() == labels.tolist() and odd.is_file()
-    assert source.class_names == names and seen == others and sum(others.values()) == 1
+    assert source.class_names == names and sum(seen.values()) == 1
     assert type(source[3]) is str and list(pickle.loads(pickle.dumps(source))) == paths
     some = source.take(np.array([20, 3, 4, 17]))[1:]
     assert list(some) == [paths[i] for i in (3, 4, 17)] and some.labels.tolist() == [0, 0, 2]
@@ -625,14 +624,14 @@ def test_many_images_are_listed_once(folder, tmp_path, monkeypatch):
 @once
 def test_a_look_before_training_takes_some_of_many_images(folder, monkeypatch):
     looks = []
-    monkeypatch.setattr(depth, "constant_images", lambda paths, _: looks.append(paths) or [])
+    monkeypatch.setattr(looking, "constant_images", lambda paths, _: looks.append(paths) or [])
     recipe = dataclasses.replace(get_recipe("cifar"), model="resnet_tiny", val_split=0.5)
     (folder / "cat" / "cat_3.png").rename(folder / "cat" / "cat_3")
     (folder / "cat" / "cat_3.png").write_bytes(b"")
     try:
         few = prepare.prepare_data(folder, recipe)
         monkeypatch.setattr(prepare, "_LOOK", 5)
-        monkeypatch.setattr(depth, "_SAMPLE", 4)
+        monkeypatch.setattr(looking, "_SAMPLE", 4)
         many = prepare.prepare_data(folder, recipe)
     finally:
         (folder / "cat" / "cat_3").rename(folder / "cat" / "cat_3.png")
@@ -945,7 +944,7 @@ def test_deep_images_that_are_no_files_are_known_as_constant(tmp_path):
     Image.fromarray(pixels).save(stream, "PNG")
     path = tar(tmp_path / "x.tar", [("ant/1.png", stream.getvalue())])
     assert [str(name) for name, _ in scan(path).constant] == [f"{path}/ant/1.png"]
-    assert "1 images of 16-bit gray" in depth.constant_line(opened(path), 1)
+    assert "1 images of 16-bit gray" in looking.constant_line(opened(path), 1)
 
 
 @once
