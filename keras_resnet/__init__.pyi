@@ -36,9 +36,13 @@ from .data.warps import (
 )
 from .inference.batches import BatchPredictor as BatchPredictor
 from .inference.calibrate import Calibrated as Calibrated, calibrate as calibrate
-from .inference.calibration import Calibration as Calibration, calibration as calibration
+from .inference.calibration import (
+    Calibration as Calibration,
+    Evaluation as Evaluation,
+    calibration as calibration,
+)
 from .inference.embed import Embeddings as Embeddings, embed as embed
-from .inference.evaluate import Evaluation as Evaluation, evaluate as evaluate
+from .inference.evaluate import evaluate as evaluate
 from .inference.explain import (
     Explanation as Explanation,
     iter_explanations as iter_explanations,

@@ -12,8 +12,8 @@ import numpy as np
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.items import Source
 from keras_resnet.data.opening import first_split
-from keras_resnet.inference.calibration import best_temperature, best_thresholds
-from keras_resnet.inference.evaluate import Evaluation, answers_of, measured
+from keras_resnet.inference.calibration import Evaluation, best_temperature, best_thresholds
+from keras_resnet.inference.evaluate import answers_of, measured
 from keras_resnet.models.files import load_model
 from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import printable

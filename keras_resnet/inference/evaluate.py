@@ -2,186 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keras_resnet import plots
 from keras_resnet.data.dataset import Batch, ImageDataset
 from keras_resnet.data.folders import labels_by_name, unlabelled
 from keras_resnet.data.items import Source, taken
 from keras_resnet.data.labels import joined, multi_hot
 from keras_resnet.data.opening import labelled
 from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.inference.calibration import calibration
+from keras_resnet.inference.calibration import Evaluation, calibration
 from keras_resnet.models.files import images_at_a_time, model_class_names, model_input
 from keras_resnet.models.meaning import Meaning
 from keras_resnet.runtimes.averaged import Models, open_averaged
 from keras_resnet.runtimes.runner import Runner
 from keras_resnet.system.errors import DataError, InputError
-from keras_resnet.system.files import (
-    column,
-    csv_line,
-    plain_path,
-    printable,
-    shortened,
-    text_width,
-    write_json,
-    write_text,
-)
+from keras_resnet.system.files import printable
 from keras_resnet.system.group import Alone, sharers
-from keras_resnet.system.shown import Shown
 
 logger = logging.getLogger("keras_resnet")
-
-_ROWS, _WORST = 30, 10  # classes in the table; of more than that, so many of the worst
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Evaluation(Shown):
-    """The result of `evaluate`; `print` it for the table.
-
-    Attributes:
-        loss: Mean cross-entropy, nats; of a multi-label model the mean binary one.
-        top1: Fraction of images whose predicted class is the true one; of a multi-label model that
-            of the images all of whose labels are right.
-        top5: Fraction whose true class is among the five most probable; `None` for five classes or
-            fewer, where it says nothing.
-        count: Images evaluated.
-        class_names: Names in the order of the model's outputs.
-        per_class: A dict a class that occurs: `name`, `precision`, `recall`, `f1`, `count`; where
-            `scores` are, also `average_precision`, `auc` and `threshold`.
-        confusion: Counts, `(classes, classes)`, rows are true classes; `None` of several labels.
-        rows: A dict an image: `path`, `true`, `predicted`, `probability` (of the predicted
-            class), `true_probability`. Several labels have `|` between, none is `|`, and their
-            probability is that of all yes and no together, the classes taken as independent.
-        skipped: `(path, reason)` of images that could not be read.
-        task: What the model says: `"single-label"`, `"binary"` or `"multi-label"`.
-        scores: Of the two latter scikit-learn's `average_precision`, `auc` and `f1`: the means
-            over the classes that occur, `micro_f1` and each label's `calibration_error`; and of a
-            binary model those of its second class.
-    """
-
-    loss: float
-    top1: float
-    top5: float | None
-    count: int
-    class_names: list[str]
-    per_class: list[dict[str, Any]]
-    confusion: np.ndarray | None
-    rows: list[dict[str, Any]]
-    skipped: list[tuple[str, str]]
-    task: str = "single-label"
-    scores: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def headline(self) -> tuple[str, float]:
-        """What the task is measured by first, and the number."""
-        if self.task == "multi-label":
-            return "mean average precision", self.scores["average_precision"]
-        return "top-1", self.top1
-
-    @property
-    def calibration_error(self) -> float:
-        """How far probabilities are from how often answers, or each label, are right."""
-        if "calibration_error" in self.scores:
-            return self.scores["calibration_error"]
-        right = [row["true"] == row["predicted"] for row in self.rows]
-        return calibration(np.clip([row["probability"] for row in self.rows], 0, 1), right).error
-
-    def _measures(self) -> str:
-        word, value = self.headline
-        parts = [f"{word} {value:.2%}"]
-        parts += [] if self.top5 is None else [f"top-5 {self.top5:.2%}"]
-        if self.task == "multi-label":
-            parts += [f"F1 {self.scores['f1']:.3f}", f"all labels right {self.top1:.2%}"]
-        elif self.scores:
-            parts += [f"AUC {self.scores['auc']:.3f}", f"F1 {self.scores['f1']:.3f}"]
-        return ", ".join([*parts, f"loss {self.loss:.4f}"])
-
-    def _shown(self):
-        skipped = f", {len(self.skipped):,} unreadable" if self.skipped else ""
-        numbers = ("precision", "recall", "f1")
-        rows = [
-            [row["name"], *(f"{row[name]:.3f}" for name in numbers), f"{row['count']:,}"]
-            for row in self.per_class
-        ]
-        return (
-            f"{self.count:,} images, {self._measures()}{skipped}",
-            ("Class", "Precision", "Recall", "F1", "Count"),
-            rows,
-        )
-
-    def __str__(self) -> str:
-        lines = [f"{self.count:,} images: {self._measures()}", ""]
-        shown = self.per_class
-        if len(shown) > _ROWS:
-            shown = sorted(shown, key=lambda row: row["f1"])[:_WORST]
-        width = max([5, *(text_width(shortened(row["name"], 40)) for row in shown)])
-        more = "  Av. precision     AUC  Threshold" if self.scores else ""
-        lines.append(f"{'Class':{width}}  Precision  Recall      F1   Count{more}")
-        lines += [
-            f"{column(row['name'], width)}  {row['precision']:9.3f}  {row['recall']:6.3f}"
-            f"  {row['f1']:6.3f}  {row['count']:6d}"
-            + (f"  {row['average_precision']:13.3f}  {row['auc']:6.3f}  {row['threshold']:9.3f}"
-               if more else "")
-            for row in shown
-        ]  # fmt: skip
-        if len(shown) < len(self.per_class):
-            lines += [
-                f"These {len(shown)} of {len(self.per_class):,} classes have the lowest F1; "
-                "`per_class` and evaluation.json have all.",
-            ]
-            if self.confusion is not None:
-                lines += ["", "The most frequent mistakes:"]
-                lines += [
-                    f"  {shortened(true, 40)} taken for {shortened(taken, 40)}: {n:,} ({part:.0%})"
-                    for true, taken, n, part in plots.frequent_mistakes(
-                        self.confusion, self.class_names, 5
-                    )
-                ]
-        if self.skipped:
-            lines += ["", f"Skipped {len(self.skipped)} unreadable images:"]
-            lines += [f"  {printable(reason)}" for _, reason in self.skipped[:10]]
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the single images, JSON-able."""
-        names = "loss", "top1", "top5", "count", "class_names", "per_class", "confusion", "skipped"
-        found = {name: getattr(self, name) for name in names}
-        found["confusion"] = None if self.confusion is None else self.confusion.tolist()
-        found["skipped"] = [list(item) for item in self.skipped]
-        return found | ({"task": self.task, "scores": self.scores} if self.scores else {})
-
-    def to_csv(self) -> str:
-        """A line an image: path, true and predicted class, their probabilities."""
-        numbers = ("probability", "true_probability")
-        lines = [csv_line(["path", "true", "predicted", *numbers])]
-        lines += [
-            csv_line(
-                [plain_path(row["path"]), row["true"], row["predicted"]]
-                + [f"{row[name]:.6f}" for name in numbers]
-            )
-            for row in self.rows
-        ]
-        return "".join(lines)
-
-    def save(self, folder: str | os.PathLike, prefix: str = "") -> None:
-        """Writes `evaluation.json`, `predictions.csv` and `confusion_matrix.png` to a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{prefix}evaluation.json", self.to_dict())
-        write_text(folder / f"{prefix}predictions.csv", self.to_csv())
-        figure = folder / f"{prefix}confusion_matrix.png"
-        if self.confusion is not None:
-            plots.confusion_matrix(self.confusion, self.class_names, figure)
-        else:
-            figure.unlink(missing_ok=True)  # of what was measured here before
 
 
 def evaluate(

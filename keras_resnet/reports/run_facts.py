@@ -20,6 +20,7 @@ from keras_resnet.data.reading import head
 from keras_resnet.data.shards import find_in_shard
 from keras_resnet.inference.calibration import (
     Calibration,
+    Evaluation,
     accuracy_interval,
     calibration,
     coverage_curve,
@@ -28,37 +29,14 @@ from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.system.process import system_name
 
 
-@dataclasses.dataclass
-class Results:
-    """What a model predicted of one part of the data, and how much of it is right.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results(Evaluation):
+    """What was measured on one part of the data, `"validation"` or `"test"`, as files tell it.
 
-    Attributes:
-        part: `"validation"` or `"test"`.
-        count: Images.
-        top1: Fraction that is right.
-        top5: Fraction whose true class is among the five most probable, or `None`.
-        loss: Mean cross-entropy, nats, or `None`.
-        class_names: In the order of `confusion`.
-        per_class: As of `Evaluation`.
-        confusion: Counts `(classes, classes)`, rows are true classes, or `None`.
-        rows: A dict an image: `path`, `true`, `predicted`, `probability`, `true_probability`.
-        skipped: `(path, reason)`.
-        task: As of `Evaluation`.
-        scores: As of `Evaluation`.
+    What they do not tell is `None`, or empty.
     """
 
     part: str
-    count: int
-    top1: float
-    top5: float | None
-    loss: float | None
-    class_names: list[str]
-    per_class: list[dict[str, Any]]
-    confusion: np.ndarray | None
-    rows: list[dict[str, Any]]
-    skipped: list[tuple[str, str]]
-    task: str = "single-label"
-    scores: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def word(self) -> str:
@@ -67,7 +45,7 @@ class Results:
 
     @property
     def headline(self) -> tuple[str, float]:
-        """What the task is measured by first, and the number; as of `Evaluation`."""
+        """What the task is measured by first, and the number."""
         if self.task == "multi-label" and "average_precision" in self.scores:
             return "Mean average precision", self.scores["average_precision"]
         return self.word, self.top1
@@ -107,18 +85,14 @@ class Results:
         """Confidence against accuracy."""
         if not self.rows:
             return None
-        return calibration(
-            np.clip([row["probability"] for row in self.rows], 0, 1),
-            [row["true"] == row["predicted"] for row in self.rows],
-        )
+        return calibration(np.clip([row["probability"] for row in self.rows], 0, 1), self.right)
 
     @property
     def coverage(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Of `coverage_curve`."""
         if not self.rows:
             return None
-        right = [row["true"] == row["predicted"] for row in self.rows]
-        return coverage_curve([row["probability"] for row in self.rows], right)
+        return coverage_curve([row["probability"] for row in self.rows], self.right)
 
     def confusions(self, limit: int = 8) -> list[tuple[str, str, int, float]]:
         """The most frequent mistakes: true and predicted class, count, fraction of the class."""
