@@ -16,10 +16,11 @@ import argparse
 from pathlib import Path
 
 import keras
+from PIL import Image
 
 import keras_resnet as kr
 from keras_resnet import plots
-from keras_resnet.cli.demo import write_cifar10, write_digits
+from keras_resnet.cli.demo import write_digits
 
 # Kernel size, stride and padding of AlexNet_Paper's convolutions and poolings.
 PAPER = {
@@ -37,6 +38,19 @@ def print_sizes(size=224):
     for name, (kernel, strides, padding) in PAPER.items():
         size = kr.conv_output_size(size, kernel, strides, padding)
         print(f"{name:9} {size}*{size}")
+
+
+def write_cifar10(folder, arrays=None):
+    """CIFAR-10 as PNG files: `train/` and `test/`, with a folder a class in each."""
+    names = ["airplane", "automobile", "bird", "cat", "deer"]
+    names += ["dog", "frog", "horse", "ship", "truck"]
+    arrays = arrays or keras.datasets.cifar10.load_data()  # which downloads 170 MB once
+    for part, (images, labels) in zip(("train", "test"), arrays, strict=True):
+        for i, (pixels, label) in enumerate(zip(images, labels[:, 0], strict=True)):
+            path = Path(folder, part, names[label], f"{i:05}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return folder
 
 
 def main():

@@ -18,7 +18,7 @@ from pathlib import Path
 import keras
 
 import keras_resnet as kr
-from keras_resnet.cli.demo import write_cifar10, write_digits
+from keras_resnet.cli.demo import write_digits
 
 
 def rate_drops(epochs):
@@ -74,8 +74,6 @@ def main():
     args = parser.parse_args()
     if args.smoke:
         args.data, args.epochs, args.batch_size = write_digits("runs/digits-2", each=2), 4, 4
-    if args.data == "cifar10":
-        args.data = write_cifar10("runs/cifar10")
 
     # class ResNet: Residualblocks with biases and a ReLU before the addition, a bare 1x1
     # convolution at the start of every stage.

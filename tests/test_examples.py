@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 import keras_resnet as kr
-from keras_resnet.cli.demo import write_cifar10, write_digits
+from keras_resnet.cli.demo import write_digits
 from keras_resnet.recipes import get_recipe
 from keras_resnet.training.schedules import make_schedule
 
@@ -189,7 +189,7 @@ def test_cifar10_as_keras_gives_it_becomes_folders(tmp_path, rng):
         (rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n)[:, None] % 10)
         for n in (20, 10)
     ]
-    folder = write_cifar10(tmp_path / "cifar10", arrays)
+    folder = example("alexnet_cifar10").write_cifar10(tmp_path / "cifar10", arrays)
     test_set = kr.image_dataset_from_directory(
         folder / "test", image_size=32, batch_size=10, shuffle=False
     )

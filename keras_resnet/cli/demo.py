@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,58 +27,17 @@ def write_digits(folder: str | os.PathLike, each: int | None = None) -> Path:
     """
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    levels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    seen = [int((digits.target[:i] == digit).sum()) for i, digit in enumerate(digits.target)]
-    few = np.asarray(seen) < (each or len(seen))
-    names = [str(digit) for digit in range(10)]
-    return write_images(folder, levels[few], digits.target[few], names, side=32)
-
-
-def write_images(
-    folder: str | os.PathLike,
-    images: np.ndarray,
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    side: int | None = None,
-) -> Path:
-    """Writes arrays, shaped as those of `keras.datasets`, as PNG files, a folder a class.
-
-    Args:
-        folder: Where; images that are there already are left alone.
-        images: uint8 `(n, height, width)` or `(n, height, width, 3)`.
-        labels: `(n,)` or `(n, 1)`.
-        class_names: Names in the order of the labels.
-        side: Enlarge them to so many pixels a side.
-    """
-    folder = Path(folder)
-    for index, (pixels, label) in enumerate(zip(images, np.ravel(labels), strict=True)):
-        path = folder / class_names[int(label)] / f"{index:04d}.png"
+    folder, digits, seen = Path(folder), load_digits(), Counter[int]()
+    for levels, digit in zip(digits.images, digits.target.tolist(), strict=True):
+        if seen[digit] == each:
+            continue
+        path = folder / str(digit) / f"{seen.total():04d}.png"
+        seen[digit] += 1
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(pixels)
-            if side is not None:
-                image = image.resize((side, side), Image.Resampling.BICUBIC)
-            image.save(path)
+            image = Image.fromarray(np.round(levels * (255 / 16)).astype(np.uint8))
+            image.resize((32, 32), Image.Resampling.BICUBIC).save(path)
     return folder
-
-
-def write_cifar10(folder: str | os.PathLike, arrays: tuple | None = None) -> Path:
-    """Writes CIFAR-10 as PNG files: `train/` and `test/`, with a folder a class in each.
-
-    Args:
-        folder: Where; images that are there already are left alone.
-        arrays: `(x_train, y_train), (x_test, y_test)`; by default those of
-            `keras.datasets.cifar10`, which downloads 170 MB once.
-    """
-    import keras
-
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
-             "truck"]  # fmt: skip
-    train, test = keras.datasets.cifar10.load_data() if arrays is None else arrays
-    write_images(Path(folder) / "train", *train, names)
-    write_images(Path(folder) / "test", *test, names)
-    return Path(folder)
 
 
 def run_demo(output: str | os.PathLike = "demo", epochs: int | None = None) -> TrainResult:

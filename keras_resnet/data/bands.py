@@ -33,6 +33,18 @@ def checked_color_mode(value: Any) -> str | int:
     )
 
 
+def _of_each(name: str) -> Callable[..., Bands]:
+    """Pillow's method of each band; it turns no 16 bits between the pixels: that floats do."""
+
+    def changed(band: Image.Image, *args: Any, **options: Any) -> Image.Image:
+        if band.mode == "L" or name not in ("transform", "rotate"):
+            return getattr(band, name)(*args, **options)
+        floats = getattr(Image.fromarray(np.asarray(band, np.float32)), name)(*args, **options)
+        return Image.fromarray(np.clip(np.rint(floats), 0, 65535).astype(np.uint16))
+
+    return lambda bands, *args, **options: bands.each(lambda one: changed(one, *args, **options))
+
+
 class Bands:
     """An image of one Pillow image a channel, 8 or 16 bits a value, which change alike.
 
@@ -51,25 +63,9 @@ class Bands:
         """Each band changed."""
         return Bands([change(band) for band in self.bands])
 
-    def crop(self, *args: Any) -> Bands:
-        """As Pillow's."""
-        return self.each(lambda band: band.crop(*args))
-
-    def resize(self, *args: Any) -> Bands:
-        """As Pillow's."""
-        return self.each(lambda band: band.resize(*args))
-
-    def transpose(self, *args: Any) -> Bands:
-        """As Pillow's."""
-        return self.each(lambda band: band.transpose(*args))
-
-    def transform(self, *args: Any, **options: Any) -> Bands:
-        """As Pillow's, which does not interpolate 16 bits: through floats."""
-        return self.each(lambda band: _through_floats(band, "transform", *args, **options))
-
-    def rotate(self, *args: Any, **options: Any) -> Bands:
-        """As Pillow's; see `transform`."""
-        return self.each(lambda band: _through_floats(band, "rotate", *args, **options))
+    crop, resize, transpose, transform, rotate = map(
+        _of_each, ("crop", "resize", "transpose", "transform", "rotate")
+    )
 
     def getbands(self) -> tuple[str, ...]:
         """One: what fills one band fills all."""
@@ -83,14 +79,6 @@ class Bands:
 
 
 AnyPicture = Image.Image | Bands
-
-
-def _through_floats(band: Image.Image, change: str, *args: Any, **options: Any) -> Image.Image:
-    if band.mode == "L":
-        return getattr(band, change)(*args, **options)
-    floats = Image.fromarray(np.asarray(band, np.float32))
-    values = np.asarray(getattr(floats, change)(*args, **options))
-    return Image.fromarray(np.clip(np.rint(values), 0, 65535).astype(np.uint16))
 
 
 def in_eight_bits(change: Callable[..., Image.Image]) -> Callable[..., Any]:

@@ -60,13 +60,11 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         file_paths: all paths, in the order of the labels; or a `Source`, without its weights.
         labels: int32, aligned with `file_paths`, or tuples of several; None where there are none.
         class_names: the name of each label; None where there are none.
-        class_counts: images of each class.
         weights: float32, what each image counts; if not None, batches have theirs as a third part.
         seed: of everything random.
         threads: that read ahead; 0 reads in the caller's thread.
         part: (which, of how many): of each batch, the part that this process reads.
         epoch: counts completed passes; set it with `set_epoch` to continue a run.
-        skipped: (path, reason) of every image that could not be read so far.
         failure: the exception that ended a batch, where a backend hides it behind its own.
         empty: makes the array that a batch is put together in; `np.empty`, unless a device asks
             for memory of its own kind.

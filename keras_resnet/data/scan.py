@@ -385,14 +385,9 @@ def _describe(report: ScanReport, good: Sequence[tuple[str, dict[str, Any]]]) ->
         and os.path.splitext(path)[1].lower() not in FORMATS[look["format"]]
     ]
     width, height = np.array([look["size"] for _, look in good]).T
-    report.sizes = {
-        name: [float(f(values)) for f in (np.min, np.median, np.max)]
-        for name, values in (
-            ("width", width),
-            ("height", height),
-            ("width / height", width / height),
-        )
-    }
+    shapes = {"width": width, "height": height, "width / height": width / height}
+    for name, values in shapes.items():
+        report.sizes[name] = [float(f(values)) for f in (np.min, np.median, np.max)]
     report.smallest = [good[i][0] for i in np.argsort(width * height, kind="stable")[:6]]
     counts = np.sum([look["counts"] for _, look in good], axis=0)
     total, values = counts.sum(1), np.arange(256)

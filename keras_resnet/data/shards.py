@@ -246,9 +246,8 @@ def open_shard(path: str) -> _Shard:
 
     def write(name: str) -> None:
         with open(name, "wb") as file:
-            file.write(
-                _MAGIC + json.dumps({"count": len(shard), **shard.facts}).encode()[1:] + b"\n"
-            )
+            facts = json.dumps({"count": len(shard), **shard.facts})
+            file.write(_MAGIC + facts.encode()[1:] + b"\n")
             for array in shard.table.values():
                 file.write(array.tobytes())
             file.write(shard.names)
@@ -400,12 +399,10 @@ class Shards(Source):
         """Every text of a field, sorted, and of each image its number or -1."""
         texts = sorted({text for shard in self._shards for text in shard.facts[field]})
         number = {text: i for i, text in enumerate(texts)}
-        codes = [
-            np.asarray([*(number[text] for text in shard.facts[field]), -1], np.int32)[
-                shard.table[field]
-            ]
-            for shard in self._shards
-        ]
+        codes = []
+        for shard in self._shards:
+            own = [number[text] for text in shard.facts[field]]
+            codes.append(np.asarray([*own, -1], np.int32)[shard.table[field]])
         return texts, np.concatenate(codes)
 
     def __len__(self) -> int:
