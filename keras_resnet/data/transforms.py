@@ -384,21 +384,13 @@ class RandomErasing(Transform):
         return image
 
     def value_in(self, preprocess: Any, output: str) -> np.ndarray:
-        """What erased pixels hold: `value` is in normalised units, as in torchvision.
-
-        Args:
-            preprocess: Of the images.
-            output: `"float32"` for normalised images, `"uint8"` for pixel values.
-        """
+        """What erased pixels hold: in normalised units, as `value` is, for an output of float32."""
         if output == "float32":
             return np.full(preprocess.channels, self.value, np.float32)
         mean = 0.0 if preprocess.mean is None else preprocess.mean
         std = 1.0 if preprocess.std is None else np.asarray(preprocess.std)
         pixels = np.clip(np.round((self.value * std + mean) * 255), 0, 255)
         return np.broadcast_to(pixels, preprocess.channels).astype(np.uint8)
-
-
-# --- small checks --------------------------------------------------------------------------------
 
 
 def _height_width(image: AnyImage) -> tuple[int, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import ipaddress
 import logging
 import math
-import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -118,12 +119,9 @@ class Guard:
         if length == 0:
             return True
         sizes = []
-        for root, _, names in os.walk(self.folder):
-            for name in names:
-                try:
-                    sizes.append(os.path.getsize(os.path.join(root, name)))
-                except OSError:  # just deleted
-                    continue
+        for path in Path(self.folder).rglob("*"):
+            with contextlib.suppress(OSError):  # just deleted
+                sizes += [path.stat().st_size] if path.is_file() else []
         room = 4 * self.limits.request_bytes - sum(sizes) - self._reserved
         return length <= room and len(sizes) < 64 * self.limits.pictures
 

@@ -19,8 +19,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from keras_resnet.inference.calibration import Calibration, accuracy_interval
 from keras_resnet.plots import DASHES as DASHES, confusion_pixels, draw_lines, label_text
 
-# --- for a web page ------------------------------------------------------------------------------
-
 # Colours that stand for a role; in the page they are CSS variables, which follow its light or dark
 # mode. No other colour of a figure may be one of these.
 ROLES = {

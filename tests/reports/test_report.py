@@ -25,7 +25,7 @@ import keras_resnet as kr
 from keras_resnet.cli import main as cli
 from keras_resnet.inference.calibration import accuracy_interval, calibration, paired_p_value
 from keras_resnet.inference.evaluate import Evaluation
-from keras_resnet.reports import figures as plots, findings as rules, report as reporting
+from keras_resnet.reports import figures as plots, report as reporting, run_page as rules
 from keras_resnet.reports.run_files import read_run
 from keras_resnet.reports.wording import as_markdown
 from keras_resnet.system.errors import InputError, NotFoundError
