@@ -178,10 +178,6 @@ def class_weights(
 
     Raises:
         InputError: A class that there is not.
-
-    Examples:
-        >>> class_weights("balanced", {"ant": 3, "bee": 1})
-        [0.6666666666666666, 2.0]
     """
     if given is None:
         return None

@@ -28,11 +28,6 @@ def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     No image comes again before all others of its class have come as often: of a large class an
     epoch has a part, of a small one copies.
-
-    Examples:
-        >>> labels = np.array([0, 0, 0, 0, 0, 1])
-        >>> np.bincount(labels[balanced_order(labels, np.random.default_rng(0))]).tolist()
-        [3, 3]
     """
     labels = rarest(labels)
     present = rng.permutation(np.unique(labels))

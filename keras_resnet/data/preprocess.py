@@ -132,12 +132,7 @@ class Preprocess:
         return cls(resize or round(size * 256 / 224), size, **options)
 
     def for_channels(self, channels: int) -> Preprocess:
-        """For as many channels, where this is for RGB: see `imagenet_colors`.
-
-        Examples:
-            >>> Preprocess().for_channels(1).color_mode
-            'grayscale'
-        """
+        """For as many channels, where this is for RGB: see `imagenet_colors`."""
         if self.color_mode != "rgb" or channels == 3:
             return self
         colors = {name: _repeated(getattr(self, name), channels) for name in ("mean", "std")}

@@ -94,10 +94,6 @@ class CenterCrop(Transform):
 
     Attributes:
         size: of the result, an int or (height, width).
-
-    Examples:
-        >>> CenterCrop(24)(Image.new("RGB", (40, 30)), np.random.default_rng(0)).size
-        (24, 24)
     """
 
     size: int | tuple[int, int]

@@ -302,10 +302,6 @@ def best_thresholds(probabilities: np.ndarray, hits: np.ndarray) -> list[float]:
     Args:
         probabilities: `(n, classes)`.
         hits: The classes of each image, bool `(n, classes)`.
-
-    Examples:
-        >>> best_thresholds(np.array([[0.1], [0.2], [0.3], [0.4]]), np.array([[0], [0], [1], [1]]))
-        [0.25]
     """
     from sklearn.metrics import precision_recall_curve
 
@@ -336,11 +332,6 @@ def coverage_curve(confidence, correct) -> tuple[np.ndarray, np.ndarray, np.ndar
     Returns:
         The fractions of images answered, from few to all, the accuracy on them, and the lowest
         confidence among them.
-
-    Examples:
-        >>> coverage, accuracy, least = coverage_curve([0.6, 0.9, 0.8], [False, True, True])
-        >>> accuracy.round(3).tolist()
-        [1.0, 1.0, 0.667]
     """
     order = np.argsort(-np.asarray(confidence, np.float64), kind="stable")
     sure, right = np.asarray(confidence)[order], np.cumsum(np.asarray(correct)[order])
@@ -383,12 +374,7 @@ def answer_of(
 
 
 def accuracy_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a fraction, by Wilson's score (1927): it holds for small counts as well.
-
-    Examples:
-        >>> [round(x, 3) for x in accuracy_interval(85, 153)]
-        [0.476, 0.632]
-    """
+    """The 95% interval of a fraction by Wilson's score (1927): it holds for small counts as well."""
     from scipy.stats import binomtest  # half a second
 
     found = binomtest(right, count).proportion_ci(method="wilson")
@@ -399,10 +385,6 @@ def paired_p_value(only_first: int, only_second: int) -> float:
     """How likely two equal models differ as much on the same images: McNemar's exact test.
 
     Of the images that one of them alone gets right; the two-sided p-value.
-
-    Examples:
-        >>> round(paired_p_value(12, 4), 4)
-        0.0768
     """
     from scipy.stats import binomtest
 

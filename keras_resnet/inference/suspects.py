@@ -164,11 +164,6 @@ def label_errors(labels: np.ndarray, chances: np.ndarray) -> list[tuple[int, int
 
     Returns:
         (position, likely class), the least believed label first.
-
-    Examples:
-        >>> chances = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.9, 0.1]])
-        >>> label_errors(np.array([0, 0, 1, 1]), chances)
-        [(3, 0)]
     """
     everyone = np.arange(len(labels))
     own = chances[everyone, labels]

@@ -204,12 +204,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON text, which every reader takes: what is no finite number becomes `null` (RFC 8259).
-
-    Examples:
-        >>> to_json({"loss": float("nan"), "steps": [1, 2.5]})
-        '{"loss": null, "steps": [1, 2.5]}'
-    """
+    """JSON text, which every reader takes: what is no finite number becomes `null` (RFC 8259)."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
