@@ -374,7 +374,7 @@ def answer_of(
 
 
 def accuracy_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a fraction by Wilson's score (1927): it holds for small counts as well."""
+    """The 95% interval of a fraction by Wilson's score (1927), for small counts as well."""
     from scipy.stats import binomtest  # half a second
 
     found = binomtest(right, count).proportion_ci(method="wilson")

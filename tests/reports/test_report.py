@@ -25,7 +25,7 @@ import keras_resnet as kr
 from keras_resnet.cli import main as cli
 from keras_resnet.inference.calibration import accuracy_interval, calibration, paired_p_value
 from keras_resnet.inference.evaluate import Evaluation
-from keras_resnet.reports import figures as plots, report as reporting, run_page as rules
+from keras_resnet.reports import figures as plots, report as reporting
 from keras_resnet.reports.run_files import read_run
 from keras_resnet.reports.wording import as_markdown
 from keras_resnet.system.errors import InputError, NotFoundError
@@ -403,8 +403,8 @@ def test_uneven_classes_are_said_with_what_was_done_about_them(tmp_path):
 
 @pytest.mark.once
 def test_every_rule_has_its_sentence():
-    code = pathlib.Path(rules.__file__).read_text(encoding="utf-8")
-    said = (pathlib.Path(rules.__file__).parent / "templates" / "sentences.html").read_text(
+    code = pathlib.Path(reporting.__file__).read_text(encoding="utf-8")
+    said = (pathlib.Path(reporting.__file__).parent / "templates" / "sentences.html").read_text(
         encoding="utf-8"
     )
     named = re.findall(r'Finding\(\s*(?:"\w+"|kind), "(\w+)"', code)
@@ -549,7 +549,7 @@ def test_runs_of_several_labels_are_compared_by_their_average_precision(tmp_path
     history = {"average_precision": [0.9] * 3, "val_average_precision": [0.4, 0.5, 0.6]}
     facts = read_run(runs[0])
     facts.history |= history
-    [warning] = [found for found in rules.findings(facts) if found.rule == "overfits"]
+    [warning] = [found for found in reporting.findings(facts) if found.rule == "overfits"]
     assert warning.facts == {"train": 0.9, "val": 0.6, "score": "average_precision"}
 
 
