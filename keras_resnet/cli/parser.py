@@ -80,27 +80,16 @@ def _number(kind: Callable[[str], Any], text: str) -> Any:
 
 
 def arg(
-    spec: str,
+    spec: str,  # its name, what stands for its value (`N` is an int, `X` a float), the default
     help: str | None = None,
-    check: Callable[[Any], Any] | None = None,
-    least: int | None = None,
-    above: float | None = None,
-    group: str = "Options",
-    rare: bool = False,
-    **options: Any,
+    check: Callable[[Any], Any] | None = None,  # of a value, one by one where there are several
+    least: int | None = None,  # the smallest whole number that is taken
+    above: float | None = None,  # every number that is larger is taken
+    group: str = "Options",  # heading in the help
+    rare: bool = False,  # `--help` leaves it to `--help-all`
+    **options: Any,  # of `add_argument`
 ) -> Argument:
-    """An argument, written as the help shows it: `"--seed N=0"`, or `"--strict"` for a flag.
-
-    Args:
-        spec: Its name, what stands for its value (`N` is an int, `X` a float) and the default.
-        help: What it is for.
-        check: Called with a value that was given, one by one where there are several.
-        least: The smallest whole number that is taken.
-        above: Every number that is larger is taken.
-        group: Heading in the help.
-        rare: `--help` leaves it to `--help-all`.
-        **options: Further ones of `add_argument`.
-    """
+    """An argument, written as the help shows it: `"--seed N=0"`, or `"--strict"` for a flag."""
     name, _, rest = spec.partition(" ")
     metavar, _, default = rest.partition("=")
     if metavar:
@@ -120,22 +109,14 @@ def arg(
 
 
 class Command(typing.NamedTuple):
-    """A row of the table of commands.
+    """A row of the table of commands."""
 
-    Attributes:
-        run: Called with the arguments by name, after every check; it may give an exit code.
-        help: What it does.
-        arguments: In the order of the help.
-        recipe: Every field of `Recipe` is an option too, and an argument where it is given.
-        keras: It computes with Keras, so a backend is needed.
-        order: Called first, with the command and the arguments: are those in their right order?
-    """
-
-    run: Callable[..., int | None]
+    run: Callable[..., int | None]  # called with the arguments, after every check; gives a code
     help: str
     arguments: list[Argument]
-    recipe: bool = False
-    keras: bool = True
+    recipe: bool = False  # every field of `Recipe` is an option too
+    keras: bool = True  # it computes with Keras, so a backend is needed
+    # Called first, with the command and the arguments: are those in their right order?
     order: Callable[[str, dict[str, Any]], None] | None = None
 
 

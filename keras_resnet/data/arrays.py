@@ -55,14 +55,9 @@ def whole_pixels(image: np.ndarray) -> np.ndarray:
 class Arrays(Source):
     """Images of one size in memory.
 
-    Args:
-        images: `(n, height, width)` or `(n, height, width, channels)` of whole numbers 0..255, or
-            uint16; `(n, 3, height, width)` is turned.
-        labels: A number or a name an image, or rows of 0 and 1, which is one for each class that
-            the image shows; or lists of numbers or names.
-        class_names: The name of each number.
-        name: What an image is called, with `{}` for its number from 1.
-        place: As of a `Source`; made of the contents by default.
+    They are `(n, height, width)` or `(n, height, width, channels)` of whole numbers 0..255, or
+    uint16; `(n, 3, height, width)` is turned. Labels are a number or a name an image, or rows of 0
+    and 1, which is one for each class that the image shows; or lists of numbers or names.
 
     Raises:
         InputError: Other numbers or another shape, or labels that do not fit.
@@ -74,8 +69,8 @@ class Arrays(Source):
         labels: Any = None,
         class_names: Sequence[str] | None = None,
         *,
-        name: str = "image {}",
-        place: str | None = None,
+        name: str = "image {}",  # with its number from 1
+        place: str | None = None,  # made of the contents by default
     ):
         images = as_array(images)
         if images.ndim and not len(images):

@@ -34,18 +34,13 @@ from keras_resnet.system.errors import DataError, InputError, NotFoundError
 
 
 class Parts(NamedTuple):
-    """The images of a dataset.
+    """The images of a dataset."""
 
-    Attributes:
-        of: Images and labels of `"train"`, and of `"val"` and `"test"` where there are such; the
-            labels of the last may be None.
-        names: Of the classes.
-        notes: Lines about what was taken as what, and what was not read.
-    """
-
+    # Images and labels of "train", and of "val" and "test" where there are such; the labels of the
+    # last may be None.
     of: dict[str, tuple[Sequence[str], np.ndarray]]
-    names: list[str]
-    notes: list[str]
+    names: list[str]  # of the classes
+    notes: list[str]  # lines about what was taken as what, and what was not read
 
 
 def is_source(path: str) -> bool:

@@ -390,27 +390,15 @@ class ReadAhead:
 
     def get(
         self,
-        epoch: Any,
-        index: int,
-        parts: Callable[[int], Sequence[Callable[[], list]]],
-        join: Callable[[int, list], Any],
+        epoch: Any,  # batches of another one are thrown away
+        index: int,  # where it follows the last one, more are begun
+        parts: Callable[[int], Sequence[Callable[[], list]]],  # the pieces of a batch's work
+        join: Callable[[int, list], Any],  # makes a batch of its number and all their lists in one
         *,
-        count: int,
-        depth: int,
+        count: int,  # batches in the epoch
+        depth: int,  # how many may wait
     ) -> Any:
-        """Batch `index`, from those that wait or made now.
-
-        Args:
-            epoch: Batches of another one are thrown away.
-            index: Of `count` batches; where it follows the last one, more are begun.
-            parts: Gives the pieces of work of a batch; each makes a list.
-            join: Makes a batch of its number and all its lists in one.
-            count: Batches in the epoch.
-            depth: How many may wait.
-
-        Raises:
-            Exception: What a piece of work raised; of several, the first piece's.
-        """
+        """Batch `index`, from those that wait or made now; or raises what its first piece did."""
         if self._pool is None:
             return join(index, [item for work in parts(index) for item in work()])
         with self._lock:

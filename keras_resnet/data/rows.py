@@ -84,10 +84,7 @@ def content(value: Any, name: str) -> Any:
 class ParquetImages(Source):
     """The images that lie in a Parquet file itself, as Hugging Face's datasets are published.
 
-    Args:
-        path: Of the file.
-        column: Of the images: bytes, or a struct that has `bytes`.
-        rows: In each of its groups.
+    Their column is of bytes, or a struct that has `bytes`.
     """
 
     def __init__(self, path: str, column: str, rows: Sequence[int]):

@@ -31,28 +31,18 @@ def turning_filter(name: str) -> int:
 
 def affine(
     image: Image.Image,
-    translate: tuple[float, float],
-    shear: tuple[float, float],
-    center: tuple[float, float],
+    translate: tuple[float, float],  # pixels to the right and down
+    shear: tuple[float, float],  # radians along both axes
+    center: tuple[float, float],  # of the rotation and the shear
     resample: int,
     fill: Any,
-    angle: float = 0.0,
-    scale: float = 1.0,
+    angle: float = 0.0,  # radians, clockwise
+    scale: float = 1.0,  # above 1 enlarges
 ) -> Image.Image:
     """torchvision/transforms/functional.py `_get_inverse_affine_matrix`, applied by Pillow.
 
     The products of cosines stay where the angle is 0: leaving out what is 1 in exact arithmetic
     changes last bits, and with them pixels under nearest interpolation.
-
-    Args:
-        image: A Pillow image.
-        translate: Pixels to the right and down.
-        shear: Radians along both axes.
-        center: Of the rotation and the shear.
-        resample: A Pillow filter.
-        fill: The colour of pixels from outside the image.
-        angle: Radians, clockwise.
-        scale: Above 1 enlarges.
     """
     sx, sy = shear
     a = math.cos(angle - sy) / math.cos(sy)

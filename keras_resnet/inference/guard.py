@@ -43,12 +43,8 @@ _HEADERS = {
 class Guard:
     """ASGI: refuses what is not the page's, from elsewhere, or larger than any allowed request.
 
-    Args:
-        app: The application behind it.
-        limits: What an upload may be at most.
-        folder: Where uploads are kept.
-        hosts: Names (`*.example.org`) under which it may be asked, beside numeric addresses; `None`
-            for any.
+    Uploads are kept in a folder. `hosts` are names (`*.example.org`) under which it may be asked,
+    beside numeric addresses; `None` for any.
     """
 
     def __init__(self, app, limits: Limits, folder: str, hosts: Sequence[str] | None):

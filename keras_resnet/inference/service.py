@@ -76,24 +76,14 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What the page says of one upload.
-
-    Attributes:
-        name: The file's.
-        classes: `(class name, probability)`, most probable first.
-        error: Why there is none, or `None`.
-        note: Something to know about the file, or `None`.
-        pixels: uint8, the image as the model saw it, or `None`.
-        heat: uint8, the same under its heat map, or `None`.
-        answer: As of a `Prediction`.
-    """
+    """What the page says of one upload; the fields it shares with a `Prediction` are as there."""
 
     name: str
     classes: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     error: str | None = None
-    note: str | None = None
-    pixels: np.ndarray | None = None
-    heat: np.ndarray | None = None
+    note: str | None = None  # something to know about the file
+    pixels: np.ndarray | None = None  # uint8, the image as the model saw it
+    heat: np.ndarray | None = None  # uint8, the same under its heat map
     answer: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,11 +154,6 @@ class Service:
         limits: What an upload may be at most.
         why_blind: Why there is no `model`.
         pixels: As for `predict`.
-
-    Attributes:
-        name: The model's.
-        names: Its classes'.
-        preprocess: How its images are prepared.
     """
 
     def __init__(

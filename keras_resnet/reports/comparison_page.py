@@ -16,21 +16,13 @@ from keras_resnet.system.files import shown_path
 
 
 class Row(NamedTuple):
-    """One run of the comparison.
-
-    Attributes:
-        run: Its record.
-        label: Its name, unlike the others'.
-        link: The URL of its own report where that is below the comparison's folder, else `None`.
-        results: Its results on the part that all have, or else the ones that count; or `None`.
-        best: The columns in which no other run is better, and some is worse.
-    """
+    """One run of the comparison."""
 
     run: RunFacts
-    label: str
-    link: str | None
-    results: Results | None
-    best: set[str]
+    label: str  # its name, unlike the others'
+    link: str | None  # the URL of its own report where that is below the comparison's folder
+    results: Results | None  # on the part that all have, or else the ones that count
+    best: set[str]  # the columns in which no other run is better, and some is worse
 
 
 def comparison(runs: list[RunFacts], path: Path) -> dict[str, Any]:

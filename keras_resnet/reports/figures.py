@@ -87,20 +87,13 @@ def _page_style(axes) -> None:
 
 
 def lines_svg(
-    series: Sequence[tuple[Sequence[float], int, str]],
+    series: Sequence[tuple[Sequence[float], int, str]],  # values, colour from 1, one of DASHES
     key: str,
     *,
-    percent: bool = False,
-    mark: tuple[int, float] | None = None,
+    percent: bool = False,  # values are fractions
+    mark: tuple[int, float] | None = None,  # epoch (from 1) and value, to be written out
 ) -> str:
-    """Draws numbers over the epochs for a page; the page says which line is which.
-
-    Args:
-        series: Values one an epoch, the colour's number from 1, and the dash (of `DASHES`' kind).
-        key: Unique in the page.
-        percent: Values are fractions.
-        mark: An epoch (from 1) and its value, to be marked and written out.
-    """
+    """Draws numbers over the epochs; the page says which line is which."""
     figure, axes = _page_axes(5.4, 3.0)
     colored = [(values, ROLES[f"s{(color - 1) % 8 + 1}"], dash) for values, color, dash in series]
     ink, surface = ROLES["ink"], ROLES["surface"]

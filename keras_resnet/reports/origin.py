@@ -16,20 +16,13 @@ from keras_resnet.weights import download, published
 
 @dataclasses.dataclass
 class Origin:
-    """What is known of a run's first and last weights.
+    """What is known of a run's first and last weights."""
 
-    Attributes:
-        known: What the model says of the file that training started from; empty for none.
-        row: Torchvision's row of that file, by its sha256, or `None`.
-        check: The `VerifyReport` of the file imported anew, or `None`.
-        unchecked: Why there is none.
-        files: Name, bytes and sha256 of the run's own models.
-    """
-
-    known: dict[str, Any]
-    row: published.TorchvisionWeights | None = None
-    check: Any = None
-    unchecked: str = ""
+    known: dict[str, Any]  # what the model says of the file that training started from
+    row: published.TorchvisionWeights | None = None  # of that file, by its sha256
+    check: Any = None  # the `VerifyReport` of the file imported anew
+    unchecked: str = ""  # why there is none
+    # Name, bytes and sha256 of the run's own models.
     files: list[tuple[str, int, str]] = dataclasses.field(default_factory=list)
 
 

@@ -239,17 +239,11 @@ def _coverage(results: Results | None) -> dict[str, Any] | None:
 
 
 class Finding(NamedTuple):
-    """One thing that stands out.
+    """One thing that stands out."""
 
-    Attributes:
-        kind: `"good"`, `"warn"` or `"info"`.
-        rule: The macro of `sentences.html` that says it.
-        facts: Its arguments.
-    """
-
-    kind: str
-    rule: str
-    facts: dict[str, Any]
+    kind: str  # "good", "warn" or "info"
+    rule: str  # the macro of `sentences.html` that says it
+    facts: dict[str, Any]  # its arguments
 
 
 def findings(run: RunFacts) -> list[Finding]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.system.process import system_name
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Results(Evaluation):
     """What was measured on one part of the data, `"validation"` or `"test"`, as files tell it.
 
@@ -115,35 +115,21 @@ class Results(Evaluation):
         return sorted(rows, key=lambda row: row["probability"])
 
 
-@dataclasses.dataclass
+@dataclass
 class RunFacts:
-    """What is known of one run; whatever is not there is empty or `None`.
-
-    Attributes:
-        folder: Where it is.
-        config: What `config.json` holds, without values of a wrong kind.
-        info: What the best model says of itself: `ImageModel.info`.
-        history: Columns of `history.csv`, all of one length.
-        results: By part, `"test"` before `"validation"`.
-        skipped: `(path, reason)` of images that could not be read.
-        files: Name and bytes of the model files.
-        missing: Sentences on what a finished run would have and this one lacks.
-        begun: The first time in `train.log`, or where `config.json` says it.
-        ended: The last time.
-        images: What it was trained on, where that is no folder and somebody has said it.
-    """
+    """What is known of one run; whatever is not there is empty or `None`."""
 
     folder: Path
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    info: dict[str, Any] = dataclasses.field(default_factory=dict)
-    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    results: dict[str, Results] = dataclasses.field(default_factory=dict)
-    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    files: dict[str, int] = dataclasses.field(default_factory=dict)
-    missing: list[str] = dataclasses.field(default_factory=list)
-    begun: datetime | None = None
+    config: dict[str, Any] = field(default_factory=dict)  # without values of a wrong kind
+    info: dict[str, Any] = field(default_factory=dict)  # what the best model says of itself
+    history: dict[str, list[float]] = field(default_factory=dict)  # columns, all of one length
+    results: dict[str, Results] = field(default_factory=dict)  # "test" before "validation"
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # path and reason
+    files: dict[str, int] = field(default_factory=dict)  # name and bytes of the models
+    missing: list[str] = field(default_factory=list)  # sentences: a finished run would have it
+    begun: datetime | None = None  # by `train.log`, or where `config.json` says it
     ended: datetime | None = None
-    images: Sequence[str] | None = None
+    images: Sequence[str] | None = None  # of its training, where they are no folder and given
 
     @property
     def name(self) -> str:

@@ -17,17 +17,11 @@ LINE_SECONDS = 30.0  # between two lines about a work, where there is no termina
 
 
 class Progress(NamedTuple):
-    """How far a run over many images is.
+    """How far a run over many images is."""
 
-    Attributes:
-        done: Images predicted, those of an interrupted run included.
-        total: Images in all.
-        unreadable: Of those done.
-    """
-
-    done: int
+    done: int  # images predicted, those of an interrupted run included
     total: int
-    unreadable: int = 0
+    unreadable: int = 0  # of those done
 
 
 class _Words(rich.ProgressColumn):
