@@ -112,12 +112,8 @@ def predict(
         from keras_resnet.inference.prediction_files import PredictionTable, predictions_text
         from keras_resnet.models.files import model_class_names
 
-        table = PredictionTable(
-            images,
-            model_class_names(runner),
-            options["top"],
-            gives_answers(runner.meaning(), options["min_confidence"]),
-        )
+        says = gives_answers(runner.meaning(), options["min_confidence"])
+        table = PredictionTable(images, model_class_names(runner), options["top"], says)
         if stdout is None:
             print(table.header)
         kept, unreadable = [], 0

@@ -245,11 +245,7 @@ def in_bands(image: Image.Image, channels: int) -> AnyPicture:
 
 
 def eight_bit(image: Bands, channels: int) -> Image.Image:
-    """Bands as one Pillow image that can be converted to so many channels.
-
-    Raises:
-        DataError: They cannot; the message is the reason alone.
-    """
+    """Bands as one Pillow image that can be converted to so many channels, or DataError."""
     count = len(image.bands)
     if channels not in COLOR_MODES.values() or count not in (1, 3, channels):
         raise DataError(

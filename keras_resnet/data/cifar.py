@@ -192,11 +192,7 @@ def _text(text: Any, *_: Any) -> Any:
 
 
 def _unpickled(data: bytes) -> dict[str, Any]:
-    """What a pickle of CIFAR's describes, of plain values and stand-ins.
-
-    Raises:
-        ValueError: It is another pickle.
-    """
+    """What a pickle of CIFAR's describes, of plain values and stand-ins; others: ValueError."""
     known = {"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype", "_codecs encode"}
     known.add("numpy._core.multiarray _reconstruct")
     for opcode, argument, _ in pickletools.genops(data):

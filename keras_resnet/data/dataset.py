@@ -11,6 +11,7 @@ moves, and it is tried again in the next epoch. `verify` (one decode of every fi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -296,14 +297,9 @@ class ImageDataset(Shown, keras.utils.PyDataset):
             ]
 
         try:
-            return self._ahead.get(
-                epoch,
-                index,
-                parts,
-                lambda number, images: self._assemble(epoch, order, number, images),
-                count=len(self),
-                depth=self._batches_ahead(),
-            )
+            join = functools.partial(self._assemble, epoch, order)
+            depth = self._batches_ahead()
+            return self._ahead.get(epoch, index, parts, join, count=len(self), depth=depth)
         except Exception as error:
             self.failure = error
             raise

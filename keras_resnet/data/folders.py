@@ -200,11 +200,7 @@ def plain_name(name: str) -> str:
 
 
 def _folders_by_name(directory: str, found: Sequence[str]) -> dict[str, str]:
-    """Folders by the form of their names that is compared.
-
-    Raises:
-        DataError: Two are the same in it.
-    """
+    """Folders by the form of their names that is compared; DataError where two are the same."""
     by_name: dict[str, str] = {}
     for name in found:
         if by_name.setdefault(plain_name(name), name) != name:

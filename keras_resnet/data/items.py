@@ -266,11 +266,7 @@ def absolute(path: str) -> str:
 
 
 def stamp_of(path: str) -> tuple:
-    """What is another value when an image has changed: a file's size and time.
-
-    Raises:
-        NotFoundError: There is no such file.
-    """
+    """What is another value when an image has changed: a file's size and time; or NotFoundError."""
     if isinstance(path, Item):
         return (path.stamp(),)
     try:

@@ -120,11 +120,7 @@ def checked_mode(
     sampler: str | None = None,
     labels: np.ndarray | None = None,
 ) -> str | None:
-    """The form of the labels; mixed and smoothed ones (`soft`) are floats, several are tuples.
-
-    Raises:
-        InputError: The labels cannot have that form.
-    """
+    """The form of the labels, or InputError; mixed and smoothed ones (`soft`) are floats."""
     if (soft or sampler) and names is None:
         raise InputError("mixup, cutmix, label_smoothing and sampler need labels.")
     if labels is not None and labels.dtype == object and mode is not None:

@@ -24,11 +24,7 @@ _SAMPLE = 2_000  # images whose heads are looked at before a training
 
 @in_flight
 def load_shown(source: Source) -> np.ndarray | Image.Image:
-    """As `load` in RGB, for people: of other channels the first three, or the first.
-
-    Raises:
-        DataError: It cannot be read at all.
-    """
+    """As `load` in RGB, for people: of other channels the first three, or the first."""
     try:
         return load(source)
     except DataError:

@@ -115,10 +115,7 @@ def _part_of(data: Any, kind: str) -> Source:
 
 
 def image_source(
-    data: Any,
-    *,
-    columns: Mapping[str, str] | None = None,
-    label_regex: str | None = None,
+    data: Any, *, columns: Mapping[str, str] | None = None, label_regex: str | None = None
 ) -> Source:
     r"""Images and their labels out of a folder, a table or arrays, for `train` and others.
 

@@ -57,11 +57,7 @@ class Packed:
 
 
 def pack(
-    data: Any,
-    folder: str | os.PathLike,
-    *,
-    shard_mb: float = 256.0,
-    exclude: Any = None,
+    data: Any, folder: str | os.PathLike, *, shard_mb: float = 256.0, exclude: Any = None
 ) -> Packed:
     """Writes images into tar archives that `train` and others read at random: see `image_source`.
 

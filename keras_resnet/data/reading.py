@@ -295,9 +295,7 @@ def head(path: str) -> Iterator[Image.Image]:
 
 
 def stacked(
-    pixels: Sequence[np.ndarray],
-    paths: Sequence[str],
-    empty: Callable[..., np.ndarray] = np.empty,
+    pixels: Sequence[np.ndarray], paths: Sequence[str], empty: Callable[..., np.ndarray] = np.empty
 ) -> np.ndarray:
     """The images of a batch as one array, which `empty` makes: uint8, of 16 bits float32.
 

@@ -291,11 +291,7 @@ def _may_replace(place: str) -> bool:
 
 
 def _from_index(path: str, place: str, state: list[int]) -> _Shard:
-    """A shard by an index, of which nothing is taken on trust.
-
-    Raises:
-        ValueError: It is another file's, or no index.
-    """
+    """A shard by an index, of which nothing is taken on trust; ValueError where it is none."""
     with _open(place) as raw, io.BufferedReader(raw) as file:  # type: ignore[arg-type]
         line = file.readline(2**24)
         if not line.startswith(_MAGIC):

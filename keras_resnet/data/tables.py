@@ -245,11 +245,7 @@ _INSIDE = "image", "img", "picture", "bytes", "jpg", "jpeg", "png", "webp"
 
 
 def image_column(batch: Any, given: str | None = None) -> str:
-    """Which column of a batch holds the images, guessed if not given: what lies in rows is first.
-
-    Raises:
-        InputError: It is no dict, or has no such column.
-    """
+    """The column of a batch that holds images, guessed if not given: what lies in rows is first."""
     if not isinstance(batch, Mapping):
         raise InputError(
             "A batch is a dict of columns: map_batches(batch_format='numpy'). Received: "

@@ -367,10 +367,7 @@ class RandomErasing(Transform):
         return None
 
     def apply(
-        self,
-        image: np.ndarray,
-        parameters: tuple[int, int, int, int] | None,
-        value: Any = None,
+        self, image: np.ndarray, parameters: tuple[int, int, int, int] | None, value: Any = None
     ) -> np.ndarray:
         """Returns a copy of the array (height, width, channels) with the rectangle overwritten."""
         image = np.array(image)

@@ -107,11 +107,8 @@ class Evaluation(Shown):
             [row["name"], *(f"{row[name]:.3f}" for name in numbers), f"{row['count']:,}"]
             for row in self.per_class
         ]
-        return (
-            f"{self.count:,} images, {self._measures()}{skipped}",
-            ("Class", "Precision", "Recall", "F1", "Count"),
-            rows,
-        )
+        line = f"{self.count:,} images, {self._measures()}{skipped}"
+        return line, ("Class", "Precision", "Recall", "F1", "Count"), rows
 
     def __str__(self) -> str:
         lines = [f"{self.count:,} images: {self._measures()}", ""]
@@ -129,10 +126,10 @@ class Evaluation(Shown):
             for row in shown
         ]  # fmt: skip
         if len(shown) < len(self.per_class):
-            lines += [
+            lines.append(
                 f"These {len(shown)} of {len(self.per_class):,} classes have the lowest F1; "
-                "`per_class` and evaluation.json have all.",
-            ]
+                "`per_class` and evaluation.json have all."
+            )
             if self.confusion is not None:
                 from keras_resnet.plots import frequent_mistakes  # matplotlib takes a second
 
@@ -160,13 +157,9 @@ class Evaluation(Shown):
         """A line an image: path, true and predicted class, their probabilities."""
         numbers = ("probability", "true_probability")
         lines = [csv_line(["path", "true", "predicted", *numbers])]
-        lines += [
-            csv_line(
-                [plain_path(row["path"]), row["true"], row["predicted"]]
-                + [f"{row[name]:.6f}" for name in numbers]
-            )
-            for row in self.rows
-        ]
+        for row in self.rows:
+            cells = [plain_path(row["path"]), row["true"], row["predicted"]]
+            lines.append(csv_line([*cells, *(f"{row[name]:.6f}" for name in numbers)]))
         return "".join(lines)
 
     def save(self, folder: str | os.PathLike, prefix: str = "") -> None:

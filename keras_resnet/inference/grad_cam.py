@@ -130,11 +130,7 @@ def _as_the_model_takes(model: keras.Model, images: Any) -> np.ndarray:
 
 
 def as_classifier(model: keras.Model | str | os.PathLike) -> keras.Model:
-    """The model as a graph of layers, opened where a path is given.
-
-    Raises:
-        InputError: It has no classification head, or it is unclear what its outputs say.
-    """
+    """The model as a graph of layers, opened where a path is given; InputError: no classifier."""
     model = as_functional(model if isinstance(model, keras.Model) else load_model(model))
     meaning_of(model)
     return model

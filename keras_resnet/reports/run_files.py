@@ -50,11 +50,8 @@ def read_run(folder: str | os.PathLike) -> RunFacts:
             facts.results[part] = results
     if not facts.results:
         held_out = facts.recipe.get("val_split") != 0
-        facts.missing.append(
-            "no evaluation: no evaluation.json"
-            if held_out
-            else "no evaluation: nothing was held out (val_split=0), and there is no test/"
-        )
+        why = "nothing was held out (val_split=0), and there is no test/"
+        facts.missing.append(f"no evaluation: {'no evaluation.json' if held_out else why}")
     with contextlib.suppress(OSError, KeyError, csv.Error):
         facts.skipped = [(r["path"], r["reason"]) for r in _table(folder / "skipped.csv")]
     facts.files = {
@@ -182,14 +179,12 @@ def _confusion(counts: Any, classes: int) -> np.ndarray | None:
 
 
 def _predictions(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+    numbers = ("probability", "true_probability")
     try:
         rows = [
-            {
-                **{k: row[k] for k in ("path", "true", "predicted")},
-                **{k: _number(row[k]) for k in ("probability", "true_probability")},
-            }
-            for row in _table(path)
+            {k: row[k] for k in ("path", "true", "predicted", *numbers)} for row in _table(path)
         ]
+        rows = [row | {k: _number(row[k]) for k in numbers} for row in rows]
     except (OSError, KeyError, csv.Error):
         missing.append(f"no {path.name}: single images and confidence are left out")
         return []

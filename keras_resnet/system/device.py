@@ -215,14 +215,10 @@ def _tf32_switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any
             return _LEFT_ALONE
 
     cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision
+    allowed = functools.partial(legacy, lambda: cudnn.allow_tf32)
     found = [
         (functools.partial(legacy, matmul), torch.set_float32_matmul_precision, "highest", "high"),
-        (
-            functools.partial(legacy, lambda: cudnn.allow_tf32),
-            functools.partial(setattr, cudnn, "allow_tf32"),
-            False,
-            True,
-        ),
+        (allowed, functools.partial(setattr, cudnn, "allow_tf32"), False, True),
     ]
     # The newer names; torch.compile fails where these alone are set.
     cpu = torch.backends.mkldnn  # bfloat16, where somebody asked for it

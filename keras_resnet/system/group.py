@@ -320,11 +320,7 @@ def join(devices: Alone | None = None) -> Alone:
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             with _store(rank, size) as process.store:
                 dist.init_process_group(
-                    backend,
-                    store=process.store,
-                    rank=rank,
-                    world_size=size,
-                    timeout=_PATIENCE,
+                    backend, store=process.store, rank=rank, world_size=size, timeout=_PATIENCE
                 )
             atexit.register(_leave)
             words = None
