@@ -38,13 +38,9 @@ _COLUMNS = arg("--columns NAMES", "a table's, as path=image,label=breed; guessed
                group="Data", rare=True)  # fmt: skip
 _SOURCE = [
     _COLUMNS,
-    arg(
-        "--label-regex REGEX",
-        "finds the label in a file's name, as its first group",
-        group="Data",
-        rare=True,
-    ),
-]
+    arg("--label-regex REGEX", "finds the label in a file's name, as its first group", group="Data",
+        rare=True),
+]  # fmt: skip
 _RECIPE = arg("--recipe NAME=finetune", f"what the options start from: {', '.join(RECIPES)}",
               group="Model")  # fmt: skip
 _SEED = arg("--seed N=0", "of everything random", least=0, group="Training")

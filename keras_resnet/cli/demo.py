@@ -20,10 +20,7 @@ def write_digits(folder: str | os.PathLike, each: int | None = None) -> Path:
 
     The images are 8x8 with 17 levels of gray (Alpaydin and Kaynak 1998, UCI's Optical
     Recognition of Handwritten Digits, test part); they are enlarged to 32x32.
-
-    Args:
-        folder: Where; images that are there already are left alone.
-        each: So many of each digit; all by default.
+    Images that are there already are left alone; so many of each are written, all by default.
     """
     from sklearn.datasets import load_digits
 

@@ -46,12 +46,9 @@ def _of_each(name: str) -> Callable[..., Bands]:
 
 
 class Bands:
-    """An image of one Pillow image a channel, 8 or 16 bits a value, which change alike.
+    """An image of one Pillow image a channel, all of mode `"L"` or `"I;16"`, which change alike.
 
     It has what is used here of a Pillow image.
-
-    Args:
-        bands: Of mode `"L"`, or all of mode `"I;16"`.
     """
 
     def __init__(self, bands: Sequence[Image.Image]):

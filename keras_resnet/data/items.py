@@ -144,12 +144,7 @@ class Source(Sequence[str]):
 
 
 class Files(Source):
-    """Files in an order, wherever they lie: their paths are their names.
-
-    Args:
-        paths: Of the files.
-        **facts: Attributes of a `Source`.
-    """
+    """Files in an order, wherever they lie, by their paths; with facts of a `Source`."""
 
     def __init__(self, paths: Sequence[str], **facts: Any):
         self._paths = paths
@@ -197,12 +192,7 @@ class _Part(Source):
 
 
 class Joined(Source):
-    """Several sources as the parts of one; the classes are those of the first, by their names.
-
-    Args:
-        parts: `"train"` first, and others; those without labels have none.
-        notes: Further lines.
-    """
+    """Several sources, `"train"` first, as the parts of one; its classes are those of the first."""
 
     def __init__(self, parts: Mapping[str, Source], notes: Sequence[str] = ()):
         self._parts = list(parts.values())

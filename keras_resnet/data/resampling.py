@@ -127,12 +127,9 @@ def _mirror(pixels, out):
 def resize(
     pixels: np.ndarray, size: tuple[int, int], window: tuple[int, int, int, int] | None = None
 ) -> np.ndarray:
-    """Resizes uint8 (height, width, 3) to a (height, width), of which only a window is made.
+    """Resizes uint8 (height, width, 3) to a (height, width), or makes a window of the result alone.
 
-    Args:
-        pixels: May be a part of an image.
-        size: Of the whole result.
-        window: (top, left, height, width) in it; None is all of it.
+    The window is (top, left, height, width); the pixels may be a part of an image.
     """
     top, left, height, width = window or (0, 0, *size)
     out = np.empty((height, 3 * width), np.uint8)

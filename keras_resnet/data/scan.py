@@ -442,10 +442,7 @@ def near_pairs(bits: np.ndarray, threshold: int) -> list[tuple[int, int, int]]:
 
     Cut into threshold + 1 bands, two such rows agree in one band at least (pigeonhole), so only
     rows that share a band are compared: no pair is missed, and few are compared in vain.
-
-    Args:
-        bits: bool, (rows, bits).
-        threshold: at least 0, less than the number of bits.
+    Bits are bool (rows, bits), more than the threshold.
     """
     found: dict[tuple[int, int], int] = {}
     packed = np.packbits(bits, axis=1)

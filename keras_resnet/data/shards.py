@@ -333,10 +333,6 @@ class Shards(Source):
     A label is a `.cls` file of the same name (a number from 0 on, or a class), else the first
     folder of the image's name. Where there are both, the folders name the numbers. Archives that
     are called `train-...`, `val-...` or `test-...` are that part.
-
-    Raises:
-        NotFoundError: One does not exist.
-        DataError: One cannot be read, or there is no image in any.
     """
 
     def __init__(self, paths: Sequence[str], place: str):

@@ -43,11 +43,6 @@ class Images:
     Attributes:
         given: Paths among the sources, and where others say that they come from.
         unread: Files in the folders that are no images, counted by extension and reason.
-
-    Raises:
-        NotFoundError: A path does not exist, or a pattern matches nothing.
-        DataError: A folder holds no image.
-        InputError: An array of other numbers.
     """
 
     def __init__(self, sources: Sources):

@@ -90,11 +90,7 @@ class Resize(Transform):
 
 @dataclass(frozen=True)
 class CenterCrop(Transform):
-    """Cuts the centre out as `Preprocess` does, padded with black where it is smaller.
-
-    Attributes:
-        size: of the result, an int or (height, width).
-    """
+    """Cuts the centre of a size out as `Preprocess` does, padded with black where it is smaller."""
 
     size: int | tuple[int, int]
 

@@ -290,11 +290,8 @@ def best_thresholds(probabilities: np.ndarray, hits: np.ndarray) -> list[float]:
     """The probability of each class from which on saying it gives the highest F1.
 
     It lies in the middle between two images, or is 0.5 where that is as good. A class without
-    images, or that all images have, keeps 0.5.
-
-    Args:
-        probabilities: `(n, classes)`.
-        hits: The classes of each image, bool `(n, classes)`.
+    images, or that all images have, keeps 0.5. `hits` are the classes of each image, bool, of the
+    same shape `(n, classes)`.
     """
     from sklearn.metrics import precision_recall_curve
 
@@ -316,11 +313,8 @@ def best_thresholds(probabilities: np.ndarray, hits: np.ndarray) -> list[float]:
 def coverage_curve(confidence, correct) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How right a model is on the images that it is surest of.
 
-    Images of equal confidence come together.
-
-    Args:
-        confidence: The probability that the model gave to its answer, `(n,)`.
-        correct: Whether the answer was right, `(n,)`.
+    By the probability of each answer and whether it was right, `(n,)` both. Images of equal
+    confidence come together.
 
     Returns:
         The fractions of images answered, from few to all, the accuracy on them, and the lowest

@@ -102,14 +102,8 @@ def alike_across(vectors: np.ndarray, splits: np.ndarray) -> list[tuple[int, int
     """Pairs of images in two splits that are nearer than chance has it, the nearest first.
 
     What is near is judged by the images themselves: the logarithm of the cosine distance from one
-    to its nearest lies four deviations below the median of all.
-
-    Args:
-        vectors: `(images, features)`, standardised.
-        splits: The split of each image.
-
-    Returns:
-        (position, position, distance), that of the training image first.
+    to its nearest lies four deviations below the median of all. Vectors are `(images, features)`,
+    standardised; a pair is (position, position, distance), the training image first.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -158,12 +152,8 @@ def out_of_fold(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
 def label_errors(labels: np.ndarray, chances: np.ndarray) -> list[tuple[int, int]]:
     """Images off the diagonal of the confident joint, with the class that they are counted in.
 
-    Args:
-        labels: `(images,)`, of classes that all occur.
-        chances: Out-of-fold probabilities, `(images, classes)`.
-
-    Returns:
-        (position, likely class), the least believed label first.
+    Labels are of classes that all occur, probabilities out of fold, `(images, classes)`; found are
+    (position, likely class), the least believed label first.
     """
     everyone = np.arange(len(labels))
     own = chances[everyone, labels]

@@ -125,12 +125,9 @@ def meant_path(path: str | os.PathLike) -> str:
 
 
 def require(package: str, extra: str, purpose: str) -> None:
-    """Raises MissingDependencyError, with the pip line, where an optional package is not there.
+    """Raises MissingDependencyError, with an extra's pip line, where a package is not there.
 
-    Args:
-        package: What is imported.
-        extra: The extra of this package that brings it.
-        purpose: What needs it, the beginning of a sentence.
+    The purpose is what needs it: the beginning of a sentence.
     """
     if importlib.util.find_spec(package) is None:
         raise MissingDependencyError(
