@@ -139,9 +139,6 @@ def fingerprint(*lists: Sequence[str]) -> str:
     return whole.hexdigest()
 
 
-# --- the list that is kept ------------------------------------------------------------------------
-
-
 def _times(directory: str, folders: list[str]) -> list[list[int]]:
     """When each folder, and the one above, was changed last: whatever is added to it or taken."""
     states = (os.stat(os.path.join(directory, folder)) for folder in ("", *folders))

@@ -67,9 +67,6 @@ def file_head(data: bytes, orientation: bool = False) -> Head:
         return Head(kind, f"{len(found.bands)} channels", found.size)
 
 
-# --- images of more than 8 bits that become one constant in 8, and teach nothing -----------------
-
-
 def constant_images(paths: Sequence[str], threads: int) -> list[tuple[str, str]]:
     """Images whose values differ, and are all one in 8 bits: 16-bit gray and floats get clipped.
 

@@ -206,12 +206,7 @@ def extension(path: str) -> str:
 
 
 def unread(paths: Iterable[str], reason: str | None = None) -> Counter:
-    """Counts files that are not read by extension and reason, which the extension says.
-
-    Examples:
-        >>> unread(["a.txt", "b/c.TXT", "d.heic"]).most_common(1)
-        [(('.txt', 'no kind of image that is read'), 2)]
-    """
+    """Counts files that are not read by extension and reason, which the extension says."""
     endings = map(extension, paths)
     return Counter((ending, reason or _REASON_OF.get(ending, _NO_KIND)) for ending in endings)
 

@@ -242,14 +242,8 @@ def calibration(confidence, correct, bins: int = 15) -> Calibration:
         mean = np.bincount(index, confidence, bins) / counts
         right = np.bincount(index, correct, bins) / counts
     gaps = np.abs(mean - right)[counts > 0]
-    return Calibration(
-        edges,
-        counts,
-        mean,
-        right,
-        float((gaps * counts[counts > 0]).sum() / counts.sum()),
-        float(gaps.max()),
-    )
+    error = float((gaps * counts[counts > 0]).sum() / counts.sum())
+    return Calibration(edges, counts, mean, right, error, float(gaps.max()))
 
 
 def best_temperature(meaning: Meaning, logs: np.ndarray, hits: np.ndarray) -> float | None:

@@ -144,15 +144,11 @@ def iter_explanations(
     prepared, fed = model_input(model, preprocess, pixels)
     runner = open_runner(model)
     network_of(model, layer)  # an unknown layer is said before any image is read
+    size = images_at_a_time(prepared, batch_size)
     dataset = ImageDataset(
-        paths,
-        label_mode=None,
-        shuffle=False,
-        batch_size=images_at_a_time(prepared, batch_size),
-        workers=workers,
-        preprocess=prepared,
-        output="uint8",
-    )
+        paths, label_mode=None, shuffle=False, batch_size=size, workers=workers,
+        preprocess=prepared, output="uint8",
+    )  # fmt: skip
     for index in range(len(dataset)):
         found: dict[int, Explanation] = {}
         try:

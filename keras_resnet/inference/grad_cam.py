@@ -337,7 +337,8 @@ def _logits(model: keras.Model, tensor: Any = None) -> tuple[Any, Callable[[Any]
         head = keras.Model(inner.inputs[0], logits)
         return node.input_tensors[0], lambda x: finish(head(x, training=False))
     if gives_on(layer):
-        return _flat(*_logits(model, node.input_tensors[0]))
+        tensor, finish = _logits(model, node.input_tensors[0])
+        return tensor, lambda x: ops.reshape(y := finish(x), (y.shape[0], -1))
     if activation_of(layer) not in ("softmax", "sigmoid"):
         return tensor, lambda x: x
     if isinstance(layer, keras.layers.Dense):
@@ -351,10 +352,6 @@ def _logits(model: keras.Model, tensor: Any = None) -> tuple[Any, Callable[[Any]
     if getattr(layer, "weights", None):  # a convolution, say, that ends in one
         return tensor, lambda x: x
     return node.input_tensors[0], lambda x: x
-
-
-def _flat(tensor: Any, finish: Callable[[Any], Any]) -> tuple[Any, Callable[[Any], Any]]:
-    return tensor, lambda x: ops.reshape(y := finish(x), (y.shape[0], -1))
 
 
 # --- gradients, a function a backend -------------------------------------------------------------

@@ -111,14 +111,10 @@ def iter_predictions(
     images = found_images(sources)
     runner = runner_for(model, images, engine, preprocess, tta=tta)
     prepared = model_input(runner, preprocess, pixels)
+    least = between("min_confidence", min_confidence, 0, 1)
+    size = images_at_a_time(prepared[0], batch_size)
     batches = _batches(
-        runner,
-        images,
-        top=top,
-        batch_size=images_at_a_time(prepared[0], batch_size),
-        workers=workers,
-        prepared=prepared,
-        least=between("min_confidence", min_confidence, 0, 1),
+        runner, images, top=top, batch_size=size, workers=workers, prepared=prepared, least=least
     )
     return itertools.chain.from_iterable(batches)
 
@@ -205,9 +201,6 @@ def predict(
     if output is not None:
         return write_predictions(model, sources, output, restart=restart, **options)
     return list(iter_predictions(model, sources, **options))
-
-
-# --- written as they come ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,14 +310,9 @@ def write_predictions(
 
     def finish() -> PredictionFile:
         writer.finish()
-        return PredictionFile(
-            path=path,
-            count=writer.done,
-            unreadable=writer.unreadable,
-            errors=errors_path(path) if writer.unreadable else None,
-            resumed=writer.resumed,
-            seconds=time.monotonic() - started,
-        )
+        errors = errors_path(path) if writer.unreadable else None
+        took = time.monotonic() - started
+        return PredictionFile(path, writer.done, writer.unreadable, errors, writer.resumed, took)
 
     try:  # of several processes the first one alone writes
         done = group.from_first(lambda: writer.open(images) or report())

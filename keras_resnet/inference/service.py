@@ -71,9 +71,6 @@ class Limits:
         )
 
 
-# --- one image -----------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What the page says of one upload; the fields it shares with a `Prediction` are as there."""
@@ -140,9 +137,6 @@ def check_image(data: bytes, name: str, limits: Limits, preprocess: Preprocess) 
         frame = ", of which the first frame is used" if kind == "GIF" else ""
         return f"The file is a {kind}{frame}, whatever its name says."
     return None
-
-
-# --- the model -----------------------------------------------------------------------------------
 
 
 class Service:

@@ -184,16 +184,10 @@ def between(
         Traceback (most recent call last):
         ...
         keras_resnet.system.errors.InputError: rate must be at least 0 and below 1. Received: 1.0.
-        >>> between("learning_rate", 0.0, 0, ends="(]")
-        Traceback (most recent call last):
-        ...
-        keras_resnet.system.errors.InputError: learning_rate must be above 0. Received: 0.0.
     """
     try:  # a nan is within no bounds
-        fits = low <= value <= high
-        fits = fits and not (
-            (value == low and ends[0] == "(") or (value == high and ends[1] == ")")
-        )
+        above = low < value if ends[0] == "(" else low <= value
+        fits = above and (value < high if ends[1] == ")" else value <= high)
     except (TypeError, ValueError):  # no number, or several
         fits = False
     if not fits:
