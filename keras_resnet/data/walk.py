@@ -212,12 +212,7 @@ def unread(paths: Iterable[str], reason: str | None = None) -> Counter:
 
 
 def unread_line(counts: Mapping[tuple[str, str], int]) -> str:
-    """One line that says what was not read; empty where all was.
-
-    Examples:
-        >>> unread_line(unread(["a.mov", "b.mov", "c.zip"]))
-        'Not read: 3 files (2 .mov: a video; 1 .zip: an archive: unpack it).'
-    """
+    """One line that says what was not read and why; empty where all was."""
     if not counts:
         return ""
     total = sum(counts.values())
