@@ -297,11 +297,7 @@ def head(path: str) -> Iterator[Image.Image]:
 def stacked(
     pixels: Sequence[np.ndarray], paths: Sequence[str], empty: Callable[..., np.ndarray] = np.empty
 ) -> np.ndarray:
-    """The images of a batch as one array, which `empty` makes: uint8, of 16 bits float32.
-
-    Raises:
-        InputError: they have different sizes; the message names the first that differs.
-    """
+    """The images of a batch, of one size, as an array that `empty` makes: uint8 or float32."""
     shape = pixels[0].shape
     for one, path in zip(pixels, paths, strict=True):
         if one.shape != shape:
