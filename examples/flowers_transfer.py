@@ -18,7 +18,6 @@ import keras
 
 import keras_resnet as kr
 from keras_resnet.cli.demo import write_digits
-from keras_resnet.inference.saving import save_predictions
 
 
 def load_data(data, size, batch_size):
@@ -89,7 +88,7 @@ def predict(model, picture, output):
     [prediction] = kr.predict(model, picture, top=1000)
     for name, probability in prediction.classes:
         print(f"class: {name:10} prob: {probability:.3}")
-    save_predictions([prediction], output / "predicted.png")
+    kr.save_predictions([prediction], output / "predicted.png")
 
 
 def predict_folder(model, folder):
