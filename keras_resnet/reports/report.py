@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -98,7 +99,9 @@ def _finalize(context: EvalContext, value: Any) -> Any:
     return value if context.autoescape else as_markdown(value)
 
 
-def _render(template: str, **context: Any) -> str:
+@functools.cache
+def _environment() -> Environment:
+    """The templates, compiled once a process."""
     environment = Environment(
         loader=PackageLoader("keras_resnet.reports", "templates"),
         autoescape=lambda name: name is None or name.endswith(".html"),
@@ -107,8 +110,12 @@ def _render(template: str, **context: Any) -> str:
         trim_blocks=True,
     )
     environment.filters.update(FILTERS)
+    return environment
+
+
+def _render(template: str, **context: Any) -> str:
     made = {"when": as_time(datetime.now()), "version": package_version()}
-    return environment.get_template(template).render(made=made, **context)
+    return _environment().get_template(template).render(made=made, **context)
 
 
 # --- the model card ------------------------------------------------------------------------------
