@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import random
+import re
 import resource
 import sys
 import threading
@@ -30,12 +31,19 @@ from keras_resnet.system.process import keep_keras_alone
 keep_keras_alone()
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Files with few tests that take minutes: they train, or start processes.
+# Files that take longest, first: they train, or start processes.
 LONGEST = (
-    *("test_docs.py", "test_resume.py", "test_examples.py", "test_training_parity.py"),
-    *("test_notebook.py", "test_cross_backend.py", "test_architecture.py", "test_to_stock.py"),
-    *("test_benchmarks.py", "test_export.py", "test_train.py", "test_report.py"),
+    *("test_docs.py", "test_resume.py", "test_train.py", "test_training_parity.py"),
+    *("test_replicas.py", "test_architecture.py", "test_explain.py", "test_examples.py"),
+    *("test_report.py", "test_export.py", "test_graph.py", "test_devices.py", "test_process.py"),
+    *("test_load.py", "test_models.py", "test_to_stock.py", "test_serve.py", "test_tasks.py"),
+    *("test_notebook.py", "test_cross_backend.py", "test_files_of_v01.py", "test_predict.py"),
 )
+# Where trainings are many and nobody looks at their figures, which take as long as the rest.
+UNDRAWN = {
+    *("test_train.py", "test_resume.py", "test_tasks.py", "test_folds.py", "test_waiting.py"),
+    *("test_channels.py", "test_files_of_v01.py"),
+}
 
 
 def pytest_addoption(parser):
@@ -59,13 +67,22 @@ def pytest_configure(config):
     if not _on_device(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config.addinivalue_line(
-        "markers", "long: takes minutes; runs where KERAS_RESNET_LONG=1, as in `make test-long`"
+        "markers",
+        "long(*backends): runs where KERAS_RESNET_LONG=1, as in `make test-long`, on these or all",
     )
 
 
 def _on_device(config) -> bool:
     """Whether the tests are to run on a CUDA device."""
     return config.getoption("markexpr") == "cuda"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A file of `once` alone is not even imported elsewhere."""
+    if os.environ["KERAS_BACKEND"] == "torch" or _on_device(config) or collection_path.is_dir():
+        return None
+    text = collection_path.read_text(encoding="utf-8") if collection_path.suffix == ".py" else ""
+    return True if re.search(r"^pytestmark = .*\bonce\b", text, re.MULTILINE) else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -76,19 +93,24 @@ def pytest_collection_modifyitems(config, items):
         set_tf32(False)
         if devices()[0] == "cpu":
             absent = pytest.mark.skip(reason=f"{os.environ['KERAS_BACKEND']} finds no CUDA device")
-    once = pytest.mark.skip(reason="independent of the backend; run once, under torch")
-    long = pytest.mark.skip(reason="long: make test-long, or KERAS_RESNET_LONG=1")
+    backend, long = os.environ["KERAS_BACKEND"], bool(os.environ.get("KERAS_RESNET_LONG"))
+    elsewhere = []
     for item in items:
         if absent is not None:
             item.add_marker(absent)
-        if "once" in item.keywords and os.environ["KERAS_BACKEND"] != "torch" and not on_device:
-            item.add_marker(once)
-        if "long" in item.keywords and not os.environ.get("KERAS_RESNET_LONG"):
-            item.add_marker(long)
+        once = "once" in item.keywords and backend != "torch"
+        much = any(not mark.args or backend in mark.args for mark in item.iter_markers("long"))
+        if not on_device and (once or (much and not long)):
+            elsewhere.append(item)
+    # Not skipped: there are 2,500, and each would be set up, torn down and reported.
+    config.hook.pytest_deselected(items=elsewhere)
+    gone = set(elsewhere)
+    items[:] = [item for item in items if item not in gone]
     # Files in the order in which `--no-loadscope-reorder` hands them out: pytest-xdist's own, most
     # tests first, leaves one process with all of the long ones at the end.
     counts = collections.Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name not in LONGEST, -counts[item.path]))
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (ranks.get(item.path.name, len(ranks)), -counts[item.path]))
 
 
 def pytest_collection_finish(session):
@@ -167,6 +189,26 @@ def _seeded_module():
 def _seeded(_seeded_module):
     """Weights that a test draws are the same in each run, alone or after others."""
     _seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undrawn(request):
+    """Figures of runs are built, but an empty image is written in the place of most."""
+    if request.path.name not in UNDRAWN:
+        yield
+        return
+    from PIL import Image
+
+    from keras_resnet import plots
+    from keras_resnet.system.files import replace_file
+
+    def save(figure, path):
+        replace_file(path, lambda name: Image.new("L", (1, 1)).save(name, "PNG"))
+        return pathlib.Path(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_save", save)
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)

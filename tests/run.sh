@@ -32,8 +32,12 @@ echo "== ruff"
 "$BIN/ruff" check .
 "$BIN/ruff" format --check .
 
-echo "== mypy"
-"$BIN/mypy"
+echo "== mypy, and doctests beside it"
+"$BIN/mypy" &
+if [ "$how" != quick ]; then
+    KERAS_BACKEND=torch "$BIN/python" -m pytest -q --doctest-modules keras_resnet
+fi
+wait $!
 
 memory=3.5  # GB of a test process; 2.7 is usual, and AlexNets add to what others left
 if [ "$how" = quick ]; then
@@ -50,9 +54,6 @@ fi
 for backend in ${ONLY:-torch tensorflow jax}; do
     tests_on "$backend"
 done
-
-echo "== doctests"
-KERAS_BACKEND=torch "$BIN/python" -m pytest -q --doctest-modules keras_resnet
 
 if [ "$how" = long ]; then
     echo "== fuzzing"

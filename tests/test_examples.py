@@ -120,10 +120,9 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long("tensorflow", "jax")  # where what they use is tested by itself
 @pytest.mark.parametrize("name", RUNS)
-def test_an_example_runs_and_leaves_the_files_it_promises(name, run, backend):
-    if backend != "torch" and name not in ("resnet50_v1_relu", "alexnet_cifar10"):
-        pytest.skip("what the others use is tested on this backend; two of the five will do")
+def test_an_example_runs_and_leaves_the_files_it_promises(name, run):
     _, files, lines = RUNS[name]
 
     printed, folder = run(name)
@@ -228,6 +227,7 @@ def test_the_saved_resnet34_is_the_best_epoch(run):
 
 @pytest.mark.parametrize("stride_on", ["1x1", "3x3"])
 @pytest.mark.slow
+@pytest.mark.once
 def test_the_resnet50_written_by_hand_answers_as_the_one_of_the_table(stride_on, rng):
     by_hand = example("bird_photos_resnet50").resnet50((64, 64, 3), 10, stride_on)
     name = {"1x1": "resnet50_v1", "3x3": "resnet50"}[stride_on]

@@ -91,7 +91,10 @@ def test_a_folded_model_gives_what_it_gave(models, source):
     assert_close(model.predict_on_batch(facts["images"].astype("float32")), facts["folded_logits"])
 
 
-@pytest.mark.parametrize("source", BACKENDS)
+@pytest.mark.parametrize(
+    "source",  # under torch all; another backend compiles for seconds, and reads the same format
+    [pytest.param(b, marks=pytest.mark.long(*{*BACKENDS} - {b, "torch"})) for b in BACKENDS],
+)
 def test_a_compiled_model_goes_on_training_where_it_was(models, source):
     facts = expected(models[source])
     model = keras.saving.load_model(models[source] / "plain.keras")

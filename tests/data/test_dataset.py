@@ -901,7 +901,7 @@ def test_fit_evaluate_and_predict_read_it(folder, workers):
     assert abs(accuracy - (logits.argmax(1) == ordered.labels).mean()) < 1e-6
 
 
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("lazy", [pytest.param(False, marks=once), True])
 def test_fit_uses_the_batches_of_iteration_in_their_order(folder, lazy):
     # Keras calls on_epoch_end more often than there are epochs, peeks at batches, and on TensorFlow
     # begins the next pass before the last one has ended: none of that may change what it learns.

@@ -127,10 +127,8 @@ def digits(tmp_path_factory):
     return folder, train(folder, output=root, **TINY)
 
 
-# One on every backend; the others differ from it in nothing that a backend sees.
-@pytest.mark.parametrize(
-    "kind", ["shards", *(pytest.param(kind, marks=once) for kind in MAKERS if kind != "shards")]
-)
+@once  # batches are NumPy's until Keras has them
+@pytest.mark.parametrize("kind", MAKERS)
 def test_every_source_trains_the_demos_digits_to_the_same_losses(kind, digits, tmp_path):
     folder, history = digits
     source = MAKERS[kind](folder)

@@ -51,6 +51,7 @@ def test_flipping_averages_the_image_and_its_mirror_image(folder):
     np.testing.assert_allclose([row["probability"] for row in rows], expected.max(1), rtol=1e-5)
 
 
+@pytest.mark.once
 def test_several_models_are_averaged_by_the_names_of_their_classes(folder):
     models, paths = [tiny(), tiny(["cat", "ant", "bee"])], sorted(map(str, folder.rglob("*.png")))
     expected = np.mean([chances(model, paths) for model in models], axis=0)

@@ -238,6 +238,7 @@ def file(model, tmp_path_factory):
     return path
 
 
+@pytest.mark.once
 def test_the_commands_write_what_they_are_asked_for(file, pictures, expected, tmp_path, capsys):
     paths, _, probabilities = expected
     names = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "json", "png")}

@@ -104,11 +104,21 @@ def target_of(theirs):
     return theirs.features[-1] if hasattr(theirs, "features") else theirs.layer4[-1]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "alexnet"])
+# A backend has its own way to a gradient, which blocks do not change: two networks will do there.
+DEEP = pytest.mark.long("tensorflow", "jax")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        pytest.param("resnet50", marks=DEEP),
+        pytest.param("resnext50_32x4d", marks=DEEP),
+        "alexnet",
+    ],
+)
 @pytest.mark.slow
-def test_maps_equal_the_packages(pair, name, backend):
-    if name == "resnet50" and backend == "jax":
-        pytest.skip("compiling it takes jax long; the grouped one has its graph")
+def test_maps_equal_the_packages(pair, name):
     theirs, ours, images = pair(name)
     for classes in (None, [4, 0, 10]):
         maps = kr.grad_cam(ours, images, classes)
@@ -117,17 +127,15 @@ def test_maps_equal_the_packages(pair, name, backend):
 
 @pytest.mark.parametrize(
     ("name", "layer", "path"),
-    [
-        ("resnet18", "layer3_1_bn2", "layer3.1"),
+    [  # the cut is the same on every backend
+        pytest.param("resnet18", "layer3_1_bn2", "layer3.1", marks=DEEP),
         ("resnet18", "layer4_1_conv2", "layer4.1.conv2"),  # a shortcut leads around it
-        ("resnet18", "layer2_0_downsample_1", "layer2.0.downsample.1"),
-        ("alexnet", "features_8", "features.8"),
+        pytest.param("resnet18", "layer2_0_downsample_1", "layer2.0.downsample.1", marks=DEEP),
+        pytest.param("alexnet", "features_8", "features.8", marks=DEEP),
     ],
 )
 @pytest.mark.slow
-def test_any_layer_can_be_looked_at(pair, name, layer, path, backend):
-    if backend != "torch" and layer in ("layer2_0_downsample_1", "features_8"):
-        pytest.skip("the cut is the same on every backend")
+def test_any_layer_can_be_looked_at(pair, name, layer, path):
     theirs, ours, images = pair(name)
     for given in (layer, ours.get_layer(layer)):
         maps = kr.grad_cam(ours, images, [1, 2, 3], given)
@@ -407,6 +415,7 @@ def write_picture(path, seed=0):
     return path
 
 
+@pytest.mark.once
 def test_explain_writes_overlays_and_prints_the_predictions(model_file, tmp_path, capsys):
     first = write_picture(tmp_path / "a" / "one.png")
     second = write_picture(tmp_path / "b" / "one.png", 1)  # the same name

@@ -115,6 +115,7 @@ def test_zero_padded_shortcut_has_no_weights():
     assert model.output_shape == (None, 4, 4, 32)
 
 
+@pytest.mark.long("tensorflow", "jax")
 def test_a_network_of_ones_own_trains(rng):
     """A two-stage network written by hand, as a user would."""
     inputs = keras.Input((16, 16, 3))

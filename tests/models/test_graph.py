@@ -127,7 +127,13 @@ def gradients_of(model, x):
 
 
 @torch_only
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",  # the grouped one has the others' stem, blocks and shortcuts
+    [
+        pytest.param(name, marks=pytest.mark.long if name in ("resnet18", "resnet50") else ())
+        for name in VARIANTS
+    ],
+)
 @pytest.mark.slow
 def test_a_training_step_agrees_with_keras(name, lists_run, rng):
     size = VARIANTS[name]

@@ -47,11 +47,18 @@ def norms_of(model):
     return [la for la in model.layers if isinstance(la, keras.layers.BatchNormalization)]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+DEEP = pytest.mark.long("tensorflow", "jax")  # folding is NumPy; the small ones show the same
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=DEEP if name in ("resnet18", "resnet50_v1_relu") else ())
+        for name in VARIANTS
+    ],
+)
 @pytest.mark.slow
 def test_a_folded_model_has_no_norms_and_gives_the_same_answers(name, tmp_path, rng):
-    if keras.backend.backend() == "jax" and name in ("resnet18", "resnet50_v1_relu"):
-        pytest.skip("jax compiles every shape by itself; the small ones show the same")
     size = VARIANTS[name]
     model = randomized(
         kr.create_model(name, input_shape=(size, size, 3), include_preprocessing=True)

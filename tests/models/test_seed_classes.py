@@ -204,8 +204,15 @@ CASES = {
         "resnet50_v1_relu", 5, 224,
     ),
 }  # fmt: skip
-ONCE = ("alexnet paper", "copy of resnet34", "copy of resnet50", "copy of resnext50")
-PARAMS = [pytest.param(name, marks=pytest.mark.once if name in ONCE else ()) for name in CASES]
+ONCE = ("alexnet paper", "stages", "copy of resnet34", "copy of resnet50", "copy of resnext50")
+LONG = ("copy of resnet50",)  # the class of the copy of resnext50
+PARAMS = [
+    pytest.param(
+        name,
+        marks=[pytest.mark.once] * (name in ONCE) + [pytest.mark.long] * (name in LONG),
+    )
+    for name in CASES
+]
 
 
 def after_training(module: nn.Module) -> nn.Module:

@@ -52,10 +52,13 @@ def pictures(shape, batch=2):
     return np.random.default_rng(1).uniform(0, 255, size=(batch, *shape)).astype("float32")
 
 
-@pytest.fixture(params=VARIANTS)
-def pair(request, backend):
-    if backend != "torch" and request.param != "resnet20":
-        pytest.skip("every kind of block is rebuilt under torch; here, and a resnet18 below")
+# Every kind of block is rebuilt under torch; a ResNet-18's stem and blocks are in others, too.
+MARKS = dict.fromkeys(VARIANTS, pytest.mark.long("tensorflow", "jax"))
+MARKS |= {"resnet20": (), "resnet18": pytest.mark.long}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS[name]) for name in VARIANTS])
+def pair(request):
     model = create_model(
         request.param,
         input_shape=(32, 32, 3),
@@ -87,6 +90,7 @@ def test_the_twin_is_stock_and_answers_alike(pair, tmp_path):
         assert_close(answer(fresh, x), expected)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_saved_twins_load_without_the_package(tmp_path, backend):
     every = backend == "torch" and os.environ.get("KERAS_RESNET_LONG")

@@ -741,6 +741,7 @@ def test_the_origin_of_the_weights_is_proven_again(tmp_path):
 RECORDS = {"config.json", "train.log", "skipped.csv", "predictions.csv", "evaluation.json"}
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_nothing_that_is_shown_says_who_made_it_and_where(tmp_path, monkeypatch):
     home = tmp_path / "home" / "zyxwvutjane"

@@ -223,7 +223,9 @@ def test_grouped_convolutions_and_features_without_a_head(tmp_path):
         open_runner(target(tmp_path, FIRST))
 
 
-@pytest.mark.parametrize("twin", [to_stock, optimize_for_inference])
+@pytest.mark.parametrize(
+    "twin", [to_stock, pytest.param(optimize_for_inference, marks=pytest.mark.once)]
+)
 @pytest.mark.slow
 def test_stock_and_folded_twins_are_exported_as_well(twin, model, tmp_path):
     needs(FIRST)
@@ -234,6 +236,7 @@ def test_stock_and_folded_twins_are_exported_as_well(twin, model, tmp_path):
     assert relative_difference(by_hand(path, FIRST, images.astype("f4")), expected) < 1e-4
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_not_kept(model, tmp_path, monkeypatch, capsys):
     needs(FIRST)
@@ -260,6 +263,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(model, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
+@pytest.mark.long("tensorflow", "jax")
 def test_engines_take_a_model_and_auto_measures(model, pictures):
     images = formats.sample_input(model, 3)
     expected = KerasRunner(model).outputs(images)
@@ -481,6 +485,7 @@ def test_more_that_does_not_fit(model, tmp_path):
         open_runner(tmp_path / "m.onnx", precision="bfloat16")
 
 
+@pytest.mark.once
 def test_the_command_writes_beside_the_model(model, tmp_path, capsys):
     needs(FIRST)
     file = tmp_path / "m.keras"

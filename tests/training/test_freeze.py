@@ -53,7 +53,7 @@ def layers_with_weights(model):
     return [layer.name for layer in model.layers if layer.weights]
 
 
-@pytest.mark.parametrize("until", ["head", "layer2"])
+@pytest.mark.parametrize("until", [pytest.param("head", marks=pytest.mark.once), "layer2"])
 def test_frozen_layers_keep_weights_and_statistics_in_fit_and_after_recompiling(model, until):
     report = freeze(model, until)
     before = values(model)
@@ -84,6 +84,7 @@ def test_frozen_norms_behind_the_first_trained_part_keep_their_statistics(model)
     assert not [name for name in moved(model, before) if "bn" in name]
 
 
+@pytest.mark.once
 def test_everything_is_unfrozen_again(model):
     freeze(model, "head")
     report = freeze(model, None)
@@ -158,7 +159,16 @@ def learn(model):
     model.fit(x, np.ones((4, 3), "float32"), verbose=0)
 
 
-@pytest.mark.parametrize("kind", ["functional", "sequential", "twice", "block", "subclass"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "functional",
+        *(
+            pytest.param(kind, marks=pytest.mark.once)
+            for kind in ("sequential", "twice", "block", "subclass")
+        ),
+    ],
+)
 def test_models_inside_a_model_are_walked_through(kind):
     model = nested(kind)
     for part in ("head", "layer2"):

@@ -585,7 +585,10 @@ def test_tensorflow_lets_a_trained_model_go(rng, backend):
 @pytest.mark.parametrize(
     "options",
     [
-        {"dampening": 0.3, "rate_multipliers": {"fc1": 0.1}, "decay_norms": False},
+        pytest.param(
+            {"dampening": 0.3, "rate_multipliers": {"fc1": 0.1}, "decay_norms": False},
+            marks=pytest.mark.long("tensorflow", "jax"),
+        ),
         {"gradient_accumulation_steps": 3, "nesterov": True, "global_clipnorm": 1.0},
     ],
     ids=["dampening", "accumulation"],

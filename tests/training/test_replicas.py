@@ -13,6 +13,10 @@ import subprocess
 import sys
 import types
 
+from keras_resnet.system.process import keep_keras_alone
+
+keep_keras_alone()  # before Keras is imported: the process takes seconds less
+
 import keras
 import pytest
 from test_devices import assert_equal_history, difference

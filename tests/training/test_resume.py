@@ -426,18 +426,12 @@ def assert_whole(folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_killed_at_random_moments_the_run_ends_with_the_same_weights(tmp_path, backend):
+def test_killed_at_random_moments_the_run_ends_with_the_same_weights(tmp_path, backend, capsys):
     if backend != "torch" and not os.environ.get("KERAS_RESNET_LONG"):
         pytest.skip("files are written alike on every backend, and interrupted runs go on: long")
     kills = os.environ.get("KERAS_RESNET_KILLS", "2")
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), kills],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert f"{kills} kills" in done.stdout
+    main(tmp_path, int(kills))
+    assert f"{kills} kills" in capsys.readouterr().out
 
 
 # As a command starts: half the CPU seconds of this file's own imports.

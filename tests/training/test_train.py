@@ -388,6 +388,7 @@ def with_corrupt(tmp_path):
     return folder
 
 
+@pytest.mark.once
 def test_corrupt_pictures_are_skipped_counted_and_listed(with_corrupt, tmp_path, capsys):
     code, out, _ = run_cli(
         "train", with_corrupt, *FLAGS, "--epochs", 1, "--output", tmp_path / "runs", capsys=capsys

@@ -27,20 +27,18 @@ from keras_resnet.weights.mapping import expected_keys, save_torchvision, to_tor
 from keras_resnet.weights.matching import matching_variants, spec_shapes
 from keras_resnet.weights.verify import verify
 
-BIG, DEEP = [pytest.mark.slow, pytest.mark.once], [pytest.mark.long, pytest.mark.once]
-# Every variant that torchvision has. Those of 100 layers and more repeat the blocks of the others;
-# their names and shapes are compared below and in test_models.py.
+DEEP = [pytest.mark.long, pytest.mark.once]
+# Every variant that torchvision has. Deeper and wider ones repeat the blocks of the others; their
+# names and shapes are compared below and in test_models.py.
 TORCHVISION = [
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("resnet50", "resnext50_32x4d", "alexnet")
-    ),
-    *(pytest.param(name, marks=BIG) for name in ("resnet34", "wide_resnet50_2")),
+    # Elsewhere the grouped one has its blocks, and test_models.py runs it.
+    pytest.param("resnet50", marks=[pytest.mark.slow, pytest.mark.long("tensorflow", "jax")]),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnext50_32x4d", "alexnet")),
     *(
         pytest.param(name, marks=DEEP)
         for name in (
-            *("resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d"),
-            "wide_resnet101_2",
+            *("resnet34", "resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d"),
+            *("wide_resnet50_2", "wide_resnet101_2"),
         )
     ),
     "resnet18",  # the last pair stays while the rest of the file runs
@@ -434,6 +432,7 @@ def test_plain_numpy_arrays_load(resnet20):
 
 
 @pytest.mark.slow
+@pytest.mark.long("tensorflow", "jax")
 def test_a_cifar_file_from_the_wild_answers_as_its_own_code_does(shared, resnet20):
     """github.com/akamaster/pytorch_resnet_cifar10: 861 of these 1000 images, by its own code."""
     report = load_torchvision(resnet20, shared / "weights" / "resnet20-12fca82f.th", verify=True)
