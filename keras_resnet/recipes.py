@@ -181,6 +181,7 @@ class Recipe:
                      "blur"):  # fmt: skip
             between(name, getattr(self, name), 0, 1)
         between("val_split", self.val_split, 0, 1, ends="[)")
+        between("repeats", self.repeats, 1, 1000)
         for name in ("learning_rate", "backbone_rate"):
             between(name, getattr(self, name), 0, ends="(]")
         for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "gradual", "focal",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import dataclasses
 import faulthandler
 import pathlib
@@ -188,6 +189,47 @@ def damaged(
                 if digits:
                     out[random.choice(digits)] = random.choice(b"0123456789-")
     return bytes(out)
+
+
+# What a value of a JSON text can become.
+JSON_VALUES = (
+    None, True, False, 0, 1, -1, 2, 3, 17, 4096, 60_000, 2**31, 2**63, 10**30, 0.5, -0.5, 1e-320,
+    1e308, float("nan"), float("inf"), "", "a", "\x1b[31m\n", "\ud800", "a" * 5_000, [], [[]], {},
+    [None, None, None, 3], [60_000, 60_000], [1.5, "a"], {"a": 1}, {"class_name": "Dense"},
+    "float16", "mixed_bfloat16", "valid", "same", "softmax", "channels_first", "__numpy__",
+)  # fmt: skip
+
+
+def change(text: dict | list, random: random.Random) -> None:
+    """Changes one place of a description: every one is as likely, however deep."""
+    places = []
+    waiting = [text]
+    while waiting:
+        inside = waiting.pop()
+        keys = list(inside) if isinstance(inside, dict) else range(len(inside))
+        places += [(inside, key) for key in keys]
+        waiting += [inside[key] for key in keys if isinstance(inside[key], (dict, list))]
+    if not places:
+        return
+    inside, key = random.choice(places)
+    match random.randrange(8):
+        case 0:
+            del inside[key]
+        case 1:
+            inside[key] = copy.deepcopy(random.choice(places)[0])
+        case 2:
+            for _ in range(random.choice((1, 20, 200))):
+                inside[key] = [inside[key]]
+        case 3 if isinstance(inside[key], list):
+            inside[key] = inside[key] * random.choice((0, 2, 50))
+        case 4 if isinstance(inside[key], dict):
+            inside[key][random.choice(("info", "config", "shape", "a"))] = random.choice(
+                JSON_VALUES
+            )
+        case 5 if isinstance(inside[key], (int, float)):
+            inside[key] = inside[key] * random.choice((-1, 2, 1_000, 10**9))
+        case _:
+            inside[key] = copy.deepcopy(random.choice(JSON_VALUES))
 
 
 def main(

@@ -106,9 +106,12 @@ def _read_names(path: str) -> list[str]:
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         names = json_text.loads(text)
-        by_number = isinstance(names, dict)
-        return [names[str(i)] for i in range(len(names))] if by_number else list(names)
-    except (ValueError, KeyError, TypeError):
+        if isinstance(names, dict):
+            names = [names[str(i)] for i in range(len(names))]
+        if not isinstance(names, list) or not {type(name) for name in names} <= {str, int}:
+            raise TypeError
+        return list(map(str, names))
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{path!r} must hold a JSON list of names, or numbers from 0 to names."
         ) from None

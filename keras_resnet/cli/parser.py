@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import reprlib
 import sys
 import types
 import typing
@@ -185,8 +186,11 @@ class Parser(argparse.ArgumentParser):
                 self.error("the record of a run has its recipe: give --config or --recipe")
             known = run_options(given.config)
             own = {action.dest: action for action in self._actions}
-            self.set_defaults(**{name: known[name] for name in own.keys() & known.keys()})
-            own["directory"].nargs, own["directory"].required = "?", False
+            said = {n: _as_typed(own[n], known[n], given.config) for n in own.keys() & known.keys()}
+            told = {n: v for n, v in said.items() if v is not None or n in RECIPE_FIELDS}
+            self.set_defaults(**told)
+            if "directory" in told:
+                own["directory"].nargs, own["directory"].required = "?", False
 
     def refuse(self, word: str) -> typing.NoReturn:
         """Says that a word is none of the command's, and what is likely meant."""
@@ -266,17 +270,35 @@ def run_options(path: str) -> dict[str, Any]:
     try:
         config = read_json(file)
         recipe, arguments = dict(config["recipe"]), dict(config["arguments"])
+        name = recipe.get("name") if recipe.get("name") in RECIPES else "finetune"
+        fields = {field: recipe[field] for field in RECIPE_FIELDS if field in recipe}
+        if RECIPES[name].warmup_epochs >= fields.get("epochs", 1) > fields.get("warmup_epochs", 1):
+            del fields["warmup_epochs"]  # cut for a short run: see `Recipe`
+        if config.get("tf32") is False:
+            fields["tf32"] = False
+        return {**fields, **arguments, **(arguments.get("source") or {}), "recipe": name}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{str(file)!r} is no record of a run, as train writes config.json: {reason_of(error)}"
         ) from error
-    name = recipe.get("name") if recipe.get("name") in RECIPES else "finetune"
-    fields = {field: recipe[field] for field in RECIPE_FIELDS if field in recipe}
-    if RECIPES[name].warmup_epochs >= fields.get("epochs", 1) > fields.get("warmup_epochs", 1):
-        del fields["warmup_epochs"]  # cut for a short run: see `Recipe`
-    if config.get("tf32") is False:
-        fields["tf32"] = False
-    return {**fields, **arguments, **(arguments.get("source") or {}), "recipe": name}
+
+
+def _as_typed(action: argparse.Action, value: Any, record: str) -> Any:
+    """What a record says of an option as it would be typed: text, which the option's type reads.
+
+    Raises:
+        InputError: It is of a kind that no text means.
+    """
+    several = action.nargs == "+" or isinstance(action, argparse._AppendAction)
+    several = several or (action.dest == "exclude" and isinstance(value, list))
+    values = value if several and isinstance(value, list) else [value]
+    kinds: set[type] = {str} if action.type in (None, str) else {str, int, float}
+    kinds = {bool} if action.nargs == 0 else kinds
+    if value is None or (action.dest == "class_weights" and isinstance(value, dict)):
+        return value
+    if several != isinstance(value, list) or not {type(one) for one in values} <= kinds:
+        raise InputError(f"{record!r} says {action.dest} = {reprlib.repr(value)}: that cannot be.")
+    return value if several or kinds == {bool} else str(value)
 
 
 def _add(parser: Parser, arguments: list[Argument]) -> None:

@@ -244,8 +244,10 @@ def _shown(counts: Counter[str]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in quotes for a message, the first ten of many."""
-    shown = ", ".join(repr(name) for name in names[:10])
+    """Names in quotes for a message, the first ten of many; long ones lose their middle."""
+    texts = [text if len(text := repr(name)) < 99 else text[:60] + "..." + text[-30:]
+             for name in names[:10]]  # fmt: skip
+    shown = ", ".join(texts)
     return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 

@@ -45,6 +45,7 @@ def imagenet_colors(channels: int) -> dict[str, tuple[float, ...]]:
 
 
 def _repeated(values: tuple[float, ...] | None, channels: int) -> Any:
+    checked_color_mode(channels)  # before there are as many
     if values is None or channels == 1:
         return values and (sum(values) / 3,)
     return tuple(values[i % 3] for i in range(channels))

@@ -72,11 +72,11 @@ def _class_names(feature: Any) -> list[str] | None:
 def content(value: Any, name: str) -> Any:
     """The image of a row: a dict of bytes or a path, bytes, an array or a Pillow image."""
     if isinstance(value, Mapping):
-        if value.get("bytes") is None and value.get("path"):
-            with open_file(value["path"]) as file:
+        path, value = value.get("path"), value.get("bytes")
+        if value is None and path and isinstance(path, str):  # a number would be an open file
+            with open_file(path) as file:
                 return file.read()
-        value = value.get("bytes")
-    if value is None:
+    if not isinstance(value, bytes) and not hasattr(value, "size"):  # an array's, or Pillow's
         raise DataError(f"{name!r} cannot be read: the row has no image.")
     return value
 
@@ -111,6 +111,26 @@ class ParquetImages(Source):
         return state.st_size, state.st_mtime_ns, index
 
 
+_RATIO = 64  # of a Parquet file's bytes when it is read to those it has, at most
+
+
+def unpacked(path: str, file: Any, columns: Sequence[str], **which: Any) -> Any:
+    """Columns of a `ParquetFile` as a table; `which` are further arguments of `iter_batches`.
+
+    Raises:
+        DataError: They would unpack to far more than the file has.
+    """
+    import pyarrow
+
+    batches, left = [], _RATIO * os.path.getsize(path) + 2**26
+    for batch in file.iter_batches(256, columns=list(columns), **which):
+        batches.append(batch)
+        left -= batch.nbytes
+        if left < 0:
+            raise DataError(f"{path!r} unpacks to more than {_RATIO} times its size.")
+    return pyarrow.Table.from_batches(batches) if batches else file.schema_arrow.empty_table()
+
+
 @functools.lru_cache(8)
 def _group(path: str, size: int, modified: int, group: int, column: str) -> Any:
     """A column of a group of rows, the last few of which are kept."""
@@ -118,7 +138,8 @@ def _group(path: str, size: int, modified: int, group: int, column: str) -> Any:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=[column])
+        file = pyarrow.parquet.ParquetFile(path)
+        table = unpacked(path, file, [column], row_groups=[group])
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path!r} cannot be read: {str(error).splitlines()[0]}") from error
-    return table.column(0)
+    return table.column(column)

@@ -25,7 +25,7 @@ from keras_resnet.data.opening import opened
 from keras_resnet.data.reading import in_flight, read
 from keras_resnet.data.walk import ENDINGS, FORMATS, extension, unread, unread_line, walk_pictures
 from keras_resnet.system.errors import DataError, KerasResNetError
-from keras_resnet.system.files import column, replace_file, write_text
+from keras_resnet.system.files import column, printable, replace_file, write_text
 from keras_resnet.system.process import default_threads
 from keras_resnet.system.shown import Shown
 
@@ -122,7 +122,7 @@ class ScanReport(Shown):
             lines.append(f"{total} in {len(counts)} classes, largest / smallest {ratio:.3g}")
             if ratio > 3 and split in ("", "train"):
                 lines[-1] += ": train with --class-weights balanced, or --sampler balanced"
-            most = max(counts.values())
+            most = max(1, *counts.values())
             rows = [
                 f"    {column(name or 'no label', 24)} {count:7}  {'#' * round(40 * count / most)}"
                 for name, count in sorted(counts.items(), key=lambda item: -item[1])
@@ -165,7 +165,7 @@ class ScanReport(Shown):
     def _short(self, part: Any) -> str:
         if isinstance(part, str) and part.startswith(self.directory) and not self._places:
             return repr(os.path.relpath(part, self.directory))
-        return str(part)
+        return printable(part)
 
     def exclude_list(self) -> list[str]:
         """Files that training does better without.

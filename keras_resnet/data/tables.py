@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from keras_resnet.data.folders import listed, split_of, unlabelled
 from keras_resnet.data.items import Files, Source
 from keras_resnet.data.labels import LABEL_COLUMNS, numbered
-from keras_resnet.data.rows import ParquetImages
+from keras_resnet.data.rows import ParquetImages, unpacked
 from keras_resnet.data.walk import is_picture
 from keras_resnet.system.errors import DataError, InputError, NotFoundError, did_you_mean, require
 
@@ -30,6 +31,8 @@ _CALLED = {
     "split": "split subset set partition part",
     "weight": "sample_weight sample_weights",  # a `weight` may be that of what is shown
 }  # fmt: skip
+
+_CELLS = 4  # of a table in JSON for each byte of it, at most
 
 # Columns of 0 and 1 about a row and not about what its image shows.
 _ASIDE = (
@@ -157,30 +160,34 @@ def _hot_columns(
     for name in given or [name for name in table if name and _plain(name) not in _ASIDE.split()]:
         column = table[name]
         if name not in used and not isinstance(column, Source):
-            texts = ["" if cell is None or cell != cell else str(cell).strip() for cell in column]
+            plain = (
+                cell if isinstance(cell, (str, float, int)) else cell and "?" for cell in column
+            )
+            texts = ["" if cell is None or cell != cell else str(cell).strip() for cell in plain]
             if set(texts) & {*cells} and set(texts) <= {*cells, ""}:
                 found[str(name)] = [cells.get(text) for text in texts]
     return found if given or len(found) > 1 else {}
 
 
-def _label(path: str, row: int, value: Any, apart: str) -> Any:
-    """A label, several of them, or None."""
+def _label(path: str, row: int, value: Any, apart: str, inside: bool = False) -> Any:
+    """A label, several of them, or None; `inside` a list there is no further one."""
     if isinstance(value, str):
         text = value.strip()
-        if text.startswith("[") and text.endswith("]"):  # as pandas writes a list
+        if text.startswith("[") and text.endswith("]") and not inside:  # as pandas writes a list
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 return _label(path, row, ast.literal_eval(text), apart)
         if apart != "|" and apart in text:
             return text.replace(apart, "|")
         return text or None
-    if isinstance(value, (list, tuple)):
-        return [_label(path, row, one, apart) for one in value]
+    if isinstance(value, (list, tuple)) and not inside:
+        return [_label(path, row, one, apart, inside=True) for one in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if value is None or value != value:
         return None
     if not isinstance(value, (int, float)):
-        raise DataError(f"Row {row:,} of {path!r} has no label. Received: {str(value)[:80]!r}.")
+        what = reprlib.repr(value)  # a list may be nested deep
+        raise DataError(f"Row {row:,} of {path!r} has no label. Received: {what}.")
     return value
 
 
@@ -192,7 +199,7 @@ def _weights(path: str, values: Sequence[Any]) -> np.ndarray:
             continue
         try:
             weights[row] = value
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             weights[row] = -1
         if not 0 <= weights[row] < np.inf:
             raise DataError(
@@ -203,8 +210,9 @@ def _weights(path: str, values: Sequence[Any]) -> np.ndarray:
 
 
 def _splits(path: str, values: Sequence[Any]) -> np.ndarray:
-    kinds = {value: split_of(str(value)) for value in set(values)}
-    unknown = sorted(str(value) for value, kind in kinds.items() if kind is None)
+    values = [value if isinstance(value, str) else reprlib.repr(value) for value in values]
+    kinds = {value: split_of(value) for value in set(values)}
+    unknown = sorted(value for value, kind in kinds.items() if kind is None)
     if unknown:
         raise DataError(
             f"The table {path!r} has splits that are neither train, val nor test: "
@@ -300,6 +308,7 @@ def _read_jsonl(path: str) -> dict[str, Sequence[Any]]:
     columns: dict[str, list[Any]] = {}
     count = 0
     with open(path, encoding="utf-8-sig") as file:
+        most = _CELLS * os.fstat(file.fileno()).st_size + 1_000_000
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -309,11 +318,15 @@ def _read_jsonl(path: str) -> dict[str, Sequence[Any]]:
                 raise ValueError(f"line {number:,}, column {error.colno}: {error.msg}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number:,} is no object")
+            if "\\ud" in line.lower():  # half a character, which no text can hold
+                json.dumps(row, ensure_ascii=False).encode()
             for name, value in row.items():
                 column = columns.setdefault(name, [])
                 column += [None] * (count - len(column))
                 column.append(value)
             count += 1
+            if count * len(columns) > most:  # it would be as many empty cells
+                raise ValueError(f"its {count:,} rows have {len(columns):,} different keys")
     for column in columns.values():
         column += [None] * (count - len(column))
     return columns
@@ -333,7 +346,7 @@ def _read_parquet(path: str) -> dict[str, Sequence[Any]]:
             or (pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
         ]
         plain = [name for name in file.schema_arrow.names if name not in images]
-        table = file.read(columns=plain).to_pydict()
+        table = unpacked(path, file, plain).to_pydict()
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         return table | {name: ParquetImages(path, name, groups) for name in images[:1]}
     except pyarrow.ArrowException as error:

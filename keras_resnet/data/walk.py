@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from keras_resnet.system.errors import NotFoundError
+from keras_resnet.system.errors import InputError, NotFoundError
 
 logger = logging.getLogger("keras_resnet")
 
@@ -239,9 +239,15 @@ def left_out(directory: str, exclude: Any) -> set[str]:
             raise NotFoundError(
                 f"The exclude list {os.fspath(exclude)!r} cannot be read: {error.strerror}."
             ) from None
-        exclude = [
-            json.loads(line) if line.startswith('"') else line
-            for line in lines
-            if line.strip() and not line.startswith("#")
-        ]
+        try:
+            exclude = [
+                json.loads(line) if line.startswith('"') else line
+                for line in lines
+                if line.strip() and not line.startswith("#")
+            ]
+        except ValueError as error:
+            raise InputError(
+                f"The exclude list {os.fspath(exclude)!r} has a line that begins with a quotation "
+                f"mark and is no JSON string: {error}."
+            ) from None
     return {os.path.abspath(os.path.join(directory, os.fspath(path))) for path in exclude}

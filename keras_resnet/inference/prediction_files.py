@@ -328,7 +328,7 @@ def _rows(work: Path) -> Iterator[tuple[Prediction, int]]:
                 row = json.loads(line)
                 classes = [(c["name"], c["probability"]) for c in row["classes"]]
                 prediction = Prediction(row["path"], classes, row["error"], row.get("answer"))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 return
             if not line.endswith(b"\n"):
                 return
@@ -390,8 +390,8 @@ class PredictionWriter:
 
     def _check_identity(self) -> None:
         before = {}
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(self._note.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            before = dict(read_json(self._note))
         now = json.loads(json.dumps(self._identity))
         changed = [k for k in before | now if not _alike(before.get(k), now.get(k))]
         if changed:
@@ -463,8 +463,8 @@ class PredictionWriter:
 
 
 def _alike(before: Any, now: Any) -> bool:
-    numbers = isinstance(now, list) and now and all(isinstance(v, float) for v in now)
-    if numbers and isinstance(before, list) and len(before) == len(now):
+    lists = isinstance(before, list) and isinstance(now, list) and len(before) == len(now) > 0
+    if lists and all(isinstance(v, float) for v in [*before, *now]):
         return bool(np.allclose(before, now, rtol=1e-3, atol=1e-3, equal_nan=True))
     return before == now
 

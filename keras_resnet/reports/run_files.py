@@ -121,7 +121,7 @@ def _table(path: Path) -> list[dict[str, str]]:
 def _number(text: Any) -> float:
     try:
         return float(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
@@ -159,7 +159,7 @@ def _results(folder: Path, part: str, prefix: str, missing: list[str]) -> Result
             task=str(found.get("task", "single-label")),
             scores={str(k): _number(v) for k, v in (found.get("scores") or {}).items()},
         )
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         missing.append(f"{prefix}evaluation.json cannot be read")
         return None
 
@@ -172,7 +172,7 @@ def _scores(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _confusion(counts: Any, classes: int) -> np.ndarray | None:
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         counts = np.asarray(counts, int)
         return counts if classes and counts.shape == (classes, classes) else None
     return None

@@ -161,7 +161,7 @@ def from_json(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise InputError(f"What {str(path)!r} says about its model is no JSON object.")

@@ -57,7 +57,7 @@ def check_writable_folder(path: str | os.PathLike) -> None:
     if not found.is_dir():
         what = "The output" if found == path else f"Cannot write {str(path)!r}:"
         raise InputError(f"{what} {str(found)!r} is a file; a folder is needed.")
-    _write_empty(found / path.name)
+    _write_empty(found / (path.name or "a"))  # of "." and "/" the last name is none
 
 
 def _check_kind(path: Path) -> None:
@@ -239,7 +239,10 @@ def read_json(path: str | os.PathLike) -> Any:
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ValueError(f"{str(path)!r} is no regular file")
-    return json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def printable(text: Any) -> str:

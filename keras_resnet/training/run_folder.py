@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,16 +247,23 @@ class Run:
         Raises:
             InputError: It cannot be read.
         """
-        try:
-            with open(self.path("history.csv"), encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
+        with self._reading("history.csv") as path, open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
             names = [name for name in rows[0] if name != "epoch"]
             self.history = {name: [float(row[name]) for row in rows] for name in names}
             self.history["loss"]
-        except (OSError, ValueError, IndexError, KeyError) as error:
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        try:
+            yield self.path(name)
+        except KerasResNetError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, EOFError, csv.Error,
+                zipfile.BadZipFile) as error:  # fmt: skip
             raise InputError(
-                f"{str(self.path('history.csv'))!r} cannot be read ({reason_of(error)}); pass "
-                "--restart to start again."
+                f"{str(self.path(name))!r} cannot be read ({reason_of(error)}); pass --restart to "
+                "start again."
             ) from error
 
     # The state that a killed run goes on from.
@@ -285,7 +292,7 @@ class Run:
         Raises:
             InputError: The file does not fit the model.
         """
-        with self._open_state() as file:
+        with self._reading(_STATE) as path, np.load(path) as file:
             progress = json.loads(bytes(file["progress"]).decode())
             self.history = progress.pop("history")
             groups = _variables(model)
@@ -303,18 +310,9 @@ class Run:
             extra = {k[6:]: file[k] for k in file.files if k.startswith("extra/")}
         return progress, extra
 
-    def _open_state(self):
-        try:
-            return np.load(self.path(_STATE))
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{str(self.path(_STATE))!r} cannot be read ({error}); pass --restart to start "
-                "again."
-            ) from error
-
     def read_progress(self) -> dict[str, Any]:
         """How far the run in this folder came."""
-        with self._open_state() as file:
+        with self._reading(_STATE) as path, np.load(path) as file:
             return json.loads(bytes(file["progress"]).decode())
 
     def drop_state(self) -> None:

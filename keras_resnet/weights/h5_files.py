@@ -20,7 +20,7 @@ from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.stand_ins import Storage, Tensor, Unreadable, one_line
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_LINKS = 100_000  # names in a model's weights (3,000)
+_LINKS = 20_000  # names in a model's weights (3,000), half a millisecond each
 _DEPTH = 16  # groups around an array: two for each model around a layer
 
 # A layer's variables, which `.weights.h5` files number, by the start of the layer's class.
@@ -111,9 +111,10 @@ def _check_stored(item: Any) -> None:
 def load_h5(data: Any, size: int, name: str) -> Loaded:
     """A `.weights.h5` or `.h5` file of Keras: `layer.variable` -> a view with torch's axes."""
     loaded = Loaded("h5", data, size, root={})
+    layers: dict[str, str] = {}
 
     def look(path: str, item: Any, file: Any) -> None:
-        named = _name_of(path, file)
+        named = _name_of(path, file, layers)
         dtype, start = item.dtype.name, item.id.get_offset()
         if named is None or not item.shape:
             return
@@ -140,8 +141,14 @@ def load_h5(data: Any, size: int, name: str) -> Loaded:
     return loaded
 
 
-def _name_of(path: str, file: Any) -> str | None:
-    """`layer.variable` of an array, models around it before that; `None` for no layer's."""
+def _name_of(path: str, file: Any, known: dict[str, str]) -> str | None:
+    """`layer.variable` of an array, models around it before that; `None` for no layer's.
+
+    Args:
+        path: Of the array.
+        file: Where it is.
+        known: Gets the names of layers: thousands of arrays may be of one with a long name.
+    """
     parts = path.split("/")
     if parts[0] in ("optimizer", "optimizer_weights", "top_level_model_weights", "seed_generator"):
         return None
@@ -154,12 +161,15 @@ def _name_of(path: str, file: Any) -> str | None:
     layers = [
         "/".join(parts[: i + 1]) for i in range(1, len(parts) - 2) if parts[i - 1] == "layers"
     ]
-    names = [file[f"{layer}/vars"].attrs.get("name", layer.rpartition("/")[2]) for layer in layers]
+    for layer in layers:
+        if layer not in known:
+            name = file[f"{layer}/vars"].attrs.get("name")
+            known[layer] = (name if isinstance(name, str) else layer.rpartition("/")[2])[:512]
     kind = re.sub(r"_\d+$", "", parts[-3])
     variables = _VARIABLES.get(kind, ())
     number = int(parts[-1]) if parts[-1].isdecimal() else len(variables)
     last = variables[number] if number < len(variables) else parts[-1]
-    return ".".join([*(str(name)[:512] for name in names), last])
+    return ".".join([*(known[layer] for layer in layers), last])
 
 
 # MD5 of the ImageNet files for 50, 101 and 152 layers, with and without the head: the constants

@@ -23,6 +23,7 @@ from PIL import Image
 import keras_resnet as kr
 from keras_resnet.cli import checks, main as cli, words as foreign
 from keras_resnet.cli.commands import COMMANDS
+from keras_resnet.cli.files import _read_names
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.system import errors
 from keras_resnet.system.errors import InputError, MissingDependencyError
@@ -333,6 +334,47 @@ def shown(*words):
     with contextlib.redirect_stdout(out):
         assert cli.main(["train", "anywhere", "--show", *words]) == 0
     return out.getvalue()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "record",
+    [
+        "[" * 100_000,
+        '{"recipe": {"name": []}, "arguments": {}}',
+        '{"recipe": {"epochs": "many"}, "arguments": {}}',
+        '{"recipe": {"epochs": null}, "arguments": {}}',
+        '{"recipe": {"weights": {}}, "arguments": {"directory": "x"}}',
+        '{"recipe": {"color_jitter": [[]]}, "arguments": {"directory": "x"}}',
+        '{"recipe": {"channels": 1e30}, "arguments": {"directory": "x"}}',
+        '{"recipe": {"ema": "yes"}, "arguments": {"directory": "x"}}',
+        '{"recipe": {}, "arguments": {}}',
+        '{"recipe": {}, "arguments": {"directory": 5}}',
+        '{"recipe": {}, "arguments": {"directory": "x", "source": [1]}}',
+        '{"recipe": {}, "arguments": {"directory": "x", "columns": 3}}',
+        '{"recipe": {}, "arguments": {"directory": "x", "exclude": 3}}',
+        '{"recipe": {}, "arguments": {"directory": "x", "cache": {}}}',
+        '{"recipe": {}, "arguments": {"directory": "x", "log": "wandb"}}',
+        '{"recipe": {}, "arguments": {"directory": "x", "workers": "x"}}',
+    ],
+)
+def test_a_record_that_no_run_wrote_is_refused_in_one_line(record, tmp_path, capsys):
+    (tmp_path / "c.json").write_text(record)
+    try:
+        code = cli.main(["train", "--config", str(tmp_path / "c.json"), "--dry-run"])
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("keras-resnet: ") and err.count("\n") == 1, err
+    assert "does not exist" not in err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("text", ['"ab"', "[null]", '{"0": [], "1": {}}', "[" * 100_000])
+def test_class_names_in_json_are_texts(text, tmp_path):
+    (tmp_path / "n.json").write_text(text)
+    with pytest.raises(InputError, match="must hold a JSON list of names"):
+        _read_names(str(tmp_path / "n.json"))
 
 
 def test_abbreviations_lists_and_none_are_understood():

@@ -215,6 +215,8 @@ def test_batches_and_statistics(tmp_path, rng):
 
 def test_colours_for_other_channels_follow_the_weights():
     assert Preprocess().for_channels(3) == Preprocess()
+    with pytest.raises(InputError, match="up to 1024"):
+        Preprocess().for_channels(10**30)
     gray, five = Preprocess().for_channels(1), Preprocess().for_channels(5)
     assert gray.mean == (sum(IMAGENET_MEAN) / 3,) and gray.output_shape == (224, 224, 1)
     assert five.mean == (*IMAGENET_MEAN, *IMAGENET_MEAN[:2]) and five.color_mode == 5

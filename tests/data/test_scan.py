@@ -11,7 +11,7 @@ from PIL import Image
 
 from keras_resnet.data.directory import image_dataset_from_directory
 from keras_resnet.data.scan import ScanReport, near_pairs, scan
-from keras_resnet.system.errors import DataError, NotFoundError
+from keras_resnet.system.errors import DataError, InputError, NotFoundError
 from keras_resnet.system.files import text_width
 
 pytestmark = pytest.mark.once
@@ -113,6 +113,9 @@ def test_the_exclude_list_is_taken_by_the_dataset(folder, tmp_path):
     dataset = image_dataset_from_directory(folder / "train", exclude=tmp_path / "exclude.txt")
     assert dataset.class_counts == {"ants": 8, "bees": 8}
     assert sorted(folder.rglob("*")) == before
+    (tmp_path / "exclude.txt").write_text('"0.png\n')
+    with pytest.raises(InputError, match="begins with a quotation mark and is no JSON string"):
+        image_dataset_from_directory(folder / "train", exclude=tmp_path / "exclude.txt")
 
 
 def test_imbalance_and_folders_without_splits(folder):
@@ -144,6 +147,14 @@ def test_report_prints_and_writes_json_and_a_sheet(folder, tmp_path):
     assert len(np.unique(pixels[20:60, 180:280].reshape(-1, 3), axis=0)) > 100  # a photograph
     with pytest.raises(DataError, match="sheet"):
         report.save_sheet(tmp_path / "missing" / "sheet.png")
+
+
+def test_a_table_of_odd_names_of_which_none_can_be_read_is_reported(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "t.csv").write_text("path,label\na.png,a\nb\x1b[31m.png,b\n")
+    report = scan(tmp_path / "t.csv")
+    assert len(report.unreadable) == 2 and r"b\x1b[31m.png" in str(report)
+    assert str(report).replace("\n", "").isprintable()
 
 
 def test_the_sheet_of_a_clean_folder_marks_nothing(folder, tmp_path):

@@ -35,6 +35,7 @@ from keras_resnet.data.items import Item, Source
 from keras_resnet.data.mixing import Mix
 from keras_resnet.data.opening import find_parts, image_source, labelled, opened
 from keras_resnet.data.packing import pack
+from keras_resnet.data.rows import content
 from keras_resnet.data.scan import scan
 from keras_resnet.data.sources import Images
 from keras_resnet.inference.evaluate import evaluate
@@ -200,6 +201,9 @@ def test_a_table_says_splits_and_what_it_takes_as_what(folder, tmp_path):
     assert len(paths) == 3 and labels.tolist() == [0, 1, 2]
 
 
+HERE = '{"path": "here.png", '
+
+
 @once
 @pytest.mark.parametrize(
     ("name", "text", "error", "words"),
@@ -221,14 +225,40 @@ def test_a_table_says_splits_and_what_it_takes_as_what(folder, tmp_path):
         ("t.csv", "path,y,sample_weight\nhere.png,a,-1\n", DataError, "Row 1 .* weight .*: '-1'"),
         ("t.csv", "path,y,sample_weight\nhere.png,a,much\n", DataError, "no number from 0 on"),
         ("t.parquet", "no table", DataError, "cannot be read"),
+        ("t.jsonl", HERE + '"label": [["b"]]}', DataError, r"Row 1 .* no label. Received: \['b'\]"),
+        ("t.jsonl", HERE + '"y": ' + "[" * 900 + "]" * 900 + "}", DataError, "Row 1 .* no label"),
+        ("t.jsonl", HERE + '"y": 1, "x": ' + "[" * 900 + "]" * 900 + ', "z": [1]}', None, ""),
+        ("t.jsonl", HERE + f'"sample_weight": {10**400}}}', DataError, "no number from 0 on"),
+        ("t.jsonl", HERE + r'"y": "\ud800"}', DataError, "surrogates not allowed"),
+        ("t.jsonl", "".join(f'{{"c{i}": 1}}\n' for i in range(2_000)), DataError, "different keys"),
+        ("t.csv", f"path,y,split\nhere.png,a,{'x' * 9_000}\n", DataError, "x{59}...x{29}'"),
     ],
 )
 def test_a_bad_table_is_said_in_one_line(name, text, error, words, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "here.png")
     (tmp_path / name).write_text(text)
+    if error is None:
+        assert len(opened(tmp_path / name)) == 1
+        return
     with pytest.raises(error, match=words) as caught:
         opened(tmp_path / name)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@once
+def test_a_parquet_file_unpacks_to_what_it_may_hold(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for kind, name in ((str, "path"), (str.encode, "image")):  # 300 MB of one value
+        once_kept = pyarrow.array([kind("a" * 1_000)])
+        rows = pyarrow.DictionaryArray.from_arrays(np.zeros(300_000, np.int32), once_kept)
+        table = pyarrow.table({name: rows, "label": np.zeros(300_000, np.int8)})
+        parquet.write_table(table, tmp_path / "t.parquet", store_schema=False)
+        with pytest.raises(DataError, match="unpacks to more than 64 times its size"):
+            opened(tmp_path / "t.parquet").read(0)
+    for cell in ({"bytes": 3}, {"bytes": None, "path": 3}, {"bytes": "a"}, 0):
+        with pytest.raises(DataError, match="the row has no image"):
+            content(cell, "row 1")
 
 
 @once

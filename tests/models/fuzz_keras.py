@@ -10,7 +10,6 @@ frame is `tests/fuzzing.py`.
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import pathlib
@@ -32,13 +31,6 @@ from keras_resnet.models.files import model_class_names, model_input
 from keras_resnet.system.errors import KerasResNetError
 from keras_resnet.weights.keras_files import inspect_keras_file
 
-# What a value of the description can become.
-VALUES = (
-    None, True, False, 0, 1, -1, 2, 3, 17, 4096, 60_000, 2**31, 2**63, 10**30, 0.5, -0.5, 1e-320,
-    1e308, float("nan"), float("inf"), "", "a", "\x1b[31m\n", "\ud800", "a" * 5_000, [], [[]], {},
-    [None, None, None, 3], [60_000, 60_000], [1.5, "a"], {"a": 1}, {"class_name": "Dense"},
-    "float16", "mixed_bfloat16", "valid", "same", "softmax", "channels_first", "__numpy__",
-)  # fmt: skip
 IMAGE = np.zeros((16, 16, 3), np.uint8)
 WORDS = (b"\x89HDF\r\n\x1a\n", b"TREE", b"HEAP", b"SNOD", b"GCOL", b"OHDR", b"PK\1\2", b"PK\3\4")
 
@@ -91,7 +83,7 @@ def mutate(name: str, data: bytes, random: random.Random) -> bytes:
             inside = text.get("config", {})
             some = inside["info"] if kind > 7 and "info" in inside else text
             for _ in range(random.choice((1, 1, 1, 2, 4))):
-                _change(some, random)
+                fuzzing.change(some, random)
             parts[at[name]] = name, json.dumps(text).encode("utf-8", "surrogatepass")
     return _zipped(parts, packed)
 
@@ -125,36 +117,6 @@ def _shuffle(parts: list[tuple[str, bytes]], random: random.Random) -> None:
             parts += [(f"assets/{i}", b"") for i in range(random.choice((1, 10, 2_000)))]
         case 6:
             parts[index] = name, b""
-
-
-def _change(text: dict | list, random: random.Random) -> None:
-    """Changes one place of a description: every one is as likely, however deep."""
-    places = []
-    waiting = [text]
-    while waiting:
-        inside = waiting.pop()
-        keys = list(inside) if isinstance(inside, dict) else range(len(inside))
-        places += [(inside, key) for key in keys]
-        waiting += [inside[key] for key in keys if isinstance(inside[key], (dict, list))]
-    if not places:
-        return
-    inside, key = random.choice(places)
-    match random.randrange(8):
-        case 0:
-            del inside[key]
-        case 1:
-            inside[key] = copy.deepcopy(random.choice(places)[0])
-        case 2:
-            for _ in range(random.choice((1, 20, 200))):
-                inside[key] = [inside[key]]
-        case 3 if isinstance(inside[key], list):
-            inside[key] = inside[key] * random.choice((0, 2, 50))
-        case 4 if isinstance(inside[key], dict):
-            inside[key][random.choice(("info", "config", "shape", "a"))] = random.choice(VALUES)
-        case 5 if isinstance(inside[key], (int, float)):
-            inside[key] = inside[key] * random.choice((-1, 2, 1_000, 10**9))
-        case _:
-            inside[key] = copy.deepcopy(random.choice(VALUES))
 
 
 def read(path: pathlib.Path) -> str:

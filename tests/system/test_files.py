@@ -16,6 +16,7 @@ import pytest
 from keras_resnet.system import files
 from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import (
+    check_writable_folder,
     csv_line,
     csv_value,
     printable,
@@ -242,6 +243,12 @@ def test_no_accent_is_left_without_its_letter():
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX'")
+def test_a_folder_without_a_name_of_its_own_can_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "", "./", ".."):
+        check_writable_folder(path)
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ValueError, match="no regular file"):

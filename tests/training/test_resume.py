@@ -338,6 +338,13 @@ def test_pictures_that_changed_meanwhile_are_said(tmp_path):
     (folder / "ant" / "0.png").rename(folder / "ant" / "new.png")
     with pytest.raises(InputError, match=r"have changed since .* Pass --restart"):
         train(folder, **options)
+    (folder / "ant" / "new.png").rename(folder / "ant" / "0.png")
+    state = next((tmp_path / "runs").glob("*/state.npz"))
+    whole = state.read_bytes()
+    at = whole.index(b"progress.npy")  # a disk that forgets
+    state.write_bytes(whole[: at + 150] + b"\0" + whole[at + 151 :])
+    with pytest.raises(InputError, match=r"state\.npz' cannot be read \(.*pass --restart"):
+        train(folder, **options)
 
 
 # --- a full disk ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -35,10 +36,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fuzzing
+import h5py
 import numpy as np
 import torch
 
 from keras_resnet.system.errors import CheckpointError
+from keras_resnet.weights import download
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
 from keras_resnet.weights.writing import write_checkpoint
 
@@ -168,6 +171,47 @@ def samples(shared: pathlib.Path | None = None) -> dict[str, bytes]:
         for name in ("resnet20-12fca82f.th", "tiny_tar_format.pth"):
             files[name] = (shared / "weights" / name).read_bytes()
     return files
+
+
+def other_samples() -> dict[str, bytes]:
+    """The same of formats that are not torch's, and what stands beside weights on the hub."""
+    arrays = {f"{i}.weight": np.full((3, i), i, "f4") for i in range(5)}
+    content = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
+    files = {f"{protocol}.pkl": pickle.dumps(content, protocol) for protocol in (2, 5)}
+    files |= {name: h5_bytes(name) for name in ("a.h5", "a.weights.h5")}
+    return {**files, "config.json": json.dumps(HUB).encode()}
+
+
+HUB = {
+    "architecture": "resnet50",
+    "pretrained_cfg": {
+        "input_size": [3, 224, 224], "test_input_size": [3, 288, 288], "crop_pct": 0.95,
+        "test_crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
+    },
+    "label_names": ["a", "b"], "id2label": {"0": "a", "1": "b"}, "model_type": "resnet",
+    "downsample_in_bottleneck": False, "model_args": None,
+}  # fmt: skip
+
+
+def h5_bytes(name: str) -> bytes:
+    """Weights as Keras writes them: its older files and its newer ones."""
+    out = io.BytesIO()
+    layers = {"conv1_conv": (3, 3, 3, 4), "conv1_bn": (4, 4, 4, 4), "predictions": (4, 2)}
+    with h5py.File(out, "w") as file:
+        for number, (layer, shape) in enumerate(layers.items()):
+            norm = layer == "conv1_bn"
+            kinds = ("gamma", "beta", "moving_mean", "moving_variance") if norm else ("kernel",)
+            for i, kind in enumerate(kinds):
+                numbers = np.random.default_rng(i).random(shape[i : i + 1] if norm else shape, "f4")
+                if name == "a.h5":
+                    file[f"model_weights/{layer}/{layer}/{kind}:0"] = numbers
+                else:
+                    of = ("conv2d", "batch_normalization", "dense")[number]
+                    file[f"layers/{of}/vars/{i}"] = numbers
+                    file[f"layers/{of}/vars"].attrs["name"] = layer
+        file["optimizer/vars/0"] = np.int64(3)
+    return out.getvalue()
 
 
 # ------------------------------------------------------------------------------ structured damage
@@ -415,12 +459,73 @@ def damaged_safetensors(data: bytes, random: random.Random) -> bytes:
     return struct.pack("<Q", len(raw)) + raw + body
 
 
+def damaged_h5(data: bytes, random: random.Random) -> bytes:
+    """Arrays of other kinds and sizes, groups within themselves, links, names, odd attributes."""
+    out = io.BytesIO(data)
+    with h5py.File(out, "a") as file:
+        names: list[str] = []
+        file.visit(names.append)
+        for _ in range(random.choice((1, 1, 2, 4))):
+            name = random.choice(names)
+            new = random.choice(
+                ("x", "..", "\n", "layers/x/vars/0", "é" * 90, "a/" * 40 + "b", name)
+            )
+            with contextlib.suppress(Exception):  # what HDF5 itself refuses to write
+                _damage_h5(file, name, new, random)
+    return out.getvalue()
+
+
+def _damage_h5(file: h5py.File, name: str, new: str, random: random.Random) -> None:
+    many = random.choice([n for n in fuzzing.NUMBERS if n >= 0])
+    odd = (np.float16(1), b"\xff\0", "\x1b" * 3000, [1, 2], np.zeros(900), h5py.Empty("f4"), "")
+    match random.randrange(12):
+        case 0:
+            file.move(name, new)
+        case 1:
+            file[new] = file[name]
+        case 2:
+            file[f"{name}/{new}"] = file[random.choice(("/", name))]
+        case 3:
+            file[new] = random.choice((h5py.SoftLink(name), h5py.ExternalLink("/etc/passwd", "/")))
+        case 4:
+            file[name].attrs["name"] = random.choice(odd)
+        case 5:
+            kinds = (">f4", "f2", "c8", "?", "S4", [("a", "f4")], h5py.string_dtype(), "u8")
+            file.create_dataset(new, (4,), dtype=random.choice(kinds))
+        case 6:
+            file.create_dataset(new, (many,), "f4", chunks=random.choice((None, (64,))))
+        case 7:
+            file.create_dataset(new, (64, 64), "f4", compression="gzip", data=np.zeros((64, 64)))
+        case 8:
+            file.create_dataset(new, (4,), "f4", external=[("/etc/passwd", 0, 16)])
+        case 9:
+            file.create_virtual_dataset(new, h5py.VirtualLayout((4,), "f4"))
+        case 10:
+            del file[name]
+        case 11:
+            file[new] = np.dtype("f4")
+
+
+def damaged_json(data: bytes, random: random.Random) -> bytes:
+    """Values of a description changed."""
+    text = json.loads(data)
+    for _ in range(random.choice((1, 1, 1, 2, 4))):
+        fuzzing.change(text, random)
+    return json.dumps(text).encode("utf-8", "surrogatepass")
+
+
+ENDS = {
+    ".safetensors": damaged_safetensors,
+    ".pkl": damaged_pickle,
+    ".h5": damaged_h5,
+    ".json": damaged_json,
+}
 FORMS = {"zip": damaged_zip, "own": damaged_zip, "str": damaged_stream, "tar": damaged_tar}
 
 
 def mutate(name: str, data: bytes, random: random.Random) -> bytes:
     """A damaged file: half of them keep their format's structure."""
-    form = damaged_safetensors if name.endswith(".safetensors") else FORMS.get(name[:3])
+    form = ENDS.get(pathlib.Path(name).suffix) or FORMS.get(name[:3])
     if form is not None and random.random() < 0.6:
         return form(data, random)
     return fuzzing.damaged(data, random, WORDS)
@@ -429,6 +534,8 @@ def mutate(name: str, data: bytes, random: random.Random) -> bytes:
 def read(path: pathlib.Path) -> str:
     """Reads a file to its last number; "read", or what kind of refusal it met."""
     told = "read"
+    if path.suffix == ".json":
+        return _read_config(path)
     try:
         info = inspect_checkpoint(path)
         assert str(info) and info.to_json()
@@ -446,8 +553,21 @@ def read(path: pathlib.Path) -> str:
     return "read"
 
 
+def _read_config(path: pathlib.Path) -> str:
+    """What a repository's config.json says, as far as it is used."""
+    try:
+        told = download._told(download._read_config(path), "timm/a_in1k")
+        made = download.HubFile(path, "a", **told)
+        for side in (None, 1, 224, 288):
+            made.preprocess(side)
+    except CheckpointError as error:
+        return _kind(error)
+    return "read"
+
+
 def _kind(error: CheckpointError) -> str:
     """Refused by a rule, or by the net under all rules (worth a look, though no failure)."""
+    assert "\n" not in str(error) and str(error).isprintable() and len(str(error)) < 1500
     return NET if "not what it seems" in str(error) else "refused"
 
 
@@ -526,7 +646,7 @@ if __name__ == "__main__":
     shared = os.environ.get("KERAS_RESNET_SHARED")
     fuzzing.main(
         __doc__,
-        lambda: samples(pathlib.Path(shared) if shared else None),
+        lambda: samples(pathlib.Path(shared) if shared else None) | other_samples(),
         mutate,
         read,
         keep=[NET],

@@ -25,7 +25,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fuzz_checkpoint import mutate, read, samples as _samples, state, tar_bytes
+from fuzz_checkpoint import mutate, other_samples, read, samples as _samples, state, tar_bytes
 from fuzzing import memory_of_readers, session
 
 from keras_resnet.system.errors import CheckpointError, NotFoundError
@@ -1128,7 +1128,8 @@ def test_reading_costs_the_tensors_and_touches_only_what_is_used(tmp_path, saver
 @pytest.mark.slow
 def test_damaged_files_end_in_a_result_or_our_own_error(tmp_path, shared):
     count = int(os.environ.get("KERAS_RESNET_FUZZ", "1500"))
-    done = session(samples(shared), mutate, read, tmp_path, count=count, seed=7, seconds=2)
+    files = samples(shared) | other_samples()
+    done = session(files, mutate, read, tmp_path, count=count, seed=7, seconds=2)
     assert not done.failures, done
     assert done.outcomes["read"] > count // 20  # some damage is harmless, or nothing was tested
     assert done.outcomes["refused"] > count // 3
@@ -1138,6 +1139,9 @@ def test_the_undamaged_samples_all_read(tmp_path, shared):
     for name, data in samples(shared).items():
         (tmp_path / name).write_bytes(data)
         assert len(read_checkpoint(tmp_path / name)) >= 5
+    for name, data in other_samples().items():
+        (tmp_path / name).write_bytes(data)
+        assert read(tmp_path / name) == "read"
 
 
 # ------------------------------------------------------------------------------------- writing
