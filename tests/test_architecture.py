@@ -101,7 +101,7 @@ def test_few_files_know_a_backend():
     assert users("torch") == {
         "system/device.py", "system/group.py", "cli/launch.py", "layers/torch_call.py",
         "layers/conv.py", "layers/norm.py", "layers/sync_norm.py", "layers/pool.py",
-        "models/torch_graph.py", "models/torch_fused.py",
+        "models/torch_graph.py", "models/torch_fused.py", "models/torch_step.py",
         "runtimes/torch_program.py",
         "inference/grad_cam.py", "training/ema.py", "training/optimizers.py",
     }  # fmt: skip

@@ -15,6 +15,7 @@ from keras_resnet.layers.torch_call import (
     activate,
     is_plain,
     torch_value,
+    value_of,
 )
 from keras_resnet.variants import conv_output_size
 
@@ -142,21 +143,22 @@ class Conv2D(DirectCall, keras.layers.Conv2D):
             return self.torch_nchw(inputs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.torch_nchw(inputs)
 
-    def torch_nchw(self, x):
+    def torch_nchw(self, x, read=value_of):
         """What `call` does on torch, on maps in torch's order whatever the data format."""
         if not x.is_floating_point():
             x = x.to(TORCH_DTYPES[self.compute_dtype])
         dtype = x.dtype
-        bias = None if self.bias is None else torch_value(self.bias, dtype)
+        kernel, bias = read(self.kernel), self.bias
+        bias = None if bias is None else torch_value(read(bias), dtype)
         pad = self.pad
         if self.padding == "same":
             x, pad = self._same(x)
         patches = self._patches(x, pad)
         if patches is None:
-            kernel = torch_kernel(self.kernel, dtype)
+            kernel = torch_kernel(kernel, dtype)
             y = F.conv2d(x, kernel, bias, self.strides, pad, self.dilation_rate, self.groups)
         else:
-            kernel = torch_value(self.kernel, dtype).reshape(-1, self.filters)
+            kernel = torch_value(kernel, dtype).reshape(-1, self.filters)
             y = patches.flatten(3).flatten(0, 2) @ kernel
             y = y if bias is None else y + bias
             y = y.view(*patches.shape[:3], self.filters).permute(0, 3, 1, 2)
@@ -169,7 +171,7 @@ class Conv2D(DirectCall, keras.layers.Conv2D):
         With fewer positions than filters, as for a single image, copying patches costs less than
         transposing the kernel; a product of matrices then takes the kernel as it lies.
         """
-        if not is_plain(x) or x.device.type != "cpu" or self.groups != 1:
+        if x.device.type != "cpu" or not is_plain(x) or self.groups != 1:
             return None
         sizes = [
             conv_output_size(size, kernel, stride, padding)

@@ -15,6 +15,8 @@ from keras_resnet.layers.torch_call import (
     activate,
     in_stateless_scope,
     is_plain,
+    stored,
+    value_of,
 )
 from keras_resnet.system import group  # as a whole: it may be what imports Keras, half there
 
@@ -139,18 +141,18 @@ class BatchNormalization(DirectCall, keras.layers.BatchNormalization):
         dtype = keras.backend.standardize_dtype(x.dtype)
         return BACKEND == "tensorflow" and dtype in ("float32", "bfloat16", "float16")
 
-    def torch_nchw(self, x, shortcut, training: bool):
+    def torch_nchw(self, x, shortcut, training: bool, read=value_of):
         """What `call` does on torch, on maps in torch's order whatever the axis."""
         training = training and self.trainable
         together = training and group.current().norms_together and is_plain(x)
         if training and not together and x.numel() == self._channels:
             return self._nchw_by_keras(x, shortcut)
-        gamma = None if self.gamma is None else self.gamma.value
-        beta = None if self.beta is None else self.beta.value
-        mean, variance = self.moving_mean.value, self.moving_variance.value
+        gamma = None if self.gamma is None else read(self.gamma)
+        beta = None if self.beta is None else read(self.beta)
+        mean, variance = read(self.moving_mean), read(self.moving_variance)
         if not training:
             y = F.batch_norm(x, mean, variance, gamma, beta, False, 0.0, self.epsilon)
-        elif self.unbiased_variance and not in_stateless_scope():
+        elif self.unbiased_variance and (read is stored or not in_stateless_scope()):
             normalize = sync_batch_norm if together else F.batch_norm
             y = normalize(x, mean, variance, gamma, beta, True, 1.0 - self.momentum, self.epsilon)
         else:

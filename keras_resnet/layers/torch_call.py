@@ -42,16 +42,17 @@ def needs_keras(layer: keras.layers.Layer) -> bool:
     Losses of its output, LoRA, inputs left in their own dtype, rematerialization, torch's hooks,
     and a `call` that somebody has put in the place of the class's.
     """
+    own = vars(layer)  # torch looks for what is not there in three dicts more
     return bool(
         layer.activity_regularizer is not None
-        or getattr(layer, "lora_enabled", False)
+        or own.get("lora_enabled", False)
         or not (layer.autocast or type(layer) is keras.layers.GroupNormalization)
         or is_rematerialized(layer)
         or layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or "call" in vars(layer)
+        or "call" in own
     )
 
 
@@ -144,6 +145,16 @@ def is_plain(x) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
+
+
+def value_of(variable):
+    """A variable's tensor as Keras' scopes (stateless, of a dtype) have it; a tensor as it is."""
+    return getattr(variable, "value", variable)
+
+
+def stored(variable):
+    """The same where no scope is active, which `value` asks in a hundred times the time."""
+    return getattr(variable, "_value", variable)
 
 
 def torch_value(variable, dtype):

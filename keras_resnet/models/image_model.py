@@ -14,7 +14,7 @@ from keras import ops
 from keras_resnet.data.preprocess import imagenet_colors
 from keras_resnet.layers.norm import Normalize
 from keras_resnet.models.blocks import channel_axis
-from keras_resnet.models.torch_graph import DirectGraph
+from keras_resnet.models.torch_step import DirectStep
 from keras_resnet.system import device  # as a whole: it may be what imports Keras, half there
 from keras_resnet.system.errors import InputError
 from keras_resnet.system.files import printable, shortened
@@ -22,7 +22,7 @@ from keras_resnet.variants import COUNTER
 
 
 @keras.saving.register_keras_serializable("keras_resnet")
-class ImageModel(DirectGraph, keras.Model):
+class ImageModel(DirectStep, keras.Model):
     """A Functional Keras model that carries what is known about it in `info`.
 
     `info` is a JSON-able dict and part of the `.keras` file: the variant and its options, class

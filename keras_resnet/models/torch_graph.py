@@ -35,6 +35,7 @@ from keras_resnet.layers.torch_call import (
     in_stateless_scope,
     is_plain,
     needs_keras,
+    stored,
     torch_value,
 )
 from keras_resnet.models.graph import (
@@ -95,17 +96,8 @@ class DirectGraph:
     def call(self, inputs, training=None, mask=None):
         """Runs the graph; arguments and result are those of `keras.Model.call`."""
         lists = None
-        if (
-            _BACKEND == "torch"
-            and mask is None
-            and (training is None or type(training) is bool)
-            and isinstance(inputs, (torch.Tensor, np.ndarray))
-            and inputs.ndim == len(self.inputs[0].shape)
-            and not in_stateless_scope()
-            and not has_global_hooks()
-            and keras.distribution.distribution() is None
-        ):
-            lists = self._lists()
+        if mask is None and (training is None or type(training) is bool):
+            lists = self._lists_for(inputs)
         if lists is None:
             return super().call(inputs, training=training, mask=mask)
         # As Keras does it: not to the policy's dtype but to the input's own.
@@ -115,6 +107,19 @@ class DirectGraph:
             if call is not None:
                 return lists.folded(x, call)
         return lists.whole(x, training)
+
+    def _lists_for(self, inputs) -> _Lists | None:
+        """The lists where they can run on such inputs."""
+        if (
+            _BACKEND == "torch"
+            and isinstance(inputs, (torch.Tensor, np.ndarray))
+            and inputs.ndim == len(self.inputs[0].shape)
+            and not in_stateless_scope()
+            and not has_global_hooks()
+            and keras.distribution.distribution() is None
+        ):
+            return self._lists()
+        return None
 
     def _lists(self) -> _Lists | None:
         """The lists as the layers now are; `None` where the graph is left to Keras."""
@@ -131,22 +136,17 @@ class DirectGraph:
             _ASSUMED[type(s.layer)](s.layer) for s in self._steps if type(s.layer) in _ASSUMED
         ]
         if self._flat_lists is None or self._flat_lists.assumed != assumed:
-            object.__setattr__(self, "_flat_lists", _Lists(self._steps, assumed))
+            lists = _Lists(_List(self._steps), _Folded(self._steps), assumed)
+            object.__setattr__(self, "_flat_lists", lists)
         return self._flat_lists
 
 
-class _Lists:
-    """Both lists of one graph.
+class _Lists(NamedTuple):
+    """Both lists of one graph, and what was true of its layers when they were made."""
 
-    Args:
-        steps: The layers.
-        assumed: What was true of them when the lists were made.
-    """
-
-    def __init__(self, steps: list[Step], assumed: list[Any]):
-        self.whole = _List(steps)
-        self.folded = _Folded(steps)
-        self.assumed = assumed
+    whole: _List
+    folded: _Folded
+    assumed: list[Any]
 
 
 # What lists are made by, and somebody may change afterwards. Not by `attrgetter`: older compilers
@@ -254,10 +254,12 @@ def _runner(step: Step, may_overwrite: bool) -> tuple[Callable[..., Any], bool |
 
         def norm(x, *rest):
             shortcut = cast_input(rest[0], layer) if len(rest) == 2 else None
-            return layer.torch_nchw(cast_input(x, layer), shortcut, bool(rest[-1]))
+            return layer.torch_nchw(cast_input(x, layer), shortcut, bool(rest[-1]), stored)
 
         return norm, last, last
-    if kind is Conv2D or (kind is MaxPooling2D and layer.padding == "valid"):
+    if kind is Conv2D:
+        return lambda x, training: layer.torch_nchw(cast_input(x, layer), stored), last, last
+    if kind is MaxPooling2D and layer.padding == "valid":
         return lambda x, training: layer.torch_nchw(cast_input(x, layer)), last, last
     if kind in (Normalize, ZeroPaddedShortcut):
         return lambda x, training: layer.torch_nchw(x), last, last
@@ -298,7 +300,8 @@ def _dense(layer):
         if x.ndim != 2 or layer.quantization_mode or layer.lora_enabled or layer.bias is None:
             return call(x, training)
         x = cast_input(x, layer)
-        y = torch.addmm(torch_value(layer.bias, x.dtype), x, torch_value(layer.kernel, x.dtype))
+        kernel, bias = torch_value(stored(layer.kernel), x.dtype), stored(layer.bias)
+        y = torch.addmm(torch_value(bias, x.dtype), x, kernel)
         return y if layer.activation is LINEAR else layer.activation(y)
 
     return run
@@ -326,7 +329,7 @@ class _Folded:
         self._contents: Any = None
 
     def __call__(self, x, call):
-        tensors = [variable.value for variable in self._variables]
+        tensors = [stored(v) for v in self._variables]
         # Also within a call: a callback may assign weights.
         versions = [(t._version, t.data_ptr()) for t in tensors]
         if call is not self._call or versions != self._versions:

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_resnet.layers.torch_call import stored
 from keras_resnet.system.errors import InputError, between, did_you_mean
 from keras_resnet.training.schedules import Schedule
 
@@ -237,10 +238,10 @@ class SGD(keras.optimizers.Optimizer):
         groups: dict[tuple[float, float], list[tuple]] = {}
         for gradient, variable in zip(gradients, variables, strict=True):
             index = self._get_variable_index(variable)
-            weight = variable.value
-            if gradient.dtype != weight.dtype:
+            weight = stored(variable)
+            if gradient.dtype is not weight.dtype:
                 gradient = gradient.to(weight.dtype)
-            buffer = self.momentums[index].value if self.momentum else None
+            buffer = stored(self.momentums[index]) if self.momentum else None
             if self._begun and not self._host.read(self._begun[index]):
                 buffer = None  # torch then begins it with the gradient
             members = groups.setdefault((self._decays[index], self._factors[index]), [])
@@ -346,21 +347,14 @@ def _can_fuse(weights: Sequence[Any], grads: Sequence[Any], buffers: Sequence[An
     except on axes of size one, where they say nothing. In torch 2.13 its CPU kernel also goes wrong
     on half precision.
     """
-    return all(
-        buffer is not None
-        and weight.device.type in ("cpu", "cuda")
-        and weight.itemsize >= 4
-        and _lie_alike(weight, grad, buffer)
-        for weight, grad, buffer in zip(weights, grads, buffers, strict=True)
-    )
-
-
-def _lie_alike(*tensors: Any) -> bool:
-    """Whether tensors of one shape have their numbers in one order in memory, without gaps."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True
-    order = sorted(range(tensors[0].ndim), key=tensors[0].stride, reverse=True)
-    return all(tensor.permute(order).is_contiguous() for tensor in tensors)
+    for weight, grad, buffer in zip(weights, grads, buffers, strict=True):
+        if buffer is None or weight.itemsize < 4 or weight.device.type not in ("cpu", "cuda"):
+            return False
+        if not (weight.is_contiguous() and grad.is_contiguous() and buffer.is_contiguous()):
+            order = sorted(range(weight.ndim), key=weight.stride, reverse=True)
+            if not all(t.permute(order).is_contiguous() for t in (weight, grad, buffer)):
+                return False
+    return True
 
 
 def _path(variable: Any) -> str:

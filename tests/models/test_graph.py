@@ -15,10 +15,13 @@ from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.models import torch_fused, torch_graph as graph
 from keras_resnet.models.graph import Fused, fuse, graph_steps
+from keras_resnet.models.image_model import ImageModel
 from keras_resnet.models.torch_graph import DirectGraph
+from keras_resnet.models.torch_step import DirectStep
 from keras_resnet.models.zoo import create_model
 from keras_resnet.runtimes.select import open_runner
 from keras_resnet.training.optimizers import SGD
+from keras_resnet.training.prepare import compile_model
 from keras_resnet.variants import SPECS
 from keras_resnet.weights.load import load_torchvision
 
@@ -679,6 +682,77 @@ def test_awkward_graphs_agree_with_keras(training, lists_run, rng):
         assert torch.equal(x, before), what
         assert lists_run["whole" if training else "folded"] > 0, what
         lists_run.update(whole=0, folded=0)
+
+
+class OwnLoss(DirectStep, keras.Model):
+    """Computes its loss itself."""
+
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+class AddsLoss(keras.layers.Layer):
+    """Adds a loss."""
+
+    def call(self, x):
+        self.add_loss(ops.mean(x))
+        return x
+
+
+def steps_to_take(name):
+    """A model to train a few steps, and weights of the images."""
+    inputs = keras.Input((16, 16, 3))
+    if name in ("own loss", "added loss", "regularizer"):
+        penalty = keras.regularizers.L2(0.1) if name == "regularizer" else None
+        x = Conv2D(4, 3, kernel_regularizer=penalty)(inputs)
+        x = AddsLoss()(x) if name == "added loss" else x
+        x = keras.layers.Dense(10)(keras.layers.GlobalAveragePooling2D()(x))
+        return (OwnLoss if name == "own loss" else ImageModel)(inputs, x), None
+    model = create_model("resnet_tiny", include_preprocessing=True)
+    if name == "a part, weighted":
+        model.get_layer("conv1").trainable = model.get_layer("bn1").trainable = False
+        return model, torch.tensor([0.5, 1.0, 2.0, 0.0])
+    return model, None
+
+
+@torch_only
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("all", True),
+        ("a part, weighted", True),
+        ("mixed_bfloat16", True),
+        ("mixed_float16", True),
+        ("own loss", False),
+        ("added loss", False),
+        ("regularizer", False),
+    ],
+)
+def test_the_short_step_is_keras_own_to_the_bit(name, short, monkeypatch, rng):
+    x, y = torch.tensor(rng.integers(0, 256, (4, 16, 16, 3), "uint8")), torch.tensor([0, 1, 2, 3])
+    long_step, long_steps, found = keras.Model.train_step, [], []
+    monkeypatch.setattr(
+        keras.Model, "train_step", lambda *given: long_steps.append(0) or long_step(*given)
+    )
+    policy = keras.config.dtype_policy()
+    for by_keras_step in (False, True):
+        if by_keras_step:
+            monkeypatch.setattr(DirectStep, "train_step", keras.Model.train_step)
+        keras.utils.set_random_seed(0)
+        keras.config.set_dtype_policy(name if name.startswith("mixed") else policy)
+        try:
+            model, weights = steps_to_take(name)
+            randomized(model)
+            compile_model(model, SGD(0.01, momentum=0.9, weight_decay=0.01), False)
+        finally:
+            keras.config.set_dtype_policy(policy)
+        logs = [model.train_on_batch(x, y, sample_weight=weights) for _ in range(3)]
+        held = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+        found.append([*map(numpy, held), np.array(logs)])
+        assert len(long_steps) == (3 if by_keras_step else 0 if short else 3)
+        long_steps.clear()
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @torch_only
