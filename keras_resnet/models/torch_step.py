@@ -32,6 +32,7 @@ class DirectStep(DirectGraph):
                 not (trained and self._compile_loss)
                 or any([v.regularizer is not None for v in trained])
                 or type(self).compute_loss is not keras.Model.compute_loss
+                or type(self).call is not DirectGraph.call
                 or needs_keras(self)
             ):
                 return super().train_step(data)
