@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from keras_resnet.cli.parser import Command
 from keras_resnet.cli.pipes import STDOUT
 from keras_resnet.data.items import Source
-from keras_resnet.data.opening import check_training, image_source, opened
+from keras_resnet.data.opening import check_training, image_source, no_columns, opened
 from keras_resnet.data.sources import Images
 from keras_resnet.data.walk import is_picture
 from keras_resnet.recipes import Recipe
@@ -174,9 +174,11 @@ def model_first(command: str, arguments: dict[str, Any]) -> None:
         )
 
 
-def images(directory: str, columns: str | None, label_regex: str | None) -> str | Source:
-    """What a folder or another source is, with what was said beside it."""
-    names: dict[str, str] = {}
+def images(
+    directory: str, columns: str | None, label_regex: str | None, unused: Sequence[str] = ()
+) -> str | Source:
+    """What a folder or another source is, with what was said beside it, and columns not needed."""
+    names = no_columns(directory, *unused)
     # What separates labels may be the comma that stands between the columns.
     for pair in re.findall(r"separator=,|[^,]+", columns or ""):
         part, equals, name = pair.partition("=")
@@ -190,7 +192,10 @@ def images(directory: str, columns: str | None, label_regex: str | None) -> str 
 
 def pictures(paths: list[str], columns: str | None) -> Images:
     """Images to classify, with what was said of their tables."""
-    return Images(paths if columns is None else [images(one, columns, None) for one in paths])
+    unused = "label", "split", "weight"
+    if columns is None:
+        return Images(paths)
+    return Images([images(one, columns, None, unused) for one in paths])
 
 
 def training(

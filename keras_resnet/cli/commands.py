@@ -61,6 +61,9 @@ _PIXELS = arg("--pixels RANGE", "what the model takes, where its layers do not t
 _ENGINES = "keras, openvino, onnxruntime, torch; auto"
 _ENGINE = arg("--engine NAME=auto", f"{_ENGINES} takes one where it pays", check_engine)
 
+_SURE = arg("--min-confidence X=0", "answer 'unknown' where it is less sure",
+            functools.partial(between, "min_confidence", low=0, high=1))  # fmt: skip
+
 _TTA = arg("--tta NAME", "flip: the mean of the image's and its mirror image's probabilities",
            choices=("flip",))  # fmt: skip
 
@@ -159,8 +162,7 @@ COMMANDS = {
         arg("--csv FILE", "write a line per image; - for stdout", written(".csv", pipe=True)),
         arg("--json FILE", "write the same as JSON; - for stdout", written(".json", pipe=True)),
         arg("--plot FILE", "draw the images with their titles", written(*_FIGURE)),
-        arg("--min-confidence X=0", "answer 'unknown' where it is less sure",
-            functools.partial(between, "min_confidence", low=0, high=1)),
+        _SURE,
         _BATCH, _WORKERS, _DEVICES, _ENGINE, _PIXELS, _TTA, _TF32, _COLUMNS,
     ], order=model_first),
     "explain": Command(predicting.explain, "draw where a model looked, by Grad-CAM", [
@@ -174,7 +176,7 @@ COMMANDS = {
     "embed": Command(predicting.embed, "turn images into vectors: what a model's head sees", [
         _KERAS_MODEL, _IMAGES,
         arg("--output FILE=embeddings.npz", "or .parquet", written(".npz", ".parquet")),
-        _BATCH, _WORKERS, _PIXELS, _COLUMNS,
+        _BATCH, _WORKERS, _DEVICES, _PIXELS, _COLUMNS,
     ], order=model_first),
     "serve": Command(predicting.serve, "a page to try a model on, and an HTTP endpoint", [
         arg("model MODEL", "a .keras file, a run folder, an exported file, or resnet18", model),
@@ -183,7 +185,7 @@ COMMANDS = {
         arg("--max-mb X=20", "of one file", above=0),
         arg("--max-megapixels X=50", "of one image", above=0),
         arg("--max-pictures N=16", "at a time", least=1),
-        _PIXELS,
+        _PIXELS, _SURE,
         arg("--engine NAME=keras", f"{_ENGINES} tries them", check_engine),
     ]),
     "report": Command(predicting.report, "show a run, or several side by side, as a page", [

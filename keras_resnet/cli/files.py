@@ -25,8 +25,9 @@ def scan(
 ) -> None:  # fmt: skip
     """Says what may spoil training on a folder."""
     tune_process()
+    images = checks.images(directory, columns, label_regex, ["weight"])
     with piped(json) as stdout:
-        report = kr.scan(checks.images(directory, columns, label_regex), **options)
+        report = kr.scan(images, **options)
         answer(report, json, report.to_json(), stdout)
         if sheet:
             print(f"{report.save_sheet(sheet)} images in {sheet}")

@@ -72,7 +72,7 @@ def evaluate(
     label_regex: str | None, tta: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Measures a model on a labelled folder."""
-    images = checks.images(directory, columns, label_regex)
+    images = checks.images(directory, columns, label_regex, ["weight"])
     print(printable(labelled_place(images, split)), flush=True)
     paths, labels, names = _found(lambda: labelled(images, split))
     runner = _open(model, engine, paths, tta)
@@ -203,6 +203,7 @@ def explain(
     return 0 if written else 2
 
 
+@_shared
 def embed(model: str, paths: list[str], output: str, columns: str | None, **options: Any) -> None:
     """Writes images as vectors."""
     images = checks.pictures(paths, columns)
@@ -222,7 +223,7 @@ def calibrate(
     if directory is None:
         write_info(file, "calibration", None, output)
     else:
-        images = checks.images(directory, columns, label_regex)
+        images = checks.images(directory, columns, label_regex, ["weight"])
         say_backend()
         print(kr.calibrate(file, images, output=output, **options))
     print(f"Written: {printable(written)}")

@@ -58,10 +58,10 @@ class ImageDataset(Shown, keras.utils.PyDataset):
     `shuffle=False`; give that: the images are shuffled here, and runs can be repeated.
 
     Attributes:
-        file_paths: all paths, in the order of the labels; or a `Source`, without its weights.
+        file_paths: all paths, in the order of the labels; or a `Source`.
         labels: int32, aligned with `file_paths`, or tuples of several; None where there are none.
         class_names: the name of each label; None where there are none.
-        weights: float32, what each image counts; if not None, batches have theirs as a third part.
+        weights: float32, what each image counts, as a labelled `Source` says; a batch's third part.
         seed: of everything random.
         threads: that read ahead; 0 reads in the caller's thread.
         part: (which, of how many): of each batch, the part that this process reads.
@@ -126,7 +126,7 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         self.mix = Mix(mixup, cutmix) if mixup or cutmix else None
         self.threads = default_threads() if workers is None else int(workers)
         self.epoch, self.part = 0, (0, 1)
-        self.weights: np.ndarray | None = None
+        self.weights = None if labels is None else getattr(file_paths, "weights", None)
         self.failure: Exception | None = None
 
         names = None if self.labels is None else self.class_names
@@ -339,9 +339,9 @@ class ImageDataset(Shown, keras.utils.PyDataset):
         for place, (_, (_, window)) in enumerate(found):
             if window is not None:
                 images[place] = erasing.apply(images[place], window, value)
-        labels = None
-        weights = None if self.weights is None else self.weights[samples]
+        labels = weights = None
         if self.labels is not None and self.label_mode is not None:
+            weights = None if self.weights is None else self.weights[samples]
             labels = encoded(self.labels[samples], self.label_mode, len(self.class_names))
         if self.mix is not None:
             rng = generator(self.seed, Stream.MIX, epoch, index)

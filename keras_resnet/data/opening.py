@@ -52,6 +52,12 @@ def _is_table(path: str) -> bool:
     return path.lower().endswith(tables.ENDINGS) and not os.path.isdir(path)
 
 
+def no_columns(data: Any, *parts: str) -> dict[str, str]:
+    """Columns that say that a table has none of these: what is not needed need not be right."""
+    table = isinstance(data, (str, os.PathLike)) and _is_table(os.fspath(data))
+    return dict.fromkeys(parts, "") if table else {}
+
+
 def opened(data: Any, columns: Mapping[str, str] | None = None) -> str | Source:
     """The path of a folder, which need not be there; or the source that something else is.
 
@@ -151,7 +157,8 @@ def image_source(
 
 
 def _source(data: Any, columns: Mapping[str, str] | None, label_regex: str | None) -> Source:
-    source = opened(data, columns)
+    unused = () if label_regex is None else ("label",)
+    source = opened(data, no_columns(data, *unused) | dict(columns or {}))
     if not isinstance(source, Source):
         if label_regex is None:
             return Listed(source)
@@ -278,7 +285,7 @@ def without(source: Source, exclude: Any) -> Source:
 
 def labelled_place(data: Any, split: str | None = None) -> str:
     """A line about where `labelled` looks, before anything is read; raises what that raises."""
-    source = opened(data)
+    source = opened(data, no_columns(data, "weight"))
     if isinstance(source, Source):
         part = _labelled(_part(source, split))
         return f"Images: {len(part):,} of {source.place}"
@@ -296,7 +303,7 @@ def labelled(data: Any, split: str | None = None) -> tuple[Sequence[str], np.nda
         NotFoundError: There is nothing there, or not this split.
         DataError: No images, or no labels.
     """
-    source = opened(data)
+    source = opened(data, no_columns(data, "weight"))
     if not isinstance(source, Source):
         return find_pictures(_split_folder(source, split))
     part = _labelled(_part(source, split))
@@ -305,7 +312,7 @@ def labelled(data: Any, split: str | None = None) -> tuple[Sequence[str], np.nda
 
 def first_split(data: Any, order: Sequence[str]) -> str | None:
     """The first of several parts that there is; `None` where there are no parts."""
-    source = opened(data)
+    source = opened(data, no_columns(data, "label", "weight"))
     there = source.parts() if isinstance(source, Source) else split_folders(source)
     return next((kind for kind in order if kind in there), None)
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from keras_resnet.data.folders import existing_folder, layout, plain_name, split_folders
 from keras_resnet.data.items import Source, content_hash
 from keras_resnet.data.looking import constant_images, file_head, load_shown
-from keras_resnet.data.opening import opened
+from keras_resnet.data.opening import no_columns, opened
 from keras_resnet.data.reading import in_flight, read
 from keras_resnet.data.walk import ENDINGS, FORMATS, extension, unread, unread_line, walk_pictures
 from keras_resnet.system.errors import DataError, KerasResNetError
@@ -36,7 +36,7 @@ class ScanReport(Shown):
 
     Attributes:
         directory: that was scanned.
-        images: files with an image's extension.
+        pictures: files with an image's extension.
         splits: {"train", "val" or "test": the name of its folder}, where there are any.
         layout: the same in words.
         class_counts: {split: {class: readable images}}; the split is "" without train/ and val/.
@@ -277,7 +277,7 @@ def scan(
     directory: str | os.PathLike | Source, *, threshold: int = 6, workers: int | None = None
 ) -> ScanReport:
     """What `keras_resnet.scan` reports without a model; arguments and errors are said there."""
-    source = opened(directory)
+    source = opened(directory, no_columns(directory, "weight"))
     paths: Sequence[str] = ()
     other: Sequence[str] = ()
     parts: dict[str, str] = {}

@@ -15,7 +15,7 @@ from PIL import Image
 from keras_resnet.data.arrays import as_array, is_array, is_picture, whole_pixels
 from keras_resnet.data.folders import flat_images
 from keras_resnet.data.items import Item, Source
-from keras_resnet.data.opening import is_source, opened
+from keras_resnet.data.opening import is_source, no_columns, opened
 from keras_resnet.data.shards import find_in_shard
 from keras_resnet.data.walk import entries, images_of, is_picture as is_image_name, picture_folders
 from keras_resnet.system.errors import InputError, NotFoundError, meant_path
@@ -84,7 +84,8 @@ class Images:
     def _add(self, text: str) -> None:
         self.given.append(text)
         if is_source(text):
-            self._parts.append(opened(text))  # type: ignore[arg-type]
+            alone = no_columns(text, "label", "split", "weight")
+            self._parts.append(opened(text, alone))  # type: ignore[arg-type]
         elif os.path.isdir(text):
             folders, others = picture_folders(text)
             self.unread += others

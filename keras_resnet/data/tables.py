@@ -73,7 +73,8 @@ def open_table(path: str, columns: Mapping[str, str] | None = None) -> Source:
         several = []
     used = _columns(path, table, given)
     note = ", ".join(f"{part} from {column!r}" for part, column in used.items())
-    hot = {} if "label" in used else _hot_columns(table, set(used.values()), several)
+    said = "label" in used or (columns or {}).get("label") == ""
+    hot = {} if said else _hot_columns(table, set(used.values()), several)
     if several and list(hot) != several:
         wrong = next(name for name in several if name not in hot)
         raise DataError(f"The column {wrong!r} of {path!r} holds more than 0 and 1.")
@@ -204,7 +205,7 @@ def _weights(path: str, values: Sequence[Any]) -> np.ndarray:
         if not 0 <= weights[row] < np.inf:
             raise DataError(
                 f"Row {row + 1:,} of {path!r} has a weight that is no number from 0 on. Received: "
-                f"{str(value)[:80]!r}."
+                f"{str(value)[:80]!r}. columns={{'weight': ''}} (--columns weight=) takes none."
             )
     return weights
 

@@ -17,6 +17,7 @@ from keras_resnet.models.files import images_at_a_time, load_model, model_input
 from keras_resnet.runtimes.runner import KerasRunner
 from keras_resnet.system.errors import DataError, InputError, require, whole
 from keras_resnet.system.files import check_apart, printable, replace_file, valid_text
+from keras_resnet.system.group import sharers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def embed(
         pixels: As for `predict`.
 
     Returns:
-        The `Embeddings`, in memory.
+        The `Embeddings`, in memory; of several processes that share the images in the first.
 
     Raises:
         InputError: The model names no preprocessing, or it is unclear which pixels it takes.
@@ -120,12 +121,19 @@ def embed(
         batch_size=batch_size, workers=workers, prepared=prepared,
     )  # fmt: skip
     rows = [row for batch in batches for row in batch]
-    skipped = [(str(path), row) for path, row in rows if isinstance(row, str)]
-    if len(skipped) == len(rows):
-        raise DataError(f"None of the {len(rows)} images can be read; the first: {skipped[0][1]}")
-    found = [(str(path), row) for path, row in rows if not isinstance(row, str)]
-    vectors = np.stack([row for _, row in found]).astype(np.float32)
-    result = Embeddings([path for path, _ in found], vectors, skipped)
-    if output is not None:
-        result.save(output)
-    return result
+    made = [Embeddings([], np.zeros((0, 0), np.float32), [])]
+
+    def make() -> None:
+        skipped = [(str(path), row) for path, row in rows if isinstance(row, str)]
+        if len(skipped) == len(rows):
+            raise DataError(
+                f"None of the {len(rows)} images can be read; the first: {skipped[0][1]}"
+            )
+        found = [(str(path), row) for path, row in rows if not isinstance(row, str)]
+        vectors = np.stack([row for _, row in found]).astype(np.float32)
+        made[0] = Embeddings([path for path, _ in found], vectors, skipped)
+        if output is not None:
+            made[0].save(output)
+
+    sharers().from_first(make)
+    return made[0]

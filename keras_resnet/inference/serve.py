@@ -191,6 +191,7 @@ def build_app(
     engine: str = "keras",
     hosts: Sequence[str] | None = LOOPBACK,
     pixels: str | None = None,
+    min_confidence: float = 0.0,
 ) -> Any:
     """The page and the endpoint as an ASGI application, for a server of your own.
 
@@ -204,6 +205,7 @@ def build_app(
         hosts: Names under which the server may be asked (a page elsewhere cannot pretend to be it
             by pointing its own name here), beside numeric addresses; `None` for any.
         pixels: As for `predict`.
+        min_confidence: As for `predict`.
 
     Returns:
         A FastAPI application: `uvicorn.run(build_app("best.keras"))`.
@@ -220,7 +222,7 @@ def build_app(
     import fastapi
     import gradio
 
-    service = open_service(model, engine, limits, pixels)
+    service = open_service(model, engine, limits, pixels, min_confidence)
     folder = tempfile.mkdtemp(prefix="keras-resnet-serve-")
     os.environ["GRADIO_TEMP_DIR"] = folder
 
@@ -312,6 +314,7 @@ def serve(
     limits: Limits | None = None,
     engine: str = "keras",
     pixels: str | None = None,
+    min_confidence: float = 0.0,
 ) -> None:
     """Serves a page on which people try the model, until Ctrl-C or SIGTERM; the second is at once.
 
@@ -325,6 +328,7 @@ def serve(
         limits: What an upload may be at most.
         engine: What runs the model: see `open_runner`.
         pixels: As for `predict`.
+        min_confidence: As for `predict`.
 
     Raises:
         InputError: The port is taken; the model has no head, or names no preprocessing.
@@ -337,7 +341,10 @@ def serve(
         local = host in LOOPBACK
         name = socket.gethostname().lower()
         hosts = LOOPBACK if local else (*LOOPBACK, host.lower(), name, f"{name}.local")
-        app = build_app(model, limits=limits, engine=engine, hosts=hosts, pixels=pixels)
+        app = build_app(
+            model, limits=limits, engine=engine, hosts=hosts, pixels=pixels,
+            min_confidence=min_confidence,
+        )  # fmt: skip
         shown = f"[{host}]" if ":" in host else host
         shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else shown
         print(f"Serving at http://{shown}:{port} (Ctrl-C stops)", flush=True)

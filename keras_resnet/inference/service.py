@@ -157,11 +157,13 @@ class Service:
         limits: Limits,
         why_blind: str | None,
         pixels: str | None = None,
+        min_confidence: float = 0.0,
     ):
         self.runner, self.model, self.limits, self.why_blind = runner, model, limits, why_blind
         self.name = str(runner.info.get("variant") or runner.model_name)
         self.names = model_class_names(runner)
         self.preprocess, self._fed = model_input(runner, pixels=pixels)
+        self._least = between("min_confidence", min_confidence, 0, 1)
         self._lock = threading.Lock()
 
     def results(
@@ -192,7 +194,7 @@ class Service:
                 if heat and self.model is not None:
                     hot = self._heat(pixels, int(logs.argmax()))
             classes = most_probable(logs, self.names, TOP)
-            answer = answer_of(self.runner.meaning(), logs, self.names)
+            answer = answer_of(self.runner.meaning(), logs, self.names, self._least)
             return Result(name, classes, None, note, _shown(pixels), hot, answer)
         except KerasResNetError as error:
             return Result(name, error=str(error))
@@ -234,6 +236,7 @@ def open_service(
     engine: str,
     limits: Limits,
     pixels: str | None = None,
+    min_confidence: float = 0.0,
 ) -> Service:
     """A model's service; the model of a run folder or `.keras` file is opened for its gradients."""
     found, blind = None, None
@@ -252,7 +255,7 @@ def open_service(
             grad_cam(found, in_data_format(blank))
         except InputError as error:
             found, blind = None, f"No heat maps: {error}"
-    return Service(runner, found, limits, blind, pixels)
+    return Service(runner, found, limits, blind, pixels, min_confidence)
 
 
 def _shown(pixels: np.ndarray) -> np.ndarray:

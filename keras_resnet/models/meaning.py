@@ -22,6 +22,7 @@ from keras_resnet.models.image_model import as_functional
 from keras_resnet.recipes import TASKS
 from keras_resnet.system.errors import InputError, KerasResNetError, one_of, reason_of
 from keras_resnet.system.files import printable, shortened
+from keras_resnet.system.replicas import predicted
 
 # --- what outputs say ----------------------------------------------------------------------------
 
@@ -345,7 +346,7 @@ def _end_by_numbers(model: keras.Model, strict: bool) -> str:
     shape = [size or 64 for size in model.inputs[0].shape[1:]]
     images = noise(*shape)
     with one_line_of(model.name, images):
-        found = np.asarray(ops.convert_to_numpy(model.predict_on_batch(images)))
+        found = np.asarray(ops.convert_to_numpy(predicted(model, images)))
     kind = meaning_of_numbers(found)
     if strict and kind != "softmax":
         return _UNCLEAR

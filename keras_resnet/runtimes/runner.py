@@ -50,6 +50,7 @@ from keras_resnet.system.device import Sender, devices, fetch, in_data_format
 from keras_resnet.system.errors import InputError, NotFoundError, one_of, reason_of
 from keras_resnet.system.files import printable
 from keras_resnet.system.process import available_cores
+from keras_resnet.system.replicas import predicted
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -234,8 +235,7 @@ class KerasRunner(Runner):
             if self._normal and keras.backend.standardize_dtype(images.dtype) == "uint8":
                 images = self._normal(images)
             if place is None:
-                # In the scope of a `tf.distribute` strategy each device answers for all images.
-                return self._model.predict_on_batch(images)[: len(images)]
+                return predicted(self._model, images)
             self._send.wait()  # this thread's kernels
             self._model.make_predict_function()
             return fetch(self._model.predict_function([(images,)]))
@@ -288,6 +288,7 @@ class FileRunner(Runner):
     precisions: tuple[str, ...] = ("float32",)
     reads: tuple[str, ...]  # the formats
     fixes_batch: bool = False  # `finish` does; the exporter leaves the batch free
+    needs_room: bool = False  # the writer ends the whole process on a full disk
     splits: bool = False  # `_run` can be called by `_parts` threads at once
     _parts = 1
     quantizers: ClassVar[dict[str, str]] = {}  # what int8 needs, import name to extra

@@ -311,12 +311,12 @@ def join(devices: Alone | None = None) -> Alone:
             leaving.callback(_forget)
     elif _group is None and started:
         if torch.cuda.is_available():  # first of all: whatever is made takes memory of a device
-            torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
+            torch.cuda.set_device(process.told("LOCAL_RANK") % torch.cuda.device_count())
         cuda = keras.ops.zeros(()).device.type == "cuda"  # KERAS_TORCH_DEVICE may say another
         if dist.is_initialized():  # by the caller, who may have no group for CPU tensors
             words = dist.new_group(backend="gloo")
         else:
-            rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            rank, size = process.told("RANK"), process.told("WORLD_SIZE")
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             with _store(rank, size) as process.store:
                 dist.init_process_group(
@@ -340,7 +340,10 @@ def _store(rank: int, size: int) -> Iterator[Any]:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         yield dist.FileStore(str(Path(folder, f"store-{attempt}")), size)
         return
-    store = next(iter(dist.rendezvous("env://")))[0]
+    try:
+        store = next(iter(dist.rendezvous("env://")))[0]
+    except ValueError as error:  # a variable is missing, or no number
+        raise InputError(f"The processes cannot meet by torchrun's variables: {error}") from error
     # It outlives a restart, with the addresses of the dead: each start has a name of its own.
     if rank == 0:
         store.set("keras_resnet", uuid.uuid4().hex)

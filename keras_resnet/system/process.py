@@ -109,7 +109,7 @@ def available_cores() -> int:
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = min(bound or 1, cgroup_cores(Path("/sys/fs/cgroup")))
-    return max(1, math.ceil(share) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, math.ceil(share) // told("LOCAL_WORLD_SIZE"))
 
 
 def default_threads() -> int:
@@ -119,12 +119,28 @@ def default_threads() -> int:
 
 def threads_each(threads: int | None) -> int | None:
     """Of threads that were asked for, those of each process that torchrun has started here."""
-    return threads and max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return threads and max(1, threads // told("LOCAL_WORLD_SIZE"))
 
 
 def several() -> bool:
     """Whether torchrun has started this process and others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+    return told("WORLD_SIZE") > 1 and "LOCAL_RANK" in os.environ
+
+
+def told(variable: str) -> int:
+    """The whole number that torchrun says in a variable; 1 where it says none.
+
+    Raises:
+        InputError: It is something else.
+    """
+    text = os.environ.get(variable, "1")
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(
+            f"{variable} must be a whole number, as torchrun sets it: unset it to run without. "
+            f"Received: {text!r}."
+        ) from None
 
 
 def cgroup_cores(root: Path) -> float:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -62,7 +62,14 @@ def _count(there: int, kind: str) -> int:
 
 
 def _replicas() -> group.Alone | None:
-    workers = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {}).get("worker", ())
+    text = os.environ.get("TF_CONFIG") or "{}"
+    try:
+        workers = list(json.loads(text).get("cluster", {}).get("worker", ()))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError(
+            'TF_CONFIG must be JSON such as {"cluster": {"worker": ["host:port"]}}: unset it to '
+            f"train on one machine. Received: {text[:80]!r}."
+        ) from None
     if len(workers) > 1:
         raise InputError(_MACHINES.format("TensorFlow", f"TF_CONFIG with {len(workers)} workers"))
     strategy = tf.distribute.get_strategy()
@@ -126,6 +133,7 @@ class _Mirrored(group.Alone):
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
         optimizer._all_reduce_sum_gradients = lambda pairs: pairs  # the step does it, once
         every = optimizer.gradient_accumulation_steps or 1
+        _draw_apart(model)
         made = [_replicated_step(self._strategy, model, updates) for updates in (False, True)]
 
         def train(iterator):
@@ -133,6 +141,24 @@ class _Mirrored(group.Alone):
             return made[(number + 1) % every == 0](iterator)
 
         model.train_function = train
+
+
+def _draw_apart(model: keras.Model) -> None:
+    """Has dropout draw other numbers on each device: all have the state of the first."""
+    for layer in model._flatten_layers():
+        generator = getattr(layer, "seed_generator", None)
+        if generator is not None:
+            generator.next = functools.partial(_next_apart, generator)
+            group.leaving.callback(generator.__dict__.pop, "next", None)
+
+
+def _next_apart(generator: Any, ordered: bool = True) -> Any:
+    seed = type(generator).next(generator, ordered)
+    replica = tf.distribute.get_replica_context()
+    if replica is None:
+        return seed
+    number = tf.cast(replica.replica_id_in_sync_group, seed.dtype)
+    return seed + tf.stack([number * 1_000_003, number * 0])
 
 
 def _replicated_step(strategy: Any, model: keras.Model, updates: bool) -> Callable[[Any], dict]:
@@ -179,6 +205,30 @@ def _replicated_step(strategy: Any, model: keras.Model, updates: bool) -> Callab
         return model.get_metrics_result()  # of all replicas
 
     return run
+
+
+@contextlib.contextmanager
+def undistributed() -> Iterator[None]:
+    """In which no `keras.distribution` is set: it parts no batch that its devices do not divide."""
+    before = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(before)
+
+
+def predicted(model: keras.Model, images: Any) -> Any:
+    """`predict_on_batch`, whatever devices share the batch: an array, or what the model gives.
+
+    In the scope of a `tf.distribute` strategy each device answers for all images; the devices of
+    a `keras.distribution` take batches that they divide.
+    """
+    distribution, count = keras.distribution.distribution(), len(images)
+    missing = 0 if distribution is None else -count % distribution.num_model_replicas
+    if missing:
+        images = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])
+    return keras.tree.map_structure(lambda x: x[:count], model.predict_on_batch(images))
 
 
 # --- jax -----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from keras_resnet.models.image_model import as_functional
 from keras_resnet.models.meaning import meaning_of
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.system.errors import InputError, between, whole
+from keras_resnet.system.replicas import undistributed
 from keras_resnet.training.freeze import freeze
 from keras_resnet.training.prepare import (
     build_model,
@@ -143,6 +144,7 @@ def is_noise(losses: np.ndarray, smoothed: np.ndarray, beta: float, steps: int) 
     return bool(fall < _CHANCE * deviation * math.sqrt((1 - beta) / (1 + beta)))
 
 
+@undistributed()
 def lr_find(
     directory: str | os.PathLike | Source,
     *,

@@ -123,6 +123,8 @@ def prepare_data(
     validation = ImageDataset(*parts["val"], names, **evaluation) if "val" in parts else None
     evaluation["label_mode"] = "int" if task != "multi-label" else mode  # mixed only in training
     test = ImageDataset(*parts["test"], names, **evaluation) if "test" in parts else None
+    for part in filter(None, (validation, test)):
+        part.weights = None  # which are those of the training loss
     held_out = [] if validation is None else validation.file_paths
     if look:
         for part in (validation, test if strict else None):
@@ -143,7 +145,7 @@ def prepare_data(
 
 def _image_weights(training: ImageDataset, recipe: Recipe) -> np.ndarray | None:
     """What each image counts: as its table says, times the weight of its class."""
-    own = getattr(training.file_paths, "weights", None)
+    own = training.weights
     weights = class_weights(recipe.class_weights, training.class_counts)
     if weights is None:
         return own

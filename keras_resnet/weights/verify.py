@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_resnet.system.device import exact_float32
 from keras_resnet.system.errors import InputError, one_of
+from keras_resnet.system.replicas import predicted
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import reference
 from keras_resnet.weights.mapping import (
@@ -165,7 +166,7 @@ def verify_source(
     # One run alone: jax compiles a whole network faster than its single operations, TensorFlow
     # runs them sooner than it traces the whole.
     eager = keras.backend.backend() == "tensorflow"
-    outputs = taps(images, training=False) if eager else taps.predict_on_batch(images)
+    outputs = taps(images, training=False) if eager else predicted(taps, images)
     outputs = keras.tree.flatten(outputs)
     outputs = [_as_torch_has_it(model, output) for output in outputs]
     fed = outputs.pop() if raw else _as_torch_has_it(model, images)

@@ -108,6 +108,11 @@ def test_answers_are_those_of_predict_and_heat_maps_come_along(model, tmp_path, 
         assert answer.pixels.shape == answer.heat.shape == (224, 224, 3)
         assert (answer.pixels != answer.heat).any()
     assert service.results([("a", paths[0].read_bytes)], heat=False)[0].heat is None
+    most = max(p for answer in answers for _, p in answer.classes)
+    unsure = open_service(model, "keras", Limits(), pixels, min_confidence=most)
+    given = [one.answer for one in unsure.results([(p.name, p.read_bytes) for p in paths], False)]
+    expected = [p.answer for p in predict(model, paths, pixels=pixels, min_confidence=most)]
+    assert given == expected and (pixels is None or ["unknown"] in given)
 
 
 @pytest.mark.once

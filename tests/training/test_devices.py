@@ -156,7 +156,13 @@ def test_two_processes_train_and_predict_as_one(pictures, tmp_path):
 
     def then(name):
         words = [str(model), str(shown), "--batch-size", "3", "--output", str(tmp_path / name)]
-        return [["predict", *words[:-1], f"{words[-1]}.jsonl"], ["evaluate", *words]]
+        both = [str(model), str(model.with_name("last.keras")), *words[1:-1]]
+        return [
+            ["predict", *words[:-1], f"{words[-1]}.jsonl"],
+            ["predict", *both, f"{words[-1]}.csv", "--tta", "flip"],
+            ["evaluate", *words, "--tta", "flip"],
+            ["embed", *words[:-1], f"{words[-1]}.npz"],
+        ]
 
     table = tmp_path / "t.csv"
     found = sorted(pictures.rglob("*.png"))
@@ -173,7 +179,8 @@ def test_two_processes_train_and_predict_as_one(pictures, tmp_path):
     ]
     assert counts == [8, 8]
     assert "9 images: top-1" in ended[0][0] and "9 images: top-1" not in ended[1][0]
-    for name in ("{}.jsonl", "{}.errors.csv", "{}/evaluation.json", "{}/predictions.csv"):
+    names = ".jsonl", ".errors.csv", ".csv", ".npz", "/evaluation.json", "/predictions.csv"
+    for name in (f"{{}}{ending}" for ending in names):
         one, other = ((tmp_path / name.format(who)).read_bytes() for who in "ab")
         assert one and one == other, name
 
@@ -446,6 +453,10 @@ def test_other_commands_are_for_one_process(pictures, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["lr-find", str(pictures)]) == 2
     assert "for one process: give it without torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert cli.main(["predict", "x.keras", str(pictures)]) == 2
+    assert cli.main(["lr-find", str(pictures)]) == 2
+    assert "WORLD_SIZE must be a whole number, as torchrun" in capsys.readouterr().err
 
 
 @once

@@ -76,8 +76,24 @@ def main(pictures, output):
         devices = keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"]).scope()
     with devices:
         two = kr.train(pictures, output=output + "/2", **options)
-        if BACKEND == "jax":
+        if BACKEND == "jax":  # batches that they do not divide
             assert keras.distribution.distribution() is not None
+            odd = sorted(pathlib.Path(pictures).rglob("*.png"))[:5]
+            found = kr.predict(two.model, odd, batch_size=3)
+            assert kr.evaluate(two.model, pictures, batch_size=3).count == 58
+            assert kr.embed(two.model, odd, batch_size=3).vectors.shape == (5, 16)
+            swept = {name: OPTIONS[name] for name in ("model", "recipe", "image_size", "workers")}
+            assert len(kr.lr_find(pictures, batch_size=5, steps=3, **swept).losses) == 3
+            assert keras.distribution.distribution() is not None
+        else:
+            dropout = keras.Sequential([keras.Input((64,)), keras.layers.Dropout(0.5)])
+            replicas._draw_apart(dropout)
+            run = tf.function(lambda: dropout(tf.ones((1, 64)), training=True), autograph=False)
+            one, other = (part.numpy() for part in strategy.run(run).values)
+            assert (one != other).any() and (one == other).any()
+    if BACKEND == "jax":
+        alone = kr.predict(kr.load_model(two.folder / "best.keras"), odd, batch_size=3)
+        assert [p.classes[0][0] for p in found] == [p.classes[0][0] for p in alone]
     one = kr.train(pictures, output=output + "/1", **options)
     print(json.dumps([str(one.folder), str(two.folder), difference(one.folder, two.folder)]))
 
@@ -118,6 +134,10 @@ def test_what_tensorflows_devices_cannot_do_is_said(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
     with pytest.raises(kr.InputError, match="set KERAS_BACKEND=torch, and start with torchrun"):
         replicas.join()
+    for bad in ("{", "[1]", '{"cluster": 1}', '{"cluster": {"worker": 1}}'):
+        monkeypatch.setenv("TF_CONFIG", bad)
+        with pytest.raises(kr.InputError, match=r"TF_CONFIG must be JSON .* Received: "):
+            replicas.join()
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="of jax")
