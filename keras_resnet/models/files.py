@@ -8,6 +8,7 @@ import json
 import math
 import os
 import threading
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,9 +157,20 @@ def convert_file(
     lines.append(str(report))
     _describe(model, class_names, preprocess, lines, found.bgr)
     proof = verify(model, found) if check else None
-    write = model.save if goal == ".keras" else model.save_weights
-    replace_file(target, write)
+    replace_file(target, model.save if goal == ".keras" else lambda name: _save_h5(model, name))
     return Conversion(str(source), str(target), lines, proof)
+
+
+def _save_h5(model: keras.Model, name: str) -> None:
+    """As `save_weights`, in whose place HDF5 writes to memory: on a full disk it is a segfault."""
+    whole = f"{name.removesuffix('.weights.h5')}.keras"
+    try:
+        model.save(whole)
+        with zipfile.ZipFile(whole) as file, open(name, "wb") as written:
+            written.write(file.read("model.weights.h5"))
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(whole)
 
 
 def _renamed(found: Source, source: Path, target: Path, to: str) -> Conversion:

@@ -37,6 +37,8 @@ class Runner(FileRunner):
         with torch.inference_mode():
             return self._module(torch.from_numpy(images).to(self._device)).cpu().numpy()
 
+    needs_room = True
+
     @staticmethod
     def finish(path: Path, description: dict[str, Any]) -> None:
         """Moves it to the CPU, drops what is stored twice, and writes the description."""

@@ -19,6 +19,7 @@ from keras_resnet.runtimes.formats import INPUT, check_backend, describe, input_
 from keras_resnet.runtimes.rows import FORMATS
 from keras_resnet.system.device import devices, without_source_paths
 from keras_resnet.system.errors import InputError, reason_of
+from keras_resnet.system.files import check_room
 
 
 def write(
@@ -50,6 +51,8 @@ def write(
     try:
         with _quiet(), without_source_paths(), place:
             model = kind.prepare(in_float32(model, copied=apart))
+            if kind.needs_room:
+                check_room(path, 3 * sum(v.value.nbytes for v in model.variables) + 2**20)
             model.export(
                 os.fspath(path),
                 format=row.keras_name,
@@ -61,6 +64,7 @@ def write(
     except OSError:  # a full disk, say
         raise
     except Exception as error:  # of converters, each with kinds of its own
+        check_room(path, 2**20)
         raise InputError(
             f"Keras on {keras.backend.backend()} could not write {model.name!r} as {name}: "
             f"{reason_of(error)}"

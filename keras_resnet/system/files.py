@@ -18,7 +18,7 @@ from typing import Any
 import filelock
 import platformdirs
 
-from keras_resnet.system.errors import InputError, NotFoundError, meant_path
+from keras_resnet.system.errors import InputError, KerasResNetError, NotFoundError, meant_path
 
 
 def cache_home() -> Path:
@@ -151,11 +151,41 @@ def replace_file(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
             with open(name, "rb+") as stream:
                 os.fsync(stream.fileno())
             os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+        except BaseException as error:
+            known = isinstance(error, KerasResNetError) or getattr(error, "errno", None)
+            if isinstance(error, Exception) and not known:
+                check_room(path, _SOME)  # while what there is of it still takes its place
             raise
+        finally:
+            with contextlib.suppress(OSError):  # it is not there any more where all went well
+                os.unlink(name)
     _sync_folder(path.parent)
+
+
+_SOME = 2**20  # bytes
+
+
+def check_room(path: str | os.PathLike, size: int) -> None:
+    """Writes so many bytes beside a file that is to be written, or that could not be.
+
+    Libraries in C++ end the whole process where the disk is full, or say it in words of their own.
+
+    Raises:
+        OSError: The system refuses; with its words, and no name: `named` gives one.
+    """
+    name = beside(Path(path))
+    try:
+        with open(name, "wb") as file:
+            for start in range(0, size, _SOME):
+                file.write(bytes(min(_SOME, size - start)))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -222,7 +222,7 @@ class Run:
     def save_model(self, model: keras.Model, name: str) -> None:
         """Saves the model as `name` in the folder, whole or not at all."""
         sync(model)
-        self.guard(replace_file, self.path(name), lambda path: _save_keras(model, path))
+        self.guard(replace_file, self.path(name), model.save)
 
     def guard(self, write: Callable[..., Any], path: Path, *arguments: Any) -> None:
         """Calls `write(path, ...)`, and turns a full disk into one clear sentence.
@@ -439,17 +439,6 @@ def _variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
 def _append(path: Path, line: str) -> None:
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(line)
-
-
-def _save_keras(model: keras.Model, path: str) -> None:
-    try:
-        model.save(path)
-    except (RuntimeError, ValueError) as error:
-        # HDF5 words a failed write in errors of its own; the system's is behind them.
-        cause = error.__context__ or error.__cause__
-        if isinstance(cause, OSError):
-            raise cause from error
-        raise
 
 
 def _savez(name: str, arrays: dict[str, np.ndarray]) -> None:

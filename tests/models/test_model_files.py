@@ -275,3 +275,25 @@ def test_damaged_model_files_load_or_are_refused(tmp_path):
     )
     assert not result.failures, result
     assert result.outcomes["refused"] > 20 and result.outcomes["read"] > 1
+
+
+def test_a_full_disk_ends_a_conversion_in_a_line(tmp_path, capsys):
+    """HDF5 would end the whole process."""
+    model, size = kr.create_model("resnet_tiny", num_classes=3), resource.RLIMIT_FSIZE
+    kr.save_torchvision(model, tmp_path / "a.pth")
+    words = ["convert", str(tmp_path / "a.pth"), "--model", "resnet_tiny", "--no-verify"]
+    for target in ("b.weights.h5", "b.keras"):
+        limits = resource.getrlimit(size)
+        resource.setrlimit(size, (30_000, limits[1]))
+        try:
+            assert main([*words, str(tmp_path / target)]) == 2
+        finally:
+            resource.setrlimit(size, limits)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"keras-resnet: {str(tmp_path / target)!r}: File too large"
+        assert os.listdir(tmp_path) == ["a.pth"]
+    assert main([*words, str(tmp_path / "b.weights.h5")]) == 0
+    fresh = kr.create_model("resnet_tiny", num_classes=3)
+    fresh.load_weights(tmp_path / "b.weights.h5")
+    for one, other in zip(fresh.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)

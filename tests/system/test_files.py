@@ -81,7 +81,7 @@ def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == sorted([*stays, "other.csv"])
 
 
-@pytest.mark.parametrize("kind", ["text", "stream"])
+@pytest.mark.parametrize("kind", ["text", "stream", "library"])
 def test_a_full_disk_names_the_file(tmp_path, kind):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -89,6 +89,13 @@ def test_a_full_disk_names_the_file(tmp_path, kind):
         with pytest.raises(OSError, match="File too large") as error:
             if kind == "text":
                 write_text(tmp_path / "a.csv", "x" * 2000)
+            elif kind == "library":  # which says it in words of its own
+
+                def write(name):
+                    open(name, "w").close()
+                    raise RuntimeError("Can't decrement id ref count")
+
+                replace_file(tmp_path / "a.csv", write)
             else:
                 with files.named(tmp_path / "a.csv"), open(tmp_path / "a.csv", "wb", 0) as stream:
                     while True:
@@ -96,6 +103,7 @@ def test_a_full_disk_names_the_file(tmp_path, kind):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert error.value.filename == str(tmp_path / "a.csv")
+    assert os.listdir(tmp_path) == (["a.csv"] if kind == "stream" else [])
 
 
 def test_the_new_file_takes_the_place_of_the_old(tmp_path):
