@@ -9,6 +9,7 @@ import keras_resnet as kr
 from keras_resnet.cli import checks
 from keras_resnet.cli.parser import RECIPE_FIELDS
 from keras_resnet.cli.pipes import say_backend
+from keras_resnet.data.cifar import not_here
 from keras_resnet.recipes import Recipe, get_recipe
 from keras_resnet.system.errors import between
 
@@ -29,7 +30,9 @@ def train(
     if show:
         print(changed)
         return 0
-    images = checks.training(directory, changed, columns, label_regex)
+    images: Any = directory
+    if not (options["dry_run"] and not_here(directory)):
+        images = checks.training(directory, changed, columns, label_regex)
     fit = kr.train if folds is None else functools.partial(kr.cross_validate, folds=folds)
     return 130 if fit(images, recipe=recipe, **options).interrupted else 0
 

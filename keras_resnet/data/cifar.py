@@ -67,10 +67,9 @@ def open_cifar(path: str) -> Source:
     The name `cifar10` is the archive in the user's cache, downloaded where it is not there yet.
     """
     if path in PUBLISHED and not os.path.exists(path):
-        name, sha256 = PUBLISHED[path]
-        base = os.environ.get("KERAS_RESNET_DATA_URL", _HOME).rstrip("/")
-        target = cache_home() / "data" / name
-        path = str(fetched(f"{base}/{name}", target, sha256, home=f"{_HOME}/{name}"))
+        url, target = _published(path)
+        home = f"{_HOME}/{target.name}"
+        path = str(fetched(url, target, PUBLISHED[path][1], home=home))
     if not os.path.exists(path):
         raise NotFoundError(f"{path!r} does not exist.")
     try:
@@ -80,6 +79,22 @@ def open_cifar(path: str) -> Source:
         raise DataError(f"{path!r} lacks {error.args[0]!r}, which CIFAR has.") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path!r} cannot be read: {error}.") from error
+
+
+def _published(name: str) -> tuple[str, Path]:
+    """Where an archive is fetched, and where it is put."""
+    base = os.environ.get("KERAS_RESNET_DATA_URL", _HOME).rstrip("/")
+    return f"{base}/{PUBLISHED[name][0]}", cache_home() / "data" / PUBLISHED[name][0]
+
+
+def not_here(data: Any) -> str | None:
+    """What a dry run, which fetches nothing, says of an archive that would be fetched first."""
+    if not isinstance(data, str) or data not in PUBLISHED or os.path.exists(data):
+        return None
+    url, target = _published(data)
+    if target.is_file():
+        return None
+    return f"Would be downloaded first: {url} to {target}. More can be said when it is there."
 
 
 def _files(path: str) -> dict[str, bytes]:

@@ -33,6 +33,7 @@ from keras_resnet.system.files import cache_home, replace_file
 
 _FORM = 1  # of a list that is kept
 _MANY = 50_000  # images, from which on a list is kept
+_MOUNTS = "/proc/self/mountinfo"
 _SETTLED = 10.0  # seconds after which the times of a folder tell its changes: systems round them
 
 
@@ -140,9 +141,27 @@ def fingerprint(*lists: Sequence[str]) -> str:
 
 
 def _times(directory: str, folders: list[str]) -> list[list[int]]:
-    """When each folder, and the one above, was changed last: whatever is added to it or taken."""
-    states = (os.stat(os.path.join(directory, folder)) for folder in ("", *folders))
+    """When each folder, and the one above, was changed last: whatever is added to it or taken.
+
+    Raises:
+        OSError: One cannot be read, or lies where times need not tell it: buckets and others
+            that FUSE mounts.
+    """
+    states = [os.stat(os.path.join(directory, folder)) for folder in ("", *folders)]
+    if _by_fuse() & {state.st_dev for state in states}:
+        raise OSError("its folders may keep their times")
     return [[state.st_mtime_ns, state.st_ctime_ns] for state in states]
+
+
+def _by_fuse() -> set[int]:
+    """The devices of what FUSE has mounted, on Linux."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in Path(_MOUNTS).read_text(errors="replace").splitlines():
+            before, _, kind = line.partition(" - ")  # proc(5): ... major:minor ... - type ...
+            if kind.startswith("fuse"):
+                found.add(os.makedev(*map(int, before.split()[2].split(":"))))
+    return found
 
 
 def _path(place: str) -> Path:

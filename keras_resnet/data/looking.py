@@ -107,3 +107,23 @@ def _lost_mode(path: str) -> str | None:
         return None
     lost = all(low == high for low, high in seen) and values.min() != values.max()
     return mode if lost else None
+
+
+# How a whole file of a kind ends.
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+def check_whole(path: Source, data: bytes, kind: str) -> None:
+    """Says of a file whose head is whole that the rest is not, without decoding what has its end.
+
+    Args:
+        path: Whose file it is.
+        data: The file.
+        kind: Its format, as `file_head` has it.
+
+    Raises:
+        DataError: It cannot be decoded, as training on it would find out.
+    """
+    end = _ENDS.get(kind)
+    if end is None or not data.endswith(end):
+        load_shown(path)

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from keras_resnet.data.bands import Bands
 from keras_resnet.data.items import Source, as_image
-from keras_resnet.data.looking import file_head
+from keras_resnet.data.looking import check_whole, file_head
 from keras_resnet.data.opening import find_parts, opened, place
 from keras_resnet.data.reading import in_flight, read
 from keras_resnet.data.shards import open_shard
@@ -61,8 +61,8 @@ def pack(
 ) -> Packed:
     """Writes images into tar archives that `train` and others read at random: see `image_source`.
 
-    Files that begin as images do are copied, not decoded, in the order of the folder, so that
-    training on the shards is training on the folder. `CLASS/NAME.jpg` and its label
+    Files that begin and end as images do are copied, not decoded, in the order of the folder, so
+    that training on the shards is training on the folder. `CLASS/NAME.jpg` and its label
     `CLASS/NAME.cls`, a number, stand one after the other; parts become `train-000000.tar`,
     `val-000000.tar` ..., what has none `images-000000.tar`. The same images give the same bytes.
 
@@ -161,6 +161,7 @@ def _file(path: str) -> tuple[bytes, str]:
     try:
         if isinstance(data, bytes):
             kind = file_head(data).format  # of every file: what is no image is left out
+            check_whole(path, data, kind)
             return data, _split_ending(path)[1] or FORMATS[kind][0]
         image = data if isinstance(data, Image.Image) else as_image(data)
         stream = io.BytesIO()
@@ -169,6 +170,8 @@ def _file(path: str) -> tuple[bytes, str]:
             return stream.getvalue(), ".npy"
         image.save(stream, "PNG")
         return stream.getvalue(), ".png"
+    except DataError:
+        raise
     except UnidentifiedImageError:
         raise DataError(
             f"{path!r} is no image: its first bytes {data[:8]!r} belong to no format that is read "

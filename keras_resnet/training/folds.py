@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_resnet.data.cifar import not_here
 from keras_resnet.data.folders import rarest
 from keras_resnet.data.items import Files, Joined, Source
 from keras_resnet.data.listing import fingerprint
@@ -92,6 +93,9 @@ def cross_validate(
     """
     if several():
         raise InputError("Folds train one after the other, in one process: leave out torchrun.")
+    if dry_run and (first := not_here(directory)):
+        print(first)
+        return FoldsResult(Path(output), [], {})
     data = opened(directory)
     fields = {field.name for field in dataclasses.fields(Recipe)} & options.keys()
     recipe = get_recipe(recipe).with_options(**{field: options.pop(field) for field in fields})

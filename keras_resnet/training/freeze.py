@@ -18,7 +18,7 @@ from keras_resnet.weights import download
 from keras_resnet.weights.keras_files import find_keras_file
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import expected_keys, info_of, weighted_layers
-from keras_resnet.weights.published import resolve_weights
+from keras_resnet.weights.published import hub_name, resolve_weights
 from keras_resnet.weights.sources import (
     adapted_to,
     how_adapted,
@@ -201,6 +201,19 @@ def starting_weights(variant: str, weights: str | None) -> tuple[str | None, str
     except CheckpointError as error:
         return None, str(error).rstrip(".")
     return "DEFAULT", ""
+
+
+def to_fetch(variant: str, weights: str | None) -> str | None:
+    """Where weights are fetched that are not here; arguments are those of `starting_weights`."""
+    if weights is None or os.path.exists(weights):
+        return None
+    if hub_name(weights):
+        return f"Hugging Face's hub, where its cache lacks them: {weights}"
+    try:
+        entry = resolve_weights(variant, "DEFAULT" if weights == "auto" else weights)
+    except InputError:  # there are none, or it is a file's name
+        return None
+    return None if download.local_path(entry) else download.address(entry)
 
 
 def load_pretrained(

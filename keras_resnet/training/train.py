@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from keras_resnet import plots
+from keras_resnet.data.cifar import not_here
 from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.items import Source
 from keras_resnet.data.labels import joined, multi_hot
@@ -34,12 +35,14 @@ from keras_resnet.system.replicas import join
 from keras_resnet.system.shown import Shown
 from keras_resnet.training.batch_size import settle_batch_size
 from keras_resnet.training.callbacks import Settings
-from keras_resnet.training.freeze import starting_weights
+from keras_resnet.training.freeze import starting_weights, to_fetch
 from keras_resnet.training.loggers import Loggers
 from keras_resnet.training.loop import Loop
 from keras_resnet.training.prepare import Data, build_model, new_model, prepare_data
 from keras_resnet.training.run_folder import Run, SaveError, facts_of
 from keras_resnet.weights.keras_files import write_info
+
+_OF_IMAGES = "seed", "cache", "exclude", "strict", "exif"  # what `prepare_data` takes as given
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -171,6 +174,9 @@ def train(
         TrainingError: The loss is no number any more; the last good model is kept.
         SaveError: The disk is full; what was saved before is whole.
     """
+    if dry_run and (first := not_here(directory)):
+        print(first)
+        return TrainResult(Path(output), None, {})
     directory = opened(directory)
     arguments = {
         "directory": place(directory),
@@ -196,15 +202,13 @@ def train(
     sync_bn = group.check(recipe, compile, sync_bn)
     verbose = verbose and group.first
     loggers = Loggers(arguments["log"] if group.first else [])
-    given = {n: arguments[n] for n in ("seed", "workers", "cache", "exclude", "strict", "exif")}
-    given["workers"] = threads_each(workers)
+    given = {name: arguments[name] for name in _OF_IMAGES} | {"workers": threads_each(workers)}
     if restart and group.first and isinstance(directory, (str, os.PathLike)):
         forget(directory)
     data = group.from_first(lambda: prepare_data(directory, recipe, look=not dry_run, **given))
     restart = restart and not group.any(restarted())  # torchrun gives all the same words again
     name = name or f"{recipe.model}-{title_of(directory)}"
-    run_of = output, name, identity_of(recipe, arguments), restart
-    run = group.from_first(lambda: Run.find(*run_of))
+    run = group.from_first(lambda: Run.find(output, name, identity_of(recipe, arguments), restart))
     run.writes, known = group.first, run.config.get("batch_size")
     recipe = group.from_first(lambda: settle_batch_size(recipe, data, known, group.devices))
     for dataset in filter(None, (data.train, data.val)):
@@ -324,7 +328,6 @@ def _train(
 
 
 def _plan(run: Run, recipe: Recipe, data: Data, seed: int, group: Alone) -> str:
-    verb = "Goes on in" if run.resumed or run.extended else "Writes to"
     height, width, _ = data.preprocess.output_shape
     counts = [f"{printable(n)} {c:,}" for n, c in data.train.class_counts.items()]
     if len(counts) > 8:
@@ -332,6 +335,8 @@ def _plan(run: Run, recipe: Recipe, data: Data, seed: int, group: Alone) -> str:
     held_out = "none held out for validation: best.keras is the last epoch"
     if data.val is not None:
         held_out = f"{data.val.num_samples:,} for validation"
+    again = run.resumed or run.extended
+    fetched = None if again else to_fetch(recipe.model, recipe.weights)
     return "\n".join(
         [
             f"Backend: {backend_line()}",
@@ -344,7 +349,8 @@ def _plan(run: Run, recipe: Recipe, data: Data, seed: int, group: Alone) -> str:
             f"{height}x{width} in validation; recipe {recipe.name}, {recipe.epochs} epochs of "
             f"{len(data.train):,} steps of {recipe.batch_size}, {recipe.optimizer} at "
             f"{recipe.learning_rate:g}, {recipe.precision}, seed {seed}",
-            f"{verb}: {printable(run.folder)}",
+            *([f"Weights: to be downloaded from {fetched}"] if fetched else []),
+            f"{'Goes on in' if again else 'Writes to'}: {printable(run.folder)}",
         ]
     )
 

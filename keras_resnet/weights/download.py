@@ -49,6 +49,12 @@ def local_path(
     return None
 
 
+def address(entry: TorchvisionWeights) -> str:
+    """Where some published weights are fetched."""
+    base = os.environ.get("KERAS_RESNET_WEIGHTS_URL")
+    return f"{base.rstrip('/')}/{entry.file_name}" if base else entry.url
+
+
 def weights_path(
     entry: TorchvisionWeights,
     *,
@@ -84,11 +90,8 @@ def weights_path(
     found = local_path(entry, cache=folder)
     if found is not None:
         return found
-    base = os.environ.get("KERAS_RESNET_WEIGHTS_URL")
-    if url is None:
-        url = f"{base.rstrip('/')}/{entry.file_name}" if base else entry.url
     return fetched(
-        url,
+        address(entry) if url is None else url,
         folder / entry.file_name,
         entry.sha256_prefix,
         home=entry.url,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import gzip
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_resnet.cli import main as cli
+from keras_resnet.cli import checks, main as cli
 from keras_resnet.cli.demo import write_digits
 from keras_resnet.data import (
     cifar as archives,
@@ -30,12 +31,14 @@ from keras_resnet.data import (
     walk,
 )
 from keras_resnet.data.arrays import Arrays
+from keras_resnet.data.dataset import ImageDataset
 from keras_resnet.data.folders import find_pictures
 from keras_resnet.data.items import Item, Source
 from keras_resnet.data.mixing import Mix
 from keras_resnet.data.opening import find_parts, image_source, labelled, opened
 from keras_resnet.data.packing import pack
 from keras_resnet.data.rows import content
+from keras_resnet.data.reading import decode
 from keras_resnet.data.scan import scan
 from keras_resnet.data.sources import Images
 from keras_resnet.inference.evaluate import evaluate
@@ -367,6 +370,14 @@ def test_what_a_table_says_of_its_rows_is_neither_a_label_nor_a_weight(tmp_path,
         image_source(path, columns={"weight": "weight"})
     path.write_text(path.read_text().replace("weight", "sample_weight"))
     assert image_source(path, columns={"weight": ""}).weights is None
+    with pytest.raises(DataError, match=r"Received: '12 kg'.*--columns weight=\) takes none"):
+        opened(path)
+    assert len(labelled(path)[0]) == scan(path).pictures == 2  # they need no weights
+    assert len(checks.images(str(path), None, "(.)", ["weight"])) == 2
+    # And who needs no label either may have rows without one.
+    path.write_text("path,label,split,sample_weight\n0.png,,then,x\n1.png,cat,,y\n")
+    wanted = [str(tmp_path / name) for name in ("0.png", "1.png")]
+    assert list(Images(path)) == list(checks.pictures([str(path)], "path=path")) == wanted
 
 
 @once
@@ -415,6 +426,12 @@ def test_a_tables_weights_are_those_of_the_training_loss(folder, history, tmp_pa
     x, y, w = data.train[0]
     assert w.tolist() == data.train.weights[data.train.batch_indices(0)].tolist()
     assert set(w.tolist()) == {1, 2} and data.val.weights is None and len(data.val[0]) == 2
+    source = opened(path)  # and in a loop of one's own
+    arguments = {"preprocess": data.preprocess, "batch_size": 5, "shuffle": False}
+    own = ImageDataset(source, source.labels, source.class_names, **arguments)
+    assert own[1][2].tolist() == source.weights[5:10].tolist()
+    alone = ImageDataset(source, source.labels, source.class_names, label_mode=None, **arguments)
+    assert alone[1].shape == ImageDataset(source, **arguments)[1].shape == (5, 16, 16, 3)
     # Mixed images keep the loss of each of their two, times its weight.
     mix, hot = Mix(mixup=0.4), np.eye(3, dtype=np.float32)[y]
     images, plain = mix(x, hot * w[:, None], np.random.default_rng(1))
@@ -625,6 +642,12 @@ def test_many_images_are_listed_once(folder, tmp_path, monkeypatch):
         change()
         assert [found(), found()] == [1, 0]
     assert "by the list of 20" in find_parts(str(place)).notes[0]
+    device, mounts = os.stat(place).st_dev, tmp_path / "mounts"
+    line = f"36 35 {os.major(device)}:{os.minor(device)} / /data rw master:1 - {{}} bucket rw\n"
+    monkeypatch.setattr(listing, "_MOUNTS", str(mounts))
+    for kind, times in (("fuse.gcsfuse", 1), ("ext4", 0)):  # where they may not move: each time
+        mounts.write_text("1 2 0:1 / /proc rw - proc proc rw\n" + line.format(kind))
+        assert [found(), found()] == [times, times]
     looks.clear()
     for restart in (False, True):
         train(place, output=tmp_path / "runs", dry_run=True, restart=restart, **TINY)
@@ -751,6 +774,15 @@ def test_no_shards_are_written_among_images_and_no_other_files_into_shards(tmp_p
         (tmp_path / "in" / name / "1.png").write_bytes(png)
     (tmp_path / "in" / "x" / "2.jpg").write_text("no image")
     (tmp_path / "in" / "x" / "3.png").write_bytes(b"")
+    (tmp_path / "in" / "x" / "4.png").write_bytes(png[:45])
+    (tmp_path / "in" / "y" / "5.png").write_bytes(png + b"behind its end")  # is read
+    kinds = [kind for kind in walk.FORMATS if kind in ("JPEG", "WEBP", "TIFF", "BMP", "GIF")]
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    for i, kind in enumerate(kinds):
+        Image.fromarray(pixels).save(tmp_path / "whole", kind)
+        data, name = (tmp_path / "whole").read_bytes(), f"{6 + i}{walk.FORMATS[kind][0]}"
+        (tmp_path / "in" / "x" / name).write_bytes(data[: len(data) * 2 // 3])
+        (tmp_path / "in" / "y" / name).write_bytes(data)
     (tmp_path / "t.csv").write_text("path,label\nin/x/1.png,x\nin/y/1.png,y\n")
     for data, target, words in (
         ("in", "in", "lies in the folder that is packed"),
@@ -761,8 +793,13 @@ def test_no_shards_are_written_among_images_and_no_other_files_into_shards(tmp_p
             pack(tmp_path / data, tmp_path / target)
     assert not list(tmp_path.rglob("*.tar")) and not (tmp_path / "in" / "x" / "out").exists()
     packed = pack(tmp_path / "in", tmp_path / "out")
-    assert packed.count == 2
-    assert [os.path.basename(path) for path, _ in packed.skipped] == ["2.jpg", "3.png"]
+    skipped = {os.path.basename(path) for path, _ in packed.skipped}
+    assert {"2.jpg", "3.png", "4.png", "6.jpg"} < skipped and len(kinds) == 5
+    for path in sorted((tmp_path / "in").rglob("*.*")):  # as in training
+        left_out = path.name in skipped and path.parent.name == "x"
+        with pytest.raises(DataError) if left_out else contextlib.nullcontext():
+            decode(path)
+    assert packed.count + len(skipped) == 6 + 2 * len(kinds)
 
 
 @once
@@ -1049,7 +1086,7 @@ def test_cifars_own_archive_is_read(form, folder, tmp_path):
 
 
 @once
-def test_cifar_is_downloaded_by_its_name(folder, server, tmp_path, monkeypatch):
+def test_cifar_is_downloaded_by_its_name(folder, server, tmp_path, monkeypatch, capsys):
     data = cifar(folder, tmp_path)[0].read_bytes()
     monkeypatch.setenv("KERAS_RESNET_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("KERAS_RESNET_DATA_URL", f"http://127.0.0.1:{server.server_port}/mirror/")
@@ -1058,6 +1095,11 @@ def test_cifar_is_downloaded_by_its_name(folder, server, tmp_path, monkeypatch):
     archive, right = archives.PUBLISHED["cifar10"]
     assert (archive, len(right)) == ("cifar-10-python.tar.gz", 64)
     server.data, target = data, tmp_path / "home" / "data" / archive
+    words = ["train", "cifar10", "--model", "resnet_tiny", "--dry-run", "--weights", "none"]
+    for more in ([], ["--folds", "2"]):
+        assert cli.main([*words, *more, "--output", str(tmp_path / "runs")]) == 0
+        assert f"first: http://127.0.0.1:{server.server_port}/mirror/" in capsys.readouterr().out
+    assert not server.requests and os.listdir(tmp_path) == [archive]
     with pytest.raises(DataError, match=r"sha256 begins with \w{8}, not with 6d958be0"):
         opened("cifar10")
     assert not target.exists()
@@ -1068,7 +1110,6 @@ def test_cifar_is_downloaded_by_its_name(folder, server, tmp_path, monkeypatch):
     assert server.requests[-1] == "bytes=1000-" and target.read_bytes() == data
     assert len(source.parts()["train"]) == 20 and source.place == str(target)
     asked = len(server.requests)
-    words = ["train", "cifar10", "--model", "resnet_tiny", "--dry-run", "--weights", "none"]
     assert cli.main([*words, "--output", str(tmp_path / "runs")]) == 0
     assert cli.main(["scan", "cifar10"]) == 0 and len(server.requests) == asked
     target.unlink()

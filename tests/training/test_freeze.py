@@ -9,7 +9,7 @@ import pytest
 from keras_resnet.models.zoo import create_model
 from keras_resnet.recipes import get_recipe
 from keras_resnet.system.errors import InputError, NotFoundError
-from keras_resnet.training.freeze import freeze, load_pretrained, parts, starting_weights
+from keras_resnet.training.freeze import freeze, load_pretrained, parts, starting_weights, to_fetch
 from keras_resnet.training.loop import part_to_train
 from keras_resnet.training.prepare import compile_model, make_optimizer
 from keras_resnet.weights import download
@@ -346,5 +346,9 @@ def test_auto_is_the_published_weights_where_they_can_be_had(tmp_path, monkeypat
     )  # fmt: skip
     for given in (None, "DEFAULT", "file.pth"):
         assert starting_weights("resnet18", given) == (given, "")
+    assert to_fetch("resnet18", "auto").startswith("http://127.0.0.1:9/resnet18-")
+    assert "timm/resnet18" in to_fetch("resnet18", "timm/resnet18.a1_in1k")
+    for model, given in (("resnet_tiny", "auto"), ("resnet18", None), ("resnet18", "file.pth")):
+        assert to_fetch(model, given) is None
     monkeypatch.setattr(download, "weights_path", lambda entry, **_: entry.file_name)
     assert starting_weights("resnet18", "auto") == ("DEFAULT", "")
