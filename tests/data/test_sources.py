@@ -37,8 +37,8 @@ from keras_resnet.data.items import Item, Source
 from keras_resnet.data.mixing import Mix
 from keras_resnet.data.opening import find_parts, image_source, labelled, opened
 from keras_resnet.data.packing import pack
-from keras_resnet.data.rows import content
 from keras_resnet.data.reading import decode
+from keras_resnet.data.rows import content
 from keras_resnet.data.scan import scan
 from keras_resnet.data.sources import Images
 from keras_resnet.inference.evaluate import evaluate
