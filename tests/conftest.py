@@ -42,7 +42,7 @@ LONGEST = (
 # Where trainings are many and nobody looks at their figures, which take as long as the rest.
 UNDRAWN = {
     *("test_train.py", "test_resume.py", "test_tasks.py", "test_folds.py", "test_waiting.py"),
-    *("test_channels.py", "test_files_of_v01.py"),
+    *("test_channels.py", "test_files_of_v01.py", "test_docs.py"),
 }
 
 
