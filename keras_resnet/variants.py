@@ -85,10 +85,13 @@ class ResNetSpec:
             strides, then 1x1 and batch norm), `"zero_padding"` (He et al. option A) or
             `"bare_projection"` (a biased 1x1 without batch norm).
         project_first: A projection at the start of every stage, needed or not.
-        use_bias: Biases on the convolutions.
+        use_bias: Biases on the convolutions; with `preactivation` on those that no norm follows.
         relu_before_add: A ReLU at the end of the residual branch, before the addition as well.
         squeeze: Squeeze and excitation at the end of the branch (Hu et al. 2017).
         norm: `"batch"`, or `"group"` for groups of channels in 32 (Wu and He 2018).
+        preactivation: Norm and ReLU before each convolution, and behind the last stage (v2).
+        of_keras: All stages but the last stride, in their last block, and the stem's max pooling
+            is padded with zeros.
         stage_name: Prefix of the stages' names.
         layout: Module paths inside stem and blocks: `"torchvision"` or `"sequential"`.
         head: Name of the classification layer.
@@ -118,6 +121,8 @@ class ResNetSpec:
     relu_before_add: bool = False
     squeeze: bool = False
     norm: Literal["batch", "group"] = "batch"
+    preactivation: bool = False
+    of_keras: bool = False
     stage_name: str = "layer"
     layout: Literal["torchvision", "sequential"] = "torchvision"
     head: str = "fc"
@@ -138,6 +143,12 @@ class ResNetSpec:
         # torchvision/models/resnet.py, Bottleneck.__init__.
         inner = int(width * self.width_per_group / 64) * self.groups
         return (inner, inner, 4 * width)
+
+    def strides(self, stage: int, block: int) -> int:
+        """Stride of a block (both counted from 0)."""
+        if self.of_keras:
+            return 2 if block == self.blocks[stage] - 1 and stage < len(self.blocks) - 1 else 1
+        return 2 if block == 0 and stage > 0 else 1
 
     @property
     def stem_filters(self) -> tuple[int, ...]:
@@ -166,7 +177,8 @@ class ResNetSpec:
             channels, strides, first = filters, 1, "conv1_6"
         side = conv_output_size(side, kernel, strides, kernel // 2)
         yield first, _weight_and_bias(width, channels, kernel, kernel, bias=bias), side
-        yield last, norm(width), 0
+        if not self.preactivation:
+            yield last, norm(width), 0
         if self.stem != "cifar":
             side = conv_output_size(side, 3, 2, 1)  # the max pooling
         striding = 1 if self.bottleneck and self.stride_on == "3x3" else 0
@@ -182,11 +194,16 @@ class ResNetSpec:
                 fed = width
                 for i, (out, kernel) in enumerate(zip(filters, kernels, strict=True)):
                     grouped = groups if i == 1 else 1
-                    if i == striding and stage > 0 and block == 0:
-                        side = conv_output_size(side, kernel, 2, kernel // 2)
-                    weights = _weight_and_bias(out, fed // grouped, kernel, kernel, bias=bias)
+                    if i == striding:
+                        step = self.strides(stage, block)
+                        side = conv_output_size(side, kernel, step, kernel // 2)
+                    if self.preactivation:
+                        yield norms[i], norm(fed), 0
+                    biased = bias and not (self.preactivation and i + 1 < len(filters))
+                    weights = _weight_and_bias(out, fed // grouped, kernel, kernel, bias=biased)
                     yield convs[i], weights, side
-                    yield norms[i], norm(out), 0
+                    if not self.preactivation:
+                        yield norms[i], norm(out), 0
                     fed = out
                 if self.squeeze:
                     inner = squeezed(fed)
@@ -197,9 +214,11 @@ class ResNetSpec:
                     weights = _weight_and_bias(filters[-1], width, 1, 1, bias=bias or bare)
                     at = 1 if self.shortcut == "pooled_projection" else 0  # behind the pooling
                     yield shortcut[at], weights, side
-                    if not bare:
+                    if not (bare or self.preactivation):
                         yield shortcut[at + 1], norm(filters[-1]), 0
                 width = filters[-1]
+        if self.preactivation:
+            yield "bn", norm(width), 0
         yield self.head, _weight_and_bias(num_classes, width), 1
 
 
@@ -301,7 +320,15 @@ def _resnet_d(name: str, blocks: tuple[int, ...], **fields: Any) -> ResNetSpec:
     return ResNetSpec(name, blocks, shortcut="pooled_projection", source=source, **fields)
 
 
+def _v2(name: str, blocks: tuple[int, ...], **fields: Any) -> ResNetSpec:
+    keras = {"use_bias": True, "of_keras": True} if "_v2" in name else {}
+    source = "keras/src/applications/resnet.py" if keras else "timm/models/resnetv2.py"
+    fields = {"bottleneck": True, "preactivation": True, **keras, **fields}
+    return ResNetSpec(name, blocks, source=f"He et al. 2016, arXiv:1603.05027; {source}", **fields)
+
+
 _SE = "Hu et al. 2017, arXiv:1709.01507; timm/models/resnet.py"
+_GN = "Wu and He 2018, arXiv:1803.08494; timm/models/resnet.py"
 _V1 = "He et al. 2015, arXiv:1512.03385, table 1 (stride on the first 1x1 of a bottleneck)"
 _BOTTLENECK_50, _BOTTLENECK_101, _BOTTLENECK_152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
 
@@ -313,15 +340,9 @@ SPECS: dict[str, ResNetSpec | AlexNetSpec] = {
         ResNetSpec("resnet50", _BOTTLENECK_50, bottleneck=True),
         ResNetSpec("resnet101", _BOTTLENECK_101, bottleneck=True),
         ResNetSpec("resnet152", _BOTTLENECK_152, bottleneck=True),
-        ResNetSpec(
-            "resnext50_32x4d", _BOTTLENECK_50, bottleneck=True, groups=32, width_per_group=4
-        ),
-        ResNetSpec(
-            "resnext101_32x8d", _BOTTLENECK_101, bottleneck=True, groups=32, width_per_group=8
-        ),
-        ResNetSpec(
-            "resnext101_64x4d", _BOTTLENECK_101, bottleneck=True, groups=64, width_per_group=4
-        ),
+        ResNetSpec("resnext50_32x4d", _BOTTLENECK_50, True, groups=32, width_per_group=4),
+        ResNetSpec("resnext101_32x8d", _BOTTLENECK_101, True, groups=32, width_per_group=8),
+        ResNetSpec("resnext101_64x4d", _BOTTLENECK_101, True, groups=64, width_per_group=4),
         ResNetSpec("wide_resnet50_2", _BOTTLENECK_50, bottleneck=True, width_per_group=128),
         ResNetSpec("wide_resnet101_2", _BOTTLENECK_101, bottleneck=True, width_per_group=128),
         _resnet_d("resnet50d", _BOTTLENECK_50),
@@ -334,25 +355,19 @@ SPECS: dict[str, ResNetSpec | AlexNetSpec] = {
         _resnet_d("resnet14t", (1, 1, 1, 1), stem="tiered"),
         _resnet_d("resnet26t", (2, 2, 2, 2), stem="tiered"),
         ResNetSpec("seresnet50", _BOTTLENECK_50, bottleneck=True, squeeze=True, source=_SE),
-        ResNetSpec(
-            "seresnext50_32x4d",
-            _BOTTLENECK_50,
-            bottleneck=True,
-            groups=32,
-            width_per_group=4,
-            squeeze=True,
-            source=_SE,
-        ),
-        ResNetSpec(
-            "resnet50_gn",
-            _BOTTLENECK_50,
-            bottleneck=True,
-            norm="group",
-            source="Wu and He 2018, arXiv:1803.08494; timm/models/resnet.py",
-        ),
-        ResNetSpec("resnet50_v1", _BOTTLENECK_50, bottleneck=True, stride_on="1x1", source=_V1),
-        ResNetSpec("resnet101_v1", _BOTTLENECK_101, bottleneck=True, stride_on="1x1", source=_V1),
-        ResNetSpec("resnet152_v1", _BOTTLENECK_152, bottleneck=True, stride_on="1x1", source=_V1),
+        ResNetSpec("seresnext50_32x4d", _BOTTLENECK_50, True, 32, 4, squeeze=True, source=_SE),
+        ResNetSpec("resnet50_gn", _BOTTLENECK_50, True, norm="group", source=_GN),
+        _v2("resnetv2_18", (2, 2, 2, 2), bottleneck=False),
+        _v2("resnetv2_34", (3, 4, 6, 3), bottleneck=False),
+        _v2("resnetv2_50", _BOTTLENECK_50),
+        _v2("resnetv2_101", _BOTTLENECK_101),
+        _v2("resnetv2_152", _BOTTLENECK_152),
+        _v2("resnet50_v2", _BOTTLENECK_50),
+        _v2("resnet101_v2", _BOTTLENECK_101),
+        _v2("resnet152_v2", _BOTTLENECK_152),
+        ResNetSpec("resnet50_v1", _BOTTLENECK_50, True, stride_on="1x1", source=_V1),
+        ResNetSpec("resnet101_v1", _BOTTLENECK_101, True, stride_on="1x1", source=_V1),
+        ResNetSpec("resnet152_v1", _BOTTLENECK_152, True, stride_on="1x1", source=_V1),
         ResNetSpec(
             "resnet50_v1_relu",
             _BOTTLENECK_50,

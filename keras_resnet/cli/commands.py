@@ -30,7 +30,7 @@ from keras_resnet.runtimes.rows import check_engine, get_format
 from keras_resnet.system.errors import between
 from keras_resnet.system.files import check_writable_folder
 from keras_resnet.variants import get_spec
-from keras_resnet.weights.dialects import WORDS
+from keras_resnet.weights.dialects import PIXELS, WORDS
 from keras_resnet.weights.keras_files import find_keras_file, target_ending
 
 _TRAIN_FOLDER = arg("directory DIR", "class folders, train/ and val/, a table, shards")
@@ -230,6 +230,8 @@ COMMANDS = {
         arg("--resize-size PIXELS", "short side before the crop", least=1),
         arg("--mean X", "ImageNet's by default", nargs=3),
         arg("--std X", "ImageNet's by default", nargs=3, above=0),
+        arg("--pixels KIND", "what the weights were trained on: BGR, -1..1, or ImageNet's",
+            choices=PIXELS),
         arg("--include-preprocessing", "the Keras model takes pixel values 0..255"),
         arg("--no-verify", "skip the numerical proof", action="store_false", dest="check"),
         arg("--allow-other-strides", "weights of unknown origin for a v1 model"),

@@ -85,6 +85,8 @@ def convert(
 ) -> int:  # fmt: skip
     """Turns a weight file into another; 1 where the two disagree."""
     preprocess = None
+    if options["pixels"] and (mean or std):
+        raise InputError("--pixels says what --mean and --std would: give one of them.")
     if any((image_size, resize_size, mean, std)):
         colors = {"mean": mean or IMAGENET_MEAN, "std": std or IMAGENET_STD}
         preprocess = Preprocess.for_size(image_size or 224, resize_size, **colors)

@@ -1,4 +1,4 @@
-"""The two residual blocks that every ResNet here is made of."""
+"""The residual blocks that every ResNet here is made of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
-from keras_resnet.layers.pool import ZeroPaddedShortcut
+from keras_resnet.layers.pool import MaxPooling2D, ZeroPaddedShortcut
 from keras_resnet.system.errors import InputError, one_of
 from keras_resnet.variants import layer_names, squeezed
 
@@ -303,6 +303,37 @@ def conv_block(
         x, side, kernel_size, filters, prefix, strides, stride_on, groups, use_bias,
         relu_before_add, squeeze, norm_kind, layout, init,
     )  # fmt: skip
+
+
+def preactivated_block(
+    x, kernel_size, filters, stage, block, strides=1, *, project=False, groups=1,
+    use_bias=False, norm_kind="batch", init="fan_out",
+):  # fmt: skip
+    """A block of ResNet v2 (He et al. 2016, figure 4e): norm and ReLU before each convolution.
+
+    Nothing comes behind the addition; with `project` the shortcut is a 1x1 convolution of what the
+    first norm gives (timm's and Keras'), else every pixel or every second one of the input. Names
+    are as in the other blocks.
+    """
+    prefix = block_name(stage, block)
+    convs, norms, (projection, *_) = layer_names(prefix, "torchvision")
+    y = first = norm(x, activation="relu", name=norms[0], kind=norm_kind)
+    options = {"init": init, "use_bias": use_bias}
+    if project:
+        x = conv(first, filters[-1], 1, strides=strides, name=projection, **options)
+    elif strides > 1:
+        x = MaxPooling2D(1, strides=strides, name=f"{prefix}_shortcut")(x)
+    kernels = (1, kernel_size, 1) if len(filters) == 3 else (kernel_size, kernel_size)
+    striding, last = len(filters) - 2, len(filters) - 1
+    for i, (width, kernel) in enumerate(zip(filters, kernels, strict=True)):
+        if i:
+            y = norm(y, activation="relu", name=norms[i], kind=norm_kind)
+        y = conv(
+            y, width, kernel, name=convs[i], init=init, use_bias=use_bias and i == last,
+            strides=strides if i == striding else 1,
+            groups=groups if i == 1 == striding else 1,
+        )  # fmt: skip
+    return keras.layers.Add(name=f"{prefix}_add")([y, x])
 
 
 def _residual(

@@ -40,7 +40,8 @@ def _feature_maps(model: keras.Model) -> dict[int, str]:
         step = layer.strides[0] if hasattr(layer, "strides") else 1
         # Both ways into a residual addition have strided already.
         strides[layer.name] = step * max((strides[name] for name in before), default=1)
-        if still_read <= {layer.name}:
+        padding = isinstance(layer, keras.layers.ZeroPadding2D)  # no map, but of the next layer
+        if still_read <= {layer.name} and not padding:
             found[strides[layer.name]] = layer.name
     return found
 

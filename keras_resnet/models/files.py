@@ -36,7 +36,13 @@ from keras_resnet.weights.keras_files import (
     target_ending,
 )
 from keras_resnet.weights.load import load_torchvision
-from keras_resnet.weights.mapping import Head, readers_differ, renamed, save_torchvision
+from keras_resnet.weights.mapping import (
+    Head,
+    not_written,
+    readers_differ,
+    renamed,
+    save_torchvision,
+)
 from keras_resnet.weights.matching import fit, grouped, spec_shapes, variants_of
 from keras_resnet.weights.published import named_variant
 from keras_resnet.weights.sources import Source, normalise_as_told, read_source
@@ -89,6 +95,7 @@ def convert_file(
     check: bool = True,
     allow_other_strides: bool = False,
     to: str | None = None,
+    pixels: str | None = None,
 ) -> Conversion:
     """Turns a weight file into another form, by the extensions of the two names.
 
@@ -108,6 +115,9 @@ def convert_file(
         allow_other_strides: Take weights whose origin does not say where the blocks stride.
         to: Whose names the entries of a written checkpoint have, as for `to_torchvision`; by
             default torchvision's where a model is written, and a checkpoint's own.
+        pixels: What images the weights were trained on, where the file does not say, as
+            keras.applications' `preprocess_input` calls it: `"caffe"` (BGR less its means),
+            `"tf"` (-1..1) or `"torch"`. The model takes ordinary RGB images.
 
     Returns:
         The `Conversion`; its `passed` is the proof's verdict.
@@ -125,6 +135,11 @@ def convert_file(
             f"to={to!r} names a checkpoint's entries; name a .pth or .safetensors. Received: "
             f"{target.name}."
         )
+    if pixels is not None and (source.suffix == ".keras" or goal in TORCH_WRITTEN):
+        raise InputError(
+            f"pixels={pixels!r} is for a checkpoint that becomes a .keras file. Received: "
+            f"{source.name} and {target.name}."
+        )
     if source.suffix == ".keras":
         model = load_model(source)
         if goal in KERAS_WRITTEN:
@@ -133,6 +148,7 @@ def convert_file(
             )
         save_torchvision(model, target, to or "torchvision")
         lines = [f"{source.name}: {model.name}, {model.count_params():,} parameters."]
+        lines += not_written(getattr(model, "info", {}))
         return Conversion(str(source), str(target), lines, verify(model, target) if check else None)
     if goal in TORCH_WRITTEN and to is None:
         tensors = read_checkpoint(source, key=key)
@@ -143,6 +159,9 @@ def convert_file(
     spec = variant and get_spec(variant)  # else it is a network of any row of the table
     own = (spec_shapes(spec), spec.head.replace("_", ".")) if spec else ()
     found = read_source(source, key, *own)
+    if pixels is not None:
+        found.take_pixels(pixels, preprocess)
+        preprocess = None
     if variant is None and found.named and found.named.variant:
         variant = get_spec(found.named.variant).name
     if goal in TORCH_WRITTEN:
@@ -155,7 +174,9 @@ def convert_file(
     head: Head = "strict" if model.info["options"]["include_top"] else "skip"
     report = load_torchvision(model, found, head=head, allow_other_strides=allow_other_strides)
     lines.append(str(report))
-    _describe(model, class_names, preprocess, lines, found.bgr)
+    _describe(model, class_names, preprocess, lines, found.other_pixels)
+    if goal != ".keras":
+        lines += not_written(model.info)
     proof = verify(model, found) if check else None
     replace_file(target, model.save if goal == ".keras" else lambda name: _save_h5(model, name))
     return Conversion(str(source), str(target), lines, proof)
@@ -190,10 +211,11 @@ def _renamed(found: Source, source: Path, target: Path, to: str) -> Conversion:
     dropped = sorted({*found.network.near, *found.beside})
     if dropped:
         lines.append(f"Left out: {printable(grouped(dropped))}.")
-    if found.bgr:
-        lines.append(found.bgr)
-    elif found.preprocess or found.named:
-        lines.append("How images are prepared is not written: the form has no place for it.")
+    if found.other_pixels:
+        lines.append(found.other_pixels)
+    told = found.preprocess or (found.named and found.named.images)
+    names = found.named.class_names if found.named else found.preprocess
+    lines += not_written({"preprocess": told, "class_names": names})
     write_checkpoint(target, tensors, metadata=about)
     return Conversion(str(source), str(target), lines)
 

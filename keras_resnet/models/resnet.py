@@ -5,7 +5,15 @@ from __future__ import annotations
 import keras
 
 from keras_resnet.layers.pool import MaxPooling2D
-from keras_resnet.models.blocks import channel_axis, conv, conv_block, dense, identity_block, norm
+from keras_resnet.models.blocks import (
+    channel_axis,
+    conv,
+    conv_block,
+    dense,
+    identity_block,
+    norm,
+    preactivated_block,
+)
 from keras_resnet.variants import ResNetSpec
 
 
@@ -20,15 +28,19 @@ def stem(x, spec: ResNetSpec):
         x = norm(x, activation="relu", name=f"conv1_{3 * i + 1}", kind=spec.norm)
         first = "conv1_6"
     x = conv(x, spec.widths[0], kernel, strides=strides, name=first, **options)
-    x = norm(x, activation="relu", name=second, kind=spec.norm)
+    if not spec.preactivation:
+        x = norm(x, activation="relu", name=second, kind=spec.norm)
+    if spec.of_keras:
+        x = keras.layers.ZeroPadding2D(1, name="maxpool_pad")(x)
     if spec.stem != "cifar":
-        x = MaxPooling2D(3, strides=2, pad=1, name="maxpool")(x)
+        x = MaxPooling2D(3, strides=2, pad=0 if spec.of_keras else 1, name="maxpool")(x)
     return x
 
 
 def features(x, spec: ResNetSpec):
     """Image -> the last feature map."""
-    return stages(stem(x, spec), spec)
+    x = stages(stem(x, spec), spec)
+    return norm(x, activation="relu", name="bn", kind=spec.norm) if spec.preactivation else x
 
 
 def stages(x, spec: ResNetSpec):
@@ -36,10 +48,18 @@ def stages(x, spec: ResNetSpec):
     for stage, depth in enumerate(spec.blocks):
         filters = spec.filters(stage)
         strides = (1, 1) if stage == 0 else (2, 2)
+        same_shape = strides == (1, 1) and x.shape[channel_axis()] == filters[-1]
         name = f"{spec.stage_name}{stage + 1}"
+        if spec.preactivation:
+            for block in range(depth):
+                x = preactivated_block(
+                    x, 3, filters, name, block, spec.strides(stage, block),
+                    project=block == 0 and not same_shape, groups=spec.groups,
+                    use_bias=spec.use_bias, norm_kind=spec.norm, init=spec.init,
+                )  # fmt: skip
+            continue
         shared = ("groups", "use_bias", "relu_before_add", "squeeze", "layout", "init")
         options = {"norm_kind": spec.norm, **{name: getattr(spec, name) for name in shared}}
-        same_shape = strides == (1, 1) and x.shape[channel_axis()] == filters[-1]
         for block in range(depth):
             if block == 0 and (spec.project_first or not same_shape):
                 # A tutorial's layout wraps the projecting block once more: layer1.0.0.longway.

@@ -15,17 +15,12 @@ from keras_resnet.models.files import load_model
 from keras_resnet.recipes import Recipe
 from keras_resnet.system.errors import CheckpointError, InputError, did_you_mean
 from keras_resnet.weights import download
+from keras_resnet.weights.arrays import adapted_to, how_adapted
 from keras_resnet.weights.keras_files import find_keras_file
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import expected_keys, info_of, weighted_layers
 from keras_resnet.weights.published import hub_name, resolve_weights
-from keras_resnet.weights.sources import (
-    adapted_to,
-    how_adapted,
-    own_head_of,
-    pixel_problem,
-    read_source,
-)
+from keras_resnet.weights.sources import own_head_of, pixel_problem, read_source
 
 
 @dataclasses.dataclass(frozen=True)

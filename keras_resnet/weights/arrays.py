@@ -10,7 +10,7 @@ import numpy as np
 from keras_resnet.system.errors import CheckpointError
 from keras_resnet.weights.dtypes import EXTENSION_SIZES, NUMPY_CODES, SIZES
 from keras_resnet.weights.loaded import Loaded
-from keras_resnet.weights.stand_ins import Array, Storage, Tensor, Unreadable, one_line
+from keras_resnet.weights.stand_ins import Array, Span, Storage, Tensor, Unreadable, one_line
 from keras_resnet.weights.zip_files import unpacked
 
 
@@ -49,11 +49,15 @@ def _numpy_type(name: str) -> np.dtype:
 def _from_pickle(loaded: Loaded, array: Array) -> np.ndarray:
     if type(array.data) is str or array.code[0] == ">":
         loaded.spend(array.nbytes)
+    data, start = array.data, 0
     try:
-        data = array.data.encode("latin-1") if type(array.data) is str else array.data
+        if type(data) is str:
+            data = data.encode("latin-1")
+        elif type(data) is Span:
+            data, start = data.data, data.start
     except UnicodeEncodeError:
         raise CheckpointError("a NumPy array in the pickle holds text, not bytes") from None
-    out = np.ndarray(array.shape, array.code, data, order="F" if array.fortran else "C")
+    out = np.ndarray(array.shape, array.code, data, start, order="F" if array.fortran else "C")
     return out.astype(out.dtype.newbyteorder("="), copy=False)
 
 
@@ -97,3 +101,21 @@ def dtype_name(value: Tensor | Array | Unreadable) -> str:
     if type(value) is Unreadable:
         return value.kind
     return value.dtype if type(value) is Tensor else np.dtype(value.code).name
+
+
+def adapted_to(weight: np.ndarray, channels: int) -> np.ndarray:
+    """A first convolution of three channels for others, as timm's `adapt_input_conv` makes it.
+
+    Summed for one channel, which answers as for three equal ones; else repeated, and scaled to the
+    same sum. The weight is torch's, (out, 3, height, width).
+    """
+    if channels == 1:
+        return weight.sum(axis=1, keepdims=True, dtype=weight.dtype)
+    repeated = np.tile(weight, (1, -(-channels // 3), 1, 1))[:, :channels]
+    return repeated * weight.dtype.type(3 / channels)
+
+
+def how_adapted(key: str, channels: int) -> str:
+    """What `adapted_to` did, for a person."""
+    how = "summed for 1" if channels == 1 else f"repeated and scaled for {channels}"
+    return f"{key} of 3 channels {how}"

@@ -40,6 +40,7 @@ import numpy as np
 from keras_resnet.system.errors import CheckpointError
 from keras_resnet.system.files import to_json
 from keras_resnet.weights.arrays import dtype_name, to_array
+from keras_resnet.weights.dialects import unwritten
 from keras_resnet.weights.h5_files import folded_biases
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.matching import Network, find_networks, grouped
@@ -78,6 +79,7 @@ class CheckpointInfo:
         """The networks of the table among the tensors, in the file's order."""
         folded = set(folded_biases(self.tensors).values())
         shapes = {name: shape for name, (shape, _) in self.tensors.items() if name not in folded}
+        shapes |= {new: shapes[scale] for new, scale in unwritten(shapes).items()}
         found = find_networks(shapes)
         return [network for network in found if not network.strange]
 

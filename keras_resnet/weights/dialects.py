@@ -17,7 +17,7 @@ from keras_resnet.system.errors import InputError
 from keras_resnet.variants import COUNTER, Shape
 
 Rules = tuple[tuple[str, str], ...]
-CAFFE = "[103.53, 116.28, 123.675]"  # MSRA's networks, which Detectron2 and OpenMMLab took over
+CAFFE = (103.53, 116.28, 123.675)  # MSRA's networks, which Detectron2 and OpenMMLab took over
 _HOLE = re.compile(r"<(\*|a|\d+)>")
 
 
@@ -36,12 +36,14 @@ class Dialect:
     plain: bool = False  # no groups, and bottlenecks of a quarter of the width alone
     basic: bool = True  # it has the basic blocks of ResNet-18 and 34, too
     counted: bool = True  # it keeps torch's `num_batches_tracked`
-    bgr: str = ""  # what its networks subtract from BGR pixels of 0..255, unless told otherwise
+    bgr: tuple[float, ...] = ()  # what its networks subtract from BGR pixels, unless told otherwise
+    scaled: bool = False  # they take RGB pixels of -1..1, unless told otherwise
+    conv_head: bool = False  # it classifies by a 1x1 convolution
 
     @property
     def grouped(self) -> bool:
         """Theirs may have group norms: those are no batch norms that lost their statistics."""
-        return self.name in ("torchvision", "sequential")
+        return self.name in ("torchvision", "sequential", "timm")
 
     def __call__(self, name: str) -> str | None:
         """Their name of one of our entries, `None` where no rule has it."""
@@ -99,15 +101,19 @@ def _numbered(first: int, head: str, *places: str, stem: int = 3) -> Dialect:
     return Dialect("sequential", whose, rules, head=heads, stem=stem)
 
 
-def _keras(variables: dict[str, str], *rows: tuple[str, str]) -> Rules:
+def _keras(variables: dict[str, str], *rows: tuple[str, str], between: str = ".") -> Rules:
     """Rules for layers whose variables are called as Keras calls them."""
-    pairs = variables.items()
-    return tuple((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in rows for a, b in pairs)
+    pairs = [(f".{ours}", between + theirs) for ours, theirs in variables.items()]
+    return tuple((ours + a, theirs + b) for ours, theirs in rows for a, b in pairs)
 
 
+_caffe2 = functools.partial(_keras, between="_")  # or as Caffe2 calls its blobs
 _KERNEL = {"weight": "kernel", "bias": "bias"}
 _NORM = {"weight": "gamma", "bias": "beta",
          "running_mean": "moving_mean", "running_var": "moving_variance"}  # fmt: skip
+
+_KERNEL_BLOBS = {"weight": "w", "bias": "b"}
+_NORM_BLOBS = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}
 
 _SAME = _torch(
     ("conv1", "conv1"), ("bn1", "bn1"), ("layer<1>.<0>.<*>", "layer<1>.<0>.<*>"),
@@ -170,6 +176,28 @@ DIALECTS = (
         counted=False,
         bgr=CAFFE,
     ),
+    # As Detectron2 reads them: MSRA's R-50.pkl, Detectron's own.
+    Dialect(
+        "detectron2",
+        "Caffe2's ResNet",
+        _caffe2(
+            _KERNEL_BLOBS,
+            ("layer<1>.<0>.conv<1>", "res<2>_<0>_branch2<a>"),
+            ("layer<1>.<0>.downsample.0", "res<2>_<0>_branch1"),
+            ("conv1", "conv1"),
+        )
+        + _caffe2(
+            _NORM_BLOBS,
+            ("bn1", "res_conv1_bn"),
+            ("layer<1>.<0>.bn<1>", "res<2>_<0>_branch2<a>_bn"),
+            ("layer<1>.<0>.downsample.1", "res<2>_<0>_branch1_bn"),
+        ),
+        head=tuple(_caffe2(_KERNEL_BLOBS, ("fc", head)) for head in ("fc1000", "pred")),
+        strides=None,
+        told="STRIDE_IN_1X1 in its config",
+        counted=False,
+        bgr=CAFFE,
+    ),
     Dialect("mmpretrain", "mmpretrain's ResNet", _SAME, **_OPENMMLAB),
     Dialect(
         "mmpretrain",
@@ -187,6 +215,46 @@ DIALECTS = (
         "mmdetection's and mmsegmentation's ResNetV1d",
         _torch(("bn1", "stem.7"), ("conv1.<0>", "stem.<0>")) + _UNPOOLED,
         **_OPENMMLAB,
+    ),
+    Dialect(
+        "timm",
+        "timm's ResNetV2",
+        _torch(
+            ("conv1", "stem.conv"),
+            ("layer<1>.<0>.conv<1>", "stages.<0>.blocks.<0>.conv<1>"),
+            ("layer<1>.<0>.bn<1>", "stages.<0>.blocks.<0>.norm<1>"),
+            ("layer<1>.<0>.downsample.0", "stages.<0>.blocks.<0>.downsample.conv"),
+            ("bn", "norm"),
+        ),
+        head=(_torch(("fc", "head.fc")),),
+        conv_head=True,
+    ),
+    Dialect(
+        "timm",
+        "timm's ResNet",
+        _torch(("conv1.<0>", "conv1.<0>"), ("layer<1>.<0>.se.<*>", "layer<1>.<0>.se.<*>")) + _SAME,
+        head=(_torch(("fc", "fc")),),
+    ),
+    Dialect(
+        "keras",
+        "keras.applications' ResNetV2",
+        _keras(
+            _KERNEL,
+            ("conv1", "conv1_conv"),
+            ("layer<1>.<0>.downsample.0", "conv<2>_block<1>_0_conv"),
+            ("layer<1>.<0>.conv<1>", "conv<2>_block<1>_<1>_conv"),
+        )
+        + _keras(
+            _NORM,
+            ("layer<1>.<0>.bn1", "conv<2>_block<1>_preact_bn"),
+            ("layer<1>.<0>.bn<2>", "conv<2>_block<1>_<1>_bn"),
+            ("bn", "post_bn"),
+        ),
+        head=(_keras(_KERNEL, ("fc", "predictions")),),
+        plain=True,
+        basic=False,
+        counted=False,
+        scaled=True,
     ),
     Dialect(
         "keras",
@@ -208,9 +276,10 @@ DIALECTS = (
         plain=True,
         basic=False,
         counted=False,
-        bgr="[103.939, 116.779, 123.68]",
+        bgr=(103.939, 116.779, 123.68),
     ),
 )
+PIXELS = ("caffe", "tf", "torch")  # modes of keras.applications' `preprocess_input`
 # Those that checkpoints are written in; keras.applications' files are none of torch's.
 WORDS = tuple(d for d in dict.fromkeys(d.name for d in (TORCHVISION, *DIALECTS)) if d != "keras")
 
@@ -219,6 +288,8 @@ def _forms() -> tuple[Dialect, ...]:
     """The dialects as files have them: with each of their heads, and without what is around."""
     found = [TORCHVISION]
     for dialect in DIALECTS:
+        if all(ours == theirs for ours, theirs in dialect.rules) and not dialect.trunk:
+            continue  # torchvision's
         found += [dataclasses.replace(dialect, head=(head,)) for head in dialect.head]
         if dialect.trunk and dialect.rules != _SAME:
             found.append(dataclasses.replace(dialect, trunk=""))
@@ -236,7 +307,7 @@ def names_in(to: str, shapes: Mapping[str, Shape]) -> tuple[Dialect, dict[str, s
     Raises:
         InputError: The dialect has no such network.
     """
-    reasons = []
+    reasons: list[tuple[int, str]] = []
     for dialect in (d for d in DIALECTS if d.name == to):
         kept = [name for name in shapes if dialect.counted or not name.endswith(COUNTER)]
         found = {name: theirs for name in kept if (theirs := dialect(name))}
@@ -244,9 +315,22 @@ def names_in(to: str, shapes: Mapping[str, Shape]) -> tuple[Dialect, dict[str, s
         reason = _unlike(dialect, shapes) or strange
         if reason is None:
             return dialect, found
-        reasons.append(f"{dialect.of} has {reason}")
-    nearest = max(reasons, key=lambda reason: "no name" in reason)
+        reasons.append((len(found), f"{dialect.of} has {reason}"))
+    nearest = max(reasons, key=lambda known: known[0])[1]  # the one that names most entries
     raise InputError(f"The network cannot be written for {to}: {nearest}.")
+
+
+def unwritten(names: Iterable[str]) -> dict[str, str]:
+    """Statistics that Caffe2's frozen norms lack (they are 0 and 1) -> the scale beside them."""
+    known = set(names)
+    scales = [name for name in known if name.endswith("_bn_s")]
+    new = {f"{scale[:-1]}{blob}": scale for scale in scales for blob in ("rm", "riv")}
+    return {name: scale for name, scale in new.items() if name not in known}
+
+
+def head_shape(name: str, shape: Shape) -> Shape:
+    """That of a fully connected layer, for timm's 1x1 convolution that does the same."""
+    return shape[:2] if name.endswith("head.fc.weight") and shape[2:] == (1, 1) else shape
 
 
 def has_group_norms(names: Iterable[str]) -> bool:
@@ -260,6 +344,8 @@ def _unlike(dialect: Dialect, shapes: Mapping[str, Shape]) -> str | None:
     """What of a network the dialect's class does not have."""
     if not dialect.grouped and has_group_norms(shapes):
         return "no group norms"
+    if dialect.conv_head and "conv1.bias" in shapes:
+        return "no biases in its convolutions"
     side = next((shape[2] for shape in shapes.values() if len(shape) == 4), dialect.stem)
     if side != dialect.stem and "conv1.0.weight" not in shapes:
         return f"no first kernel of {side}x{side}"

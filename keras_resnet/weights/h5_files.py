@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -13,8 +14,9 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from keras_resnet.data.preprocess import Preprocess
-from keras_resnet.system.errors import CheckpointError, InputError, reason_of
+from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from keras_resnet.system.errors import CheckpointError, InputError, one_of, reason_of
+from keras_resnet.weights.dialects import PIXELS
 from keras_resnet.weights.dtypes import SIZES
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.stand_ins import Storage, Tensor, Unreadable, one_line
@@ -173,15 +175,26 @@ def _name_of(path: str, file: Any, known: dict[str, str]) -> str | None:
 
 
 # MD5 of the ImageNet files for 50, 101 and 152 layers, with and without the head: the constants
-# WEIGHTS_HASHES of keras/src/applications/resnet.py. They take BGR pixels of 0..255 less these.
-_IMAGENET = frozenset(
-    (
-        *("2cb95161c43110f7111970584f804107", "4d473c1dd8becc155b73f8504c6f6626"),
-        *("f1aeb4b969a6efcfb50fad2f0c20cfc5", "88cf7a10940856eca736dc7b7e228a21"),
-        *("100835be76be38e30d865e96f2aaae62", "ee4c566cf9a93f14d82f913c2dc6dd0c"),
-    )
-)
-_MEANS = (123.68, 116.779, 103.939)  # of red, green and blue: preprocess_input's, mode "caffe"
+# WEIGHTS_HASHES of keras/src/applications/resnet.py, and the mode of their `preprocess_input`.
+_IMAGENET = {
+    **dict.fromkeys(
+        (
+            *("2cb95161c43110f7111970584f804107", "4d473c1dd8becc155b73f8504c6f6626"),
+            *("f1aeb4b969a6efcfb50fad2f0c20cfc5", "88cf7a10940856eca736dc7b7e228a21"),
+            *("100835be76be38e30d865e96f2aaae62", "ee4c566cf9a93f14d82f913c2dc6dd0c"),
+        ),
+        "caffe",
+    ),
+    **dict.fromkeys(
+        (
+            *("3ef43a0b657b3be2300d5770ece849e0", "fac2f116257151a9d068a22e544a4917"),
+            *("6343647c601c52e1368623803854d971", "c0ed64b8031c3730f411d2eb4eea35b5"),
+            *("a49b44d1979771252814e80f8ec446f9", "ed17cf2e0169df9d443503ef94b23b33"),
+        ),
+        "tf",
+    ),
+}
+_MEANS = (103.939, 116.779, 123.68)  # of blue, green and red, in the mode "caffe"
 _EPSILONS = 1.001e-5 - 1e-5  # keras.applications' batch norms, and those of everybody else
 
 
@@ -197,29 +210,45 @@ def without_biases(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """keras.applications' networks as the papers have them: batch norms alone shift.
 
     `gamma (conv + bias - mean) / sqrt(variance + 1.001e-5) + beta` is the same without the bias,
-    with `mean - bias` and `variance + 1e-8`, rounded once.
+    with `mean - bias` and `variance + 1e-8`, rounded once. Biases that no norm follows (v2) stay.
     """
     biases = folded_biases(tensors)
     out = {name: array for name, array in tensors.items() if name not in biases.values()}
     for mean, bias in biases.items():
         exact = np.subtract(tensors[mean], tensors[bias], dtype=np.float64)
         out[mean] = exact.astype(tensors[mean].dtype)
-        variance = mean.replace("moving_mean", "moving_variance")
-        if variance in tensors:
-            exact = tensors[variance].astype(np.float64) + _EPSILONS
-            out[variance] = exact.astype(tensors[variance].dtype)
+    theirs = biases or any(name.endswith("_preact_bn.gamma") for name in tensors)
+    for name in out if theirs else ():
+        if name.endswith("_bn.moving_variance"):
+            exact = tensors[name].astype(np.float64) + _EPSILONS
+            out[name] = exact.astype(tensors[name].dtype)
     return out
 
 
-def imagenet_preset(path: os.PathLike) -> Preprocess | None:
-    """How RGB images are prepared for one of keras.applications' own files; `None` for others."""
+def imagenet_pixels(path: os.PathLike) -> str | None:
+    """The mode of `preprocess_input` of keras.applications' own files; `None` for others."""
     with open(path, "rb") as file:
-        if hashlib.file_digest(file, "md5").hexdigest() not in _IMAGENET:
-            return None
-    mean = tuple(value / 255 for value in _MEANS)
-    return Preprocess.for_size(224, 224, mean=mean, std=(1 / 255,) * 3)
+        return _IMAGENET.get(hashlib.file_digest(file, "md5").hexdigest())
 
 
-def for_rgb(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same network for pixels in the order of everybody else: its first kernel turned round."""
-    return {k: v[:, ::-1] if k == "conv1_conv.kernel" else v for k, v in tensors.items()}
+def prepared_as(
+    mode: str, bgr: tuple[float, ...] = (), preprocess: Preprocess | None = None
+) -> Preprocess:
+    """How RGB images are prepared where `preprocess_input` takes a mode.
+
+    Args:
+        mode: `"caffe"`, whose first kernel has to be turned round for that, `"tf"` or `"torch"`.
+        bgr: What "caffe" subtracts from blue, green and red, in place of keras.applications'.
+        preprocess: Sides and interpolation.
+
+    Examples:
+        >>> prepared_as("tf").mean
+        (0.5, 0.5, 0.5)
+    """
+    one_of("pixels", mode, PIXELS)
+    mean, std = {
+        "caffe": (tuple(m / 255 for m in (bgr or _MEANS)[::-1]), (1 / 255,) * 3),
+        "tf": ((0.5,) * 3, (0.5,) * 3),
+        "torch": (IMAGENET_MEAN, IMAGENET_STD),
+    }[mode]
+    return dataclasses.replace(preprocess or Preprocess.for_size(224, 224), mean=mean, std=std)

@@ -255,7 +255,7 @@ def load_torchvision(
         raise
     report = dataclasses.replace(report, done=True)
     _remember(model, report, found, modules)
-    if found.bgr:
+    if found.other_pixels:
         warnings.warn(report.note, stacklevel=2)
     return report
 
@@ -292,7 +292,7 @@ def _plan(name, found: Source, entries: Mapping[str, Entry], own_head, head) -> 
             left_out[key] = shapes[key]
         elif suffix != COUNTER:
             unexpected[key] = shapes[key]
-    note = found.bgr
+    note = found.other_pixels
     if not note and found.network.dialect.name == "mmpretrain" and not found.config.get("style"):
         note = "Without its config, it is taken for style='pytorch', strides on the 3x3."
     return LoadReport(

@@ -158,7 +158,7 @@ def to_torchvision(model: keras.Model, to: str = "torchvision") -> dict[str, np.
     Args:
         model: A built Keras model; preprocessing layers and dropout are passed over.
         to: Whose names the entries get: `"torchvision"`, `"huggingface"`, `"sequential"`,
-            `"detectron2"` or `"mmpretrain"`.
+            `"detectron2"`, `"mmpretrain"` or `"timm"`.
 
     Returns:
         Key to C-contiguous array (a copy), in torch's order, of the variable's dtype. Keras counts
@@ -190,8 +190,11 @@ def renamed(state: Mapping[str, np.ndarray], to: str) -> dict[str, np.ndarray]:
     one_of("to", to, dialects.WORDS)
     if to == "torchvision":
         return dict(state)
-    _, names = dialects.names_in(to, {key: tuple(array.shape) for key, array in state.items()})
-    return {theirs: state[ours] for ours, theirs in names.items()}
+    shapes = {key: tuple(array.shape) for key, array in state.items()}
+    dialect, names = dialects.names_in(to, shapes)
+    out = {theirs: state[ours] for ours, theirs in names.items()}
+    head = "head.fc.weight"
+    return out | ({head: out[head][..., None, None]} if dialect.conv_head and head in out else {})
 
 
 def save_torchvision(model: keras.Model, path: str | os.PathLike, to: str = "torchvision") -> None:
@@ -248,10 +251,25 @@ def readers_differ(
         )
     if dialect and dialect.bgr:
         lines.append(
-            f"{dialect.of} takes BGR pixels of 0..255 less {dialect.bgr} unless told otherwise "
-            "(INPUT.FORMAT, PIXEL_MEAN, PIXEL_STD in its config)."
+            f"{dialect.of} takes BGR pixels of 0..255 less {list(dialect.bgr)} unless told "
+            "otherwise (INPUT.FORMAT, PIXEL_MEAN, PIXEL_STD in its config)."
         )
     return lines
+
+
+def not_written(info: dict[str, Any]) -> list[str]:
+    """What is known of a model and stands in no file of weights, in a sentence if there is any."""
+    options, calibration = (info.get(key) or {} for key in ("options", "calibration"))
+    knows = {
+        "class names": info.get("class_names"),
+        "how images are prepared": info.get("preprocess"),
+        "that it normalises inside": options.get("include_preprocessing"),
+        f"its task ({options.get('task')})": options.get("task"),
+        "its temperature": calibration.get("temperature"),
+        "its thresholds": calibration.get("thresholds"),
+    }
+    named = ", ".join(name for name, value in knows.items() if value)
+    return [f"Not written, for a file of weights has no place for it: {named}."] if named else []
 
 
 def info_of(model: keras.Model) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from keras_resnet.variants import COUNTER, SPECS, AlexNetSpec, ResNetSpec, Shape
-from keras_resnet.weights.dialects import FORMS, TORCHVISION, Dialect, has_group_norms
+from keras_resnet.weights.dialects import FORMS, TORCHVISION, Dialect, has_group_norms, head_shape
 
 
 def spec_shapes(
@@ -78,6 +78,7 @@ def find_networks(shapes: Mapping[str, Shape]) -> list[Network]:
     strides alone are all named. Shapes are torch's.
     """
     at: dict[tuple[str, Dialect], list[tuple[str, int | None, dict[str, str]]]] = {}
+    shapes = {name: head_shape(name, tuple(shape)) for name, shape in shapes.items()}
     places = _Places(shapes)
     for spec in SPECS.values():
         body, dense = _body_and_head(spec.name)
@@ -118,6 +119,7 @@ def _largest(networks: Iterable[Network]) -> list[Network]:
 def locate(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], head: str | None):
     """The same for the entries of one model, whose last layer may be missing or another."""
     body = {k: v for k, v in wanted.items() if k.rpartition(".")[0] != head} or dict(wanted)
+    shapes = {name: head_shape(name, tuple(shape)) for name, shape in shapes.items()}
     prefixes = tuple(network.prefix for network in find_networks(shapes))
     found = []
     for prefix, dialect, names in _Places(shapes).of(wanted, body):
@@ -224,14 +226,15 @@ def beside(
     the prefixes of other networks, does not count as near.
     """
     own = set(names.values())
-    modules = {name.rpartition(".")[0] for name in own}  # a batch norm is no group norm
+    modules = {name.rpartition(".")[0] for name in own} - {""}  # a batch norm is no group norm
     kinds = {_kind(names[key][len(prefix) :]) for key in body if key in names}
     inside = tuple(p for p in others if p != prefix and p.startswith(prefix))
     near, strange, rest = [], [], []
     for name, shape in shapes.items():
         if name in own:
             continue
-        if not name.startswith(prefix) or (inside and name.startswith(inside)):
+        away = not name.startswith(prefix) or name.endswith("_momentum")  # Caffe2's optimizer
+        if away or (inside and name.startswith(inside)):
             rest.append(name)
         elif _kind(name[len(prefix) :]) in kinds or name.rpartition(".")[0] in modules:
             if not name.endswith(COUNTER):

@@ -48,16 +48,26 @@ def conv2d(
     return y
 
 
-def max_pool(x: np.ndarray, window: int, stride: int, padding: int, where: str) -> np.ndarray:
+def max_pool(
+    x: np.ndarray, window: int, stride: int, padding: int, where: str, around: float = -np.inf
+) -> np.ndarray:
     """Maxima of windows, with minus infinity around, as torch pads."""
     height, width = (_output_size(s, window, stride, padding, where) for s in x.shape[2:])
-    x = _pad(x, padding, -np.inf)
+    x = _pad(x, padding, around)
     y = np.full((*x.shape[:2], height, width), -np.inf, x.dtype)
     for i in range(window):
         for j in range(window):
             shifted = x[:, :, i : i + stride * height : stride, j : j + stride * width : stride]
             np.maximum(y, shifted[:, :, :height, :width], out=y)
     return y
+
+
+def average_pool(x: np.ndarray, size: int) -> np.ndarray:
+    """Means of size x size windows; those at the far edges are of what there is (ceil_mode)."""
+    rows, columns = (range(0, side, size) for side in x.shape[2:])
+    sums = np.add.reduceat(np.add.reduceat(x, rows, axis=2), columns, axis=3)
+    height, width = (np.minimum(size, n - np.arange(0, n, size)) for n in x.shape[2:])
+    return sums / np.multiply.outer(height, width).astype(x.dtype)
 
 
 def adaptive_average_pool(x: np.ndarray, size: int) -> np.ndarray:

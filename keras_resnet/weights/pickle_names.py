@@ -16,6 +16,7 @@ from keras_resnet.weights.stand_ins import (
     Name,
     NumpyType,
     Parameter,
+    Span,
     Tensor,
     Unreadable,
 )
@@ -60,7 +61,7 @@ def _make_bytes(reader: Any, args: tuple) -> Any:
     source = args[0] if args else b""
     encoding = args[1] if len(args) > 1 else "latin1"
     if type(source) not in (str, bytes):
-        return None
+        return source if type(source) is Span else None
     reader.budget.spend_bytes(len(source))
     if type(source) is bytes:
         return source

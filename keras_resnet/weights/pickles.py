@@ -37,6 +37,7 @@ from keras_resnet.weights.stand_ins import (
     Dict,
     Name,
     Record,
+    Span,
     brief,
     one_line,
 )
@@ -68,11 +69,11 @@ def read_pickle(
         program.run()
     except CheckpointError as error:
         # What it wanted before it broke is news all the same.
-        stopped = not _Reader(program.out, Budget(), refused, persistent).names()
+        stopped = not _Reader(program, Budget(), refused, persistent).names()
         if stopped and not isinstance(error, Damaged):
             raise Damaged(str(error)) from None
         raise
-    return _Reader(program.out, budget, refused, persistent).value(start), program.position
+    return _Reader(program, budget, refused, persistent).value(start), program.position
 
 
 class Damaged(CheckpointError):
@@ -114,8 +115,10 @@ _INSTEAD = {
     0x8F: b"]",  # EMPTY_SET
     0x90: b"e",  # ADDITEMS
     0x91: b"t",  # FROZENSET
-    0x96: b"\x8e",  # BYTEARRAY8, which would be allocated before it is read
+    0x96: b"\x8e",  # a short BYTEARRAY8, which would be allocated before it is read
 }
+_LONG = 4096  # bytes of a string from which on it is looked at
+_BEYOND_LATIN_1 = re.compile(rb"[\xc4-\xff]")  # first bytes of such letters in UTF-8
 # What Python 2's repr of a string can hold after a backslash.
 _ESCAPE = re.compile(rb"\\(?:[\\'\"abfnrtv]|x[0-9a-fA-F]{2})")
 
@@ -135,7 +138,7 @@ class _Pass:
         at = self.position
         try:
             while True:
-                at = self.position
+                at = self.at = self.position
                 if at >= self.end:
                     raise self.ended()
                 code = self.data[at]
@@ -148,6 +151,8 @@ class _Pass:
                 self.position = at + 1
                 if follows:
                     self.skip(code, follows)
+                if self.copied > at:  # a span
+                    continue
                 if code in _INSTEAD:
                     self.write(at, at + 1, _INSTEAD[code])
                 elif code in _CHECKS:
@@ -177,20 +182,27 @@ class _Pass:
             self.take(length)
             if code in b"\x8a\x8b" and length > MAX_INT_BYTES:
                 raise CheckpointError(f"an integer of {length:,} bytes")
-            if code in b"XT\x8d" and length > 4096:
+            if length > _LONG and code in b"B\x8e\x96":
+                self.span(self.position - length)
+            elif length > _LONG and code in b"X\x8d":
                 self.wide(self.position - length)
         else:
             start = self.position
             for _ in range(2 if code in b"ci" else 1):
                 self.line(MAX_PICKLE if code in b"SV" else 2 * MAX_IDENTIFIER)
-            if self.position - start > 4096:
-                self.wide(start)
+            if self.position - start > _LONG:
+                self.wide(start, escapes=True)
 
-    def wide(self, start: int) -> None:
-        """Pays for long text that may take four times its bytes."""
+    def wide(self, start: int, escapes: bool = False) -> None:
+        """Pays for long text that may take four times its bytes: with letters beyond latin-1."""
         text = self.data[start : self.position]
-        if not text.isascii() or b"\\" in text:
+        if (escapes and b"\\" in text) or _BEYOND_LATIN_1.search(text):
             self.budget.spend_bytes(3 * len(text))
+
+    def span(self, start: int) -> None:
+        """Leaves long bytes where they are, and writes their place as an id of sixteen bytes."""
+        place = struct.pack("<QQ", start, self.position - start)
+        self.write(self.at, self.position, b"C\x10" + place + b"Q")
 
     def take(self, count: int) -> int:
         """Where the next `count` bytes begin."""
@@ -281,7 +293,23 @@ class _Pass:
                 self.write(at, self.position, b"X" + struct.pack("<I", len(raw)) + raw)
 
     def binary(self, at: int) -> None:
-        self.text(at, self.data[at + (2 if self.data[at] == ord(b"U") else 5) : self.position])
+        start = at + (2 if self.data[at] == ord(b"U") else 5)
+        if self.position - start > _LONG:
+            if not self.is_text(start):  # the numbers of an array
+                return self.span(start)
+            self.wide(start)
+        self.text(at, self.data[start : self.position])
+
+    def is_text(self, start: int) -> bool:
+        """Whether long bytes are UTF-8, found without a copy of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            for i in range(start, self.position, _LONG):
+                last = i + _LONG >= self.position
+                decoder.decode(self.data[i : min(i + _LONG, self.position)], final=last)
+        except UnicodeDecodeError:
+            return False
+        return True
 
     def quoted(self, at: int) -> None:
         inside = self.data[at + 1 : self.position - 1]
@@ -340,12 +368,13 @@ class _Reader(pickle.Unpickler):
 
     def __init__(
         self,
-        program: bytearray,
+        program: _Pass,
         budget: Budget,
         refused: dict[str, None],
         persistent: Callable[[Any], Any] | None,
     ):
-        super().__init__(_Framed(program), encoding="latin-1")
+        super().__init__(_Framed(program.out), encoding="latin-1")
+        self.data = program.data
         self.budget, self.refused, self.persistent = budget, refused, persistent
         self.names_only = False
 
@@ -395,6 +424,8 @@ class _Reader(pickle.Unpickler):
             return self.dict_of(pid)
         if type(pid) is str:
             return self.identified(pid)
+        if type(pid) is bytes:
+            return Span(self.data, *struct.unpack("<QQ", pid))
         if not pid:
             return Dict(self.budget)
         if len(pid) == 1:

@@ -17,7 +17,13 @@ from typing import Literal
 import numpy as np
 
 from keras_resnet.system.errors import InputError
-from keras_resnet.weights.numpy_ops import adaptive_average_pool, conv2d, max_pool, relu
+from keras_resnet.weights.numpy_ops import (
+    adaptive_average_pool,
+    average_pool,
+    conv2d,
+    max_pool,
+    relu,
+)
 from keras_resnet.weights.reference_check import NORM_ENTRIES, check, shape_of
 
 _EPSILON = 1e-5  # torch.nn.BatchNorm2d's default, which every network here keeps
@@ -30,7 +36,8 @@ class Architecture:
 
     The family is `"resnet"` (torchvision's names), `"resnet_cifar"` (the same with a 3x3 stem),
     `"resnet_d"` (timm's names: three 3x3 in the stem, a pooled shortcut), any of these with squeeze
-    and excitation (`se`) or group norms, `"resnet_stage"` (stages named `stage1` ..., a ReLU before
+    and excitation (`se`) or group norms, `"resnet_v2"` (norms before convolutions;
+    `"resnet_v2_keras"`: some biased), `"resnet_stage"` (stages named `stage1` ..., a ReLU before
     the addition as well), `"resnet_sequential"` (`longway`, `shortway`, biased convolutions),
     `"alexnet"` (torchvision's), `"alexnet_paper"` or `"alexnet_cifar10"`.
     """
@@ -58,6 +65,8 @@ class Conv:
     bias: bool = False
     norm: str | None = None
     pool: tuple[int, int, int] | None = None  # window, stride, padding
+    around: float = -np.inf  # what is put around it for that
+    before: str | None = None  # a norm, with a ReLU, of what it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Plan:
     stages: dict[str, tuple[Block, ...]]
     linears: tuple[str, ...]
     norm_groups: int = 0  # of group norms; 0 is batch norm
+    last_norm: str | None = None  # of the last stage's output, with a ReLU
 
     def every_conv(self) -> Iterator[Conv]:
         """All convolutions, those of the shortcuts behind their branches."""
@@ -148,14 +158,16 @@ def forward(
 
     outputs = {}
     for conv in plan.convs:
-        x = relu(run(x, conv))
+        x = run(x, conv) if plan.last_norm else relu(run(x, conv))
         if conv.pool:
-            x = max_pool(x, *conv.pool, where=f"{conv.name}'s pooling")
+            x = max_pool(x, *conv.pool, where=f"{conv.name}'s pooling", around=conv.around)
     outputs["stem" if plan.stages else "features"] = x
     for name, blocks in plan.stages.items():
         for block in blocks:
             x = _residual(x, block, run)
         outputs[name] = x
+    if plan.last_norm:
+        x = relu(_normed(x.copy(), plan.last_norm, weight, plan.norm_groups))
     if plan.stages:
         x = outputs["pool"] = x.mean(axis=(2, 3))
     elif found.family == "alexnet":
@@ -217,6 +229,8 @@ def _describe(entries: dict[str, np.ndarray]) -> Architecture:
         family = "resnet_stage" if prefix == "stage" else "resnet"
         family = "resnet_cifar" if stem[2] == 3 and prefix == "layer" else family
         family = "resnet_d" if deep else family
+        if "bn.weight" in entries and "bn1.weight" not in entries:
+            family = "resnet_v2_keras" if "conv1.bias" in entries else "resnet_v2"
         bottleneck = any(m.string[m.end() :] == "conv3.weight" for m in found)
         first, second = f"{prefix}1.0.conv1.weight", f"{prefix}1.0.conv2.weight"
     inner, width = shape_of(entries, first, 4)[0], shape_of(entries, second, 4)[1]
@@ -263,7 +277,8 @@ def _alexnet(found: Architecture) -> Plan:
 
 def _resnet(found: Architecture, entries: dict[str, np.ndarray], stride_on: str | None) -> Plan:
     sequential = found.family == "resnet_sequential"
-    conv, norm = ("conv1.0", "conv1.1") if sequential else ("conv1", "bn1")
+    v2, keras = found.family.startswith("resnet_v2"), found.family == "resnet_v2_keras"
+    conv, norm = ("conv1.0", "conv1.1") if sequential else ("conv1", None if v2 else "bn1")
     if found.family == "resnet_d":
         stem = (
             Conv("conv1.0", 3, 2, 1, norm="conv1.1"),
@@ -273,26 +288,33 @@ def _resnet(found: Architecture, entries: dict[str, np.ndarray], stride_on: str 
     elif entries[f"{conv}.weight"].shape[2] == 3:
         stem = (Conv(conv, 3, 1, 1, bias=sequential, norm=norm),)
     else:
-        stem = (Conv(conv, 7, 2, 3, bias=sequential, norm=norm, pool=(3, 2, 1)),)
+        stem = (
+            Conv(conv, 7, 2, 3, 1, sequential or keras, norm, (3, 2, 1), 0.0 if keras else -np.inf),
+        )
 
     prefix = "stage" if found.family == "resnet_stage" else "layer"
     on_first = (stride_on or ("1x1" if prefix == "stage" else "3x3")) == "1x1"
     stages = {}
     for i, depth in enumerate(found.blocks):
         name, stride = f"{prefix}{i + 1}", 1 if i == 0 else 2
+        striding = depth - 1 if keras else 0
+        if keras:  # the last stage strides nowhere
+            stride = 1 if i + 1 == len(found.blocks) else 2
         stages[name] = tuple(
             _sequential_block(name, j, stride)
             if sequential
-            else _block(f"{name}.{j}", stride if j == 0 else 1, found, entries, on_first)
+            else _block(f"{name}.{j}", stride if j == striding else 1, found, entries, on_first)
             for j in range(depth)
         )
     # Of 32 groups, torch's and timm's default: the entries do not tell.
     groups = 0 if any(key.endswith(".running_mean") for key in entries) else 32
-    return Plan(stem, stages, (_head(entries),), groups)
+    return Plan(stem, stages, (_head(entries),), groups, "bn" if v2 else None)
 
 
 def _block(name, stride: int, found: Architecture, entries, stride_on_first: bool) -> Block:
     """A block as torchvision names it: `conv1`, `bn1`, ..., `downsample.0`, `downsample.1`."""
+    if found.family.startswith("resnet_v2"):
+        return _v2_block(name, stride, found, entries)
     if found.block == "bottleneck":
         strides = (stride, 1, 1) if stride_on_first else (1, stride, 1)
         rows = zip((1, 3, 1), strides, (1, found.groups, 1), strict=True)
@@ -320,6 +342,22 @@ def _block(name, stride: int, found: Architecture, entries, stride_on_first: boo
         else:
             shortcut = Conv(f"{name}.downsample.0", 1, stride, norm=f"{name}.downsample.1")
     return Block(branch, shortcut, found.family == "resnet_stage", squeeze=squeeze)
+
+
+def _v2_block(name: str, stride: int, found: Architecture, entries) -> Block:
+    """A block of He et al. 2016 (arXiv:1603.05027): norm, ReLU, convolution."""
+    bottleneck, keras = found.block == "bottleneck", found.family == "resnet_v2_keras"
+    rows = ((1, 1), (3, stride), (1, 1)) if bottleneck else ((3, stride), (3, 1))
+    branch = tuple(
+        Conv(f"{name}.conv{k}", kernel, s, kernel // 2, found.groups if k == 2 else 1,
+             bias=keras and k == len(rows), before=f"{name}.bn{k}")
+        for k, (kernel, s) in enumerate(rows, start=1)
+    )  # fmt: skip
+    first, last = (entries.get(f"{conv.name}.weight") for conv in (branch[0], branch[-1]))
+    shortcut: Conv | str | None = "zero_padding" if stride > 1 else None  # every second pixel
+    if getattr(first, "shape", (0, 0))[1] != getattr(last, "shape", (0,))[0]:
+        shortcut = Conv(f"{name}.downsample.0", 1, stride, bias=keras, before=f"{name}.bn1")
+    return Block(branch, shortcut, False)
 
 
 def _sequential_block(stage: str, index: int, stride: int) -> Block:
@@ -353,48 +391,46 @@ def _check_images(images: np.ndarray, found: Architecture) -> np.ndarray:
 
 
 def _residual(x: np.ndarray, block: Block, run) -> np.ndarray:
-    y = x
+    y, preactivated = x, block.branch[0].before is not None
     for i, conv in enumerate(block.branch):
         y = run(y, conv)
-        if i < len(block.branch) - 1 or block.relu_before_add:
+        if not preactivated and (i < len(block.branch) - 1 or block.relu_before_add):
             y = relu(y)
     if block.squeeze:
         first, second = block.squeeze
         gate = run(relu(run(y.mean(axis=(2, 3), keepdims=True), first)), second)
         y = y / (1 + np.exp(-gate))
     if isinstance(block.shortcut, Conv):
-        x = _average_pool(x, block.pooled) if block.pooled > 1 else x
+        x = average_pool(x, block.pooled) if block.pooled > 1 else x
         x = run(x, block.shortcut)
     elif block.shortcut == "zero_padding":
         # Every second pixel, and zero channels on both sides of the old ones (option A).
         side = (y.shape[1] - x.shape[1]) // 2
         x = np.pad(x[:, :, ::2, ::2], ((0, 0), (side, side), (0, 0), (0, 0)))
     y += x
-    return relu(y)
+    return y if preactivated else relu(y)
 
 
 def _conv_norm(x: np.ndarray, conv: Conv, weight, norm_groups: int) -> np.ndarray:
+    if conv.before:
+        x = relu(_normed(x.copy(), conv.before, weight, norm_groups))
     kernel = weight(f"{conv.name}.weight")
     y = conv2d(x, kernel, conv.stride, conv.padding, conv.groups, conv.name)
     if conv.bias:
         y += weight(f"{conv.name}.bias")[:, None, None]
-    if conv.norm and norm_groups:
-        gamma, beta = (weight(f"{conv.norm}.{e}")[:, None, None] for e in NORM_ENTRIES[:2])
+    return _normed(y, conv.norm, weight, norm_groups) if conv.norm else y
+
+
+def _normed(y: np.ndarray, norm: str, weight, norm_groups: int) -> np.ndarray:
+    """The norm of an array, which may be overwritten."""
+    if norm_groups:
+        gamma, beta = (weight(f"{norm}.{e}")[:, None, None] for e in NORM_ENTRIES[:2])
         parts = y.reshape(len(y), norm_groups, -1)
         mean, variance = (f(axis=2, keepdims=True) for f in (parts.mean, parts.var))
         parts = (parts - mean) / np.sqrt(variance + np.asarray(_EPSILON, y.dtype))
         return parts.reshape(y.shape) * gamma + beta
-    if conv.norm:
-        gamma, beta, mean, variance = (weight(f"{conv.norm}.{e}") for e in NORM_ENTRIES)
-        scale = gamma / np.sqrt(variance + np.asarray(_EPSILON, variance.dtype))
-        y *= scale[:, None, None]
-        y += (beta - mean * scale)[:, None, None]
+    gamma, beta, mean, variance = (weight(f"{norm}.{e}") for e in NORM_ENTRIES)
+    scale = gamma / np.sqrt(variance + np.asarray(_EPSILON, variance.dtype))
+    y *= scale[:, None, None]
+    y += (beta - mean * scale)[:, None, None]
     return y
-
-
-def _average_pool(x: np.ndarray, size: int) -> np.ndarray:
-    """Means of size x size windows; those at the far edges are of what there is (ceil_mode)."""
-    rows, columns = (range(0, side, size) for side in x.shape[2:])
-    sums = np.add.reduceat(np.add.reduceat(x, rows, axis=2), columns, axis=3)
-    height, width = (np.minimum(size, n - np.arange(0, n, size)) for n in x.shape[2:])
-    return sums / np.multiply.outer(height, width).astype(x.dtype)

@@ -19,11 +19,14 @@ def check(plan: Any, found: Any, entries: dict[str, np.ndarray]) -> None:
         kinds[f"{conv.name}.weight"] = "convolution"
         if conv.bias:
             kinds[f"{conv.name}.bias"] = "bias"
-        if conv.norm:
-            kinds |= {f"{conv.norm}.{entry}": f"{kind} norm" for entry in norm}
+        for name in filter(None, (conv.norm, conv.before)):
+            kinds |= {f"{name}.{entry}": f"{kind} norm" for entry in norm}
+    if plan.last_norm:
+        kinds |= {f"{plan.last_norm}.{entry}": f"{kind} norm" for entry in norm}
     for name in plan.linears:
         kinds |= {f"{name}.weight": "linear layer", f"{name}.bias": "bias"}
-    counters = {f"{conv.norm}.num_batches_tracked" for conv in plan.every_conv() if conv.norm}
+    norms = (key.rpartition(".")[0] for key in kinds if key.endswith(".running_var"))
+    counters = {f"{name}.num_batches_tracked" for name in norms}
     missing = [key for key in kinds if key not in entries]
     unexpected = sorted(entries.keys() - kinds.keys() - counters)
     if missing or unexpected:
@@ -54,6 +57,8 @@ def check(plan: Any, found: Any, entries: dict[str, np.ndarray]) -> None:
         if channels != out:
             last = f"{block.branch[-1].name}.weight"
             raise InputError(f"{last!r} gives {out} channels, its block's shortcut {channels}.")
+    if plan.last_norm:
+        _check_vectors(plan.last_norm, norm, channels, entries)
     features = channels if plan.stages else None  # AlexNet's depend on the pooled size
     for name in plan.linears:
         rows, columns = shape_of(entries, f"{name}.weight", 2)
@@ -79,12 +84,18 @@ def _check_conv(
             f"'{conv.name}.weight' has shape {shape}; expected a {conv.kernel}x{conv.kernel} "
             f"convolution of {channels} channels{groups} (out, in / groups, height, width)."
         )
-    vectors = [f"{conv.name}.bias"] if conv.bias else []
-    vectors += [f"{conv.norm}.{entry}" for entry in norm] if conv.norm else []
-    for key in vectors:
-        if shape_of(entries, key, 1) != (shape[0],):
-            raise InputError(f"{key!r} has {len(entries[key])} values for {shape[0]} channels.")
+    vectors = ((conv.bias and conv.name, ("bias",), shape[0]), (conv.norm, norm, shape[0]),
+               (conv.before, norm, channels))  # fmt: skip
+    for name, kinds, count in vectors:
+        if name:
+            _check_vectors(name, kinds, count, entries)
     return shape[0]
+
+
+def _check_vectors(name: str, kinds: Any, count: int, entries: dict[str, np.ndarray]) -> None:
+    for key in (f"{name}.{kind}" for kind in kinds):
+        if shape_of(entries, key, 1) != (count,):
+            raise InputError(f"{key!r} has {len(entries[key])} values for {count} channels.")
 
 
 def _more(keys: list[str]) -> str:

@@ -19,9 +19,10 @@ from keras_resnet.system.errors import CheckpointError, InputError, reason_of
 from keras_resnet.system.files import printable, to_json, write_text
 from keras_resnet.variants import SPECS
 from keras_resnet.weights import download, published
+from keras_resnet.weights.arrays import adapted_to, how_adapted
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
-from keras_resnet.weights.dialects import CAFFE, TORCHVISION
-from keras_resnet.weights.h5_files import for_rgb, imagenet_preset, without_biases
+from keras_resnet.weights.dialects import CAFFE, TORCHVISION, head_shape, unwritten
+from keras_resnet.weights.h5_files import imagenet_pixels, prepared_as, without_biases
 from keras_resnet.weights.mapping import convs_of_module, module_path, strides_of, weighted_layers
 from keras_resnet.weights.matching import Network, Shape, find_networks, locate
 from keras_resnet.weights.selection import find_entry
@@ -44,7 +45,8 @@ class Source:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # what stands beside the file
     published: published.TorchvisionWeights | None = None
     named: download.HubFile | None = None
-    preprocess: Preprocess | None = None  # of a published file
+    pixels: str | None = None  # of keras.applications' own files, see `take_pixels`
+    preprocess: Preprocess | None = None  # of a published file, or as the caller says
     adapted: str = ""
     network: Network = dataclasses.field(default_factory=lambda: Network("", TORCHVISION, {}))
     whole: bool = False  # every entry of the network's body is there
@@ -58,19 +60,43 @@ class Source:
         return "" if self.network.dialect is TORCHVISION else self.network.dialect.of
 
     @property
-    def bgr(self) -> str:
-        """That its images may have been BGR pixels, where nothing says how they were prepared."""
+    def other_pixels(self) -> str:
+        """That its images may not have been as ours, where nothing says how they were prepared."""
         dialect = self.network.dialect
-        unknown = self.strides is None or dialect.name == "keras"
-        whose, means = dialect.of, dialect.bgr if unknown else ""
+        known = self.strides is not None and dialect.name != "keras"
+        whose, bgr, scaled = dialect.of, dialect.bgr, dialect.scaled
         if self.config.get("style") not in (None, "pytorch"):
-            whose, means = "OpenMMLab's style='caffe'", CAFFE
-        if not means or self.preprocess or (self.named and self.named.images):
+            whose, bgr, known = "OpenMMLab's style='caffe'", CAFFE, False
+        if known or self.preprocess or (self.named and self.named.images) or not (bgr or scaled):
             return ""
+        mode, pixels = "tf", "RGB pixels of -1..1"
+        if bgr:
+            mode, pixels = "caffe", f"BGR pixels of 0..255 less {list(bgr)}"
         return (
-            f"{self.label} does not say how its images were prepared; {whose} takes BGR pixels of "
-            f"0..255 less {means} unless told otherwise, and answers wrongly for other images."
+            f"{self.label} does not say how its images were prepared; {whose} takes {pixels} "
+            "unless told otherwise, and answers wrongly for other images (keras-resnet convert "
+            f"--pixels {mode} makes a model for ordinary ones)."
         )
+
+    def take_pixels(self, mode: str, preprocess: Preprocess | None = None) -> None:
+        """Says how its images were prepared, and makes it a network for RGB pixels.
+
+        What takes BGR pixels gives the same for RGB ones with its first kernel turned round.
+
+        Args:
+            mode: As keras.applications' `preprocess_input` calls it: `"caffe"`, `"tf"`, `"torch"`.
+            preprocess: Sides and interpolation; the rest is the mode's.
+
+        Raises:
+            InputError: The mode is unknown, or the images have no three channels.
+        """
+        means = self.network.dialect.bgr or (CAFFE if self.config.get("style") else ())
+        self.preprocess = prepared_as(mode, means, preprocess)
+        if mode == "caffe":
+            first = next(key for key, array in self.tensors.items() if array.ndim == 4)
+            if self.tensors[first].shape[1] != 3:
+                raise InputError(f"pixels='caffe' is for images of three channels: {self.label}.")
+            self.tensors[first] = self.tensors[first][:, ::-1]
 
     @property
     def near(self) -> set[str]:
@@ -135,6 +161,8 @@ def read_source(
     if not found.tensors:
         raise InputError(f"{found.label} holds no tensors.")
     _take_network(found, wanted, head, key)
+    if found.pixels is not None and found.whole:
+        found.take_pixels(found.pixels)
     if found.kind == "h5" and not found.whole:
         raise InputError(
             f"{found.label} is a Keras model's weights, and no network of keras.applications that "
@@ -165,9 +193,8 @@ def _check_variant(named: download.HubFile, variant: str | None) -> None:
 def _from_file(path: Path, key: str | None) -> Source:
     about = inspect_checkpoint(path, key)
     tensors = read_checkpoint(path, key)
-    preset = imagenet_preset(path) if about.format == "h5" else None
     if about.format == "h5":
-        tensors = without_biases(for_rgb(tensors) if preset else tensors)
+        tensors = without_biases(tensors)
     sha256 = download.file_sha256(path)
     row = published.published_by_torchvision(sha256)
     strides, known_from = about.metadata.get("stride_on"), "the file's metadata"
@@ -186,7 +213,8 @@ def _from_file(path: Path, key: str | None) -> Source:
         config=_config_beside(path)
         | {"__author__": about.others.get("__author__"), "style": about.others.get("meta.style")},
         published=row,
-        preprocess=row.preprocess if row else preset,
+        pixels=imagenet_pixels(path) if about.format == "h5" else None,
+        preprocess=row.preprocess if row else None,
     )
 
 
@@ -246,6 +274,11 @@ def _take_network(found: Source, wanted, head: str | None, key: str | None) -> N
     Raises:
         InputError: Several fit, with other numbers.
     """
+    for name, scale in unwritten(found.tensors).items():
+        # As Detectron2's FrozenBatchNorm2d: with its epsilon the deviation is 1.
+        value = np.float32(1 - 1e-5 if name.endswith("riv") else 0)
+        found.tensors[name] = np.broadcast_to(value, found.tensors[scale].shape)
+        found.dtypes[name] = "float32"
     shapes = found.shapes
     networks = find_networks(shapes) if wanted is None else locate(shapes, wanted, head)
     whole = [network for network in networks if not network.strange]
@@ -269,7 +302,10 @@ def _take_network(found: Source, wanted, head: str | None, key: str | None) -> N
     found.whole, found.network = bool(fits), network
     found.prefix += network.prefix
     found.beside = {name: shapes[name] for name in network.beside}
-    found.tensors = {ours: found.tensors[name] for ours, name in names.items()}
+    found.tensors = {
+        ours: found.tensors[name].reshape(head_shape(name, tuple(shapes[name])))
+        for ours, name in names.items()
+    }
     found.dtypes = {ours: found.dtypes[name] for ours, name in names.items()}
 
 
@@ -341,24 +377,6 @@ def several(label: str, key: str, prefix: str, networks: Iterable[Network]) -> s
     return f"{label} holds {len(listed)} networks that fit; name one of {shown}."
 
 
-def adapted_to(weight: np.ndarray, channels: int) -> np.ndarray:
-    """A first convolution of three channels for others, as timm's `adapt_input_conv` makes it.
-
-    Summed for one channel, which answers as for three equal ones; else repeated, and scaled to the
-    same sum. The weight is torch's, (out, 3, height, width).
-    """
-    if channels == 1:
-        return weight.sum(axis=1, keepdims=True, dtype=weight.dtype)
-    repeated = np.tile(weight, (1, -(-channels // 3), 1, 1))[:, :channels]
-    return repeated * weight.dtype.type(3 / channels)
-
-
-def how_adapted(key: str, channels: int) -> str:
-    """What `adapted_to` did, for a person."""
-    how = "summed for 1" if channels == 1 else f"repeated and scaled for {channels}"
-    return f"{key} of 3 channels {how}"
-
-
 def _adapt_channels(found: Source, expected: Mapping[str, Shape]) -> None:
     key = next((key for key, shape in expected.items() if len(shape) == 4), None)
     weight, shape = found.tensors.get(key), expected.get(key)
@@ -383,11 +401,11 @@ def pixel_problem(model: keras.Model, found: Source) -> str | None:
     """Where a model that normalises inside does it otherwise than its weights were trained."""
     layer = next((x for x in model.layers if isinstance(x, Normalize)), None)
     told = None if layer is None else told_preprocess(model, found)
-    if layer is None or (told is None and not found.bgr):
+    if layer is None or (told is None and not found.other_pixels):
         return None
     if told is None:
         known = "build it without that, or with the mean= and std= that you know"
-        return f"{found.bgr} {model.name} normalises inside: {known}."
+        return f"{found.other_pixels} {model.name} normalises inside: {known}."
     theirs, own = [
         [np.round(values or (default,), 4).tolist() for values, default in pair]
         for pair in (((told.mean, 0), (told.std, 1)), ((layer.mean, 0), (layer.std, 1)))

@@ -223,6 +223,18 @@ class NumpyType(StandIn):
             self.code = order + self.code[1:]
 
 
+class Span(StandIn):
+    """A long string of bytes in a pickle, left where it is."""
+
+    __slots__ = ("data", "size", "start")
+
+    def __init__(self, data: Any, start: int, size: int):
+        self.data, self.start, self.size = data, start, size
+
+    def __len__(self) -> int:
+        return self.size
+
+
 class Array(StandIn):
     """A NumPy array inside the pickle; Python 2 wrote its bytes as text in latin-1."""
 
@@ -236,7 +248,7 @@ class Array(StandIn):
             raise CheckpointError("a NumPy array in the pickle has no proper state")
         _, shape, dtype, fortran, data = state
         shape = counts(shape, "shape")
-        if type(dtype) is not NumpyType or type(data) not in (bytes, str):
+        if type(dtype) is not NumpyType or type(data) not in (bytes, str, Span):
             self.code = None  # objects or strings: kept as an entry without numbers
             return
         if math.prod(shape) * dtype.size != len(data):
@@ -276,7 +288,7 @@ def brief(value: Any, depth: int = 0) -> str:
         return f"'{one_line(value, 60)}'"
     if kind in (int, float, bool, complex) or value is None:
         return one_line(repr(value), 40)
-    if kind is bytes:
+    if kind in (bytes, Span):
         return f"{len(value):,} bytes"
     if kind in (tuple, list, dict):
         if len(value) > 8 or (depth and value):

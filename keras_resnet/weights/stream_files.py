@@ -15,7 +15,8 @@ from keras_resnet.weights.stand_ins import MAX_PICKLE, Array, Budget, brief, one
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
-# Bytes of a pickle that has the arrays inside, as Detectron2 writes them: they are copied twice.
+# Bytes of a pickle that has the arrays inside, as Detectron2 writes them: those of protocol 2 that
+# Python 3 wrote are text, which is copied three times, others stay where they are.
 _MAX_ARRAYS = 1 << 29
 _ARRAYS_ENDINGS = (".pkl", ".pickle")
 
@@ -23,14 +24,14 @@ _ARRAYS_ENDINGS = (".pkl", ".pickle")
 def load_stream(data: Any, size: int, name: str) -> Loaded:
     """The pre-zip stream; also names what a pickle that is no checkpoint wants."""
     loaded = Loaded("stream", data, size)
-    budget, storages = Budget(), Storages()
+    arrays = name.lower().endswith(_ARRAYS_ENDINGS)
+    most = max(MAX_PICKLE, min(size, _MAX_ARRAYS)) if arrays else MAX_PICKLE
+    budget, storages = Budget(bytes=most), Storages()
 
     def pickle(start: int, persistent: Any = None) -> tuple[Any, int]:
         return read_pickle(data, start, size, budget, loaded.refused, persistent)
 
     try:
-        arrays = name.lower().endswith(_ARRAYS_ENDINGS)
-        most = max(MAX_PICKLE, min(size, _MAX_ARRAYS)) if arrays else MAX_PICKLE
         magic, position = read_pickle(data, 0, size, budget, loaded.refused, storages, most)
         loaded.root = magic
         if type(magic) is not int or magic != MAGIC:

@@ -35,7 +35,11 @@ KINDS = {
 }
 QUICK = ("resnet18", "resnet20", "resnet50", "resnet34_cifar10", "alexnet_cifar10")
 # Rows whose shapes tests/weights/test_load.py compares with timm's, without building them.
-ALIKE = ("resnet18d", "resnet34d", "resnet26d", "resnet101d", "resnet152d", "resnet26t")
+ALIKE = (
+    *("resnet18d", "resnet34d", "resnet26d", "resnet101d", "resnet152d", "resnet26t"),
+    *("resnetv2_34", "resnetv2_50", "resnetv2_101", "resnetv2_152"),
+    *("resnet101_v2", "resnet152_v2"),  # with Keras' numbers of weights: test_dialects.py
+)
 # Deeper than these the blocks repeat, and to draw 500 MB of weights takes seconds.
 DEEP = [
     name
@@ -291,6 +295,12 @@ def test_feature_extractor_gives_a_map_at_each_stride(rng):
     ]  # fmt: skip
     with pytest.raises(InputError, match="There are: 1, 2, 4"):
         kr.feature_extractor(kr.ResNet20(), (8,))
+    # Zeros put around a map for the pooling are no map.
+    inputs = keras.Input((16, 16, 3))
+    x = keras.layers.ZeroPadding2D(1)(keras.layers.Conv2D(4, 2, strides=2)(inputs))
+    padded = keras.Model(inputs, keras.layers.Conv2D(5, 3, strides=2)(x))
+    maps = kr.feature_extractor(padded, (2, 4)).outputs
+    assert [y.shape for y in maps] == [(None, 8, 8, 4), (None, 4, 4, 5)]
 
 
 def test_info_travels_in_the_model_file(tmp_path, rng):

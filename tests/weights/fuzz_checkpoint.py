@@ -176,6 +176,7 @@ def samples(shared: pathlib.Path | None = None) -> dict[str, bytes]:
 def other_samples() -> dict[str, bytes]:
     """The same of formats that are not torch's, and what stands beside weights on the hub."""
     arrays = {f"{i}.weight": np.full((3, i), i, "f4") for i in range(5)}
+    arrays["5.weight"] = np.arange(3000, dtype="f4")  # so long that its bytes stay in the file
     content = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
     files = {f"{protocol}.pkl": pickle.dumps(content, protocol) for protocol in (2, 5)}
     files |= {name: h5_bytes(name) for name in ("a.h5", "a.weights.h5")}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
+import math
 import pickle
+import struct
 import tracemalloc
 
 import keras
@@ -15,7 +18,9 @@ torch = pytest.importorskip("torch")
 
 from test_load import answers, randomise_statistics, relative
 
+import keras_resnet as kr
 from keras_resnet.cli.main import main
+from keras_resnet.data.preprocess import Preprocess
 from keras_resnet.models import resnet
 from keras_resnet.models.files import convert_file, load_model, model_preprocess
 from keras_resnet.models.zoo import create_model
@@ -23,7 +28,7 @@ from keras_resnet.system.errors import CheckpointError, InputError
 from keras_resnet.variants import COUNTER, SPECS, ResNetSpec
 from keras_resnet.weights import h5_files, sources
 from keras_resnet.weights.checkpoint import inspect_checkpoint, read_checkpoint
-from keras_resnet.weights.dialects import DIALECTS, WORDS, names_in
+from keras_resnet.weights.dialects import DIALECTS, PIXELS, WORDS, names_in
 from keras_resnet.weights.load import load_torchvision
 from keras_resnet.weights.mapping import expected_keys, save_torchvision, to_torchvision
 from keras_resnet.weights.matching import find_networks, grouped, spec_shapes
@@ -65,6 +70,7 @@ FACTS = {
         "layer1.0.downsample.1.bias": "backbone.layer1.0.downsample.1.bias",
         "fc.weight": "head.fc.weight",
     },
+    "timm": {name: name for name in ("conv1.weight", "layer1.0.downsample.1.bias", "fc.weight")},
     "keras": {
         "conv1.weight": "conv1_conv.kernel",
         "bn1.running_var": "conv1_bn.moving_variance",
@@ -98,7 +104,9 @@ def test_the_stem_of_openmmlabs_d_variant_is_a_list_of_modules():
     assert {ours: names[ours] for ours in facts} == facts
 
 
-@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet50d", "resnet20", "alexnet"])
+@pytest.mark.parametrize(
+    "name", ["resnet34", "resnet50", "resnet50d", "resnet20", "alexnet", "resnetv2_50"]
+)
 def test_a_network_is_found_by_its_names_in_each_dialect_that_has_it(name):
     shapes = spec_shapes(SPECS[name])
     spoken = []
@@ -110,7 +118,8 @@ def test_a_network_is_found_by_its_names_in_each_dialect_that_has_it(name):
         spoken.append(to)
         there = {f"model.{theirs}": shapes[ours] for ours, theirs in names.items()}
         (found,) = find_networks(there | {"loss.weight": (1000,)})
-        assert (found.prefix, found.dialect.name) == ("model.", to)
+        spoken_as = "torchvision" if dialect.of == "timm's ResNet" else to  # one and the same
+        assert (found.prefix, found.dialect.name) == ("model.", spoken_as)
         assert {ours: theirs for ours, theirs in found.names.items()} == {
             ours: f"model.{theirs}" for ours, theirs in names.items()
         }
@@ -121,10 +130,10 @@ def test_a_network_is_found_by_its_names_in_each_dialect_that_has_it(name):
                     if k in names and not k.startswith("fc")}  # fmt: skip
             (found,) = find_networks(body)
             assert (name, None) in found.variants and len(found.names) == len(body)
-    both = ["sequential", "mmpretrain"]
+    both = ["sequential", "mmpretrain", "timm"]
     assert spoken == {
         "resnet34": [*FACTS][:-1], "resnet50": [*FACTS], "resnet50d": both,
-        "resnet20": both[:1], "alexnet": both[:1],
+        "resnet20": both[:1], "alexnet": both[:1], "resnetv2_50": ["timm", "keras"],
     }[name]  # fmt: skip
 
 
@@ -134,6 +143,9 @@ def test_a_network_is_found_by_its_names_in_each_dialect_that_has_it(name):
         ("resnext50_32x4d", "huggingface", "no groups"),
         ("wide_resnet50_2", "huggingface", "no wider bottlenecks"),
         ("resnet20", "detectron2", "no first kernel of 3x3"),
+        ("resnetv2_50", "sequential", "no name for 'bn.weight'"),
+        ("resnet50_v2", "timm", "no biases in its convolutions"),
+        ("resnet20", "timm", "no first kernel of 3x3"),
         ("resnet50_v1_relu", "sequential", "no name for 'stage1.0.conv1.weight'"),
     ],
 )
@@ -165,7 +177,7 @@ def test_openmmlabs_caffe_style_strides_elsewhere_and_takes_bgr(tmp_path):
         torch.save({"meta": {field: text, "CLASSES": ("a",)}, "state_dict": state}, file)
         found = read_source(file, None, expected_keys(network(BOTTLENECKS)), "fc")
         assert found.strides == {"caffe": "1x1", "pytorch": "3x3"}[style]
-        assert ("BGR" in found.bgr) == (style == "caffe")
+        assert ("BGR" in found.other_pixels) == (style == "caffe")
     with pytest.raises(InputError, match=r"strides on the 1x1 convolutions .style='caffe' in its"):
         load_torchvision(network(BOTTLENECKS), tmp_path / "caffe.pth", head="skip")
 
@@ -275,6 +287,54 @@ def test_hugging_faces(spec, torchvision, tmp_path):
         load_torchvision(model, file)
 
 
+def timms_preactivated(spec: ResNetSpec) -> torch.nn.Module:
+    timm = pytest.importorskip("timm.models.resnetv2")
+    wide = [4 * w if spec.bottleneck else w for w in spec.widths]
+    return randomise_statistics(
+        timm.ResNetV2(
+            layers=spec.blocks, channels=wide, stem_chs=8, num_classes=10,
+            basic=not spec.bottleneck, bottle_ratio=0.25 if spec.bottleneck else 1.0,
+            norm_layer=timm.BatchNormAct2d, conv_layer=timm.create_conv2d,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [NARROW, BOTTLENECKS], ids=lambda spec: spec.name)
+def test_timms_preactivated(spec, tmp_path):
+    module, images = timms_preactivated(spec), pictures()
+
+    def logits(images):
+        with torch.no_grad():
+            return module(torch.from_numpy(images)).numpy()
+
+    spec, state = dataclasses.replace(spec, preactivation=True), module.state_dict()
+    model = network(spec)
+    model = kr.ImageModel(model.inputs, model.outputs)
+    assert sorted(names_in("timm", expected_keys(model))[1].values()) == sorted(state)
+    assert_same_both_ways(model, logits, state, "timm", tmp_path / "a.pth")
+    # What the addition reads as well is no norm's alone: nothing folds into it.
+    turned = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    folded = kr.optimize_for_inference(model)
+    assert folded.info["optimized"]["folded_norms"] == sum(spec.blocks) * (1 + spec.bottleneck)
+    for one in (model, folded):
+        assert relative(one.predict_on_batch(turned), logits(images)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float64"], indirect=True)
+@pytest.mark.parametrize("spec", [NARROW, BOTTLENECKS], ids=lambda spec: spec.name)
+def test_preactivated_gradients(spec, dtype, tmp_path):
+    module = timms_preactivated(spec).double().train()
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    model = network(dataclasses.replace(spec, preactivation=True))
+    model = kr.ImageModel(model.inputs, model.outputs)
+    assert load_torchvision(model, tmp_path / "a.pth").ok
+    images = torch.from_numpy(pictures()).double()
+    (module(images) ** 2).sum().backward()
+    (model(images.permute(0, 2, 3, 1), training=True) ** 2).sum().backward()
+    ours = model.get_layer("conv1").kernel.value.grad.numpy().transpose(3, 2, 0, 1)
+    assert relative(ours, module.stem.conv.weight.grad.numpy()) < 1e-10
+
+
 @pytest.mark.slow
 def test_sequential_children_and_a_fastai_learner(torchvision, tmp_path):
     block = torchvision.models.resnet.BasicBlock
@@ -346,6 +406,88 @@ def test_detectron2s_pickles(tmp_path):
     assert not inspect_checkpoint(file).safe
 
 
+def of_python_2(arrays: dict[str, np.ndarray]) -> bytes:
+    """A pickle of protocol 2 as Python 2 wrote it: the arrays' numbers are text."""
+    out = b"\x80\x02}("
+    for name, array in arrays.items():
+        out += b"U" + bytes([len(name)]) + name.encode()
+        out += b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01("
+        out += b"".join(b"J" + struct.pack("<i", side) for side in array.shape) + b"t"
+        out += b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNN" + 2 * b"J\xff\xff\xff\xff"
+        out += b"K\x00tb\x89T" + struct.pack("<i", array.nbytes) + array.tobytes() + b"tb"
+    return out + b"u."
+
+
+def test_caffe2s_pickles_of_python_2(tmp_path, rng):
+    (theirs,) = (d for d in DIALECTS if d.of == "Caffe2's ResNet")
+    facts = {  # detectron2/checkpoint/c2_model_loading.py, the other way round
+        "conv1.weight": "conv1_w", "bn1.weight": "res_conv1_bn_s", "fc.bias": "fc1000_b",
+        "layer1.0.downsample.0.weight": "res2_0_branch1_w",
+        "layer1.0.downsample.1.bias": "res2_0_branch1_bn_b",
+        "layer4.2.conv3.weight": "res5_2_branch2c_w", "layer4.2.bn1.bias": "res5_2_branch2a_bn_b",
+    }  # fmt: skip
+    assert {ours: theirs(ours) for ours in facts} == facts
+    model = network(dataclasses.replace(BOTTLENECKS, stride_on="1x1"))
+    blobs = {
+        theirs(k): rng.normal(size=shape).astype("f4")
+        for k, shape in expected_keys(model).items()
+        if not k.endswith(("running_mean", "running_var", COUNTER))
+    }
+    more = {"conv1_b": np.zeros(8, "f4"), "conv1_w_momentum": np.zeros((8, 3, 7, 7), "f4")}
+    more["large_w_momentum"] = rng.normal(size=5_000_000).astype("f4")
+    file, raw = tmp_path / "R-50.pkl", of_python_2(blobs | more)
+    file.write_bytes(raw)
+    there = pickle.loads(raw, encoding="latin1")
+    assert all(np.array_equal(there[k], v) for k, v in (blobs | more).items())
+    assert inspect_checkpoint(file).safe
+    tracemalloc.start()
+    about, found = inspect_checkpoint(file), read_checkpoint(file)
+    assert tracemalloc.get_traced_memory()[1] < 4e6  # the numbers stay where they are
+    tracemalloc.stop()
+    assert about.problem is None
+    assert all(found[k].tobytes() == v.tobytes() for k, v in blobs.items())
+    with pytest.raises(InputError, match="does not say where its bottlenecks stride"):
+        load_torchvision(model, file)
+    with pytest.warns(UserWarning, match="BGR"):
+        report = load_torchvision(model, file, allow_other_strides=True)
+    assert report.ok and sorted(report.left_out) == sorted(more)
+    for key, array in to_torchvision(model).items():
+        if key.endswith("running_var"):  # a frozen norm's: with the epsilon a deviation of 1
+            assert np.allclose(array + np.float32(1e-5), 1, atol=1e-7)
+        elif key.endswith("running_mean"):
+            assert not array.any()
+        elif not key.endswith(COUNTER):
+            assert array.tobytes() == blobs[theirs(key)].tobytes()
+    # Python 3 writes protocol 2 with the numbers as text in UTF-8
+    file = tmp_path / "again.pkl"
+    file.write_bytes(pickle.dumps(blobs | more, protocol=2))
+    found = read_checkpoint(file)
+    assert all(found[k].tobytes() == v.tobytes() for k, v in (blobs | more).items())
+
+
+def test_a_model_is_made_for_ordinary_pixels_of_weights_for_others(tmp_path, monkeypatch, rng):
+    v1 = dataclasses.replace(BOTTLENECKS, name="small_v1", stride_on="1x1", input_size=64)
+    monkeypatch.setitem(SPECS, "small_v1", v1)
+    model = create_model("small_v1", num_classes=10)
+    names = names_in("keras", expected_keys(model))[1]
+    state = {names[k]: v for k, v in to_torchvision(model).items() if k in names}
+    write_checkpoint(tmp_path / "a.pth", state)
+    pixels = rng.integers(0, 256, (2, 64, 64, 3)).astype("float32")
+    for mode in PIXELS:
+        done = convert_file(tmp_path / "a.pth", tmp_path / "a.keras", pixels=mode)
+        assert done.passed and "BGR" not in str(done)
+        made = load_model(tmp_path / "a.keras")
+        found = model_preprocess(made)
+        own = ((pixels / 255 - found.mean) / found.std).astype("float32")
+        prepared = keras.applications.imagenet_utils.preprocess_input(pixels.copy(), mode=mode)
+        expected = model.predict_on_batch(prepared)
+        assert relative(made.predict_on_batch(own), expected) < 1e-4
+    with pytest.raises(InputError, match=r"pixels='tf' is for a checkpoint that becomes a .keras"):
+        convert_file(tmp_path / "a.pth", tmp_path / "b.pth", pixels="tf")
+    command = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.keras"), "--pixels", "caffe"]
+    assert main([*command, "--mean", "0.5", "0.5", "0.5"]) == 2
+
+
 def test_hdf5_goes_to_its_library_by_its_name_and_not_deep(tmp_path):
     import h5py
 
@@ -402,13 +544,7 @@ def test_keras_applications(tmp_path, rng, monkeypatch):
     theirs = keras.applications.ResNet50(
         weights=None, classes=10, input_shape=(64, 64, 3), classifier_activation=None
     )
-    for layer in theirs.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            shape = layer.gamma.shape
-            ranges = ((0.5, 1.5), (-0.3, 0.3), (-0.3, 0.3), (1e-4, 1.5))
-            layer.set_weights([rng.uniform(*ends, shape) for ends in ranges])
-        elif isinstance(layer, keras.layers.Conv2D):
-            layer.bias.assign(rng.uniform(-0.3, 0.3, layer.bias.shape))
+    randomise(theirs, rng)
     theirs.save_weights(tmp_path / "a.weights.h5")
     model = create_model("resnet50_v1", num_classes=10, input_shape=(64, 64, 3))
     report = load_torchvision(model, tmp_path / "a.weights.h5")
@@ -422,7 +558,7 @@ def test_keras_applications(tmp_path, rng, monkeypatch):
     assert sources.read_source(tmp_path / "a.weights.h5", None).strides == "1x1"
     # one of its own ImageNet files, which take BGR pixels: here RGB, and as `preprocess_input` does
     digest = hashlib.md5((tmp_path / "a.weights.h5").read_bytes()).hexdigest()
-    monkeypatch.setattr(h5_files, "_IMAGENET", {digest})
+    monkeypatch.setattr(h5_files, "_IMAGENET", {digest: "caffe"})
     load_torchvision(model, tmp_path / "a.weights.h5", head="skip")
     pixels = rng.integers(0, 256, (2, 64, 64, 3))
     prepared = keras.applications.resnet.preprocess_input(pixels.astype("float32"))
@@ -431,11 +567,55 @@ def test_keras_applications(tmp_path, rng, monkeypatch):
     assert relative(model.predict_on_batch(own), theirs.predict_on_batch(prepared)) < 1e-4
 
 
+def randomise(model: keras.Model, rng) -> None:
+    """Statistics and biases of a Keras model as training might leave them."""
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            ranges = ((0.5, 1.5), (-0.3, 0.3), (-0.3, 0.3), (1e-4, 1.5))
+            layer.set_weights([rng.uniform(*ends, layer.gamma.shape) for ends in ranges])
+        elif isinstance(layer, keras.layers.Conv2D) and layer.bias is not None:
+            layer.bias.assign(rng.uniform(-0.3, 0.3, layer.bias.shape))
+
+
+def test_keras_applications_preactivated(tmp_path, rng):
+    resnets = inspect.getmodule(keras.applications.ResNet50V2).resnet
+
+    def stages(x):
+        x = resnets.stack_residual_blocks_v2(x, 64, 2, name="conv2")
+        return resnets.stack_residual_blocks_v2(x, 16, 2, stride1=1, name="conv3")
+
+    theirs = resnets.ResNet(
+        stages, True, True, weights=None, classes=10, input_shape=(64, 64, 3),
+        classifier_activation=None,
+    )  # fmt: skip
+    randomise(theirs, rng)
+    theirs.save_weights(tmp_path / "a.weights.h5")
+    row = SPECS["resnet50_v2"]
+    model = network(dataclasses.replace(row, blocks=(2, 2), widths=(64, 16)))
+    with pytest.warns(UserWarning, match=r"takes RGB pixels of -1\.\.1 unless told otherwise"):
+        report = load_torchvision(model, tmp_path / "a.weights.h5")
+    assert report.ok and report.names == "keras.applications' ResNetV2"
+    images = pictures().transpose(0, 2, 3, 1)
+    expected = theirs.predict_on_batch(images)
+    for one in (model, kr.ImageModel(model.inputs, model.outputs)):
+        assert relative(one.predict_on_batch(images), expected) < 3e-5
+    assert verify(model, tmp_path / "a.weights.h5").passed
+    published = {"resnet50_v2": 25_613_800, "resnet101_v2": 44_675_560, "resnet152_v2": 60_380_648}
+    for name, count in published.items():  # of keras.io/api/applications, statistics included
+        shapes = [v for k, v in spec_shapes(SPECS[name]).items() if not k.endswith(COUNTER)]
+        assert sum(map(math.prod, shapes)) == count
+
+
 def test_a_file_is_written_in_the_names_of_a_dialect(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = create_model("resnet20")
+    model.info["class_names"], model.info["options"]["task"] = list("abcdefghij"), "multi-label"
+    model.info["preprocess"] = Preprocess.for_size(32).get_config()
+    model.info["calibration"] = {"temperature": 2.0, "thresholds": [0.5] * 10}
     model.save("a.keras")
     assert main(["convert", "a.keras", "b.pth", "--to", "sequential"]) == 0
+    line = "class names, how images are prepared, its task (multi-label), its temperature, its thr"
+    assert capsys.readouterr().out.count(line) == 1
     assert "4.2.bn2.weight" in read_checkpoint("b.pth")
     assert main(["convert", "b.pth", "c.safetensors", "--to", "torchvision"]) == 0
     found, state = read_checkpoint("c.safetensors"), to_torchvision(model)
