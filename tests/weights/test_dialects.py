@@ -300,7 +300,7 @@ def timms_preactivated(spec: ResNetSpec) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("spec", [NARROW, BOTTLENECKS], ids=lambda spec: spec.name)
-def test_timms_preactivated(spec, tmp_path):
+def test_timms_preactivated(spec, torchvision, tmp_path):
     module, images = timms_preactivated(spec), pictures()
 
     def logits(images):
@@ -322,7 +322,7 @@ def test_timms_preactivated(spec, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float64"], indirect=True)
 @pytest.mark.parametrize("spec", [NARROW, BOTTLENECKS], ids=lambda spec: spec.name)
-def test_preactivated_gradients(spec, dtype, tmp_path):
+def test_preactivated_gradients(spec, torchvision, dtype, tmp_path):
     module = timms_preactivated(spec).double().train()
     torch.save(module.state_dict(), tmp_path / "a.pth")
     model = network(dataclasses.replace(spec, preactivation=True))
