@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from keras_resnet.cli.parser import Command
 from keras_resnet.cli.pipes import STDOUT
 from keras_resnet.data.items import Source
-from keras_resnet.data.opening import check_training, image_source, no_columns, opened
+from keras_resnet.data.opening import as_asked as images, check_training
 from keras_resnet.data.sources import Images
 from keras_resnet.data.walk import is_picture
 from keras_resnet.recipes import Recipe
@@ -172,22 +171,6 @@ def model_first(command: str, arguments: dict[str, Any]) -> None:
         raise InputError(
             f"The model comes first: keras-resnet {command} {' '.join([found[0], *others])}"
         )
-
-
-def images(
-    directory: str, columns: str | None, label_regex: str | None, unused: Sequence[str] = ()
-) -> str | Source:
-    """What a folder or another source is, with what was said beside it, and columns not needed."""
-    names = no_columns(directory, *unused)
-    # What separates labels may be the comma that stands between the columns.
-    for pair in re.findall(r"separator=,|[^,]+", columns or ""):
-        part, equals, name = pair.partition("=")
-        if not equals:
-            raise InputError(f"Columns are given as path=NAME,label=NAME. Received: {columns!r}.")
-        names[part.strip()] = name.strip() or name
-    if label_regex is None:
-        return opened(directory, names)
-    return image_source(directory, columns=names, label_regex=label_regex)
 
 
 def pictures(paths: list[str], columns: str | None) -> Images:

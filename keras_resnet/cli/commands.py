@@ -192,6 +192,9 @@ COMMANDS = {
         arg("runs RUN", "a run folder", check_run, nargs="+"),
         arg("--output FILE", "report.html in the run folder, or comparison.html",
             written(".html", ".htm")),
+        arg("--model MODEL", "of what evaluate wrote: a .keras file or a run folder", keras_model),
+        arg("--images DIR", "what it was trained on, where no run says it or it has moved",
+            check_images),
     ]),
     "demo": Command(training.demo, "train, evaluate and predict on handwritten digits", [
         arg("--output DIR=demo", None, check_writable_folder),

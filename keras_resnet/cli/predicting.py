@@ -240,6 +240,7 @@ def serve(
     kr.serve(model, limits=limits, **options)
 
 
-def report(runs: list[str], output: str | None) -> None:
+def report(runs: list[str], output: str | None, **options: Any) -> None:
     """Writes a run, or several side by side, as a page."""
-    print(f"Written: {printable(kr.report(runs if len(runs) > 1 else runs[0], output))}")
+    written = kr.report(runs if len(runs) > 1 else runs[0], output, say=print, **options)
+    print(f"Written: {printable(written)}")

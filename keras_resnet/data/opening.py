@@ -156,6 +156,25 @@ def image_source(
     return source
 
 
+def as_asked(
+    directory: str,
+    columns: str | None = None,
+    label_regex: str | None = None,
+    unused: Sequence[str] = (),
+) -> str | Source:
+    """What a source is, with what was said of it, and the columns that are not needed."""
+    names = no_columns(directory, *unused)
+    # What separates labels may be the comma that stands between the columns.
+    for pair in re.findall(r"separator=,|[^,]+", columns or ""):
+        part, equals, name = pair.partition("=")
+        if not equals:
+            raise InputError(f"Columns are given as path=NAME,label=NAME. Received: {columns!r}.")
+        names[part.strip()] = name.strip() or name
+    if label_regex is None:
+        return opened(directory, names)
+    return image_source(directory, columns=names, label_regex=label_regex)
+
+
 def _source(data: Any, columns: Mapping[str, str] | None, label_regex: str | None) -> Source:
     unused = () if label_regex is None else ("label",)
     source = opened(data, no_columns(data, *unused) | dict(columns or {}))

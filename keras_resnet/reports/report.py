@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, pass_eval_context
 from jinja2.nodes import EvalContext
 
-from keras_resnet.data.items import Source
 from keras_resnet.data.opening import opened
 from keras_resnet.reports import figures as plots
 from keras_resnet.reports.comparison_page import comparison
@@ -37,12 +37,14 @@ def report(
     *,
     model: Any = None,
     images: Any = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Writes what a person wants to see of a run, or of several side by side, as one HTML file.
 
     Of one run: headline figures, curves, confusion matrix, every class, the most confident
-    mistakes and the least certain images with Grad-CAM over them, reliability, data, settings,
-    the weights' origin, versions, and how to use the model; and `MODEL_CARD.md` beside it, in
+    mistakes beside the training images that are nearest to them, the least certain images, both
+    with Grad-CAM over them, reliability, data, settings, the weights' origin, versions, and how to
+    use the model; and `MODEL_CARD.md` beside it, in
     which the part between `<!-- yours -->` and `<!-- end of yours -->` is yours and is kept. Of
     several runs: their results, curves, differences, and whether those are more than chance.
 
@@ -53,9 +55,12 @@ def report(
         run_or_runs: A run folder, or several; or a folder of folds.
         output: The file to write; by default `report.html` in the run folder, and of several runs
             `comparison.html` beside the first.
-        model: The run's model where it is loaded already; else `best.keras` is loaded.
-        images: What the run was trained on, as `train` takes it, where that is no file: arrays, a
-            `datasets.Dataset`. Without them such images are not shown.
+        model: The run's model where it is loaded already; else `best.keras` is loaded. For what
+            `evaluate` wrote: the model, a `.keras` file or a run folder.
+        images: What the model was trained on, as `train` takes it, where no run's record says it:
+            arrays, a `datasets.Dataset`, a folder that has moved. Without it such images are not
+            shown.
+        say: Called with a line about what takes a while, such as `print`.
 
     Returns:
         The file.
@@ -79,15 +84,25 @@ def report(
             raise InputError(f"The output {str(output)!r} {what}.")
     runs = [read_run(folder) for folder in folders]
     for run in runs if images is not None else ():
-        run.images = source if isinstance(source := opened(images), Source) else None
+        run.images = opened(images)
     if len(runs) > 1:
+        if model is not None:
+            raise InputError(f"A model is that of one run. Received: {len(runs)} runs.")
         if len({run.folder.resolve() for run in runs}) < len(runs):
             raise InputError("The same run folder is named twice.")
         path = output or runs[0].folder.resolve().parent / "comparison.html"
         write_text(path, _render("compare.html", **comparison(runs, path)))
         return path
+    if isinstance(model, str | os.PathLike):
+        # Not at the top: a report of figures alone needs neither a model nor a backend.
+        from keras_resnet.models.files import load_model
+
+        file, model = Path(model).expanduser(), load_model(model)
+        folder = file if file.is_dir() else file.parent
+        if file.exists() and (folder / "config.json").is_file():
+            runs[0].trained = dataclasses.replace(read_run(folder), images=runs[0].images)
     path = output or runs[0].folder / "report.html"
-    context = run_context(runs[0], model)
+    context = run_context(runs[0], model, say)
     write_text(path, _render("run.html", **context))
     _write_card(path.with_name("MODEL_CARD.md"), context)
     return path
@@ -146,7 +161,7 @@ def _write_card(path: Path, context: dict[str, Any]) -> None:
 _MATRIX_CLASSES = 12  # up to here a confusion matrix is a table, above it a drawing
 
 
-def run_context(run: RunFacts, model: Any) -> dict[str, Any]:
+def run_context(run: RunFacts, model: Any, say: Callable[[str], object]) -> dict[str, Any]:
     """Everything that `run.html` and the model card show of a run; `None` loads its model."""
     results = run.main
     return {
@@ -155,7 +170,7 @@ def run_context(run: RunFacts, model: Any) -> dict[str, Any]:
         "findings": findings(run),
         "curves": _curves(run),
         **_matrix(results),
-        **shown_images(run, model),
+        **shown_images(run, model, say),
         "reliability": _reliability(results),
         "coverage": _coverage(results),
         "sizes": run.image_sizes(),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet.data.items import Item
-from keras_resnet.data.opening import is_source, opened
+from keras_resnet.data.items import Item, Source, absolute
+from keras_resnet.data.labels import joined, multi_hot
+from keras_resnet.data.opening import as_asked, find_parts
 from keras_resnet.data.reading import head
 from keras_resnet.data.shards import find_in_shard
 from keras_resnet.inference.calibration import (
@@ -25,7 +27,7 @@ from keras_resnet.inference.calibration import (
     calibration,
     coverage_curve,
 )
-from keras_resnet.system.errors import KerasResNetError
+from keras_resnet.system.errors import DataError, InputError, KerasResNetError
 from keras_resnet.system.process import system_name
 
 
@@ -129,7 +131,8 @@ class RunFacts:
     missing: list[str] = field(default_factory=list)  # sentences: a finished run would have it
     begun: datetime | None = None  # by `train.log`, or where `config.json` says it
     ended: datetime | None = None
-    images: Sequence[str] | None = None  # of its training, where they are no folder and given
+    images: str | Source | None = None  # what it was trained on, where somebody has said it
+    trained: RunFacts | None = None  # the model's run, where this is what `evaluate` says of it
 
     @property
     def name(self) -> str:
@@ -269,21 +272,86 @@ class RunFacts:
             return path
         if (item := find_in_shard(path) or self._items.get(path)) is not None:
             return item
-        parts = Path(path).parts if "directory" in self.config else ()
-        for i in range(1, len(parts)):
-            candidate = os.path.join(self.config["directory"], *parts[i:])
-            if os.path.isfile(candidate):
-                return candidate
+        if "directory" in self.config:
+            given = [self.images] if isinstance(self.images, str) else []
+            parts = Path(path).parts
+            for folder in (*given, self.config["directory"]):
+                for i in range(1, len(parts)):
+                    candidate = os.path.join(folder, *parts[i:])
+                    if os.path.isfile(candidate):
+                        return candidate
         return None
 
     @functools.cached_property
+    def _source(self) -> str | Source | None:
+        """What it was trained on, where somebody or its record says it and it is there."""
+        said = {"directory": self.config.get("directory", ""), **self._asked}
+        keys = ("directory", "columns", "label_regex")
+        asked = {key: said[key] for key in keys if isinstance(said.get(key), str)}
+        known = self.images is None and os.path.exists(asked.get("directory", ""))
+        return as_asked(**asked) if known else self.images
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What `train` was called with, and what it was told beside the images."""
+        arguments = _dict(self.config.get("arguments"))
+        return {**arguments, **_dict(arguments.get("source"))}
+
+    @functools.cached_property
     def _items(self) -> dict[str, str]:
-        """By name, the images that are no files: of an archive, rows of a table, arrays."""
-        found, place = self.images, self.config.get("directory", "")
+        """By name, the results' images that are no files: of archives, tables' rows, arrays."""
+        wanted, found = {row["path"] for row in self._rows}, dict[str, str]()
         with contextlib.suppress(KerasResNetError):
-            if found is None and os.path.exists(place) and is_source(place):
-                found = opened(place)
-        return {name: name for name in found or () if isinstance(name, Item)}
+            if not isinstance(source := self._source, Source):
+                return found
+            # The results are of few among many, and seldom of those to train on.
+            for name in itertools.chain(*reversed(source.parts().values()), source):
+                if isinstance(name, Item) and name in wanted:
+                    found[name] = name
+                if len(found) == len(wanted):
+                    break
+        return found
+
+    @property
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for results in self.results.values() for row in results.rows]
+
+    def training_images(
+        self, most: int, but: Set[str] = frozenset()
+    ) -> tuple[list[str], list[str], bool]:
+        """Images it was trained on but those of the results, labels, whether there are more.
+
+        Args:
+            most: How many; of more so many are drawn, always the same ones.
+            but: Images to leave out even where all were evaluated, as `absolute` names them.
+
+        Raises:
+            KerasResNetError: They are not there, or it is not known which they are.
+        """
+        if self._source is None:
+            raise InputError(
+                "what it was trained on is not known, or not there any more: give --images."
+            )
+        found = find_parts(self._source, self._asked.get("exclude"))
+        held_out = self.results.get("validation")
+        if (
+            "val" not in found.of
+            and self.class_counts.get("validation")
+            and not (held_out and held_out.rows)
+        ):
+            raise InputError("which images were held out is not known without predictions.csv.")
+        paths, labels = found.of["train"]
+        evaluated = {absolute(self.image(row["path"]) or row["path"]) for row in self._rows}
+        order = np.random.default_rng(0).permutation(len(paths))
+        for out in (evaluated | but, but):
+            kept = (i for i in order if absolute(paths[i]) not in out)
+            if drawn := sorted(itertools.islice(kept, most)):
+                more = next(kept, None) is not None
+                break
+        else:
+            raise DataError("there are no images but these that it was trained on.")
+        hits = (multi_hot(labels[i : i + 1], len(found.names))[0] for i in drawn)
+        return [paths[i] for i in drawn], [joined(one, found.names) for one in hits], more
 
     def image_sizes(self, limit: int = 2000) -> dict[str, tuple[int, int, int]] | None:
         """Smallest, median and largest width and height of the evaluated images, as stored.

@@ -26,7 +26,7 @@ PARTS = {"test": "test_", "validation": ""}  # the part, and the prefix of its f
 _KINDS: dict[str, type] = {
     "status": str, "directory": str, "backend": str, "recipe": dict, "model": dict,
     "class_counts": dict, "preprocess": dict, "augment": dict, "versions": dict, "devices": list,
-    "command": list, "start": list,
+    "command": list, "start": list, "arguments": dict,
 }  # fmt: skip
 
 

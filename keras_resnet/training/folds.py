@@ -23,7 +23,7 @@ from keras_resnet.system.files import printable, write_json
 from keras_resnet.system.process import several
 from keras_resnet.system.shown import Shown
 from keras_resnet.training.run_folder import Run, results_of
-from keras_resnet.training.train import identity_of, train
+from keras_resnet.training.train import identity_of, plain_list, train
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -145,7 +145,9 @@ def _images(data: str | Source, exclude: Any) -> Source:
         facts = {"labels": labels, "class_names": found.names, "place": place(data)}
         parts[kind] = paths if isinstance(paths, Source) else Files(paths, **facts)
     images = Joined(parts)
-    images.place = place(data)
+    images.place, asked = place(data), getattr(data, "asked", {})
+    # What each fold's record says of them is all that a later report of it has.
+    images.asked = asked if exclude is None else {**asked, "exclude": plain_list(exclude)}
     return images
 
 
@@ -172,6 +174,7 @@ def _parts(images: Source, folds: int, seed: int) -> Iterator[Source]:
         part = images.take(np.arange(len(images)))
         part.splits = np.where(images.splits == "test", "test", "train")
         part.splits[pool[held]] = "val"
+        part.asked = images.asked
         yield part
 
 

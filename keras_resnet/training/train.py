@@ -183,7 +183,7 @@ def train(
         "seed": whole("seed", seed, 0),
         "exif": exif,
         "strict": strict,
-        "exclude": _plain(exclude),
+        "exclude": plain_list(exclude),
         "workers": None if workers is None else whole("workers", workers, 0),
         "cache": None if cache is None else os.fspath(cache),
         "deterministic": deterministic,
@@ -248,7 +248,7 @@ def identity_of(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain(exclude: Any) -> str | list[str] | None:
+def plain_list(exclude: Any) -> str | list[str] | None:
     """The list of images to leave out as JSON can hold it."""
     if isinstance(exclude, (str, os.PathLike, type(None))):
         return exclude and os.fspath(exclude)
@@ -452,7 +452,8 @@ def _report(run: Run, model: keras.Model, data: Data, say: Callable[[str], None]
     with _spared("report", say, f" Later: keras-resnet report {printable(run.folder)}"):
         from keras_resnet.reports.report import report  # of no use before there is a result
 
-        parts = ("val", data.val), ("test", data.test)  # those that it may show
+        parts = ("train", data.train), ("val", data.val), ("test", data.test)
         found = ((kind, part.file_paths) for kind, part in parts if part is not None)
         images = {kind: paths for kind, paths in found if isinstance(paths, Source)}
-        say(f"Report: {printable(report(run.folder, model=model, images=images or None))}")
+        written = report(run.folder, model=model, images=images, say=say)
+        say(f"Report: {printable(written)}")

@@ -987,6 +987,7 @@ def test_images_that_are_no_files_are_shown(kind, folder, tmp_path):
     result = train(source, output=tmp_path / "runs", **{**TINY, "report": True})
     page = (result.folder / "report.html").read_text()
     assert page.count("data:image/jpeg") > 3 and "32" in page if kind == "cifar" else "16" in page
+    assert "a training image of" in page and "Without the nearest" not in page
     (result.folder / "report.html").unlink()
     images = source if kind in ("arrays", "rows") else None
     again = report(result.folder, model=result.model, images=images).read_text()

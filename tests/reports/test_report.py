@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
+import html
 import html.parser
 import io
 import json
@@ -23,9 +25,12 @@ from PIL import Image
 
 import keras_resnet as kr
 from keras_resnet.cli import main as cli
+from keras_resnet.data.opening import opened
+from keras_resnet.inference import embed as embedding
 from keras_resnet.inference.calibration import accuracy_interval, calibration, paired_p_value
 from keras_resnet.inference.evaluate import Evaluation
 from keras_resnet.reports import figures as plots, report as reporting
+from keras_resnet.reports.run_facts import RunFacts
 from keras_resnet.reports.run_files import read_run
 from keras_resnet.reports.wording import as_markdown
 from keras_resnet.system.errors import InputError, NotFoundError
@@ -465,6 +470,9 @@ def test_images_are_found_from_another_folder(tmp_path):
     Image.new("RGB", (300, 200), (10, 200, 30)).save(path)
     facts = read_run(folder)
     assert pathlib.Path(facts.image(row["path"])).samefile(path)
+    facts.config["directory"], facts.images = str(tmp_path / "gone"), str(data)  # it has moved
+    assert pathlib.Path(facts.image(row["path"])).samefile(path)
+    facts = read_run(folder)
     assert facts.image_sizes() == {"width": (300,) * 3, "height": (200,) * 3, "count": (1,) * 3}
     found = page_of(kr.report(folder))  # no model file: the image alone
     pictures = [v for v in found.values("src") if v.startswith("data:image/jpeg")]
@@ -692,6 +700,94 @@ def test_the_heat_map_in_the_page_is_grad_cams(trained):
         with Image.open(io.BytesIO(base64.b64decode(sources[i].split(",")[1]))) as picture:
             close.append(np.abs(np.asarray(picture).astype(int) - expected).mean() < 12)
     assert any(close)
+
+
+def nearest_in(path):
+    """What the page says of the training images beside each mistake."""
+    pattern = (
+        r'alt="(\d+\.png), a training image of ([^"]*)".*?<b>.*?</b> ([\d.]+)<span class="mono">'
+    )
+    cards = path.read_text(encoding="utf-8").split('<li class="image">')[1:]
+    found = [re.findall(pattern, card) for card in cards if 'class="views near"' in card]
+    return [[(file, html.unescape(label), float(x)) for file, label, x in of] for of in found]
+
+
+def test_mistakes_stand_beside_the_training_images_nearest_to_them(
+    trained, tmp_path, monkeypatch, capsys
+):
+    result, _ = trained
+    held = {row["path"] for row in result.evaluation.rows}
+    data = pathlib.Path(next(iter(held))).parents[1]
+    training = sorted(str(p) for p in data.rglob("*.png") if str(p) not in held)
+    other = dict(
+        zip(result.evaluation.class_names, result.evaluation.class_names[::-1], strict=True)
+    )
+    rows = [dict(row) for row in result.evaluation.rows]
+    for row in rows[1:7:2]:  # as if they were wrong
+        row["predicted"] = other[row["true"]]
+    evaluation, run = dataclasses.replace(result.evaluation, rows=rows), tmp_path / "run"
+    shutil.copytree(result.folder, run)
+    for folder in (run, tmp_path / "evaluated"):
+        evaluation.save(folder)
+    wrong = read_run(run).main.mistakes
+    vectors = kr.embed(result.model, [*(row["path"] for row in wrong), *training]).vectors
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = vectors[: len(wrong)] @ vectors[len(wrong) :].T
+    expected = []
+    for row in cosines:
+        best = [(training[i].split(os.sep)[-2:], row[i]) for i in np.argsort(-row)[:3]]
+        expected.append([(file, label, pytest.approx(x, abs=1e-3)) for (label, file), x in best])
+    # The run's record says which they are, and for an evaluation that of its model.
+    page = kr.report(run, model=result.model)
+    assert len(wrong) == 3 and nearest_in(page) == expected
+    assert "out of all 8." in page_of(page).text
+    words = ["report", str(tmp_path / "evaluated")]
+    capsys.readouterr()
+    assert cli.main([*words, "--model", str(run)]) == 0
+    assert "Comparing the mistakes with 8 training images ..." in capsys.readouterr().out
+    assert nearest_in(tmp_path / "evaluated" / "report.html") == expected
+    # What is not known, and what fails, is said in a line.
+    assert cli.main(words) == 0
+    lines = [page_of(tmp_path / "evaluated" / "report.html").text]
+    lines.append(page_of(kr.report(tmp_path / "evaluated", model=result.model)).text)
+    monkeypatch.setattr(embedding, "embed", lambda *_: 1 / 0)
+    lines.append(page_of(kr.report(run, model=result.model)).text)
+    monkeypatch.setattr(RunFacts, "image", lambda *_: None)
+    lines.append(page_of(kr.report(run, model=result.model)).text)
+    reasons = "there is no model", "what it was trained on is not", "division by", "the images are"
+    for text, reason in zip(lines, reasons, strict=True):
+        assert f"Without the nearest training images: {reason}" in text
+
+
+@pytest.mark.once
+def test_which_images_a_run_was_trained_on(tmp_path):
+    folder = make_run(tmp_path / "run")
+    pixels = np.zeros((200, 4, 4, 3), np.uint8)
+    several = [[i % 3, (i + 1) % 3] if i % 2 else [] for i in range(200)]
+
+    def run(images=None, rows=(), **config):
+        found = read_run(folder)
+        found.images = None if images is None else opened({"train": (pixels, several, list("abc"))})
+        of = [{"path": f"train image {i + 1}"} for i in rows]
+        found.results["validation"] = dataclasses.replace(found.results["validation"], rows=of)
+        found.config |= config
+        return found
+
+    paths, labels, more = run(pixels, rows=range(150)).training_images(50)
+    assert not more and paths == [f"train image {i + 1}" for i in range(150, 200)]
+    assert labels[:4] == ["|", "b|c", "|", "a|b"]
+    out = {"arguments": {"exclude": [f"train image {i + 1}" for i in range(150, 199)]}}
+    # A part is drawn, always the same one; and of what was evaluated whole all but these few.
+    drawn = run(pixels, rows=[0]).training_images(20)
+    assert drawn[2] and drawn == run(pixels, rows=[0]).training_images(20)
+    assert len(set(drawn[0])) == 20 and "train image 1" not in drawn[0]
+    least = run(pixels, rows=range(200)).training_images(1000, {"train image 7"})[0]
+    assert len(least) == 199 and "train image 7" not in least
+    last = run(pixels, rows=range(150), **out).training_images(9)
+    assert last == (["train image 200"], ["b|c"], False)
+    for wrong, reason in ((run(), "not known"), (run(pixels), "which images were held out")):
+        with pytest.raises(InputError, match=reason):
+            wrong.training_images(9)
 
 
 @pytest.mark.once

@@ -11,6 +11,7 @@ from PIL import Image
 
 import keras_resnet as kr
 from keras_resnet.cli.main import main
+from keras_resnet.data.opening import opened
 from keras_resnet.system.errors import InputError
 from keras_resnet.training import folds as module
 
@@ -89,3 +90,5 @@ def test_folds_of_arrays_and_of_too_few_images(tmp_path, rng):
         arrays, 2, output=output, dry_run=True, verbose=False, epochs=1, **TINY
     )
     assert again.folder.name == f"{result.folder.name}-2"
+    left = next(module._parts(module._images(opened(arrays), ["image 1"]), 2, 0))
+    assert left.asked == {"exclude": ["image 1"]}  # by which a report knows what a fold learnt from
