@@ -6,11 +6,10 @@ sheet of the worst images, and a list of files for `exclude=` of `image_dataset_
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -413,14 +412,30 @@ def _find_duplicates(
         (paths[kept[a]], paths[kept[b]], distance) for a, b, distance in near_pairs(bits, threshold)
     ]
 
-    groups = (itertools.combinations(group, 2) for group in report.exact_duplicates)
-    same = [(a, b, "exact") for pairs in groups for a, b in pairs]
-    same += [(a, b, "near") for a, b, _ in report.near_duplicates]
-    for a, b, kind in same:
-        if report.split_of(a) != report.split_of(b):
-            report.across_splits.append((a, b, kind))
-        if len({report.class_of(a), report.class_of(b)} - {""}) == 2:  # no label is no other
-            report.label_conflicts.append((a, b, kind))
+    for found, of in (
+        (report.across_splits, report.split_of),
+        (report.label_conflicts, lambda path: report.class_of(path) or None),  # none is no other
+    ):
+        for group in report.exact_duplicates:
+            found += [(a, b, "exact") for a, b in _apart(group, of)]
+        for a, b, _ in report.near_duplicates:
+            found += [(*pair, "near") for pair in _apart([a, b], of)]
+
+
+def _apart(group: Sequence[str], of: Callable[[str], Any]) -> list[tuple[str, str]]:
+    """Each file with the first one of every other split or class: all pairs would be too many."""
+    first: dict[Any, str] = {}
+    for path in group:
+        first.setdefault(of(path), path)
+    first.pop(None, None)
+    place = {path: i for i, path in enumerate(group)}
+    pairs = {
+        tuple(sorted((path, other), key=place.__getitem__))
+        for path in group
+        for kind, other in first.items()
+        if of(path) not in (kind, None)
+    }
+    return sorted(pairs, key=lambda pair: [place[path] for path in pair])
 
 
 # --- which images are alike, by a few bits of each ------------------------------------------------

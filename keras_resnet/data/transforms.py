@@ -396,7 +396,10 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def _limits(name: str, value: Any, least: float, most: float) -> tuple[float, float]:
-    low, high = (float(v) for v in value)
+    try:
+        low, high = map(float, value)
+    except (TypeError, ValueError):
+        low = high = math.nan
     if not least <= low <= high <= most:
         raise InputError(
             f"{name} must be (low, high) with {least} <= low <= high <= {most}. "

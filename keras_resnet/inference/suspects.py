@@ -76,12 +76,17 @@ def _add_suspects(
     found = embed(model, paths, workers=workers)
     vectors = StandardScaler().fit_transform(found.vectors)
     places = [report._place(path) for path in found.paths]
-    splits, known = np.array([split for split, _ in places]), report.across_splits
-    same = {frozenset(pair[:2]) for pair in known}
-    report.alike_splits = [
+    splits = np.array([split for split, _ in places])
+    known = {frozenset(pair[:2]) for pair in report.across_splits}
+    equal = {path: i for i, group in enumerate(report.exact_duplicates) for path in group}
+    alike = [
         (found.paths[a], found.paths[b], round(distance, 4))
         for a, b, distance in alike_across(vectors, splits)
-        if frozenset((found.paths[a], found.paths[b])) not in same
+    ]
+    report.alike_splits = [
+        (a, b, distance)
+        for a, b, distance in alike
+        if frozenset((a, b)) not in known and not (a in equal and equal[a] == equal.get(b))
     ]
     if any(len(names) != 1 for _, names in places):
         return  # of several labels an image each would have to be judged for itself

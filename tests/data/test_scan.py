@@ -101,6 +101,23 @@ def test_duplicates_near_duplicates_splits_and_conflicts(folder):
     ]
 
 
+def test_a_thousand_equal_files_are_not_half_a_million_pairs(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    for split, count in (("train", 300), ("val", 200)):
+        for name in ("ants", "bees"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                image.save(tmp_path / split / name / f"{i}.png")
+    report = scan(tmp_path)
+    assert [len(group) for group in report.exact_duplicates] == [1000]
+    for pairs, of in (
+        (report.across_splits, report.split_of),
+        (report.label_conflicts, report.class_of),
+    ):
+        assert len({path for pair in pairs for path in pair[:2]}) == 1000 and len(pairs) == 999
+        assert all(of(one) != of(other) for one, other, _ in pairs)
+
+
 def test_the_exclude_list_is_taken_by_the_dataset(folder, tmp_path):
     odd = folder / "train" / "ants" / "two\nlines.png"
     odd.write_bytes(b"")
