@@ -123,7 +123,7 @@ class TrivialAugmentWide(_Policy):
     fill: float | None = None
 
     def __post_init__(self) -> None:
-        whole("num_magnitude_bins", self.num_magnitude_bins, 2)
+        self._store(num_magnitude_bins=whole("num_magnitude_bins", self.num_magnitude_bins, 2))
         turning_filter(self.interpolation)
 
     def space(self, height: int, width: int) -> dict[str, tuple[np.ndarray | None, bool]]:
@@ -154,7 +154,7 @@ class RandAugment(_Policy):
     fill: float | None = None
 
     def __post_init__(self) -> None:
-        whole("num_magnitude_bins", self.num_magnitude_bins, 2)
+        self._store(num_magnitude_bins=whole("num_magnitude_bins", self.num_magnitude_bins, 2))
         turning_filter(self.interpolation)
         between("magnitude", self.magnitude, 0, self.num_magnitude_bins - 1)
 
@@ -271,8 +271,8 @@ class AugMix(_Policy):
 
     def __post_init__(self) -> None:
         between("severity", self.severity, 1, 10)
-        whole("mixture_width", self.mixture_width, 1)
-        whole("chain_depth", self.chain_depth, -1)
+        self._store(mixture_width=whole("mixture_width", self.mixture_width, 1))
+        self._store(chain_depth=whole("chain_depth", self.chain_depth, -1))
         between("alpha", self.alpha, 0, ends="(]")
         turning_filter(self.interpolation)
 

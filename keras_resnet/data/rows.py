@@ -111,7 +111,8 @@ class ParquetImages(Source):
         return state.st_size, state.st_mtime_ns, index
 
 
-_RATIO = 64  # of a Parquet file's bytes when it is read to those it has, at most
+_ROOM = 2**30  # bytes that a Parquet file's columns may have when they are read; or
+_RATIO = 64  # times those of the file, if that is more
 
 
 def unpacked(path: str, file: Any, columns: Sequence[str], **which: Any) -> Any:
@@ -122,12 +123,12 @@ def unpacked(path: str, file: Any, columns: Sequence[str], **which: Any) -> Any:
     """
     import pyarrow
 
-    batches, left = [], _RATIO * os.path.getsize(path) + 2**26
+    batches, left = [], max(_ROOM, _RATIO * os.path.getsize(path))
     for batch in file.iter_batches(256, columns=list(columns), **which):
         batches.append(batch)
         left -= batch.nbytes
         if left < 0:
-            raise DataError(f"{path!r} unpacks to more than {_RATIO} times its size.")
+            raise DataError(f"{path!r} unpacks to more than 1 GB and {_RATIO} times its size.")
     return pyarrow.Table.from_batches(batches) if batches else file.schema_arrow.empty_table()
 
 

@@ -149,7 +149,7 @@ class ScanReport(Shown):
         return "\n".join(lines)
 
     def _troubles(self) -> list[tuple[str, list[Sequence[Any]]]]:
-        return [
+        found: list[tuple[str, list[Sequence[Any]]]] = [
             ("cannot be read", self.unreadable),
             ("extension and content differ", self.wrong_extensions),
             ("one constant in 8 bits (16-bit gray, float)", self.constant),
@@ -157,9 +157,12 @@ class ScanReport(Shown):
             ("pairs that look alike", self.near_duplicates),
             ("the same image in two splits", self.across_splits),
             ("the same image in two classes", self.label_conflicts),
-            ("alike to the model in two splits", self.alike_splits),
-            (f"suspected labels (others right: {self.out_of_fold:.0%})", self.label_errors),
         ]
+        if self.out_of_fold or self.alike_splits:  # a model has looked
+            found.append(("alike to the model in two splits", self.alike_splits))
+            name = f"suspected labels (others right: {self.out_of_fold:.0%})"
+            found.append((name, self.label_errors))
+        return found
 
     def _short(self, part: Any) -> str:
         if isinstance(part, str) and part.startswith(self.directory) and not self._places:

@@ -222,8 +222,7 @@ class RandomCrop(Transform):
     fill: int = 0
 
     def __post_init__(self) -> None:
-        self._store(size=_pair("size", self.size))
-        whole("padding", self.padding, 0)
+        self._store(size=_pair("size", self.size), padding=whole("padding", self.padding, 0))
 
     def _border(self, height: int, width: int) -> tuple[int, int, int]:
         """Pixels added at both sides by `padding`, then above and below, then left and right."""

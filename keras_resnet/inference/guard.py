@@ -7,9 +7,9 @@ import fnmatch
 import ipaddress
 import logging
 import math
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -115,9 +115,10 @@ class Guard:
         if length == 0:
             return True
         sizes = []
-        for path in Path(self.folder).rglob("*"):
-            with contextlib.suppress(OSError):  # just deleted
-                sizes += [path.stat().st_size] if path.is_file() else []
+        for root, _, names in os.walk(self.folder):  # `rglob` fails where a folder is just deleted
+            for name in names:
+                with contextlib.suppress(OSError):
+                    sizes.append(os.path.getsize(os.path.join(root, name)))
         room = 4 * self.limits.request_bytes - sum(sizes) - self._reserved
         return length <= room and len(sizes) < 64 * self.limits.pictures
 

@@ -307,10 +307,11 @@ class Normalize(keras.layers.Layer):
         key = dtype, x.device, self.mean, self.std
         constants = self._constants.get(key)
         if constants is None:
-            constants = tuple(
-                torch.tensor(v, dtype=dtype, device=x.device)[:, None, None]
-                for v in (self.mean, self.std)
-            )
+            with torch.inference_mode(False):  # gradients may be wanted of later inputs
+                constants = tuple(
+                    torch.tensor(v, dtype=dtype, device=x.device)[:, None, None]
+                    for v in (self.mean, self.std)
+                )
             # Once a device, for a copy to it would wait for it. An exporter's are none of memory,
             # and a tracer that looks twice must see the same both times.
             if is_plain(x):

@@ -26,6 +26,7 @@ class Step(NamedTuple):
     listed: bool  # it takes them as a list
     target: int  # number of its output
     freed: tuple[int, ...]  # numbers of the values that no later step needs
+    shape: tuple[int | None, ...] = ()  # of its output
 
 
 def nodes_of(model: keras.Model) -> list[Any]:
@@ -60,7 +61,8 @@ def graph_steps(model: keras.Model) -> list[Step] | None:
         index[id(node.outputs[0])] = target
         takes_training = "training" in inspect.signature(layer.call).parameters
         sources = tuple(index[id(tensor)] for tensor in tensors)
-        steps.append(Step(layer, takes_training, sources, listed, target, ()))
+        shape = tuple(node.outputs[0].shape)
+        steps.append(Step(layer, takes_training, sources, listed, target, (), shape))
     if index[id(model.outputs[0])] != len(steps):
         return None
     return _with_freed(steps)
@@ -116,9 +118,10 @@ def fuse(steps: list[Step]) -> list[Step | Fused]:
     for step in steps:
         takers.update({source: step for source in step.sources if users[source] == 1})
     joined: dict[int, Fused | None] = {}  # by the number of the step's output
+    shapes = {step.target: step.shape for step in steps}
     for step in steps:
         if step.target not in joined and _is_fusible(step.layer):
-            fused = _follow(step, takers, joined)
+            fused = _follow(step, takers, joined, shapes)
             joined[fused.target] = fused
     result, same = [], {}
     for step in steps:
@@ -141,7 +144,12 @@ def _is_fusible(layer) -> bool:
     )  # fmt: skip
 
 
-def _follow(step: Step, takers: dict[int, Step], joined: dict[int, Fused | None]) -> Fused:
+def _follow(
+    step: Step,
+    takers: dict[int, Step],
+    joined: dict[int, Fused | None],
+    shapes: dict[int, tuple[int | None, ...]],
+) -> Fused:
     """Joins a convolution with the steps after it, which are then `None` in `joined`."""
     conv, norm, shortcut = step.layer, None, ()
     relu = conv.activation is RELU
@@ -159,7 +167,8 @@ def _follow(step: Step, takers: dict[int, Step], joined: dict[int, Fused | None]
             norm, shortcut, relu = layer, sources[1:], layer.activation is RELU
         elif type(layer) is keras.layers.Add and len(sources) == 2 and not shortcut:
             shortcut = tuple(s for s in sources if s != last.target)
-            if len(shortcut) != 1:
+            if len(shortcut) != 1 or any(shapes.get(s) != after.shape for s in sources):
+                shortcut = ()  # one of the two is spread over the other
                 break
         elif is_relu(layer):
             relu = True

@@ -54,12 +54,14 @@ class FusedConvolution:
         # How oneDNN best packs a kernel depends on the input's size; what is packed for another is
         # packed anew at every call, which costs more than the convolution. Others fit any size.
         key = x.shape, x.dtype, x.device
-        weights = self._weights.get(key) or self._weights.get(key[1:])
+        known = self._weights
+        weights = known.get(key) or known.get(key[1:])
         if weights is None:
             weights = self._fold(x)
-            kept = list(self._weights.items())[1 - _KEPT_SIZES :]
+            kept = list(known.items())[1 - _KEPT_SIZES :]
             packed = weights[2] == self._onednn
-            self._weights = dict([*kept, (key if packed else key[1:], weights)])
+            if self._weights is known:  # no other thread has seen weights change meanwhile
+                self._weights = dict([*kept, (key if packed else key[1:], weights)])
         weight, bias, run = weights
         return run(x, weight, bias, cast_input(rest[0], self._conv) if self._has_shortcut else None)
 
@@ -80,7 +82,9 @@ class FusedConvolution:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # cuDNN has no such kernel for these shapes
-            self._weights[x.dtype, x.device] = weight, bias, self._in_passes
+            for key, known in list(self._weights.items()):
+                if known[0] is weight:
+                    self._weights[key] = weight, bias, self._in_passes
             return self._in_passes(x, weight, bias, shortcut)
 
     def _onednn(self, x, weight, bias, shortcut):

@@ -192,6 +192,9 @@ class _List:
 
     def __init__(self, steps: Sequence[Step | Fused]):
         kinds = {s.target: type(s) if isinstance(s, Fused) else type(s.layer) for s in steps}
+        kept = {s.target for s in steps if isinstance(s, Fused) or not _activated(s.layer)}
+        # What other layers give may be what they were given, or a view of it.
+        shared = {source for s in steps if kinds[s.target] not in _FRESH for source in s.sources}
         users = count_users(steps)
         nchw = {0: False}  # number of a value -> whether it is kept in torch's order
         self._calls = []
@@ -201,12 +204,15 @@ class _List:
             if isinstance(step, Fused):
                 # No gradient will ask for the shortcut: its last user may overwrite it.
                 own = source in step.freed and kinds.get(source) in (Fused, MaxPooling2D)
+                own = own and source not in shared
                 run = FusedConvolution(step, own)
                 self.convolutions.append(run)
                 wants = gives = step.conv.data_format == "channels_last"
             else:
-                # Gradients need the inputs of convolutions and norms, not their outputs.
+                # Gradients need the inputs of convolutions and norms, not their outputs, but
+                # those of activations.
                 own = users[source] == 1 and kinds.get(source) in (Conv2D, BatchNormalization)
+                own = own and source in kept
                 run, wants, gives = _runner(step, own)
             if wants is None:  # any order, but one
                 wants = gives = all(nchw[s] for s in step.sources)
@@ -225,6 +231,16 @@ class _List:
             for i in freed:
                 del values[i]
         return values[target]
+
+
+_FRESH = (
+    Fused, Conv2D, BatchNormalization, MaxPooling2D, keras.layers.Add, keras.layers.Concatenate,
+    keras.layers.GlobalAveragePooling2D, keras.layers.GroupNormalization, keras.layers.Dense,
+)  # fmt: skip
+
+
+def _activated(layer) -> bool:
+    return getattr(layer, "activation", LINEAR) not in (LINEAR, None)
 
 
 # (in torch's order, to be in torch's order) -> how to permute. A view: memory stays as it is.

@@ -26,7 +26,11 @@ class DirectStep(DirectGraph):
         def train_step(self, data):
             """Arguments and result are those of `keras.Model.train_step`."""
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            lists = self._lists_for(x) if is_plain(x) else None
+            fits = is_plain(x) and all(
+                side in (None, given)
+                for side, given in zip(self.inputs[0].shape[1:], x.shape[1:], strict=False)
+            )
+            lists = self._lists_for(x) if fits and self.trainable else None
             trained = [v for v in self._weights_for(lists) if v.trainable]
             if (
                 not (trained and self._compile_loss)

@@ -109,7 +109,8 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
         return self._tensors[key]
 
     def get_config(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        # Of a subclass with a constructor of its own, what that adds is its own to say.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
@@ -278,6 +279,10 @@ class OneCycleSchedule(Schedule):
         self.div_factor = between("div_factor", div_factor, 0, ends="(]")
         self.final_div_factor = between("final_div_factor", final_div_factor, 0, ends="(]")
         self.three_phase = bool(three_phase)
+
+    def get_config(self) -> dict[str, Any]:
+        names = inspect.signature(OneCycleSchedule).parameters
+        return {name: getattr(self, name) for name in names}
 
     def _main(self) -> np.ndarray:
         total = self._units(self.epochs)

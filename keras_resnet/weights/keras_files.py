@@ -57,6 +57,8 @@ def find_keras_file(path: str | os.PathLike) -> Path:
             )
         path = run_models(path)[0]
     if not path.exists():
+        if given in list_models():
+            raise NotFoundError(f"{given!r} is a network's name; a .keras file of it is needed.")
         near = "" if path.suffix else did_you_mean(path.name, list_models())  # their weights
         raise NotFoundError(f"No model file at {given!r}.{meant_path(given) or near}")
     if path.suffix != ".keras":

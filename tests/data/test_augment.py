@@ -364,6 +364,7 @@ def test_a_recipes_further_changes_and_policies_are_steps():
         RandomVerticalFlip(0.5), RandomRotation(10, "bilinear"),
         AutoAugment("cifar10", "bilinear"), RandomGrayscale(0.1), GaussianBlur(23, p=0.2),
     )  # fmt: skip
+    steps = (RandomCrop(8, padding=np.int64(2)), TrivialAugmentWide(np.int64(9)), *steps)
     again = Augment.from_config(json.loads(json.dumps(Augment(steps).get_config())))
     assert again == Augment(steps)
     for policy, kind in (("augmix", AugMix), ("ra", RandAugment), ("svhn", AutoAugment)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from rounding import allowed
 from keras_resnet.layers.conv import Conv2D
 from keras_resnet.layers.norm import BatchNormalization
 from keras_resnet.models import torch_fused, torch_graph as graph
+from keras_resnet.models.blocks import conv_block, identity_block
 from keras_resnet.models.graph import Fused, fuse, graph_steps
 from keras_resnet.models.image_model import ImageModel
 from keras_resnet.models.torch_graph import DirectGraph
@@ -367,6 +369,93 @@ def test_excitation_and_group_norm_are_timms_in_float64(dtype, torchvision, monk
         theirs = [parameter.grad.norm() for parameter in module.parameters()]
         ours = [variable.value.grad.norm() for variable in model.trainable_variables]
         np.testing.assert_allclose(sorted(ours), sorted(theirs), rtol=1e-10)
+
+
+@torch_only
+@pytest.mark.parametrize(
+    "kind", [keras.layers.Identity, keras.layers.GaussianNoise, keras.layers.Reshape]
+)
+def test_no_map_is_overwritten_that_another_value_is_a_view_of(kind, rng):
+    given = {keras.layers.GaussianNoise: (0.1,), keras.layers.Reshape: ((8, 8, 16),)}
+    x = keras.Input((8, 8, 8))
+    y = main = conv_block(x, 3, [4, 4, 16], stage=1, block="a", strides=1)
+    other = aux = kind(*given.get(kind, ()))(y)
+    for block in "bcd":
+        main = identity_block(main, 3, [4, 4, 16], stage=1, block=block)
+    for block in "ef":
+        aux = identity_block(aux, 3, [4, 4, 16], stage=1, block=block)
+    out = keras.layers.Concatenate()([main, keras.layers.Add()([aux, other])])
+    model = randomized(DirectModel(x, out))
+    images = torch.tensor(rng.normal(size=(2, 8, 8, 8)).astype("float32"))
+    assert_close(model.predict_on_batch(images), by_keras(model)(images, training=False))
+
+
+@torch_only
+def test_an_addition_that_spreads_one_of_the_two_is_not_fused(rng):
+    x = keras.Input((8, 8, 8))
+    y = Conv2D(8, 3, pad=1)(x)
+    pooled = keras.layers.GlobalAveragePooling2D(keepdims=True)(y)
+    for maps, context in ((y, Conv2D(8, 1)(pooled)), (Conv2D(8, 1)(y), pooled)):
+        model = DirectModel(x, keras.layers.Add()([maps, context]))
+        images = torch.tensor(rng.normal(size=(2, 8, 8, 8)).astype("float32"))
+        assert_close(model.predict_on_batch(images), by_keras(model)(images, training=False))
+
+
+@torch_only
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+def test_what_an_activations_gradient_needs_is_not_overwritten(activation, rng):
+    x = keras.Input((8, 8, 3))
+    y = keras.layers.ReLU()(Conv2D(4, 3, activation=activation)(x))
+    y = keras.layers.ReLU()(BatchNormalization(activation=activation)(y))
+    model = DirectModel(x, y)
+    images = torch.tensor(rng.normal(size=(2, 8, 8, 3)).astype("float32"))
+    model(images, training=True).sum().backward()
+    found = [v.value.grad.clone() for v in model.trainable_variables]
+    for variable in model.trainable_variables:
+        variable.value.grad = None
+    by_keras(model)(images, training=True).sum().backward()
+    for one, variable in zip(found, model.trainable_variables, strict=True):
+        np.testing.assert_allclose(one, variable.value.grad, atol=1e-5)
+
+
+@torch_only
+def test_weights_that_changed_while_another_thread_folded_them_are_folded_anew(monkeypatch, rng):
+    model = randomized(create_model("resnet_tiny", num_classes=3, input_shape=(32, 32, 3)))
+    x = torch.tensor(rng.normal(size=(2, 32, 32, 3)).astype("float32"))
+    fold, changed = torch_fused.FusedConvolution._fold, []
+
+    def slow(self, x):
+        found = fold(self, x)
+        if not changed:
+            changed.append(model.set_weights([w + 0.1 for w in model.get_weights()]))
+            monkeypatch.setattr(torch_fused.FusedConvolution, "_fold", fold)
+            other = threading.Thread(target=model.predict_on_batch, args=(x_of_model,))
+            other.start()
+            other.join()
+        return found
+
+    x_of_model = x
+    monkeypatch.setattr(torch_fused.FusedConvolution, "_fold", slow)
+    model.predict_on_batch(x)
+    with torch.no_grad():
+        assert_close(model.predict_on_batch(x), by_keras(model)(x, training=False))
+
+
+@torch_only
+def test_the_short_step_asks_what_keras_asks(rng):
+    x, y = rng.normal(size=(4, 32, 32, 3)).astype("float32"), np.array([0, 1, 2, 0])
+    model = create_model("resnet_tiny", num_classes=3, input_shape=(32, 32, 3))
+    compile_model(model, SGD(0.1), False)
+    model.fit(x, y, verbose=0)
+    with pytest.raises(ValueError, match=r"incompatible|expected shape"):
+        model.fit(np.zeros((4, 64, 32, 3), "float32"), y, verbose=0)
+    model.trainable = False
+    model.get_layer("fc").trainable = True
+    compile_model(model, SGD(0.1), False)
+    before = [np.array(v) for v in model.trainable_variables + model.get_layer("fc").weights]
+    model.fit(x, y, verbose=0)
+    after = [np.array(v) for v in model.trainable_variables + model.get_layer("fc").weights]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @torch_only

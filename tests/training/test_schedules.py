@@ -237,6 +237,23 @@ def test_a_schedule_survives_serialisation(schedule):
 
 
 @pytest.mark.once
+def test_a_schedule_of_ones_own_adds_to_the_config():
+    class Mine(schedules.Schedule):
+        def __init__(self, initial, power=2, **others):
+            super().__init__(initial, **others)
+            self.power = power
+
+        def _main(self):
+            return self.initial / np.arange(1, 4) ** self.power
+
+        def get_config(self):
+            return {**super().get_config(), "power": self.power}
+
+    mine = Mine(0.1, power=3, warmup_epochs=2)
+    assert Mine.from_config(mine.get_config()).get_config() == mine.get_config()
+    assert mine.get_config()["warmup_epochs"] == 2 and "power=3" in repr(mine)
+
+
 def test_a_rate_of_zero_stays_zero():
     assert schedules.StepSchedule(0.0).value_at(10**6) == 0.0
 
