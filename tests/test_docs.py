@@ -126,6 +126,8 @@ def small(world, monkeypatch):
         monkeypatch.setattr(module, name, short)
         monkeypatch.setattr(kr, name, short)
     monkeypatch.setattr(keras.Model, "fit", shorter(keras.Model.fit, epochs=1))
+    folder = shorter(kr.image_dataset_from_directory, batch_size=8)  # of 224 pixels
+    monkeypatch.setattr(kr, "image_dataset_from_directory", folder)
     return world
 
 

@@ -125,7 +125,7 @@ def test_few_images_keep_the_recipes_batch_size(pictures, tmp_path, gpu, capsys)
 class Two(Alone):
     """The first of two processes, as far as a dry run asks it."""
 
-    size = 2
+    size = devices = 2
 
     def notes(self, batch_size, threads):
         return [f"{batch_size}, norms together: {self.norms_together}"]
