@@ -108,11 +108,15 @@ def test_answers_are_those_of_predict_and_heat_maps_come_along(model, tmp_path, 
         assert answer.pixels.shape == answer.heat.shape == (224, 224, 3)
         assert (answer.pixels != answer.heat).any()
     assert service.results([("a", paths[0].read_bytes)], heat=False)[0].heat is None
-    most = max(p for answer in answers for _, p in answer.classes)
-    unsure = open_service(model, "keras", Limits(), pixels, min_confidence=most)
+    tops = sorted(answer.classes[0][1] for answer in answers)
+    between = (tops[-1] + tops[-2]) / 2  # at neither, for a batch of another size rounds otherwise
+    unsure = open_service(model, "keras", Limits(), pixels, min_confidence=between)
     given = [one.answer for one in unsure.results([(p.name, p.read_bytes) for p in paths], False)]
-    expected = [p.answer for p in predict(model, paths, pixels=pixels, min_confidence=most)]
-    assert given == expected and (pixels is None or ["unknown"] in given)
+    expected = [p.answer for p in predict(model, paths, pixels=pixels, min_confidence=between)]
+    if tops[-1] - tops[-2] > 1e-4:
+        assert given == expected and given.count(["unknown"]) == 2
+    else:  # all as sure as can be
+        assert pixels is None
 
 
 @pytest.mark.once
