@@ -76,7 +76,8 @@ def content(value: Any, name: str) -> Any:
         if value is None and path and isinstance(path, str):  # a number would be an open file
             with open_file(path) as file:
                 return file.read()
-    if not isinstance(value, bytes) and not hasattr(value, "size"):  # an array's, or Pillow's
+    known = isinstance(value, (bytes, bytearray, memoryview)) or hasattr(value, "size")
+    if not known:  # the latter are arrays and Pillow's images
         raise DataError(f"{name!r} cannot be read: the row has no image.")
     return value
 

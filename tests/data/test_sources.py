@@ -264,6 +264,7 @@ def test_a_parquet_file_unpacks_to_what_it_may_hold(tmp_path, monkeypatch):
     for cell in ({"bytes": 3}, {"bytes": None, "path": 3}, {"bytes": "a"}, 0):
         with pytest.raises(DataError, match="the row has no image"):
             content(cell, "row 1")
+    assert content({"bytes": bytearray(b"a")}, "row 1") == b"a"
 
 
 @once
