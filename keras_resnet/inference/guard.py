@@ -119,8 +119,8 @@ class Guard:
             for name in names:
                 with contextlib.suppress(OSError):
                     sizes.append(os.path.getsize(os.path.join(root, name)))
-        room = 4 * self.limits.request_bytes - sum(sizes) - self._reserved
-        return length <= room and len(sizes) < 64 * self.limits.pictures
+        room = self.limits.kept_bytes - sum(sizes) - self._reserved
+        return length <= room and len(sizes) < self.limits.kept_files
 
     def _too_large(self) -> str:
         return f"The upload is too large. {self.limits}"

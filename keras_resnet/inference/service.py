@@ -63,6 +63,16 @@ class Limits:
         """Bytes of a whole request."""
         return int(self.pictures * self.megabytes * 2**20) + 2**20
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all uploads together: those under way, and those that lie on the disk."""
+        return 4 * self.request_bytes
+
+    @property
+    def kept_files(self) -> int:
+        """Uploads that lie on the disk."""
+        return int(64 * self.pictures)
+
     def __str__(self) -> str:
         images = "1 image" if self.pictures == 1 else f"{self.pictures} images"
         return (
