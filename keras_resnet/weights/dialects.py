@@ -18,6 +18,7 @@ from keras_resnet.variants import COUNTER, Shape
 
 Rules = tuple[tuple[str, str], ...]
 CAFFE = (103.53, 116.28, 123.675)  # MSRA's networks, which Detectron2 and OpenMMLab took over
+KERAS_CAFFE = (103.939, 116.779, 123.68)  # keras.applications', in its mode "caffe"
 _HOLE = re.compile(r"<(\*|a|\d+)>")
 
 
@@ -129,6 +130,14 @@ _UNPOOLED = (
 TORCHVISION = Dialect("torchvision", "torchvision", ())
 _OPENMMLAB = {"trunk": "backbone.", "head": (_torch(("fc", "head.fc")),),
               "told": "style='caffe' in its config"}  # fmt: skip
+_KERAS_KERNELS = _keras(
+    _KERNEL,
+    ("conv1", "conv1_conv"),
+    ("layer<1>.<0>.downsample.0", "conv<2>_block<1>_0_conv"),
+    ("layer<1>.<0>.conv<1>", "conv<2>_block<1>_<1>_conv"),
+)
+_OF_KERAS = {"head": (_keras(_KERNEL, ("fc", "predictions")),),
+             "plain": True, "basic": False, "counted": False}  # fmt: skip
 DIALECTS = (
     Dialect(
         "huggingface",
@@ -238,45 +247,29 @@ DIALECTS = (
     Dialect(
         "keras",
         "keras.applications' ResNetV2",
-        _keras(
-            _KERNEL,
-            ("conv1", "conv1_conv"),
-            ("layer<1>.<0>.downsample.0", "conv<2>_block<1>_0_conv"),
-            ("layer<1>.<0>.conv<1>", "conv<2>_block<1>_<1>_conv"),
-        )
+        _KERAS_KERNELS
         + _keras(
             _NORM,
             ("layer<1>.<0>.bn1", "conv<2>_block<1>_preact_bn"),
             ("layer<1>.<0>.bn<2>", "conv<2>_block<1>_<1>_bn"),
             ("bn", "post_bn"),
         ),
-        head=(_keras(_KERNEL, ("fc", "predictions")),),
-        plain=True,
-        basic=False,
-        counted=False,
         scaled=True,
+        **_OF_KERAS,
     ),
     Dialect(
         "keras",
         "keras.applications' ResNet",
-        _keras(
-            _KERNEL,
-            ("conv1", "conv1_conv"),
-            ("layer<1>.<0>.downsample.0", "conv<2>_block<1>_0_conv"),
-            ("layer<1>.<0>.conv<1>", "conv<2>_block<1>_<1>_conv"),
-        )
+        _KERAS_KERNELS
         + _keras(
             _NORM,
             ("bn1", "conv1_bn"),
             ("layer<1>.<0>.downsample.1", "conv<2>_block<1>_0_bn"),
             ("layer<1>.<0>.bn<1>", "conv<2>_block<1>_<1>_bn"),
         ),
-        head=(_keras(_KERNEL, ("fc", "predictions")),),
         strides="1x1",
-        plain=True,
-        basic=False,
-        counted=False,
-        bgr=(103.939, 116.779, 123.68),
+        bgr=KERAS_CAFFE,
+        **_OF_KERAS,
     ),
 )
 PIXELS = ("caffe", "tf", "torch")  # modes of keras.applications' `preprocess_input`

@@ -16,7 +16,7 @@ import numpy as np
 
 from keras_resnet.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from keras_resnet.system.errors import CheckpointError, InputError, one_of, reason_of
-from keras_resnet.weights.dialects import PIXELS
+from keras_resnet.weights.dialects import KERAS_CAFFE, PIXELS
 from keras_resnet.weights.dtypes import SIZES
 from keras_resnet.weights.loaded import Loaded
 from keras_resnet.weights.stand_ins import Storage, Tensor, Unreadable, one_line
@@ -194,7 +194,6 @@ _IMAGENET = {
         "tf",
     ),
 }
-_MEANS = (103.939, 116.779, 123.68)  # of blue, green and red, in the mode "caffe"
 _EPSILONS = 1.001e-5 - 1e-5  # keras.applications' batch norms, and those of everybody else
 
 
@@ -247,7 +246,7 @@ def prepared_as(
     """
     one_of("pixels", mode, PIXELS)
     mean, std = {
-        "caffe": (tuple(m / 255 for m in (bgr or _MEANS)[::-1]), (1 / 255,) * 3),
+        "caffe": (tuple(m / 255 for m in (bgr or KERAS_CAFFE)[::-1]), (1 / 255,) * 3),
         "tf": ((0.5,) * 3, (0.5,) * 3),
         "torch": (IMAGENET_MEAN, IMAGENET_STD),
     }[mode]
