@@ -192,7 +192,7 @@ class _List:
 
     def __init__(self, steps: Sequence[Step | Fused]):
         kinds = {s.target: type(s) if isinstance(s, Fused) else type(s.layer) for s in steps}
-        kept = {s.target for s in steps if isinstance(s, Fused) or not _activated(s.layer)}
+        linear = {s.target for s in steps if isinstance(s, Step) and not _activated(s.layer)}
         # What other layers give may be what they were given, or a view of it.
         shared = {source for s in steps if kinds[s.target] not in _FRESH for source in s.sources}
         users = count_users(steps)
@@ -203,16 +203,16 @@ class _List:
             source = step.sources[-1]
             if isinstance(step, Fused):
                 # No gradient will ask for the shortcut: its last user may overwrite it.
-                own = source in step.freed and kinds.get(source) in (Fused, MaxPooling2D)
-                own = own and source not in shared
+                own = source in step.freed and source not in shared
+                own = own and kinds.get(source) in (Fused, MaxPooling2D)
                 run = FusedConvolution(step, own)
                 self.convolutions.append(run)
                 wants = gives = step.conv.data_format == "channels_last"
             else:
                 # Gradients need the inputs of convolutions and norms, not their outputs, but
                 # those of activations.
-                own = users[source] == 1 and kinds.get(source) in (Conv2D, BatchNormalization)
-                own = own and source in kept
+                own = users[source] == 1 and source in linear
+                own = own and kinds[source] in (Conv2D, BatchNormalization)
                 run, wants, gives = _runner(step, own)
             if wants is None:  # any order, but one
                 wants = gives = all(nchw[s] for s in step.sources)
